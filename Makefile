@@ -1,0 +1,50 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Workers that each start a BLAS thread per core slow one another down.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.NOTPARALLEL:
+.PHONY: help demo test bench lint docs clean
+
+help:
+	@echo "make demo   see what attnfit does"
+	@echo "make test   run the tests"
+	@echo "make bench  time attnfit against its peers"
+	@echo "make lint   check style and types"
+	@echo "make docs   run every example of the documentation"
+	@echo "make clean  remove the environment and all build products"
+
+demo: $(VENV)/.cli,plot
+	$(BIN)/attnfit demo
+
+test: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per list of extras.
+$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/pyvenv.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch '$@'
+
+$(VENV)/pyvenv.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "attnfit needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
