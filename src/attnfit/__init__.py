@@ -1,0 +1,45 @@
+"""Fit, certify and invert models whose output is an exponential, a softmax or an attention matrix."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnfit import certificates, datasets, estimators, plots, problems, solvers
+    from attnfit.estimators import ExponentialRegressor, RescaledSoftmaxRegressor, SoftmaxRegressor
+    from attnfit.solvers import minimize
+
+__version__ = "0.1.0"
+
+# SciPy and scikit-learn take a second to import: each room is opened when it is first entered.
+_ROOMS = ("certificates", "datasets", "estimators", "plots", "problems", "solvers")
+_HOMES = {
+    "minimize": "solvers",
+    "ExponentialRegressor": "estimators",
+    "RescaledSoftmaxRegressor": "estimators",
+    "SoftmaxRegressor": "estimators",
+}
+
+__all__ = [
+    "ExponentialRegressor",
+    "RescaledSoftmaxRegressor",
+    "SoftmaxRegressor",
+    "certificates",
+    "datasets",
+    "estimators",
+    "minimize",
+    "plots",
+    "problems",
+    "solvers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"attnfit.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"attnfit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'attnfit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

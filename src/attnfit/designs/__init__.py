@@ -1,0 +1,8 @@
+"""How the data matrix is stored and streamed."""
+
+from attnfit.designs.base import Design
+from attnfit.designs.dense import DenseDesign
+from attnfit.designs.gram import Gram, group_rows
+from attnfit.designs.sparse import SparseDesign
+
+__all__ = ["DenseDesign", "Design", "Gram", "SparseDesign", "group_rows"]

@@ -1,0 +1,67 @@
+"""How the data matrix is stored and read: one block of rows at a time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+
+Array = NDArray[np.float64]
+Rows = slice | NDArray[np.intp]
+
+# A dense block of this size stays in the second-level cache between the product that reads it and the transposed one.
+BLOCK_BYTES = 1 << 20
+
+
+class Design(LinearOperator):  # type: ignore[misc]
+    """An n x d matrix that is read in blocks of rows and counts what is read.
+
+    ``rows_read`` is the number of rows fetched so far. Every block is float64 whatever the storage, so that float32 or
+    integer data are fitted in full precision without a copy of the whole matrix.
+    """
+
+    rows_read: int
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__(np.float64, shape)
+        self.rows_read = 0
+
+    @abstractmethod
+    def _fetch(self, rows: Rows) -> Any:
+        """Return the rows as a float64 ndarray or CSR array."""
+
+    @property
+    @abstractmethod
+    def block_rows(self) -> int:
+        """Number of rows a block should have."""
+
+    def block(self, rows: Rows) -> Any:
+        """Return these rows as a float64 ndarray or CSR array, shape (n_rows, d)."""
+        matrix = self._fetch(rows)
+        self.rows_read += matrix.shape[0]
+        return matrix
+
+    def blocks(self) -> Any:
+        """Yield (rows, block) over the whole matrix in storage order."""
+        n = self.shape[0]
+        for start in range(0, n, self.block_rows):
+            rows = slice(start, min(start + self.block_rows, n))
+            yield rows, self.block(rows)
+
+    def _matmat(self, X: Array) -> Array:
+        return np.concatenate([block @ X for _, block in self.blocks()])
+
+    def _matvec(self, x: Array) -> Array:
+        return self._matmat(x.reshape(-1, 1))
+
+    def _rmatmat(self, Y: Array) -> Array:
+        total = np.zeros((self.shape[1], Y.shape[1]))
+        for rows, block in self.blocks():
+            total += block.T @ Y[rows]
+        return total
+
+    def _rmatvec(self, y: Array) -> Array:
+        return self._rmatmat(y.reshape(-1, 1))

@@ -1,0 +1,136 @@
+"""The centred weighted Gram matrix, accumulated over dense or CSR blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+PART_BYTES = 1 << 18
+
+
+def group_rows(block: Any, weights: Array, starts: Index) -> Any:
+    """Return ``sum_{i in g} weights_i a_i`` for each group, shape (n_groups, d): dense for dense blocks, else CSR."""
+    if len(starts) == 1:
+        total = (weights @ block).reshape(1, -1)
+        return sparse.csr_array(total) if sparse.issparse(block) else total
+    n = block.shape[0]
+    indicator = sparse.csr_array((weights, np.arange(n), np.append(starts, n)), shape=(len(starts), n))
+    return indicator @ block
+
+
+class Gram:
+    """Accumulate ``sum_i t_i (r_i a_i - q_i mu_g)(r_i a_i - q_i mu_g)^T`` over blocks of rows.
+
+    ``r`` defaults to one, ``q`` to zero. Dense rows are centred before the product, which keeps full accuracy whatever the
+    size of ``mu``; for CSR rows the product is expanded so that nothing is densified.
+
+    Parameters
+    ----------
+    n_columns : int
+        Number d of columns.
+    """
+
+    def __init__(self, n_columns: int) -> None:
+        self._total = np.zeros((n_columns, n_columns))
+        self._lower = np.zeros((0, 0))
+        self._cross: dict[int, tuple[Array, Array, float]] = {}
+
+    def add(self, block: Any, t: Array, r: Array | None = None) -> None:
+        """Add rows ``r_i a_i`` that are not centred."""
+        if sparse.issparse(block):
+            self._add_rows(block, t if r is None else t * r * r)
+            return
+        for part in self._parts(len(t)):
+            self._add_dense(block[part] if r is None else block[part] * r[part, None], t[part])
+
+    def add_centred(
+        self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Any, starts: Index
+    ) -> None:
+        """Add the rows of whole groups; ``mu`` has one row a group (as from `group_rows`), groups begin at ``starts``."""
+        if not sparse.issparse(block):
+            group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(t)))
+            for part in self._parts(len(t)):
+                centre = mu[group[part]]
+                if isinstance(q, np.ndarray):
+                    centre *= q[part, None]
+                rows = block[part] if r is None else block[part] * r[part, None]
+                self._add_dense(np.subtract(rows, centre, out=centre), t[part])
+            return
+        tr = t if r is None else t * r
+        self._add_rows(block, tr if r is None else tr * r)
+        nu = group_rows(block, tr * q, starts)
+        kappa = np.add.reduceat(t * q * q, starts)
+        scaled = sparse.dia_array((kappa[None, :], [0]), shape=(len(kappa), len(kappa))) @ mu
+        # mu^T (kappa mu - nu) - nu^T mu: two sparse products, each symmetric together with its transpose.
+        cross = mu.T @ (scaled * 0.5 - nu)
+        self._total += (cross + cross.T).toarray()
+
+    def add_piece(
+        self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Array, group: int
+    ) -> None:
+        """Add some rows of one large group, whose vector ``mu`` of shape (d,) is known beforehand."""
+        if not sparse.issparse(block):
+            for part in self._parts(len(t)):
+                rows = block[part] if r is None else block[part] * r[part, None]
+                centre = np.multiply.outer(q[part], mu) if isinstance(q, np.ndarray) else mu
+                self._add_dense(rows - centre, t[part])
+            return
+        tr = t if r is None else t * r
+        self._add_rows(block, tr if r is None else tr * r)
+        _, nu, kappa = self._cross.get(group, (mu, 0.0, 0.0))
+        self._cross[group] = (mu, nu + (tr * q) @ block, kappa + float(np.sum(t * q * q)))
+
+    def _parts(self, n_rows: int) -> Iterator[slice]:
+        """Cut a block so that its centred and weighted copies stay in the cache."""
+        step = max(32, PART_BYTES // (8 * len(self._total)))
+        for start in range(0, n_rows, step):
+            yield slice(start, start + step)
+
+    def result(self) -> Array:
+        """Return the accumulated matrix, shape (d, d)."""
+        total = self._total.copy()
+        if self._lower.size:
+            total += self._lower + np.tril(self._lower, -1).T
+        for mu, nu, kappa in self._cross.values():
+            half = np.multiply.outer(mu, 0.5 * kappa * mu - nu)
+            total += half + half.T
+        return total
+
+    def _add_dense(self, rows: Array, t: Array) -> None:
+        if (t >= 0.0).all():
+            # numpy recognises X^T X and calls the symmetric product: half the arithmetic.
+            rows = rows * np.sqrt(t)[:, None]
+            self._total += rows.T @ rows
+        else:
+            self._total += (rows * t[:, None]).T @ rows
+
+    def _add_rows(self, block: Any, weights: Array) -> None:
+        if not self._lower.size:
+            self._lower = np.zeros_like(self._total)
+        _csr_gram()(block.indptr, block.indices, block.data, weights, self._lower)
+
+
+@cache
+def _csr_gram() -> Any:
+    """Compile on first use only: importing the package must not pay for numba."""
+    import numba
+
+    def gram(indptr, indices, data, weights, lower):  # type: ignore[no-untyped-def]
+        for i in range(len(indptr) - 1):
+            for p in range(indptr[i], indptr[i + 1]):
+                scaled = weights[i] * data[p]
+                row = indices[p]
+                for s in range(indptr[i], indptr[i + 1]):
+                    column = indices[s]
+                    if column <= row:
+                        lower[row, column] += scaled * data[s]
+
+    return numba.njit(cache=True, nogil=True)(gram)

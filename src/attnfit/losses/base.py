@@ -1,0 +1,101 @@
+"""What a loss tells the rest of the library: formulas on rows, nothing else.
+
+One read of the data must give the value and the gradient even when a group is far larger than a block of rows, so its normaliser
+is known only after its last row. Every loss here is therefore written in *moments*: with any reference for the
+normaliser, the gradient in the logits is a combination of a few columns
+
+    s_i = sum_j  coefficient_j(g)  column_j(i),         i in group g,
+
+whose coefficients depend on group sums alone. A block contributes ``A_block^T columns`` and the sums; the coefficients
+are applied at the end. With the reference equal to the true normaliser nothing cancels, so the result keeps full
+relative accuracy near a perfect fit.
+
+The Hessian of the data term is a sum of signed row Grams, the *centred-Gram rule*:
+
+    H = sum over terms, groups g, rows i of  t_i (r_i a_i - q_i mu_g)(r_i a_i - q_i mu_g)^T,    mu_g = A_g^T centre.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+
+from attnfit.losses.segments import Array, Segments
+
+
+class GramTerm(NamedTuple):
+    """Rows ``r_i a_i - q_i mu_g`` with signed weights ``t_i``; ``q = None`` means not centred."""
+
+    t: Array
+    r: Array | None
+    q: Array | float | None
+
+
+class Closed(NamedTuple):
+    """What the group sums determine. Every array has shape (n_groups,), ``coefficients`` and ``state`` one row an item."""
+
+    value: Array
+    coefficients: list[Array]
+    state: list[Array]
+    centre: Array | None
+
+
+class Loss(ABC):
+    """A loss of the logits ``z`` of one block of rows; ``b`` is the target, ``w`` the row weight.
+
+    ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in ``z``.
+    """
+
+    coupled: bool = True
+    convex: bool = False
+
+    def constants(self, b: Array, w: Array, segments: Segments) -> Array:
+        """Return group sums that depend on the data alone, shape (n_groups,); zeros where the loss needs none."""
+        return np.zeros(len(segments))
+
+    @abstractmethod
+    def reference(self, z: Array, segments: Segments) -> Array:
+        """Return the normaliser of each group, shape (n_groups,), in the form that ``moments`` expects."""
+
+    def merge_references(self, one: Array, other: Array) -> Array:
+        """Return the normaliser of groups whose rows are split in two."""
+        return one + other
+
+    def reference_failed(self, reference: Array, state: Array) -> bool:
+        """Whether the predicted normaliser was so far from the true one that accuracy is lost."""
+        return False
+
+    @abstractmethod
+    def moments(
+        self, z: Array, b: Array, w: Array, reference: Array, constant: Array
+    ) -> tuple[list[Array], list[Array]]:
+        """Return the columns of the gradient and the further rows whose group sums ``close`` needs."""
+
+    @abstractmethod
+    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
+        """Turn group sums of columns and extras into the value, the coefficients and the state of each group."""
+
+    @abstractmethod
+    def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
+        """Return the gradient in the logits, shape (n_rows,), given the state of each row's group."""
+
+    @abstractmethod
+    def gram_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+        """Return the terms of the Hessian and the weights of ``mu_g = A_g^T centre``."""
+
+    @abstractmethod
+    def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
+        """Return a positive majorant of the Hessian's row weights, from which rows are sampled."""
+
+    @abstractmethod
+    def fitted(self, z: Array, state: list[Array]) -> Array:
+        """Return the model's output on each row."""
+
+    def thin(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array] | None:
+        """Targets and weights that make a group kept with these inclusion probabilities stand for the whole group.
+
+        The group's logits get the offset ``-log(inclusion)``. None where the loss has no such form.
+        """
+        return None

@@ -1,0 +1,45 @@
+"""Runs of consecutive rows that share one normaliser, and the reductions over them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+
+class Segments:
+    """Split ``n_rows`` rows into consecutive runs that begin at ``starts``.
+
+    Parameters
+    ----------
+    starts : ndarray of int, shape (n_segments,)
+        First row of each run; increasing, ``starts[0] == 0``, no run is empty.
+    n_rows : int
+        Total number of rows.
+    """
+
+    def __init__(self, starts: Index, n_rows: int) -> None:
+        self.starts = starts
+        self.n_rows = n_rows
+        self.sizes: Index = np.diff(starts, append=n_rows)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def sum(self, rows: Array) -> Array:
+        """Sum of each run, shape (n_segments,)."""
+        if len(self) == 1:
+            return np.array([rows.sum()])
+        return np.add.reduceat(rows, self.starts)
+
+    def max(self, rows: Array) -> Array:
+        """Largest entry of each run, shape (n_segments,)."""
+        if len(self) == 1:
+            return np.array([rows.max()])
+        return np.maximum.reduceat(rows, self.starts)
+
+    def spread(self, values: Array) -> Array:
+        """Repeat one value a run on all its rows; broadcastable against (n_rows,)."""
+        return values if len(self) == 1 else np.repeat(values, self.sizes)

@@ -1,0 +1,256 @@
+"""One read of the data: value, gradient and, on request, a sample of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from attnfit.designs import Gram
+from attnfit.losses.segments import Array, Segments
+from attnfit.problems.partition import Chunk
+from attnfit.sketching import RowSampler
+
+if TYPE_CHECKING:
+    from attnfit.problems.grouped import GroupedProblem
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Value and gradient at ``x``, and what later reads need of the long groups.
+
+    Attributes
+    ----------
+    x, gradient : ndarray, shape (d,)
+    value : float
+        Infinite where the loss overflows.
+    state : ndarray, shape (n_states, n_long)
+        Normaliser and inner product of each group too long for one chunk; shorter groups recompute theirs.
+    centre : ndarray, shape (n_long, d)
+        ``mu_g = A_g^T centre weights`` of the long groups: also the derivative of their normaliser.
+    origin_gradient : ndarray, shape (d,), optional
+        The gradient at zero, when asked for.
+    sample : list of Chunk, optional
+        Rows drawn during the read.
+    hessian : ndarray, shape (d, d), optional
+        The Hessian, when asked for and the predicted states of long groups were good enough to weight the rows.
+    """
+
+    x: Array
+    value: float
+    gradient: Array
+    state: Array
+    centre: Array
+    origin_gradient: Array | None = None
+    sample: list[Chunk] | None = field(default=None, repr=False)
+    hessian: Array | None = field(default=None, repr=False)
+
+    def predict_reference(self, x: Array) -> Array:
+        """Return the normalisers of the long groups at a nearby x, to first order."""
+        return np.asarray(self.state[0] + self.centre @ (x - self.x))
+
+
+@dataclass
+class _LongSums:
+    """Sums over the pieces of one long group; pieces merge by addition."""
+
+    products: Array
+    columns: Array
+    extras: Array
+
+    def merge(self, other: _LongSums) -> None:
+        self.products += other.products
+        self.columns += other.columns
+        self.extras += other.extras
+
+
+def read(
+    problem: GroupedProblem,
+    x: Array,
+    reference: Array,
+    near: Evaluation | None,
+    sampler: RowSampler | None,
+    *,
+    origin: bool,
+    hessian: bool,
+) -> Evaluation:
+    """Evaluate at x in one read; ``reference`` holds the predicted normalisers of the long groups."""
+    loss = problem.loss
+    value, gradient = 0.0, np.zeros(problem.n_unknowns)
+    origin_gradient = np.zeros(problem.n_unknowns) if origin else None
+    origin_states = problem.long_states_without_data() if origin else None
+    sums: dict[int, _LongSums] = {}
+    draws = Draws()
+    gram = Gram(problem.n_unknowns) if hessian else None
+    weight = np.zeros(len(problem.long_groups))
+    for chunk in problem.chunks:
+        block, z = problem.logits(chunk, x)
+        b, w, constant = problem.targets(chunk)
+        if chunk.long < 0:
+            total, slope, state = _close_chunk(problem, chunk, z, b, w, constant)
+            value += total
+            rows = [slope]
+        else:
+            rows, extras = loss.moments(z, b, w, reference[chunk.long], constant)
+            state = [] if near is None else [reference[chunk.long], *near.state[1:, chunk.long]]
+        n_columns = len(rows)
+        penalty = problem.row_penalties(chunk)
+        if penalty is not None:
+            linear = z - problem.shift(chunk)
+            value += 0.5 * float(np.sum(penalty * linear * linear))
+            rows = [*rows, penalty * linear]
+        if origin_states is not None:
+            rows = [*rows, problem.origin_slope(chunk, b, w, origin_states)]
+        products = np.stack(rows) @ block
+        if chunk.long < 0:
+            gradient += products[0]
+        else:
+            columns = np.array([row.sum() for row in rows[:n_columns]])
+            piece = _LongSums(products[:n_columns], columns, np.array([e.sum() for e in extras]))
+            sums[chunk.long].merge(piece) if chunk.long in sums else sums.update({chunk.long: piece})
+        if penalty is not None:
+            gradient += products[n_columns]
+        if origin_gradient is not None:
+            origin_gradient += products[-1]
+        if sampler is not None:
+            centre = None if near is None or chunk.long < 0 else near.centre[chunk.long]
+            draws.visit(sampler, problem, chunk, block, z, state, centre)
+        if gram is not None:
+            mass = problem.add_to_gram(gram, chunk, block, z, state, None if near is None else near.centre)
+            if chunk.long >= 0:
+                weight[chunk.long] += mass
+    states = np.zeros((2 if loss.coupled else 0, len(problem.long_groups)))
+    centres = np.zeros((len(problem.long_groups), problem.n_unknowns))
+    for number, total_sums in sums.items():
+        closed = loss.close(
+            list(total_sums.columns[:, None]),
+            list(total_sums.extras[:, None]),
+            reference[[number]],
+            problem.constants[problem.long_groups[[number]]],
+        )
+        value += float(closed.value[0])
+        gradient += np.concatenate(closed.coefficients) @ total_sums.products
+        states[:, number] = np.concatenate(closed.state)
+        if closed.centre is not None:
+            centres[number] = closed.centre[0] * total_sums.products[-1]
+    value += 0.5 * problem.ridge * float(x @ x)
+    gradient += problem.ridge * x
+    if sampler is not None:
+        sampler.finish()
+    if not (np.isfinite(value) and np.isfinite(gradient).all()):
+        value = np.inf
+    total_hessian = None
+    if gram is not None and (near is None or _trustworthy(reference, near.state, states, weight)):
+        total_hessian = gram.result()
+        total_hessian[np.diag_indices(problem.n_unknowns)] += problem.ridge
+    sample = None if sampler is None else draws.chunks()
+    return Evaluation(x, value, gradient, states, centres, origin_gradient, sample, total_hessian)
+
+
+def _trustworthy(reference: Array, predicted: Array, states: Array, weight: Array) -> bool:
+    """Whether the predicted states of long groups weighted the rows of the Hessian to within a few per cent."""
+    if not states.size:
+        return True
+    close = np.abs(states[0] - reference) <= 0.02
+    # An error in gamma adds gamma's error times f, which sums to one, to weights that sum to ``weight`` in absolute value.
+    return bool((close & (np.abs(states[1] - predicted[1]) <= 0.05 * weight)).all())
+
+
+def _close_chunk(
+    problem: GroupedProblem, chunk: Chunk, z: Array, b: Array, w: Any, constant: Array
+) -> tuple[float, Array, list[Array]]:
+    """Value, gradient in the logits and row states of a chunk of whole groups."""
+    segments, loss = chunk.segments, problem.loss
+    spread = segments.spread
+    normaliser = loss.reference(z, segments)
+    columns, extras = loss.moments(z, b, w, spread(normaliser), spread(constant))
+    if not loss.coupled:
+        return float(extras[0].sum()), columns[0], []
+    closed = loss.close(
+        [segments.sum(c) for c in columns], [segments.sum(e) for e in extras], normaliser, constant
+    )
+    slope = spread(closed.coefficients[0]) * columns[0]
+    for coefficient, column in zip(closed.coefficients[1:], columns[1:], strict=True):
+        slope += spread(coefficient) * column
+    return float(closed.value.sum()), slope, [spread(s) for s in closed.state]
+
+
+class Draws:
+    """Rows kept by a sampler, gathered into chunks that the second-order formulas read like any other."""
+
+    def __init__(self) -> None:
+        self._short: list[tuple[Any, Array, Array, Array, Array]] = []
+        self._pieces: dict[int, list[tuple[Any, Array, Array]]] = {}
+        self._long_group: dict[int, Any] = {}
+
+    def visit(
+        self,
+        sampler: RowSampler,
+        problem: GroupedProblem,
+        chunk: Chunk,
+        block: Any,
+        z: Array,
+        state: list[Array],
+        centre: Array | None,
+    ) -> None:
+        """Offer the rows of a chunk to the sampler."""
+        b, w, _ = problem.targets(chunk)
+        assert isinstance(chunk.rows, slice)
+        leverage = sampler.leverage[chunk.rows]
+        if not sampler.has_leverage:
+            probe = block @ sampler.sketch
+            if centre is not None:
+                probe -= centre @ sampler.sketch
+            elif problem.loss.coupled:
+                weights = problem.loss.gram_terms(z, b, w, state)[1]
+                if weights is not None:
+                    for column in probe.T:
+                        column -= chunk.segments.spread(chunk.segments.sum(weights * column))
+            leverage[:] = np.einsum("ij,ij->i", probe, probe)
+        scores = problem.loss.importance(z, b, w, state)
+        penalty = problem.row_penalties(chunk)
+        if penalty is not None:
+            scores = scores + penalty
+        scores = scores * leverage
+        first = chunk.rows.start
+        whole_groups = problem.loss.coupled and chunk.long < 0
+        kept, inverse = sampler.draw(chunk.segments.sum(scores) if whole_groups else scores)
+        if len(kept) == 0:
+            return
+        if not whole_groups:
+            self._pieces.setdefault(chunk.long, []).append((block[kept], kept + first, inverse))
+            self._long_group[chunk.long] = chunk.groups
+            return
+        sizes = chunk.segments.sizes[kept]
+        starts = np.cumsum(sizes) - sizes
+        inside = np.arange(sizes.sum()) - np.repeat(starts - chunk.segments.starts[kept], sizes)
+        assert isinstance(chunk.groups, slice)
+        self._short.append(
+            (block[inside], inside + first, np.repeat(inverse, sizes), sizes, kept + chunk.groups.start)
+        )
+
+    def chunks(self) -> list[Chunk]:
+        """Return the sample: one chunk for all whole groups, one for each long group."""
+        out = []
+        if self._short:
+            blocks, rows, inverse, sizes, groups = zip(*self._short, strict=True)
+            lengths = np.concatenate(sizes)
+            segments = Segments(np.cumsum(lengths) - lengths, int(lengths.sum()))
+            index = np.concatenate(rows)
+            out.append(
+                Chunk(index, index, segments, np.concatenate(groups), -1, _stack(blocks), np.concatenate(inverse))
+            )
+        for long, pieces in self._pieces.items():
+            blocks, rows, inverse = zip(*pieces, strict=True)
+            index = np.concatenate(rows)
+            segments = Segments(np.zeros(1, dtype=np.intp), len(index))
+            out.append(
+                Chunk(index, index, segments, self._long_group[long], long, _stack(blocks), np.concatenate(inverse))
+            )
+        return out
+
+
+def _stack(blocks: Any) -> Any:
+    return sparse.vstack(blocks, format="csr") if sparse.issparse(blocks[0]) else np.concatenate(blocks)

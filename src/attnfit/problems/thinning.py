@@ -1,0 +1,132 @@
+"""A small problem that stands for a large one, and its convex neighbour: both serve to find a start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.losses.base import Loss
+from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.segments import Array, Index
+from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
+from attnfit.problems.grouped import GroupedProblem
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Rows kept, increasing and in group order, and the probability with which each was kept."""
+
+    rows: Index
+    inclusion: Array
+    in_long_group: NDArray[np.bool_]
+
+    def restrict(self, problem: GroupedProblem) -> GroupedProblem:
+        """Return the problem on these rows, unbiased in every sum."""
+        loss, pi = problem.loss, self.inclusion
+        ids = np.searchsorted(problem.groups.starts, self.rows, side="right") - 1
+        b = problem.b[self.rows]
+        w = np.ones(len(b)) if problem.weights is None else problem.weights[self.rows]
+        offset = np.zeros(len(b)) if problem.offset is None else problem.offset[self.rows]
+        penalty = 0.0 if problem.penalty is None else np.sqrt(problem.penalty[self.rows] / pi)
+        if loss.coupled:
+            thinned = loss.thin(b, w, pi)
+            long_b, long_w = (b, w) if thinned is None else thinned
+            b, w = np.where(self.in_long_group, long_b, b), np.where(self.in_long_group, long_w, w / pi)
+            offset = offset - np.where(self.in_long_group, np.log(pi), 0.0)
+        else:
+            w = w / pi
+        order = problem.groups.order
+        return GroupedProblem(
+            problem.design.block(self.rows if order is None else order[self.rows]),
+            b,
+            loss=loss,
+            groups=ids if loss.coupled else None,
+            weights=w,
+            offset=offset,
+            row_penalty=penalty,
+            ridge=problem.ridge,
+        )
+
+
+def draw_rows(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) -> Draw | None:
+    """Draw about ``n_rows`` rows; None where the loss has no form on a part of a long group.
+
+    Whole groups are drawn uniformly. Rows of a group larger than ``n_rows / 4`` are drawn with probabilities proportional to the target and
+    uniform in equal parts; a kept row's logit gets the offset ``-log(probability)``, so that the group's normaliser
+    stays the same in expectation.
+    """
+    loss, n = problem.loss, problem.n_rows
+    starts = problem.groups.starts if loss.coupled else np.zeros(1, dtype=np.intp)
+    sizes = np.diff(starts, append=n)
+    is_long = sizes > n_rows / 4 if loss.coupled else np.ones(1, dtype=bool)
+    unit = np.ones(1)
+    if loss.coupled and is_long.any() and loss.thin(unit, unit, unit) is None:
+        return None
+    rows, inclusion = _draw(problem, starts, sizes, is_long, n_rows / n, rng)
+    return Draw(rows, inclusion, is_long[np.searchsorted(starts, rows, side="right") - 1])
+
+
+def _draw(
+    problem: GroupedProblem, starts: Index, sizes: Index, is_long: Any, share: float, rng: np.random.Generator
+) -> tuple[Index, Array]:
+    """Return the kept rows, increasing, and their inclusion probabilities."""
+    rows: list[Index] = []
+    inclusion: list[Array] = []
+    short = np.flatnonzero(~is_long)
+    if len(short):
+        count = max(1, round(len(short) * share))
+        kept = np.sort(rng.choice(short, count, replace=False))
+        offsets = np.cumsum(sizes[kept]) - sizes[kept]
+        rows.append(np.arange(sizes[kept].sum()) + np.repeat(starts[kept] - offsets, sizes[kept]))
+        inclusion.append(np.full(len(rows[0]), count / len(short)))
+    for g in np.flatnonzero(is_long):
+        inside = slice(starts[g], starts[g] + sizes[g])
+        target = np.abs(problem.b[inside])
+        if problem.weights is not None:
+            target = target * problem.weights[inside]
+        total = float(target.sum())
+        relative = target * (sizes[g] / total) if total > 0 else np.ones(sizes[g])
+        probability = np.minimum(1.0, 0.5 * share * (1.0 + relative))
+        hit = rng.random(len(probability)) < probability
+        # Two certain rows keep the group alive whatever the draw.
+        probability[:2], hit[:2] = 1.0, True
+        rows.append(np.flatnonzero(hit) + starts[g])
+        inclusion.append(probability[hit])
+    index, pi = np.concatenate(rows), np.concatenate(inclusion)
+    ascending = np.argsort(index, kind="stable")
+    return index[ascending], pi[ascending]
+
+
+def convex_neighbour(problem: GroupedProblem) -> GroupedProblem | None:
+    """Return a convex problem on the same data whose minimiser is a good start; None where there is none.
+
+    Cross entropy for losses of a softmax with a target, the Poisson likelihood for exp, least squares on ``arcsinh b`` and
+    ``arccosh max(b, 1)`` for sinh and cosh.
+    """
+    loss = problem.loss
+    b, w = problem.b, problem.weights
+    neighbour: Loss
+    if isinstance(loss, SoftmaxLoss | SquaredRescaled) and not isinstance(loss, Entropy):
+        if isinstance(loss, SquaredRescaled) and loss.function != "exp":
+            return None
+        neighbour, b = LOSSES["cross_entropy"], np.maximum(b, 0.0)
+        if not b.any():
+            return None
+    elif isinstance(loss, SquaredExponential):
+        if loss.function == "exp":
+            neighbour, b = PoissonDeviance(), np.maximum(b, 0.0)
+        else:
+            neighbour = LeastSquares()
+            unit = np.ones(len(b)) if w is None else w
+            # Near the fit an error dz in the logit costs w v^2 dz^2: v = cosh(z) for sinh and sinh(z) for cosh.
+            if loss.function == "sinh":
+                b, w = np.arcsinh(b), unit * (1.0 + b * b)
+            else:
+                b, w = np.arccosh(np.maximum(b, 1.0)), unit * np.maximum(b * b - 1.0, 1e-3)
+    else:
+        return None
+    return problem.with_loss(neighbour, b, w)

@@ -1,0 +1,64 @@
+"""Row sampling by approximate leverage scores, on the fly while the data stream past."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def leverage_sketch(gram: Array, n_probes: int, rng: np.random.Generator) -> Array:
+    """Return W, shape (d, n_probes), with ``E |a^T W|^2 = a^T gram^+ a``, the leverage of row a.
+
+    ``W = V lambda^(-1/2) G / sqrt(k)`` with the eigenpairs of ``gram`` and a Gaussian G: the sketch of Drineas, Magdon-Ismail, Mahoney
+    and Woodruff, "Fast approximation of matrix coherence and statistical leverage" (2012). Directions without
+    curvature are left out.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    keep = values > values[-1] * 1e-10
+    root = vectors[:, keep] / np.sqrt(values[keep])
+    return np.asarray(root @ rng.standard_normal((int(keep.sum()), n_probes)) / np.sqrt(n_probes))
+
+
+class RowSampler:
+    """Keep each unit (a row, or all rows of a short group) independently with probability proportional to its score.
+
+    The score of a row is its curvature weight times its approximate leverage; a kept unit is weighted by the inverse of
+    its probability, so every sampled sum is unbiased whatever the scores. Leverages are computed during the first read
+    and kept (four bytes a row).
+
+    Parameters
+    ----------
+    n_rows : int
+    budget : float
+        Expected number of sampled units, counted in rows.
+    sketch : ndarray, shape (d, k)
+        From `leverage_sketch`.
+    mass : float
+        An estimate of the sum of all scores; after a read it is replaced by the true sum.
+    rng : numpy.random.Generator
+    """
+
+    def __init__(self, n_rows: int, budget: float, sketch: Array, mass: float, rng: np.random.Generator) -> None:
+        self.budget = budget
+        self.sketch = sketch
+        self.mass = mass
+        self.rng = rng
+        self.leverage: NDArray[np.float32] = np.empty(n_rows, dtype=np.float32)
+        self.has_leverage = False
+        self._total = 0.0
+
+    def draw(self, scores: Array) -> tuple[NDArray[np.intp], Array]:
+        """Return the kept units and their inverse probabilities."""
+        self._total += float(scores.sum())
+        probability = np.minimum(1.0, scores * (self.budget / self.mass))
+        kept = np.flatnonzero(self.rng.random(len(scores)) < probability)
+        return kept, 1.0 / probability[kept]
+
+    def finish(self) -> None:
+        """End a read: the true mass of the scores is known now."""
+        self.has_leverage = True
+        if np.isfinite(self._total) and self._total > 0.0:
+            self.mass = self._total
+        self._total = 0.0

@@ -1,0 +1,65 @@
+"""What the data leave open: flat directions of the curvature, and directions along which cross entropy has no minimum."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.losses.softmax import CrossEntropy
+from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.reading import Evaluation
+from attnfit.solvers.curvature import Model
+from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel
+
+Array = NDArray[np.float64]
+
+
+def unidentified_directions(model: Model | None, scale: Array) -> Array | None:
+    """Return an orthonormal basis, in the user's units, of the directions without curvature, shape (d, k); None if unknown."""
+    if isinstance(model, CholeskyModel):
+        model = model.eigen_if_needed
+        if model is None:
+            return np.zeros((len(scale), 0))
+    if not isinstance(model, Eigenmodel):
+        return None
+    flat = model.unidentified / scale[:, None]
+    return np.linalg.qr(flat)[0] if flat.shape[1] else flat
+
+
+def least_norm(problem: GroupedProblem, at: Evaluation, flat: Array) -> Evaluation:
+    """Return the point of least norm that differs along flat directions only; the point itself if that changes the loss."""
+    x = at.x - flat @ (flat.T @ at.x)
+    shorter = problem.evaluate(x, at)
+    if shorter.value <= at.value + 1e-12 * abs(at.value):
+        return shorter
+    return at
+
+
+def recession_direction(problem: GroupedProblem, candidates: list[Array]) -> Array | None:
+    """Return a direction along which cross entropy falls for ever, or None if no candidate is one.
+
+    Along v the loss never rises if, in every group, all rows with a positive target attain the largest ``A v`` of the group; it falls if some group
+    is not constant. Then there is no finite minimiser: the data are separable.
+    """
+    if not isinstance(problem.loss, CrossEntropy) or problem.ridge > 0 or problem.penalty is not None:
+        return None
+    directions = np.stack(candidates, axis=1)
+    top = np.full((len(problem.groups), directions.shape[1]), -np.inf)
+    bottom_positive = np.full_like(top, np.inf)
+    bottom = np.full_like(top, np.inf)
+    for chunk in problem.chunks:
+        along = problem.design.block(chunk.index) @ directions
+        b, w, _ = problem.targets(chunk)
+        starts = chunk.segments.starts
+        positive = np.where((w * b > 0)[:, None], along, np.inf)
+        groups = chunk.groups
+        top[groups] = np.maximum(top[groups], np.maximum.reduceat(along, starts))
+        bottom[groups] = np.minimum(bottom[groups], np.minimum.reduceat(along, starts))
+        bottom_positive[groups] = np.minimum(bottom_positive[groups], np.minimum.reduceat(positive, starts))
+    spread = np.where(problem.constants[:, None] > 0, top - bottom, 0.0)
+    slack = np.where(problem.constants[:, None] > 0, top - bottom_positive, 0.0)
+    for k in range(directions.shape[1]):
+        widest = float(spread[:, k].max())
+        if widest > 0 and float(slack[:, k].max()) <= 1e-6 * widest:
+            return directions[:, k]
+    return None

@@ -1,0 +1,165 @@
+"""The one call that fits any problem."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.inputs import as_point
+from attnfit.solvers.descent import Descent
+from attnfit.solvers.identification import least_norm, recession_direction, unidentified_directions
+from attnfit.solvers.newton import Newton, Outcome
+from attnfit.solvers.result import Result
+from attnfit.solvers.start import Start
+from attnfit.solvers.tracking import Callback, Tracker
+
+Array = NDArray[np.float64]
+
+# A fit with a minimum ends on steps far smaller than this share of x; one that runs away keeps its stride.
+STRIDE = 1e-3
+
+
+class Solver(Protocol):
+    """What `minimize` asks of a solver."""
+
+    def run(
+        self,
+        problem: GroupedProblem,
+        start: Start,
+        x0: Array | None,
+        tol: float,
+        max_iter: int,
+        tracker: Tracker,
+        rng: np.random.Generator,
+    ) -> Outcome:
+        """Minimise the problem."""
+        ...
+
+
+def minimize(
+    problem: GroupedProblem,
+    x0: Any = None,
+    solver: Solver | None = None,
+    tol: float = 1e-8,
+    max_iter: int = 100,
+    callback: Callback | None = None,
+    random_state: Any = None,
+) -> Result:
+    """Find a local minimiser of a problem, from the best start known.
+
+    Parameters
+    ----------
+    problem : Softmax, Exponential or Rescaled
+    x0 : array_like, shape (d,), optional
+        Start here only. By default a convex problem is started from a sample of its rows; any other from its convex neighbour (cross
+        entropy) and from zero, and the best end is returned with all local values.
+    solver : Newton or GradientDescent, optional
+        `Newton()` by default; ``result.solver`` says what it chose.
+    tol : float
+        Stop when the gradient in internally scaled variables is at most ``tol`` times the one at zero (times the largest seen
+        where zero is stationary).
+    max_iter : int
+        Largest number of steps on the full data.
+    callback : callable, optional
+        Called with a `Record` after each evaluation; a true return value, or KeyboardInterrupt, ends the fit with the best point.
+    random_state : int, numpy.random.Generator, optional
+        Seed of all sampling.
+
+    Returns
+    -------
+    Result
+        A fit that did not converge has ``converged=False``, a status, and warns with the reason.
+
+    Raises
+    ------
+    OverflowError
+        If the loss overflows at the start.
+    ValueError
+        If an argument is not usable; the message names it.
+
+    Examples
+    --------
+    >>> from attnfit import datasets, minimize, problems
+    >>> travel = datasets.load_travel_mode()
+    >>> result = minimize(problems.Softmax(travel.A, travel.b, travel.groups, loss="cross_entropy"))
+    >>> result.x.round(4)
+    array([ 5.2074,  3.869 ,  3.1632, -0.0155, -0.0961,  0.0133])
+    >>> result.certificate().radius < 1e-6
+    True
+    """
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, not {tol!r}; 1e-8 is the default")
+    if max_iter < 0:
+        raise ValueError(f"max_iter must not be negative, not {max_iter!r}")
+    rng = np.random.default_rng(random_state)
+    solver = Newton() if solver is None else solver
+    first_read = problem.n_passes
+    point = None if x0 is None else as_point(x0, problem.shape, "x0")
+    start = Start.draw(problem, rng)
+    tracker = Tracker(lambda: problem.n_passes - first_read + start.n_passes, callback)
+    outcome = solver.run(problem, start, point, tol, max_iter, tracker, rng)
+    best, scale = outcome.best, outcome.scale
+    at, status = best.at, best.status
+    flat = unidentified_directions(best.model, scale)
+    separating = None
+    if status != "interrupted":
+        if best.last_step is not None and _runs_away(best, scale):
+            separating = recession_direction(problem, [at.x, best.last_step])
+        if separating is not None:
+            status = "separable"
+        elif flat is not None and flat.shape[1]:
+            at = least_norm(problem, at, flat)
+    norm = best.relative(float(np.linalg.norm(at.gradient / scale)))
+    result = Result(
+        x=at.x.reshape(problem.shape),
+        value=at.value,
+        gradient=at.gradient.reshape(problem.shape),
+        gradient_norm=norm,
+        converged=status == "converged",
+        status=status,
+        message=_message(status, norm, tol, outcome, separating, max_iter),
+        n_iter=outcome.n_iter,
+        n_passes=tracker.n_passes(),
+        history=tracker.history,
+        seconds=tracker.seconds(),
+        solver=outcome.description,
+        problem=problem,
+        local_values=outcome.local_values,
+        unidentified=flat,
+    )
+    if not result.converged and status != "interrupted":
+        from sklearn.exceptions import ConvergenceWarning
+
+        warnings.warn(result.message, ConvergenceWarning, stacklevel=2)
+    return result
+
+
+def _runs_away(best: Descent, scale: Array) -> bool:
+    return float(np.linalg.norm(scale * best.last_step)) > STRIDE * float(np.linalg.norm(scale * best.at.x))
+
+
+def _message(
+    status: str, norm: float, tol: float, outcome: Outcome, separating: Array | None, max_iter: int
+) -> str:
+    """Return the status in a sentence, with the remedy."""
+    reached = f"relative gradient {norm:.2e}, tol {tol:.0e}"
+    if status == "converged":
+        return f"converged: {reached}"
+    if separating is not None:
+        order = np.argsort(-np.abs(separating))[:3]
+        entries = ", ".join(f"column {j}: {separating[j] / np.abs(separating).max():+.3g}" for j in order)
+        return (
+            "the data are separable: cross entropy has no finite minimum and falls for ever along the direction "
+            f"({entries}{', ...' if len(separating) > 3 else ''}); add ridge > 0, or drop or merge the columns it names"
+        )
+    return {
+        "max_iter": f"not converged after max_iter={max_iter} steps ({reached}); raise max_iter, or loosen tol",
+        "precision": f"no further decrease is possible in float64 ({reached}); loosen tol, or add ridge if columns are nearly "
+        "dependent",
+        "overflow": f"a fixed step of {outcome.description} overflowed ({reached}); use a smaller step_size",
+        "interrupted": f"interrupted; x is the best point so far ({reached})",
+    }[status]

@@ -1,0 +1,138 @@
+"""Where a fit begins: scales, starts and curvature metric from samples of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.reading import Evaluation
+from attnfit.problems.thinning import convex_neighbour, draw_rows
+from attnfit.solvers.curvature import Exact, MatrixFree
+from attnfit.solvers.descent import descend
+from attnfit.solvers.tracking import Tracker
+
+Array = NDArray[np.float64]
+
+# Starts are searched on the small sample and polished on the large one, whose answer is about one per cent off.
+SCOUT_ROWS = 4_000
+SAMPLE_ROWS = 20_000
+# Rows per unknown below which a sample's answer means little.
+SCOUT_RATIO = 20
+SAMPLE_RATIO = 50
+SAMPLE_TOL = 1e-3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A small problem that stands for the full one, and its convex neighbour; the full problem itself where that is small.
+
+    Attributes
+    ----------
+    share : float
+        Its rows over those of the full problem.
+    """
+
+    problem: GroupedProblem
+    convex: GroupedProblem | None
+    share: float
+    is_full: bool
+
+    @property
+    def n_passes(self) -> float:
+        """Reads of the full data that the work on the sample amounts to, beyond the fetch of its rows."""
+        if self.is_full:
+            return 0.0
+        return self.share * (self.problem.n_passes + (0.0 if self.convex is None else self.convex.n_passes))
+
+
+def draw_sample(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) -> Sample:
+    """Return an importance-weighted sample of about ``n_rows`` rows."""
+    convex = None if problem.loss.convex else convex_neighbour(problem)
+    draw = draw_rows(problem, n_rows, rng) if problem.n_rows > n_rows else None
+    if draw is None:
+        return Sample(problem, convex, 1.0, True)
+    small = draw.restrict(problem)
+    thin_convex = None if convex is None else draw.restrict(convex)
+    return Sample(small, thin_convex, small.n_rows / problem.n_rows, False)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The samples from which a fit takes its scale, its starts and its first curvature."""
+
+    full: GroupedProblem
+    scout: Sample
+    sample: Sample
+
+    @classmethod
+    def draw(cls, problem: GroupedProblem, rng: np.random.Generator) -> Start:
+        """Draw both samples; large problems only."""
+        d = problem.n_unknowns
+        sample = draw_sample(problem, max(SAMPLE_ROWS, SAMPLE_RATIO * d), rng)
+        scout = sample if sample.is_full else draw_sample(problem, max(SCOUT_ROWS, SCOUT_RATIO * d), rng)
+        return cls(problem, scout, sample)
+
+    @property
+    def n_passes(self) -> float:
+        """Reads of the full data that the work on both samples amounts to."""
+        return self.sample.n_passes + (0.0 if self.scout is self.sample else self.scout.n_passes)
+
+    def scale(self) -> Array:
+        """Return the square root of each unknown's curvature at zero, shape (d,): the fit works in ``scale * x``."""
+        problem = self.sample.problem
+        with np.errstate(over="ignore", invalid="ignore"):
+            diagonal = problem.diagonal_at(problem.evaluate(np.zeros(problem.n_unknowns)))
+        usable = np.isfinite(diagonal) & (diagonal > 0.0)
+        return np.sqrt(np.where(usable, diagonal, 1.0))
+
+    def points(self, scale: Array, tracker: Tracker, rng: np.random.Generator, *, dense: bool) -> dict[str, Array]:
+        """Return the points to descend from, by name; the best first.
+
+        A convex problem has one. Otherwise the convex neighbour (cross entropy for losses of a softmax) is solved first, and both
+        its answer and zero are descended from. Where rows can be sampled this happens on the scout; ends in one minimum
+        count once and are polished on the larger sample.
+        """
+
+        def run(problem: GroupedProblem, x: Array, phase: str) -> Evaluation:
+            strategy = Exact() if dense else MatrixFree()
+            at = problem.evaluate(x, origin=True, **strategy.request(None))
+            return descend(
+                problem, at, strategy, scale, tracker, phase=phase, tol=SAMPLE_TOL, max_iter=50
+            ).at
+
+        points = {"zero": self.scout.problem.initial_point(rng)}
+        if self.scout.convex is not None:
+            convex = run(self.scout.convex, np.zeros(self.full.n_unknowns), "convex neighbour").x
+            points = {"convex": convex, **points}
+        if self.sample.is_full:
+            return points
+        ends: dict[str, Evaluation] = {}
+        for name, x in points.items():
+            end = run(self.scout.problem, x, f"scout: {name}")
+            if np.isfinite(end.value) and not any(same_minimum(end, other, scale) for other in ends.values()):
+                ends[name] = end
+        polished = {name: run(self.sample.problem, end.x, f"sample: {name}") for name, end in ends.items()}
+        return {name: polished[name].x for name in sorted(polished, key=lambda name: polished[name].value)}
+
+    def transfer(self, x: Array) -> Evaluation | None:
+        """Predict the states of the full problem's long groups at x from the sample."""
+        long_groups = self.full.long_groups
+        if not len(long_groups) or self.sample.is_full:
+            return None
+        small = self.sample.problem
+        at = small.evaluate(x)
+        # The sample's groups carry the full problem's numbers as labels.
+        numbers = np.searchsorted(small.groups.labels, long_groups)
+        states, centres = zip(*(small.group_summary(int(g), at) for g in numbers), strict=True)
+        return Evaluation(x, at.value, at.gradient, np.array(states).T, np.array(centres))
+
+
+def same_minimum(one: Evaluation, other: Evaluation, scale: Array) -> bool:
+    """Whether two ends are one minimum: equal in value, or close in scaled variables."""
+    if abs(one.value - other.value) <= 1e-6 * max(abs(one.value), abs(other.value)):
+        return True
+    distance = float(np.linalg.norm(scale * (one.x - other.x)))
+    return distance <= 1e-3 * float(np.linalg.norm(scale * one.x))

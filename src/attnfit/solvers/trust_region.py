@@ -1,0 +1,187 @@
+"""The trust-region subproblem: minimise ``g^T p + 0.5 p^T H p`` subject to ``||p|| <= radius``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+Array = NDArray[np.float64]
+
+# Eigenvalues below this share of the largest are rounding: the direction is not identified.
+RANK_TOLERANCE = 1e-13
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, the decrease that the quadratic model promises, and whether the radius bounded it."""
+
+    p: Array
+    predicted: float
+    bounded: bool
+
+
+class Eigenmodel:
+    """A quadratic model in its eigenbasis: exact solutions for every radius, minimum-norm where it is singular.
+
+    More and Sorensen, "Computing a trust region step" (1983).
+    """
+
+    def __init__(self, hessian: Array) -> None:
+        self.values, self.vectors = linalg.eigh(hessian, check_finite=False, driver="evd")
+        self.floor = RANK_TOLERANCE * max(float(np.abs(self.values).max()), np.finfo(float).tiny)
+
+    @property
+    def negative(self) -> bool:
+        """Whether some direction has negative curvature beyond rounding."""
+        return bool(self.values[0] < -1e-9 * float(np.abs(self.values).max()))
+
+    @property
+    def unidentified(self) -> Array:
+        """Directions without curvature, shape (n_unknowns, k), as columns."""
+        return np.asarray(self.vectors[:, np.abs(self.values) <= self.floor])
+
+    def solve(self, g: Array, radius: float) -> Step:
+        """Return the global minimiser of the model within the radius."""
+        along = self.vectors.T @ g
+        flat = np.abs(self.values) <= self.floor
+        # A gradient in a flat direction that is rounding must not be divided by a curvature that is rounding.
+        along[flat & (np.abs(along) <= 1e-6 * np.linalg.norm(along))] = 0.0
+        active = along != 0.0
+        if self.values[0] > -self.floor and not (flat & active).any():
+            q = np.zeros_like(along)
+            q[active] = -along[active] / self.values[active]
+            if np.linalg.norm(q) <= radius:
+                return self._step(along, q, False)
+        if not np.isfinite(radius):
+            # No radius yet and no Newton step: the step of the model with the curvature's absolute values sets the scale.
+            size = np.maximum(np.abs(self.values), self.floor)
+            radius = float(np.linalg.norm(along / size)) if (~flat & active).any() else 1.0
+        return self._step(along, self._boundary(along, radius), True)
+
+    def _step(self, along: Array, q: Array, bounded: bool) -> Step:
+        predicted = -float(along @ q + 0.5 * np.sum(self.values * q * q))
+        return Step(self.vectors @ q, predicted, bounded)
+
+    def _boundary(self, along: Array, radius: float) -> Array:
+        """Solve ``||(H + shift)^-1 g|| = radius`` for a shift that makes H + shift positive, by safeguarded Newton."""
+        lowest = max(0.0, -float(self.values[0]))
+        low, high = lowest, lowest + float(np.linalg.norm(along)) / radius + self.floor
+        gap = self.floor
+
+        def size(shift: float) -> float:
+            return float(np.linalg.norm(along / (self.values + shift)))
+
+        if lowest > 0 and size(lowest + gap) < radius:
+            # Hard case: fill up to the radius along the direction of most negative curvature.
+            q = -along / np.maximum(self.values + lowest + gap, gap)
+            q[0] = 0.0
+            missing = np.sqrt(max(radius**2 - float(q @ q), 0.0))
+            q[0] = -missing if along[0] > 0 else missing
+            return q
+        shift = max(low + gap, 0.5 * (low + high))
+        for _ in range(100):
+            norm = size(shift)
+            if abs(norm - radius) <= 1e-6 * radius:
+                break
+            low, high = (shift, high) if norm > radius else (low, shift)
+            slope = float(np.sum(along**2 / (self.values + shift) ** 3)) / norm**2
+            newton = shift + (norm - radius) / (radius * slope)
+            shift = newton if low < newton < high else 0.5 * (low + high)
+        return -along / (self.values + shift)
+
+
+class CholeskyModel:
+    """A quadratic model that is factored only as far as needed: Cholesky for a plain Newton step, else eigenvectors."""
+
+    def __init__(self, hessian: Array) -> None:
+        self.hessian = hessian
+        self._eigen: Eigenmodel | None = None
+        self._factor: Array | None = None
+        try:
+            factor = linalg.cholesky(hessian, lower=True, check_finite=False)
+        except linalg.LinAlgError:
+            return
+        pivots = np.diag(factor)
+        if pivots.min() > np.sqrt(100 * RANK_TOLERANCE) * pivots.max():
+            self._factor = factor
+
+    @property
+    def eigen(self) -> Eigenmodel:
+        """The model in its eigenbasis."""
+        if self._eigen is None:
+            self._eigen = Eigenmodel(self.hessian)
+        return self._eigen
+
+    @property
+    def eigen_if_needed(self) -> Eigenmodel | None:
+        """The model in its eigenbasis, or None where a factorisation shows that it has full rank."""
+        return None if self._factor is not None else self.eigen
+
+    @property
+    def negative(self) -> bool:
+        """Whether some direction has negative curvature beyond rounding."""
+        return self._factor is None and self.eigen.negative
+
+    def solve(self, g: Array, radius: float) -> Step:
+        """Return the global minimiser of the model within the radius."""
+        if self._factor is not None:
+            p = -linalg.cho_solve((self._factor, True), g, check_finite=False)
+            if np.linalg.norm(p) <= radius:
+                return Step(p, -0.5 * float(g @ p), False)
+        return self.eigen.solve(g, radius)
+
+
+class KrylovModel:
+    """A quadratic model known through products only: conjugate gradients stopped at the radius.
+
+    Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983). Started from zero it
+    never leaves the range of the Hessian, so the step has minimum norm where that is singular.
+    """
+
+    def __init__(self, product: Callable[[Array], Array], forcing: float = 0.01, max_products: int = 250) -> None:
+        self.product = product
+        self.forcing = forcing
+        self.max_products = max_products
+        self.negative = False
+
+    def solve(self, g: Array, radius: float) -> Step:
+        """Return an approximate minimiser of the model within the radius."""
+        p, Hp = np.zeros_like(g), np.zeros_like(g)
+        r, direction = g.copy(), -g
+        square = float(r @ r)
+        target = self.forcing**2 * square
+        for _ in range(self.max_products):
+            Hd = self.product(direction)
+            curvature = float(direction @ Hd)
+            if curvature <= RANK_TOLERANCE * float(direction @ direction):
+                self.negative = True
+                reach = radius if np.isfinite(radius) else max(1.0, float(np.linalg.norm(p)))
+                tau = _to_boundary(p, direction, reach)
+                return _krylov_step(g, p + tau * direction, Hp + tau * Hd, True)
+            alpha = square / curvature
+            if np.linalg.norm(p + alpha * direction) > radius:
+                tau = _to_boundary(p, direction, radius)
+                return _krylov_step(g, p + tau * direction, Hp + tau * Hd, True)
+            p, Hp, r = p + alpha * direction, Hp + alpha * Hd, r + alpha * Hd
+            fresh = float(r @ r)
+            if fresh <= target:
+                break
+            direction = -r + (fresh / square) * direction
+            square = fresh
+        return _krylov_step(g, p, Hp, False)
+
+
+def _krylov_step(g: Array, p: Array, Hp: Array, bounded: bool) -> Step:
+    return Step(p, -float(g @ p + 0.5 * p @ Hp), bounded)
+
+
+def _to_boundary(p: Array, direction: Array, radius: float) -> float:
+    """Return tau >= 0 with ``||p + tau direction|| = radius``."""
+    dd, pd, pp = float(direction @ direction), float(p @ direction), float(p @ p)
+    gap = max(radius**2 - pp, 0.0)
+    root = np.sqrt(pd * pd + dd * gap)
+    return gap / (pd + root) if pd > 0 else (root - pd) / dd
