@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.designs import Gram, group_rows
+from attnfit.designs import Gram, combine_rows, group_rows
 from attnfit.losses.segments import Segments
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.partition import Chunk
@@ -116,7 +116,12 @@ class Rows:
                 gram.add_piece(block, t, None, 1.0, mu[0], chunk.long)
             else:
                 gram.add_centred(
-                    block, t, None, 1.0, mu if not sparse.issparse(block) else sparse.csr_array(mu), chunk.segments.starts
+                    block,
+                    t,
+                    None,
+                    1.0,
+                    mu if not sparse.issparse(block) else sparse.csr_array(mu),
+                    chunk.segments.starts,
                 )
         whitened = self.whitener.T @ gram.result() @ self.whitener
         return max(0.0, float(np.linalg.eigvalsh(whitened)[-1]))
@@ -127,7 +132,7 @@ class Rows:
         long_sums = np.zeros((len(self.problem.long_groups), self.problem.n_unknowns))
         for chunk, block, _ in self._chunks(centred=False):
             if chunk.long >= 0:
-                long_sums[chunk.long] += v[chunk.rows] @ block
+                long_sums[chunk.long] += combine_rows(v[chunk.rows], block)
         for chunk, block, _ in self._chunks(centred=False):
             r, q, t = v[chunk.rows], self.b[chunk.rows], self.w[chunk.rows]
             if chunk.long >= 0:

@@ -2,7 +2,7 @@
 
 from attnfit.designs.base import Design
 from attnfit.designs.dense import DenseDesign
-from attnfit.designs.gram import Gram, group_rows
+from attnfit.designs.gram import Gram, combine_rows, group_rows
 from attnfit.designs.sparse import SparseDesign
 
-__all__ = ["DenseDesign", "Design", "Gram", "SparseDesign", "group_rows"]
+__all__ = ["DenseDesign", "Design", "Gram", "SparseDesign", "combine_rows", "group_rows"]

@@ -38,6 +38,11 @@ class Design(LinearOperator):  # type: ignore[misc]
     def block_rows(self) -> int:
         """Number of rows a block should have."""
 
+    @property
+    @abstractmethod
+    def gram_cost(self) -> float:
+        """Time of a weighted Gram over that of a value and gradient, roughly."""
+
     def block(self, rows: Rows) -> Any:
         """Return these rows as a float64 ndarray or CSR array, shape (n_rows, d)."""
         matrix = self._fetch(rows)

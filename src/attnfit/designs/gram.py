@@ -10,16 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from attnfit.designs.sparse import transposed_view
+
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 PART_BYTES = 1 << 18
 
 
+def combine_rows(weights: Array, block: Any) -> Array:
+    """Return ``weights @ block``: sums of rows, shape (d,) for weights (n_rows,), (k, d) for weights (k, n_rows)."""
+    if sparse.issparse(block):
+        return np.asarray((transposed_view(block) @ weights.T).T)
+    return np.asarray(weights @ block)
+
+
 def group_rows(block: Any, weights: Array, starts: Index) -> Any:
     """Return ``sum_{i in g} weights_i a_i`` for each group, shape (n_groups, d): dense for dense blocks, else CSR."""
     if len(starts) == 1:
-        total = (weights @ block).reshape(1, -1)
+        total = combine_rows(weights, block).reshape(1, -1)
         return sparse.csr_array(total) if sparse.issparse(block) else total
     n = block.shape[0]
     indicator = sparse.csr_array((weights, np.arange(n), np.append(starts, n)), shape=(len(starts), n))
@@ -86,7 +95,7 @@ class Gram:
         tr = t if r is None else t * r
         self._add_rows(block, tr if r is None else tr * r)
         _, nu, kappa = self._cross.get(group, (mu, 0.0, 0.0))
-        self._cross[group] = (mu, nu + (tr * q) @ block, kappa + float(np.sum(t * q * q)))
+        self._cross[group] = (mu, nu + combine_rows(tr * q, block), kappa + float(np.sum(t * q * q)))
 
     def _parts(self, n_rows: int) -> Iterator[slice]:
         """Cut a block so that its centred and weighted copies stay in the cache."""
@@ -128,9 +137,15 @@ def _csr_gram() -> Any:
             for p in range(indptr[i], indptr[i + 1]):
                 scaled = weights[i] * data[p]
                 row = indices[p]
-                for s in range(indptr[i], indptr[i + 1]):
+                lower[row, row] += scaled * data[p]
+                for s in range(indptr[i], p):
                     column = indices[s]
-                    if column <= row:
+                    if column < row:
                         lower[row, column] += scaled * data[s]
+                    elif column > row:
+                        lower[column, row] += scaled * data[s]
+                    else:
+                        # A column stored twice in one row: both orders fall on the diagonal.
+                        lower[row, row] += 2.0 * scaled * data[s]
 
     return numba.njit(cache=True, nogil=True)(gram)

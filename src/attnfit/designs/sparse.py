@@ -23,6 +23,13 @@ def row_view(matrix: Any, start: int, stop: int) -> Any:
     return view
 
 
+def transposed_view(block: Any) -> Any:
+    """Return the transpose of a CSR array without the copy that scipy's own makes of a view."""
+    view = sparse.csc_array((block.shape[1], block.shape[0]), dtype=block.dtype)
+    view.data, view.indices, view.indptr = block.data, block.indices, block.indptr
+    return view
+
+
 class SparseDesign(Design):
     """Rows of a CSR array; CSC and other formats are converted once."""
 
@@ -33,6 +40,11 @@ class SparseDesign(Design):
     @property
     def block_rows(self) -> int:
         return max(64, int(BLOCK_ENTRIES / max(1.0, self.matrix.nnz / max(1, self.shape[0]))))
+
+    @property
+    def gram_cost(self) -> float:
+        """Time of a weighted Gram over that of a value and gradient (measured for 5 to 50 entries a row)."""
+        return float((self.matrix.nnz / max(1, self.shape[0]) / 4.0) ** 2)
 
     def _fetch(self, rows: Rows) -> Any:
         if isinstance(rows, slice):

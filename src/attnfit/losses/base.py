@@ -82,7 +82,9 @@ class Loss(ABC):
         """Return the gradient in the logits, shape (n_rows,), given the state of each row's group."""
 
     @abstractmethod
-    def gram_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+    def gram_terms(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[list[GramTerm], Array | None]:
         """Return the terms of the Hessian and the weights of ``mu_g = A_g^T centre``."""
 
     @abstractmethod

@@ -52,7 +52,9 @@ class SquaredExponential(UncoupledLoss):
         wc *= self._v(z)
         return [wc], [extra]
 
-    def gram_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+    def gram_terms(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[list[GramTerm], Array | None]:
         u, v = self._u(z), self._v(z)
         return [GramTerm(w * (v * v + (u - b) * u), None, None)], None
 
@@ -73,7 +75,9 @@ class PoissonDeviance(UncoupledLoss):
         u = np.exp(z)
         return [w * (u - b)], [w * (u - b * z)]
 
-    def gram_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+    def gram_terms(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[list[GramTerm], Array | None]:
         return [GramTerm(w * np.exp(z), None, None)], None
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
@@ -92,7 +96,9 @@ class LeastSquares(UncoupledLoss):
         c = z - b
         return [w * c], [0.5 * w * c * c]
 
-    def gram_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+    def gram_terms(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[list[GramTerm], Array | None]:
         return [GramTerm(w + 0.0 * z, None, None)], None
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:

@@ -30,6 +30,10 @@ class SquaredRescaled(Loss):
     def reference(self, z: Array, segments: Segments) -> Array:
         return segments.sum(self._u(z))
 
+    def reference_failed(self, reference: Array, state: Array) -> bool:
+        # The sums below cancel to the square of this ratio.
+        return not bool((np.abs(state[0] - reference) <= 10.0 * np.abs(state[0])).all())
+
     def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
         u, v = self._u(z), self._v(z)
         # The sums are of ct = u - alpha_ref b, which is small near a fit, never of u and b apart.
@@ -49,7 +53,9 @@ class SquaredRescaled(Loss):
         alpha, beta = state
         return self._v(z) * (w * (self._u(z) - alpha * b) - beta)
 
-    def gram_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+    def gram_terms(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[list[GramTerm], Array | None]:
         u, v = self._u(z), self._v(z)
         alpha, beta = state
         return [

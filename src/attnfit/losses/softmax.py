@@ -50,7 +50,9 @@ class SoftmaxLoss(Loss):
         f = np.exp(h)
         return f * (self.p(f, h, b, w) - state[1])
 
-    def gram_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+    def gram_terms(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[list[GramTerm], Array | None]:
         h = z - state[0]
         f = np.exp(h)
         return [GramTerm(f * (self.g2(f, h, b, w) - state[1]), None, 1.0)], f

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from attnfit.designs import Gram, group_rows
+from attnfit.designs import Gram, combine_rows, group_rows
 from attnfit.losses.base import GramTerm, Loss
 from attnfit.losses.segments import Array, Segments
+from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import SoftmaxLoss
-from attnfit.problems.inputs import as_design, as_point, as_ridge, as_vector, require_finite_matrix
+from attnfit.problems.inputs import as_design, as_point, as_ridge, as_vector, require_finite_rows
 from attnfit.problems.partition import Chunk, parse_groups, partition
 from attnfit.problems.reading import Evaluation, read
 from attnfit.sketching import RowSampler
@@ -49,16 +51,23 @@ class GroupedProblem:
         penalty = as_vector(row_penalty, n, "row_penalty", scalar=True) ** 2
         self.penalty = None if not penalty.any() else sort(np.broadcast_to(penalty, n))
         self.ridge = as_ridge(ridge)
-        self.chunks, self.long_groups = partition(self.groups, n, self.design.block_rows, coupled=loss.coupled)
+        self.chunks, self.long_groups = partition(
+            self.groups, n, self.design.block_rows, coupled=loss.coupled
+        )
         self.constants = np.zeros(1)
         if loss.coupled:
             weight = np.ones(1) if self.weights is None else self.weights
             self.constants = loss.constants(self.b, weight, Segments(self.groups.starts, n))
 
     def with_loss(self, loss: Loss, b: Array, weights: Array | None) -> GroupedProblem:
-        """Return a problem on the same data with another loss of the same coupling; ``b``, ``weights`` in group order."""
+        """Return a problem on the same data with another loss; ``b``, ``weights`` in group order."""
         other = copy(self)
         other.loss, other.b, other.weights = loss, b, weights
+        if loss.coupled != self.loss.coupled:
+            other.chunks, other.long_groups = partition(
+                self.groups, self.n_rows, self.design.block_rows, coupled=loss.coupled
+            )
+            other.constants = np.zeros(1)
         if loss.coupled:
             weight = np.ones(1) if weights is None else weights
             other.constants = loss.constants(b, weight, Segments(self.groups.starts, self.n_rows))
@@ -92,6 +101,12 @@ class GroupedProblem:
         """Number n of rows."""
         return int(self.design.shape[0])
 
+    @cached_property
+    def rows_per_short_group(self) -> float:
+        """Mean size of the groups that fit into a chunk."""
+        sizes = np.delete(np.diff(self.groups.starts, append=self.n_rows), self.long_groups)
+        return float(sizes.mean())
+
     @property
     def n_passes(self) -> float:
         """Reads of the data since the problem was made; sampled rows count as fractions."""
@@ -110,6 +125,11 @@ class GroupedProblem:
     @property
     def zero_is_stationary(self) -> bool:
         """Whether the gradient at zero vanishes for every data set."""
+        return False
+
+    @property
+    def zero_is_trivial(self) -> bool:
+        """Whether zero is a minimum that says nothing about the data."""
         return False
 
     # ---- public values ----------------------------------------------------------------------------------------
@@ -134,16 +154,37 @@ class GroupedProblem:
         return at.value, at.gradient
 
     def hessian(self, x: Any) -> Array:
-        """Return the Hessian of L at x, shape (d, d), by the centred-Gram rule."""
-        return self.hessian_at(self._evaluate_checked(x))
+        """Return the Hessian of L at x, shape (d, d), by the centred-Gram rule. Raises like `value`."""
+        at = self._evaluate_checked(x)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._finite(self.hessian_at(at), at)
 
     def hvp(self, x: Any, v: Any) -> Array:
-        """Return the product of the Hessian at x with v, shape (d,)."""
-        return self.hvp_at(self._evaluate_checked(x), as_point(v, self.shape, "v"))
+        """Return the product of the Hessian at x with v, shape (d,). Raises like `value`."""
+        at = self._evaluate_checked(x)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._finite(self.hvp_at(at, as_point(v, self.shape, "v")), at)
 
     def predict(self, x: Any) -> Array:
-        """Return the model's output on every row, shape (n,): ``f`` (softmax), ``u / alpha`` (rescaled) or ``u``."""
-        return self.by_row(self._evaluate_checked(x), lambda chunk, z, state: self.loss.fitted(z, state))
+        """Return the model's output on every row, shape (n,): ``f`` (softmax), ``u / alpha`` (rescaled) or ``u``.
+
+        Raises
+        ------
+        ValueError
+            If the normaliser alpha of a group is zero, which can happen for sinh.
+        """
+
+        def fitted(chunk: Chunk, z: Array, state: list[Array]) -> Array:
+            if isinstance(self.loss, SquaredRescaled) and (state[0] == 0.0).any():
+                row = int(np.flatnonzero(np.broadcast_to(state[0], z.shape) == 0.0)[0])
+                group = int(np.searchsorted(chunk.segments.starts, row, side="right")) - 1
+                label = self.groups.labels[chunk.groups][group]
+                raise ValueError(
+                    f"the normaliser of group {label!r} is zero at this x: its shares are not defined"
+                )
+            return self.loss.fitted(z, state)
+
+        return self.by_row(self._evaluate_checked(x), fitted)
 
     def data_gradient(self, x: Any) -> tuple[Array, Array]:
         """Return the factors s, shape (n,), and x, shape (d,), of ``dL/dA = s x^T``."""
@@ -159,28 +200,33 @@ class GroupedProblem:
 
     def _evaluate_checked(self, x: Any) -> Evaluation:
         at = self.evaluate(as_point(x, self.shape))
-        if not np.isfinite(at.value):
+        self._finite(at.value, at)
+        return at
+
+    def _finite(self, result: Any, at: Evaluation) -> Any:
+        if not np.isfinite(result).all():
             top = max(float(np.abs(block @ at.x).max()) for _, block in self.design.blocks())
             raise OverflowError(
-                f"the loss or its gradient overflows float64 at this x: the largest |Ax| is {top:.4g}, while squares of exp, "
-                "cosh and sinh overflow beyond 354; scale the columns of A or move x towards zero"
+                f"the loss or a derivative overflows float64 at this x: the largest |Ax| is {top:.4g}, while squares "
+                "of exp, cosh and sinh overflow beyond 354; scale the columns of A or move x towards zero"
             )
-        return at
+        return result
 
     # ---- what one chunk knows ---------------------------------------------------------------------------------
 
+    def fetch(self, chunk: Chunk) -> Any:
+        """Return a chunk's rows, shape (n_rows, d), and count them as read."""
+        if chunk.matrix is None:
+            return self.design.block(chunk.index)
+        self.design.rows_read += chunk.matrix.shape[0]
+        return chunk.matrix
+
     def logits(self, chunk: Chunk, x: Array) -> tuple[Any, Array]:
         """Fetch a chunk; return its rows and its logits ``A x + offset``."""
-        if chunk.matrix is None:
-            block = self.design.block(chunk.index)
-        else:
-            block = chunk.matrix
-            self.design.rows_read += block.shape[0]
+        block = self.fetch(chunk)
         z = block @ x
         if not np.isfinite(z).all():
-            if not sparse.issparse(block):
-                first = chunk.index.start if isinstance(chunk.index, slice) else 0
-                require_finite_matrix(block, "A", first)
+            require_finite_rows(block, chunk.index, "A")
             raise OverflowError("A x overflows float64; scale the columns of A")
         if self.offset is not None:
             z = z + self.offset[chunk.rows]
@@ -264,14 +310,17 @@ class GroupedProblem:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if not len(self.long_groups):
                 return read(self, x, np.zeros(0), None, sampler, origin=origin, hessian=hessian)
-            if near is None:
-                near = self._cold(x)
-            reference = near.predict_reference(x)
-            at = read(self, x, reference, near, sampler, origin=origin, hessian=hessian)
-            if self.loss.reference_failed(reference, at.state):
-                near = self._cold(x)
-                at = read(self, x, near.state[0], near, sampler, origin=origin, hessian=hessian)
-            return at
+            if near is not None:
+                reference = near.predict_reference(x)
+                at = read(self, x, reference, near, sampler, origin=origin, hessian=hessian)
+                if not self.loss.reference_failed(reference, at.state):
+                    return at
+            near = self._cold(x)
+            at = read(self, x, near.state[0], None, None, origin=origin, hessian=False)
+            if sampler is None and not hessian:
+                return at
+            # Only now are the states known that weight the rows of long groups.
+            return read(self, x, at.state[0], at, sampler, origin=origin, hessian=hessian)
 
     def _cold(self, x: Array) -> Evaluation:
         """Find the normalisers of the long groups in a read of their own."""
@@ -352,7 +401,9 @@ class GroupedProblem:
                 gram.add_centred(block, t, r, q, mu, starts)
         return mass
 
-    def hessian_at(self, at: Evaluation, sample: list[Chunk] | None = None, *, absolute: bool = False) -> Array:
+    def hessian_at(
+        self, at: Evaluation, sample: list[Chunk] | None = None, *, absolute: bool = False
+    ) -> Array:
         """Return the Hessian at an evaluated point, shape (d, d).
 
         Parameters
@@ -400,7 +451,7 @@ class GroupedProblem:
                     mu = group_rows(block, f, chunk.segments.starts)
                     gram.add_centred(block, own * own, None, 1.0, mu, chunk.segments.starts)
             elif chunk.long >= 0:
-                long_scores[chunk.long] += slope @ block
+                long_scores[chunk.long] += combine_rows(slope, block)
             else:
                 scores = group_rows(block, slope, chunk.segments.starts)
                 gram.add(scores, np.broadcast_to(one, scores.shape[0]))
@@ -417,39 +468,68 @@ class GroupedProblem:
             block, z = self.logits(chunk, at.x)
             for t, r, q in self.gram_rows(chunk, z, self.row_state(chunk, z, at))[0]:
                 weight = np.abs(t) if r is None else np.abs(t) * r * r
-                squares = weight @ (block * block)
+                squares = combine_rows(weight, block * block)
                 if q is None:
                     uncentred += squares
                 else:
                     second += squares
-                    first += weight @ block
+                    first += combine_rows(weight, block)
                     total += float(weight.sum())
         if total > 0.0:
-            second = np.maximum(second - first * first / total, 1e-12 * second)
+            centred = second - first * first / total
+            # A constant column has no variance but rounding: its own size keeps it from being scaled up to matter.
+            second = np.where(centred > 1e-10 * second, centred, second)
         return second + uncentred + self.ridge
 
-    def hvp_at(self, at: Evaluation, v: Array, sample: list[Chunk] | None = None) -> Array:
-        """Return the Hessian at an evaluated point times v, shape (d,), in one read (of the sample if given)."""
+    def hvp_at(self, at: Evaluation, v: Array) -> Array:
+        """Return the Hessian at an evaluated point times v, shape (d,), in one read."""
         out = self.ridge * v
-        for chunk in self.chunks if sample is None else sample:
+        for chunk in self.chunks:
             block, z = self.logits(chunk, at.x)
-            along = block @ v
-            terms, weights = self.gram_rows(chunk, z, self.row_state(chunk, z, at))
-            rows = np.zeros_like(z)
-            for t, r, q in terms:
-                y = along if r is None else r * along
-                if q is None:
-                    part = t * y
-                elif chunk.long >= 0:
-                    part = t * (y - q * (at.centre[chunk.long] @ v))
-                    out -= at.centre[chunk.long] * float(np.sum(q * part))
-                else:
-                    spread, total = chunk.segments.spread, chunk.segments.sum
-                    part = t * (y - q * spread(total(weights * along)))
-                    rows -= weights * spread(total(q * part))
-                rows += part if r is None else r * part
-            out += rows @ block
+            out += _product(
+                chunk, block, *self.gram_rows(chunk, z, self.row_state(chunk, z, at)), at.centre, v
+            )
         return out
+
+    def hessian_operator(self, at: Evaluation, sample: list[Chunk] | None = None) -> Callable[[Array], Array]:
+        """Return v -> H v at an evaluated point, over all rows or a sample; it keeps the row weights (a few numbers a row).
+
+        One read prepares it, each product is one read more (of the sample if given).
+        """
+        prepared = []
+        for chunk in self.chunks if sample is None else sample:
+            _, z = self.logits(chunk, at.x)
+            prepared.append((chunk, *self.gram_rows(chunk, z, self.row_state(chunk, z, at))))
+
+        def product(v: Array) -> Array:
+            out = self.ridge * v
+            for chunk, terms, weights in prepared:
+                out += _product(chunk, self.fetch(chunk), terms, weights, at.centre, v)
+            return out
+
+        return product
+
+
+def _product(
+    chunk: Chunk, block: Any, terms: list[GramTerm], weights: Array | None, centres: Array, v: Array
+) -> Array:
+    """Return a chunk's part of the Hessian times v."""
+    along = block @ v
+    spread, total = chunk.segments.spread, chunk.segments.sum
+    rows = np.zeros_like(along)
+    beside: Array | float = 0.0
+    for t, r, q in terms:
+        y = along if r is None else r * along
+        if q is None:
+            part = t * y
+        elif chunk.long >= 0:
+            part = t * (y - q * (centres[chunk.long] @ v))
+            beside = beside - centres[chunk.long] * float(np.sum(q * part))
+        else:
+            part = t * (y - q * spread(total(weights * along)))
+            rows -= weights * spread(total(q * part))
+        rows += part if r is None else r * part
+    return combine_rows(rows, block) + beside
 
 
 _NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))

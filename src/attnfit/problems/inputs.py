@@ -27,13 +27,10 @@ def as_design(A: Any, name: str = "A") -> Design:
     if sparse.issparse(A):
         _require_numeric(A.dtype, name)
         _require_shape(A.shape, name)
-        bad = np.flatnonzero(~np.isfinite(A.data)) if A.format in ("csr", "csc", "coo") else ()
-        if len(bad):
-            coo = sparse.coo_array(A)
-            k = int(np.flatnonzero(~np.isfinite(coo.data))[0])
-            raise _not_finite(name, coo.data[k], f"row {coo.coords[0][k]}, column {coo.coords[1][k]}")
-        return SparseDesign(A)
-    array = A if isinstance(A, np.ndarray) else _frame_to_array(A, name)
+        design = SparseDesign(A)
+        require_finite_rows(design.matrix, slice(0, A.shape[0]), name)
+        return design
+    array = _unmasked(A if isinstance(A, np.ndarray) else _frame_to_array(A, name), name)
     _require_numeric(array.dtype, name)
     _require_shape(array.shape, name)
     # A memory map may be larger than memory: it is checked block by block during the first read.
@@ -57,11 +54,30 @@ def require_finite_matrix(array: NDArray[Any], name: str = "A", first_row: int =
             raise _not_finite(name, block[i, j], f"row {first_row + start + i}, column {j}")
 
 
-def as_vector(
-    values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False
-) -> Array:
+def require_finite_rows(block: Any, rows: slice | Index, name: str) -> None:
+    """Raise ValueError naming the user's row and the column of the first entry of a block that is not finite."""
+    if not sparse.issparse(block):
+        bad = np.argwhere(~np.isfinite(block))
+        entry = (int(bad[0][0]), int(bad[0][1])) if len(bad) else None
+    else:
+        where = np.flatnonzero(~np.isfinite(block.data)) if block.dtype.kind == "f" else []
+        entry = None
+        if len(where):
+            row = int(np.searchsorted(block.indptr, where[0], side="right")) - 1
+            entry = (row, int(block.indices[where[0]]))
+    if entry is not None:
+        row = rows.start + entry[0] if isinstance(rows, slice) else int(rows[entry[0]])
+        raise _not_finite(name, block[entry], f"row {row}, column {entry[1]}")
+
+
+def as_vector(values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False) -> Array:
     """Return ``values`` as float64 of shape (n,) (or () where ``scalar`` is allowed), checked."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(_unmasked(values, name))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} cannot be read as an array of numbers: {error}; pass one value a row"
+        ) from error
     _require_numeric(array.dtype, name)
     if array.ndim == 2 and 1 in array.shape:
         array = array.reshape(-1)
@@ -85,18 +101,28 @@ def as_vector(
 
 def as_point(x: Any, shape: tuple[int, ...], name: str = "x") -> Array:
     """Return x flat, accepting the flat and the natural shape."""
-    array = np.asarray(x, dtype=np.float64)
+    try:
+        array = np.asarray(x, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot be read as numbers: {error}; pass an array of shape {shape}"
+        ) from error
     size = int(np.prod(shape))
     if array.shape not in (shape, (size,)):
         raise ValueError(f"{name} has shape {array.shape}; expected {shape} or ({size},)")
-    if not np.isfinite(array).all():
-        raise _not_finite(name, array.reshape(-1)[~np.isfinite(array.reshape(-1))][0], "one of its entries")
-    return array.reshape(-1)
+    flat = array.reshape(-1)
+    bad = np.flatnonzero(~np.isfinite(flat))
+    if len(bad):
+        raise ValueError(f"{name} contains {flat[bad[0]]} at index {bad[0]}; pass finite numbers")
+    return flat
 
 
 def as_ridge(ridge: float) -> float:
     """Return the ridge parameter, checked."""
-    value = float(ridge)
+    try:
+        value = float(ridge)
+    except (TypeError, ValueError):
+        value = np.nan
     if not np.isfinite(value) or value < 0:
         raise ValueError(f"ridge must be a finite number >= 0, not {ridge!r}")
     return value
@@ -104,13 +130,28 @@ def as_ridge(ridge: float) -> float:
 
 def choose(value: Any, options: Any, name: str) -> Any:
     """Look up an option by name."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, not {value!r}")
     return options[value]
 
 
 def _not_finite(name: str, value: Any, where: str) -> ValueError:
-    return ValueError(f"{name} contains {value} at {where}; remove or impute such entries first")
+    return ValueError(
+        f"{name} contains {str(value).replace('nan', 'NaN')} at {where}; remove or impute such entries first"
+    )
+
+
+def _unmasked(values: Any, name: str) -> Any:
+    """Return the data of a masked array, which must not hide any."""
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    hidden = np.argwhere(np.ma.getmaskarray(values))
+    if len(hidden):
+        where = ", ".join(map(str, hidden[0]))
+        raise ValueError(
+            f"{name} is masked at index {where}; fill the masked entries or drop their rows first"
+        )
+    return values.data
 
 
 def _require_numeric(dtype: Any, name: str) -> None:
@@ -134,14 +175,23 @@ def _frame_to_array(frame: Any, name: str) -> NDArray[Any]:
     try:
         native = nw.from_native(frame, eager_only=True)
     except TypeError:
-        return np.asarray(frame)
-    for column in native.columns:
-        dtype = native[column].dtype
+        try:
+            return np.asarray(frame)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot be read as a matrix: {error}; pass rows of equal length"
+            ) from error
+    _require_shape(native.shape, name)
+    columns = list(native.iter_columns())
+    for series in columns:
+        column, dtype = series.name, series.dtype
         if not (dtype.is_numeric() or dtype == nw.Boolean):
             raise ValueError(
                 f"column {column!r} of {name} has type {dtype}; encode it as numbers (for example one column a category)"
             )
-        if native[column].null_count():
-            row = int(np.flatnonzero(native[column].is_null().to_numpy())[0])
-            raise ValueError(f"{name} contains a missing value at row {row}, column {column!r}; remove or impute it")
-    return np.column_stack([np.asarray(native[c].to_numpy()) for c in native.columns])
+        if series.null_count():
+            row = int(np.flatnonzero(series.is_null().to_numpy())[0])
+            raise ValueError(
+                f"{name} contains a missing value at row {row}, column {column!r}; remove or impute it"
+            )
+    return np.column_stack([np.asarray(series.to_numpy()) for series in columns])

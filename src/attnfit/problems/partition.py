@@ -115,8 +115,6 @@ class Chunk:
         The rows themselves where they were sampled and are kept in memory.
     multiplier : ndarray, optional
         Inverse inclusion probability of each sampled row.
-    n_draws : int
-        Number of independent draws the sample is made of.
     """
 
     rows: Rows
@@ -126,7 +124,6 @@ class Chunk:
     long: int = -1
     matrix: Any = None
     multiplier: Array | None = None
-    n_draws: int = 1
 
 
 def partition(groups: Groups, n: int, block_rows: int, *, coupled: bool) -> tuple[list[Chunk], Index]:
@@ -153,7 +150,9 @@ def partition(groups: Groups, n: int, block_rows: int, *, coupled: bool) -> tupl
         if is_long[g]:
             number = int(np.searchsorted(long_groups, g))
             for a in range(bounds[g], bounds[g + 1], block_rows):
-                chunks.append(chunk(a, min(a + block_rows, int(bounds[g + 1])), zero, slice(g, g + 1), number))
+                chunks.append(
+                    chunk(a, min(a + block_rows, int(bounds[g + 1])), zero, slice(g, g + 1), number)
+                )
             g += 1
             continue
         next_long = int(np.searchsorted(long_groups, g))

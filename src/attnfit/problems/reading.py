@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from attnfit.designs import Gram
+from attnfit.designs import Gram, combine_rows
 from attnfit.losses.segments import Array, Segments
 from attnfit.problems.partition import Chunk
 from attnfit.sketching import RowSampler
@@ -103,7 +103,7 @@ def read(
             rows = [*rows, penalty * linear]
         if origin_states is not None:
             rows = [*rows, problem.origin_slope(chunk, b, w, origin_states)]
-        products = np.stack(rows) @ block
+        products = combine_rows(np.stack(rows), block)
         if chunk.long < 0:
             gradient += products[0]
         else:
@@ -196,27 +196,14 @@ class Draws:
         centre: Array | None,
     ) -> None:
         """Offer the rows of a chunk to the sampler."""
-        b, w, _ = problem.targets(chunk)
         assert isinstance(chunk.rows, slice)
-        leverage = sampler.leverage[chunk.rows]
-        if not sampler.has_leverage:
-            probe = block @ sampler.sketch
-            if centre is not None:
-                probe -= centre @ sampler.sketch
-            elif problem.loss.coupled:
-                weights = problem.loss.gram_terms(z, b, w, state)[1]
-                if weights is not None:
-                    for column in probe.T:
-                        column -= chunk.segments.spread(chunk.segments.sum(weights * column))
-            leverage[:] = np.einsum("ij,ij->i", probe, probe)
-        scores = problem.loss.importance(z, b, w, state)
-        penalty = problem.row_penalties(chunk)
-        if penalty is not None:
-            scores = scores + penalty
-        scores = scores * leverage
+        scores = _scores(sampler, problem, chunk, block, z, state, centre)
         first = chunk.rows.start
         whole_groups = problem.loss.coupled and chunk.long < 0
-        kept, inverse = sampler.draw(chunk.segments.sum(scores) if whole_groups else scores)
+        if whole_groups:
+            kept, inverse = sampler.draw(chunk.segments.sum(scores), problem.rows_per_short_group)
+        else:
+            kept, inverse = sampler.draw(scores)
         if len(kept) == 0:
             return
         if not whole_groups:
@@ -240,16 +227,69 @@ class Draws:
             segments = Segments(np.cumsum(lengths) - lengths, int(lengths.sum()))
             index = np.concatenate(rows)
             out.append(
-                Chunk(index, index, segments, np.concatenate(groups), -1, _stack(blocks), np.concatenate(inverse))
+                Chunk(
+                    index,
+                    index,
+                    segments,
+                    np.concatenate(groups),
+                    -1,
+                    _stack(blocks),
+                    np.concatenate(inverse),
+                )
             )
         for long, pieces in self._pieces.items():
             blocks, rows, inverse = zip(*pieces, strict=True)
             index = np.concatenate(rows)
             segments = Segments(np.zeros(1, dtype=np.intp), len(index))
             out.append(
-                Chunk(index, index, segments, self._long_group[long], long, _stack(blocks), np.concatenate(inverse))
+                Chunk(
+                    index,
+                    index,
+                    segments,
+                    self._long_group[long],
+                    long,
+                    _stack(blocks),
+                    np.concatenate(inverse),
+                )
             )
         return out
+
+
+def _scores(
+    sampler: RowSampler,
+    problem: GroupedProblem,
+    chunk: Chunk,
+    block: Any,
+    z: Array,
+    state: list[Array],
+    centre: Array | None,
+) -> Array:
+    """Return each row's curvature weight times its approximate leverage."""
+    b, w, _ = problem.targets(chunk)
+    terms, weights = problem.loss.gram_terms(z, b, w, state)
+    penalty = problem.row_penalties(chunk)
+    if sampler.has_leverage and terms[0].r is None:
+        leverage = sampler.leverage[chunk.rows]
+        scores = problem.loss.importance(z, b, w, state) * leverage
+        return scores if penalty is None else scores + penalty * leverage
+    probe = block @ sampler.sketch
+    if centre is not None:
+        middle = np.broadcast_to(centre @ sampler.sketch, probe.shape)
+    elif weights is not None:
+        sums = np.add.reduceat(weights[:, None] * probe, chunk.segments.starts, axis=0)
+        middle = np.repeat(sums, chunk.segments.sizes, axis=0)
+    scores = np.zeros(len(z))
+    for t, r, q in terms:
+        rows = probe if r is None else r[:, None] * probe
+        if q is not None:
+            rows = rows - (q[:, None] if isinstance(q, np.ndarray) else q) * middle
+        leverage = np.einsum("ij,ij->i", rows, rows)
+        weight = np.abs(t) if len(terms) > 1 else problem.loss.importance(z, b, w, state)
+        scores += weight * leverage
+    sampler.leverage[chunk.rows] = leverage
+    if penalty is not None:
+        scores += penalty * np.einsum("ij,ij->i", probe, probe)
+    return scores
 
 
 def _stack(blocks: Any) -> Any:

@@ -40,8 +40,9 @@ class Rescaled(GroupedProblem):
     Notes
     -----
     The loss is not invariant to a constant added to the logits, and is small wherever u is: where the constant vector lies in the
-    range of A, the infimum zero is approached as the logits go to minus infinity (exp). A ridge or row penalty makes
-    it well posed. Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definitions 7.5 and 8.2 (corrected).
+    range of A, the infimum zero is approached as the logits go to minus infinity (exp). For sinh x = 0 is a minimum with value zero
+    whatever the target: `minimize` starts elsewhere, but a poor fit may still end there. A ridge or row penalty makes
+    exp and cosh well posed. Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definitions 7.5 and 8.2 (corrected).
     """
 
     def __init__(
@@ -71,5 +72,10 @@ class Rescaled(GroupedProblem):
 
     @property
     def zero_is_stationary(self) -> bool:
-        """True for cosh without offset, an even function."""
-        return self.function == "cosh" and self.offset is None
+        """True without offset for cosh, an even function, and for sinh, which vanishes at zero."""
+        return self.function in ("cosh", "sinh") and self.offset is None
+
+    @property
+    def zero_is_trivial(self) -> bool:
+        """True without offset for sinh: all outputs and the loss are zero there, whatever the target."""
+        return self.function == "sinh" and self.offset is None

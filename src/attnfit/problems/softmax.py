@@ -89,9 +89,11 @@ class Softmax(GroupedProblem):
         )
         if loss in ("cross_entropy", "kl") and (self.b < 0).any():
             k = int(np.flatnonzero(self.groups.unsort(self.b) < 0)[0])
-            raise ValueError(f"b is negative at index {k}; {loss} needs shares >= 0 (squared loss takes any target)")
+            raise ValueError(
+                f"b is negative at index {k}; {loss} needs shares >= 0 (squared loss takes any target)"
+            )
 
     @property
     def zero_is_stationary(self) -> bool:
-        """True for entropy without offset: uniform outputs are its maximum."""
-        return self.loss is LOSSES["entropy"] and self.offset is None
+        """True for entropy without offset and weights: uniform outputs are its maximum."""
+        return self.loss is LOSSES["entropy"] and self.offset is None and self.weights is None

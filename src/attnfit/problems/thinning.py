@@ -14,6 +14,7 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array, Index
 from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
 from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.inputs import require_finite_rows
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Draw:
         else:
             w = w / pi
         order = problem.groups.order
+        at = self.rows if order is None else order[self.rows]
+        block = problem.design.block(at)
+        require_finite_rows(block, at, "A")
         return GroupedProblem(
-            problem.design.block(self.rows if order is None else order[self.rows]),
+            block,
             b,
             loss=loss,
             groups=ids if loss.coupled else None,
@@ -104,29 +108,31 @@ def _draw(
 def convex_neighbour(problem: GroupedProblem) -> GroupedProblem | None:
     """Return a convex problem on the same data whose minimiser is a good start; None where there is none.
 
-    Cross entropy for losses of a softmax with a target, the Poisson likelihood for exp, least squares on ``arcsinh b`` and
-    ``arccosh max(b, 1)`` for sinh and cosh.
+    Cross entropy for losses of a softmax with a target, the Poisson likelihood for exp, least squares on the inverse function of the
+    target for sinh and cosh (rescaled: of the target times the size of the group).
     """
-    loss = problem.loss
-    b, w = problem.b, problem.weights
-    neighbour: Loss
-    if isinstance(loss, SoftmaxLoss | SquaredRescaled) and not isinstance(loss, Entropy):
-        if isinstance(loss, SquaredRescaled) and loss.function != "exp":
-            return None
-        neighbour, b = LOSSES["cross_entropy"], np.maximum(b, 0.0)
-        if not b.any():
-            return None
-    elif isinstance(loss, SquaredExponential):
-        if loss.function == "exp":
-            neighbour, b = PoissonDeviance(), np.maximum(b, 0.0)
-        else:
-            neighbour = LeastSquares()
-            unit = np.ones(len(b)) if w is None else w
-            # Near the fit an error dz in the logit costs w v^2 dz^2: v = cosh(z) for sinh and sinh(z) for cosh.
-            if loss.function == "sinh":
-                b, w = np.arcsinh(b), unit * (1.0 + b * b)
-            else:
-                b, w = np.arccosh(np.maximum(b, 1.0)), unit * np.maximum(b * b - 1.0, 1e-3)
-    else:
+    loss, b, w = problem.loss, problem.b, problem.weights
+    exponential = isinstance(loss, SquaredRescaled) and loss.function == "exp"
+    if exponential or (isinstance(loss, SoftmaxLoss) and not isinstance(loss, Entropy)):
+        b = np.maximum(b, 0.0)
+        if w is not None:
+            # Weights that differ within a group would move the minimiser of cross entropy away from f = b.
+            starts = problem.groups.starts
+            mass = np.add.reduceat(b, starts)
+            mean = np.add.reduceat(w * b, starts) / np.where(mass > 0, mass, 1.0)
+            w = np.repeat(mean, np.diff(starts, append=problem.n_rows))
+        return problem.with_loss(LOSSES["cross_entropy"], b, w) if b.any() else None
+    if isinstance(loss, SquaredExponential) and loss.function == "exp":
+        return problem.with_loss(PoissonDeviance(), np.maximum(b, 0.0), w)
+    if not isinstance(loss, SquaredExponential | SquaredRescaled):
         return None
-    return problem.with_loss(neighbour, b, w)
+    unit = np.ones(len(b)) if w is None else w
+    if isinstance(loss, SquaredRescaled):
+        sizes = np.diff(problem.groups.starts, append=problem.n_rows)
+        b = b * np.repeat(sizes, sizes)
+    # Near the fit an error dz in the logit costs w v^2 dz^2, with v = cosh(z) for sinh and sinh(z) for cosh.
+    if loss.function == "sinh":
+        return problem.with_loss(LeastSquares(), np.arcsinh(b), unit * (1.0 + b * b))
+    return problem.with_loss(
+        LeastSquares(), np.arccosh(np.maximum(b, 1.0)), unit * np.maximum(b * b - 1.0, 1e-3)
+    )

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.partition import Chunk
 from attnfit.problems.reading import Evaluation
 from attnfit.sketching import RowSampler
-from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel, KrylovModel, Step
+from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel, KrylovModel, SecantModel, Step
 
 Array = NDArray[np.float64]
 
 # Below this size an eigendecomposition costs less than finding out whether it is needed.
 SMALL = 128
+# Beyond this many unknowns an indefinite model costs less by conjugate gradients on a sample than by eigenvectors.
+MEDIUM = 500
 # d x d arrays beyond this size cost more than the products that replace them.
 MAX_DENSE = 3_000
 # An exact Hessian that shrinks the gradient this much a step is kept: the next one would cost more than it saves.
 KEEP = 0.02
+# A sampled one that shrinks it more than this is kept and corrected.
+SLOW = 0.15
 # A sampled one that shrinks it less than this is too coarse: draw twice the rows.
-COARSE = 0.25
+COARSE = 0.5
 
 
 class Model(Protocol):
@@ -88,21 +91,32 @@ class Exact:
 
 @dataclass
 class Sampled:
-    """The Hessian of rows drawn by approximate leverage scores during the evaluation; all draws so far are pooled."""
+    """The Hessian of rows drawn by approximate leverage scores during the evaluation, corrected by what later steps reveal.
+
+    A model that works is kept (unless ``fresh`` asks for a draw at every step), and the gradient differences of the steps taken with it are folded in: conjugate gradients
+    in effect, at no cost but the evaluation. Otherwise the next evaluation draws anew.
+    """
 
     sampler: RowSampler
-    pooled: list[Chunk] | None = None
+    fresh: bool = False
+    _from: Evaluation | None = None
 
     def request(self, contraction: float | None) -> dict[str, Any]:
-        """Ask for a draw, twice as large where the last one was too coarse."""
+        """Ask for a draw unless the present model works, twice as large where it was far off."""
         if contraction is not None and contraction > COARSE:
             self.sampler.budget *= 2.0
-        return {"sampler": self.sampler}
+        works = contraction is not None and contraction <= SLOW
+        return {} if works and not self.fresh else {"sampler": self.sampler}
 
     def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
-        """Weight the pooled rows by the curvature at this point: nothing is stale."""
-        self.pooled = pool(self.pooled, at.sample)
-        return dense_model(problem.hessian_at(at, self.pooled), scale)
+        """Use the rows that came with the evaluation, or correct the last model."""
+        before, self._from = self._from, at
+        if at.sample is None and isinstance(last, SecantModel) and before is not None:
+            return last.learn(scale * (at.x - before.x), (at.gradient - before.gradient) / scale)
+        n_drawn = sum(chunk.matrix.shape[0] for chunk in at.sample or [])
+        # A draw smaller than the number of unknowns is no model.
+        rows = at.sample if n_drawn > len(scale) else None
+        return SecantModel(dense_model(problem.hessian_at(at, rows), scale))
 
 
 @dataclass
@@ -132,7 +146,6 @@ class MatrixFree:
     """Products with the Hessian of drawn rows, or of all rows without a sampler: no d x d array."""
 
     sampler: RowSampler | None = None
-    pooled: list[Chunk] | None = None
 
     def request(self, contraction: float | None) -> dict[str, Any]:
         """Ask for a draw, twice as large where the last one was too coarse."""
@@ -142,19 +155,7 @@ class MatrixFree:
 
     def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
         """Multiply by the curvature at this point."""
-        self.pooled = pool(self.pooled, at.sample)
-        rows = self.pooled
-        return KrylovModel(lambda v: problem.hvp_at(at, v / scale, rows) / scale)
-
-
-def pool(earlier: list[Chunk] | None, fresh: list[Chunk] | None) -> list[Chunk] | None:
-    """Join a fresh draw to earlier ones, each weighted by its share of all draws."""
-    if earlier is None or fresh is None:
-        return fresh
-    n_draws = 1 + max((chunk.n_draws for chunk in earlier), default=0)
-    joined = [(chunk, (n_draws - 1) / n_draws) for chunk in earlier] + [(chunk, 1 / n_draws) for chunk in fresh]
-    return [
-        replace(chunk, multiplier=chunk.multiplier * share, n_draws=n_draws)
-        for chunk, share in joined
-        if chunk.multiplier is not None
-    ]
+        product = problem.hessian_operator(at, at.sample)
+        # A sample of ten rows an unknown is some thirty per cent off: solving its system further is waste.
+        forcing = 0.01 if at.sample is None else 0.1
+        return KrylovModel(lambda v: product(v / scale) / scale, forcing)

@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 # Differences of the value below this share of it are rounding; the gradients at both ends then tell the decrease.
 NOISE = 1e-13
 MAX_REJECTIONS = 40
+# A scaled gradient of this size relative to the residuals is zero but for rounding.
+ROUNDING = 2e-15
 # Off a saddle the first step is this share of x in scaled variables.
 SADDLE_STEP = 0.1
 
@@ -82,7 +84,9 @@ def descend(
     try:
         tracker.record(phase, 0, at.value, run.relative(norm))
         while True:
-            if norm <= tol * run.goal_norm:
+            rounding = ROUNDING * np.sqrt(2.0 * abs(run.at.value) * len(scale))
+            # Where the gradient at zero is rounding itself, nothing can be small relative to it.
+            if norm <= tol * run.goal_norm or max(norm, run.goal_norm) <= rounding:
                 if not _at_saddle(problem, run, scale):
                     run.status = "converged"
                     return run
@@ -104,31 +108,31 @@ def descend(
             with tracker.timed("evaluate"):
                 trial = problem.evaluate(run.at.x + step.p / scale, run.at, **strategy.request(contraction))
             run.n_iter += 1
-            trial_norm = float(np.linalg.norm(trial.gradient / scale))
+            with np.errstate(over="ignore"):
+                trial_norm = float(np.linalg.norm(trial.gradient / scale))
             agreement = _agreement(run.at, trial, step.p / scale, step.predicted)
             accepted = agreement > 1e-4 or (not trust_region and np.isfinite(trial.value))
+            at_start = (problem.zero_is_stationary or run.goal_norm == 0.0) and accepted
+            run.goal_norm = max(run.goal_norm, trial_norm) if at_start else run.goal_norm
+            tried = radius
+            if not accepted or agreement < 0.25:
+                radius = 0.25 * size
+            elif agreement > 0.75 and step.bounded:
+                radius = 2.0 * size
+            if accepted:
+                # A step that the radius cut short says nothing about the model.
+                contraction = None if step.bounded or norm == 0.0 else trial_norm / norm
+                run.at, run.last_step, fresh, norm = trial, step.p / scale, True, trial_norm
+            rejections = 0 if accepted else rejections + 1
             tracker.record(
                 phase,
                 run.n_iter,
                 trial.value,
                 run.relative(trial_norm),
                 step_norm=size,
-                radius=radius,
+                radius=tried,
                 accepted=accepted,
             )
-            if not accepted or agreement < 0.25:
-                radius = 0.25 * size
-            elif agreement > 0.75 and step.bounded:
-                radius = 2.0 * size
-            if not accepted:
-                rejections += 1
-                continue
-            rejections = 0
-            if problem.zero_is_stationary or run.goal_norm == 0.0:
-                run.goal_norm = max(run.goal_norm, trial_norm)
-            # A step that the radius cut short says nothing about the model.
-            contraction = None if step.bounded or norm == 0.0 else trial_norm / norm
-            run.at, run.last_step, fresh, norm = trial, step.p / scale, True, trial_norm
     except (KeyboardInterrupt, StopFit):
         run.status = "interrupted"
         return run

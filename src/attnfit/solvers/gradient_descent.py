@@ -41,7 +41,9 @@ class GradientDescent:
 
     def __post_init__(self) -> None:
         if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, not {self.step_size!r}; leave it out for a line search")
+            raise ValueError(
+                f"step_size must be positive, not {self.step_size!r}; leave it out for a line search"
+            )
 
     def run(
         self,
@@ -78,7 +80,9 @@ class GradientDescent:
             run.status = "interrupted"
         return Outcome.of({"zero" if x0 is None else "x0": run}, scale, "gradient descent")
 
-    def _step(self, problem: GroupedProblem, run: Descent, step: float, tracker: Tracker) -> tuple[float, bool]:
+    def _step(
+        self, problem: GroupedProblem, run: Descent, step: float, tracker: Tracker
+    ) -> tuple[float, bool]:
         """Take one step; return the next step size to try and whether the step was taken."""
         at = run.at
         square = float(at.gradient @ at.gradient)

@@ -8,14 +8,18 @@ from numpy.typing import NDArray
 from attnfit.losses.softmax import CrossEntropy
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.reading import Evaluation
-from attnfit.solvers.curvature import Model
-from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel
+from attnfit.solvers.curvature import Exact, Model
+from attnfit.solvers.descent import Descent, descend
+from attnfit.solvers.tracking import Tracker
+from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel, SecantModel
 
 Array = NDArray[np.float64]
 
 
 def unidentified_directions(model: Model | None, scale: Array) -> Array | None:
     """Return an orthonormal basis, in the user's units, of the directions without curvature, shape (d, k); None if unknown."""
+    if isinstance(model, SecantModel):
+        model = model.base
     if isinstance(model, CholeskyModel):
         model = model.eigen_if_needed
         if model is None:
@@ -26,13 +30,35 @@ def unidentified_directions(model: Model | None, scale: Array) -> Array | None:
     return np.linalg.qr(flat)[0] if flat.shape[1] else flat
 
 
-def least_norm(problem: GroupedProblem, at: Evaluation, flat: Array) -> Evaluation:
-    """Return the point of least norm that differs along flat directions only; the point itself if that changes the loss."""
-    x = at.x - flat @ (flat.T @ at.x)
-    shorter = problem.evaluate(x, at)
-    if shorter.value <= at.value + 1e-12 * abs(at.value):
-        return shorter
-    return at
+def structural_directions(problem: GroupedProblem, scale: Array) -> Array:
+    """Return an orthonormal basis of the directions that no row of the data sees, shape (d, k).
+
+    Taken at zero, where all outputs are alike: at the answer small curvatures blur the line between flat and not.
+    """
+    zero = problem.evaluate(np.zeros(problem.n_unknowns))
+    model = Eigenmodel(problem.hessian_at(zero, absolute=True) / np.multiply.outer(scale, scale))
+    return np.asarray(np.linalg.qr(model.unidentified / scale[:, None])[0])
+
+
+def least_norm(
+    problem: GroupedProblem, best: Descent, scale: Array, tracker: Tracker, tol: float
+) -> Evaluation:
+    """Return the point of least norm that differs along structural directions, polished by Newton steps, which avoid them.
+
+    The point itself where that raises the loss.
+    """
+    at = best.at
+    slack = 1e-9 * abs(at.value) + (tol * best.goal_norm) ** 2
+    flat = structural_directions(problem, scale)
+    strategy = Exact()
+    shorter = problem.evaluate(at.x - flat @ (flat.T @ at.x), at, **strategy.request(None))
+    if not shorter.value <= at.value + 1e3 * slack:
+        return at
+    # Two fits of the same data from different starts shall agree to rounding, not to tol divided by a small curvature.
+    polished = descend(
+        problem, shorter, strategy, scale, tracker, phase="least norm", tol=1e-3 * tol, max_iter=4
+    )
+    return polished.at if polished.at.value <= at.value + slack else at
 
 
 def recession_direction(problem: GroupedProblem, candidates: list[Array]) -> Array | None:

@@ -112,7 +112,7 @@ def minimize(
         if separating is not None:
             status = "separable"
         elif flat is not None and flat.shape[1]:
-            at = least_norm(problem, at, flat)
+            at = least_norm(problem, best, scale, tracker, tol)
     norm = best.relative(float(np.linalg.norm(at.gradient / scale)))
     result = Result(
         x=at.x.reshape(problem.shape),

@@ -11,16 +11,24 @@ from numpy.typing import NDArray
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import choose
 from attnfit.sketching import RowSampler, leverage_sketch
-from attnfit.solvers.curvature import MAX_DENSE, Exact, MatrixFree, Sampled, SampledThenExact, Strategy
-from attnfit.solvers.descent import Descent, descend
+from attnfit.solvers.curvature import (
+    MAX_DENSE,
+    MEDIUM,
+    Exact,
+    MatrixFree,
+    Sampled,
+    SampledThenExact,
+    Strategy,
+)
+from attnfit.solvers.descent import Descent, descend, reference_norm
 from attnfit.solvers.start import Start, same_minimum
-from attnfit.solvers.tracking import Tracker
+from attnfit.solvers.tracking import Interrupted, Tracker
 
 Array = NDArray[np.float64]
 
 HESSIANS = ("auto", "exact", "sampled", "matrix_free")
-# An exact Gram costs about d/25 evaluations and saves two.
-GRAM_PAYS = 80
+# An exact Gram saves two evaluations and two sampled Grams: it may cost as much.
+GRAM_PAYS = 4.0
 # Johnson-Lindenstrauss columns: leverages within a factor of two are all that sampling needs.
 N_PROBES = 8
 
@@ -34,7 +42,6 @@ class Outcome:
     local_values: dict[str, float]
     n_iter: int
     description: str
-
 
     @classmethod
     def of(cls, ends: dict[str, Descent], scale: Array, description: str) -> Outcome:
@@ -63,7 +70,7 @@ class Newton:
         "none" takes every step: with "sampled" this is Algorithm 1 of "An Iterative Algorithm for Rescaled Hyperbolic Functions
         Regression", signs corrected. It needs a good ``x0``.
     sample_rows : int, optional
-        Rows to draw for a sampled Hessian; by default 5 % of the rows, at least 200 d.
+        Rows to draw for a sampled Hessian; by default 5 % of the rows, at least 100 d (10 d where matrix-free).
     """
 
     hessian: Literal["auto", "exact", "sampled", "matrix_free"] = "auto"
@@ -87,10 +94,13 @@ class Newton:
         """Minimise; `attnfit.minimize` documents the arguments."""
         kind = self._resolve(problem)
         scale = start.scale()
-        if x0 is not None:
-            points = {"x0": x0}
-        else:
-            points = start.points(scale, tracker, rng, dense=kind != "matrix_free")
+        try:
+            points = {"x0": x0} if x0 is not None else start.points(scale, tracker, rng)
+        except Interrupted as interrupted:
+            at = problem.evaluate(interrupted.x)
+            return Outcome.of(
+                {"start": Descent(at, reference_norm(at, scale), "interrupted")}, scale, "Newton"
+            )
         ends: dict[str, Descent] = {}
         for name, x in points.items():
             strategy = self._strategy(kind, start, x, scale, rng)
@@ -119,15 +129,18 @@ class Newton:
         n, d = problem.n_rows, problem.n_unknowns
         if d > MAX_DENSE:
             return "matrix_free"
-        if self._budget(problem) >= 0.25 * n:
+        if self._budget(problem, "sampled") >= 0.25 * n:
             return "exact"
-        return "sampled" if d > GRAM_PAYS else "sampled_then_exact"
+        return "sampled" if problem.design.gram_cost > GRAM_PAYS else "sampled_then_exact"
 
-    def _budget(self, problem: GroupedProblem) -> float:
-        return float(self.sample_rows or max(0.05 * problem.n_rows, 200.0 * problem.n_unknowns))
+    def _budget(self, problem: GroupedProblem, kind: str) -> float:
+        rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
+        return float(self.sample_rows or max(0.05 * problem.n_rows, rows_per_unknown * problem.n_unknowns))
 
-    def _strategy(self, kind: str, start: Start, x: Array, scale: Array, rng: np.random.Generator) -> Strategy:
-        n, d, budget = start.full.n_rows, len(scale), self._budget(start.full)
+    def _strategy(
+        self, kind: str, start: Start, x: Array, scale: Array, rng: np.random.Generator
+    ) -> Strategy:
+        n, d, budget = start.full.n_rows, len(scale), self._budget(start.full, kind)
         if kind == "exact" or (kind == "matrix_free" and budget >= 0.5 * n):
             return Exact() if kind == "exact" else MatrixFree()
         small = start.sample.problem
@@ -141,4 +154,6 @@ class Newton:
         sampler = RowSampler(n, budget, sketch, 1.3 * d, rng)
         if kind == "matrix_free":
             return MatrixFree(sampler)
-        return Sampled(sampler) if kind == "sampled" else SampledThenExact(Sampled(sampler), Exact(patient=True))
+        if kind == "sampled":
+            return Sampled(sampler, fresh=self.globalisation == "none")
+        return SampledThenExact(Sampled(sampler), Exact(patient=True))

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.reading import Evaluation
 from attnfit.problems.thinning import convex_neighbour, draw_rows
-from attnfit.solvers.curvature import Exact, MatrixFree
+from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree
 from attnfit.solvers.descent import descend
-from attnfit.solvers.tracking import Tracker
+from attnfit.solvers.tracking import Interrupted, Tracker
 
 Array = NDArray[np.float64]
 
@@ -20,8 +20,10 @@ Array = NDArray[np.float64]
 SCOUT_ROWS = 4_000
 SAMPLE_ROWS = 20_000
 # Rows per unknown below which a sample's answer means little.
-SCOUT_RATIO = 20
+SCOUT_RATIO = 10
 SAMPLE_RATIO = 50
+# A sample larger than this share of the data costs more than it saves.
+MAX_SHARE = 0.1
 SAMPLE_TOL = 1e-3
 
 
@@ -52,7 +54,7 @@ def draw_sample(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) 
     """Return an importance-weighted sample of about ``n_rows`` rows."""
     convex = None if problem.loss.convex else convex_neighbour(problem)
     draw = draw_rows(problem, n_rows, rng) if problem.n_rows > n_rows else None
-    if draw is None:
+    if draw is None or (problem.weights is not None and not problem.weights[draw.rows].any()):
         return Sample(problem, convex, 1.0, True)
     small = draw.restrict(problem)
     thin_convex = None if convex is None else draw.restrict(convex)
@@ -70,10 +72,15 @@ class Start:
     @classmethod
     def draw(cls, problem: GroupedProblem, rng: np.random.Generator) -> Start:
         """Draw both samples; large problems only."""
-        d = problem.n_unknowns
-        sample = draw_sample(problem, max(SAMPLE_ROWS, SAMPLE_RATIO * d), rng)
-        scout = sample if sample.is_full else draw_sample(problem, max(SCOUT_ROWS, SCOUT_RATIO * d), rng)
-        return cls(problem, scout, sample)
+        n, d = problem.n_rows, problem.n_unknowns
+        scout_rows = max(SCOUT_ROWS, SCOUT_RATIO * d)
+        sample_rows = max(SAMPLE_ROWS, SAMPLE_RATIO * d)
+        if scout_rows < n and sample_rows > max(MAX_SHARE * n, SAMPLE_ROWS):
+            sample_rows = scout_rows
+        sample = draw_sample(problem, sample_rows, rng)
+        if sample.is_full or sample_rows == scout_rows:
+            return cls(problem, sample, sample)
+        return cls(problem, draw_sample(problem, scout_rows, rng), sample)
 
     @property
     def n_passes(self) -> float:
@@ -88,7 +95,7 @@ class Start:
         usable = np.isfinite(diagonal) & (diagonal > 0.0)
         return np.sqrt(np.where(usable, diagonal, 1.0))
 
-    def points(self, scale: Array, tracker: Tracker, rng: np.random.Generator, *, dense: bool) -> dict[str, Array]:
+    def points(self, scale: Array, tracker: Tracker, rng: np.random.Generator) -> dict[str, Array]:
         """Return the points to descend from, by name; the best first.
 
         A convex problem has one. Otherwise the convex neighbour (cross entropy for losses of a softmax) is solved first, and both
@@ -97,16 +104,17 @@ class Start:
         """
 
         def run(problem: GroupedProblem, x: Array, phase: str) -> Evaluation:
-            strategy = Exact() if dense else MatrixFree()
+            strategy = Exact() if problem.n_unknowns <= MEDIUM else MatrixFree()
             at = problem.evaluate(x, origin=True, **strategy.request(None))
-            return descend(
-                problem, at, strategy, scale, tracker, phase=phase, tol=SAMPLE_TOL, max_iter=50
-            ).at
+            found = descend(problem, at, strategy, scale, tracker, phase=phase, tol=SAMPLE_TOL, max_iter=50)
+            if found.status == "interrupted":
+                raise Interrupted(found.at.x)
+            return found.at
 
         points = {"zero": self.scout.problem.initial_point(rng)}
         if self.scout.convex is not None:
             convex = run(self.scout.convex, np.zeros(self.full.n_unknowns), "convex neighbour").x
-            points = {"convex": convex, **points}
+            points = {"convex": convex} if self.full.zero_is_trivial else {"convex": convex, **points}
         if self.sample.is_full:
             return points
         ends: dict[str, Evaluation] = {}
@@ -114,7 +122,12 @@ class Start:
             end = run(self.scout.problem, x, f"scout: {name}")
             if np.isfinite(end.value) and not any(same_minimum(end, other, scale) for other in ends.values()):
                 ends[name] = end
-        polished = {name: run(self.sample.problem, end.x, f"sample: {name}") for name, end in ends.items()}
+        if self.sample is self.scout:
+            polished = ends
+        else:
+            polished = {
+                name: run(self.sample.problem, end.x, f"sample: {name}") for name, end in ends.items()
+            }
         return {name: polished[name].x for name in sorted(polished, key=lambda name: polished[name].value)}
 
     def transfer(self, x: Array) -> Evaluation | None:

@@ -16,6 +16,14 @@ class StopFit(Exception):
     """Raised by a callback to end the fit: the best point so far is returned with status "interrupted"."""
 
 
+class Interrupted(Exception):
+    """Carries the best point out of the search for a start."""
+
+    def __init__(self, x: Any) -> None:
+        super().__init__("interrupted while searching for a start")
+        self.x = x
+
+
 class Tracker:
     """Record what happens; tell the callback.
 

@@ -49,7 +49,7 @@ class Eigenmodel:
         along = self.vectors.T @ g
         flat = np.abs(self.values) <= self.floor
         # A gradient in a flat direction that is rounding must not be divided by a curvature that is rounding.
-        along[flat & (np.abs(along) <= 1e-6 * np.linalg.norm(along))] = 0.0
+        along[flat & (np.abs(along) <= 1e-3 * np.linalg.norm(along))] = 0.0
         active = along != 0.0
         if self.values[0] > -self.floor and not (flat & active).any():
             q = np.zeros_like(along)
@@ -57,9 +57,10 @@ class Eigenmodel:
             if np.linalg.norm(q) <= radius:
                 return self._step(along, q, False)
         if not np.isfinite(radius):
-            # No radius yet and no Newton step: the step of the model with the curvature's absolute values sets the scale.
-            size = np.maximum(np.abs(self.values), self.floor)
-            radius = float(np.linalg.norm(along / size)) if (~flat & active).any() else 1.0
+            # No radius yet and no Newton step: take the scale between a gradient step (the diagonal is about one) and the
+            # step of the model with the curvature's absolute values.
+            size = np.maximum(np.abs(self.values), max(self.floor, 1e-100))
+            radius = float(np.sqrt(np.linalg.norm(along / size) * np.linalg.norm(along)))
         return self._step(along, self._boundary(along, radius), True)
 
     def _step(self, along: Array, q: Array, bounded: bool) -> Step:
@@ -135,18 +136,61 @@ class CholeskyModel:
         return self.eigen.solve(g, radius)
 
 
+class SecantModel:
+    """A model corrected by pairs of steps and gradient differences: limited-memory BFGS on top of a factored Hessian.
+
+    Nocedal, "Updating quasi-Newton matrices with limited storage" (1980), with the model in place of a multiple of the
+    identity.
+    """
+
+    def __init__(self, base: Eigenmodel | CholeskyModel) -> None:
+        self.base = base
+        self._pairs: list[tuple[Array, Array, float]] = []
+
+    @property
+    def negative(self) -> bool:
+        """Whether some direction has negative curvature beyond rounding."""
+        return self.base.negative
+
+    def learn(self, s: Array, y: Array) -> SecantModel:
+        """Add a step and its gradient difference, in scaled variables."""
+        curvature = float(s @ y)
+        if curvature > 0.0:
+            self._pairs.append((s, y, 1.0 / curvature))
+        return self
+
+    def solve(self, g: Array, radius: float) -> Step:
+        """Return the quasi-Newton step, or the base model's step where that one is too long."""
+        q, coefficients = g.copy(), []
+        for s, y, rho in reversed(self._pairs):
+            coefficients.append(rho * float(s @ q))
+            q -= coefficients[-1] * y
+        inner = self.base.solve(q, np.inf)
+        if not self._pairs or inner.bounded:
+            return self.base.solve(g, radius)
+        r = -inner.p
+        for (s, y, rho), alpha in zip(self._pairs, reversed(coefficients), strict=True):
+            r += (alpha - rho * float(y @ r)) * s
+        if np.linalg.norm(r) > radius:
+            return self.base.solve(g, radius)
+        return Step(-r, 0.5 * float(g @ r), False)
+
+
 class KrylovModel:
     """A quadratic model known through products only: conjugate gradients stopped at the radius.
 
     Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983). Started from zero it
-    never leaves the range of the Hessian, so the step has minimum norm where that is singular.
+    never leaves the range of the Hessian, so the step has minimum norm where that is singular. A model belongs to one
+    gradient.
     """
 
-    def __init__(self, product: Callable[[Array], Array], forcing: float = 0.01, max_products: int = 250) -> None:
+    def __init__(self, product: Callable[[Array], Array], forcing: float, max_products: int = 250) -> None:
         self.product = product
         self.forcing = forcing
         self.max_products = max_products
         self.negative = False
+        # A shorter radius follows the same path less far: its products are known.
+        self._known: list[Array] = []
 
     def solve(self, g: Array, radius: float) -> Step:
         """Return an approximate minimiser of the model within the radius."""
@@ -154,12 +198,17 @@ class KrylovModel:
         r, direction = g.copy(), -g
         square = float(r @ r)
         target = self.forcing**2 * square
-        for _ in range(self.max_products):
-            Hd = self.product(direction)
+        for k in range(self.max_products):
+            if k == len(self._known):
+                self._known.append(self.product(direction))
+            Hd = self._known[k]
             curvature = float(direction @ Hd)
             if curvature <= RANK_TOLERANCE * float(direction @ direction):
                 self.negative = True
-                reach = radius if np.isfinite(radius) else max(1.0, float(np.linalg.norm(p)))
+                # Without a radius yet, a gradient step sets the scale: the model's diagonal is about one.
+                reach = (
+                    radius if np.isfinite(radius) else max(float(np.linalg.norm(g)), float(np.linalg.norm(p)))
+                )
                 tau = _to_boundary(p, direction, reach)
                 return _krylov_step(g, p + tau * direction, Hp + tau * Hd, True)
             alpha = square / curvature
