@@ -1,0 +1,156 @@
+"""What all estimators share: the fit of a problem, and the report on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import r2_score
+
+from attnfit.estimators import inference
+from attnfit.estimators.callbacks import CallbackSupportMixin, Listeners
+from attnfit.estimators.summary import Summary, summarise
+from attnfit.problems.grouped import GroupedProblem
+from attnfit.solvers import Result, minimize
+
+Array = NDArray[np.float64]
+LAZY = ("_covariance", "covariance_", "standard_errors_", "r2_", "certified_radius_")
+
+
+class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
+    """An estimator whose output is a function of ``X coef_ + offset``.
+
+    A subclass reads its data, builds a problem and calls `_solve`. What costs further reads of the data
+    (covariance, r2) is computed when first asked for.
+    """
+
+    solver: Any
+    tol: float
+    max_iter: int
+    random_state: Any
+    coef_: Array
+    n_features_in_: int
+    loss_value_: float
+    n_rows_: int
+    result_: Result
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        # Shares sum to one, exponentials are positive: neither can follow an arbitrary target.
+        tags.regressor_tags.poor_score = True
+        return tags
+
+    def _solve(
+        self,
+        problem: GroupedProblem,
+        y: Array,
+        weights: Array | None,
+        counts: Array | None,
+        listeners: Listeners,
+    ) -> None:
+        """Fit the problem and set what every estimator reports."""
+        for name in LAZY:
+            self.__dict__.pop(name, None)
+        result = minimize(
+            problem,
+            solver=self.solver,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            callback=listeners.on_record(),
+            random_state=self.random_state,
+        )
+        self.result_ = result
+        self.coef_ = result.x
+        # The first evaluation may be the last; scikit-learn counts it as an iteration.
+        self.n_iter_ = max(1, result.n_iter)
+        self.n_rows_ = len(y)
+        self.loss_value_ = inference.loss_without_penalties(problem, result.x, result.value)
+        self._training = (y, weights, counts)
+
+    # ---- computed when asked for
+    # ------------------------------------------------------------------------------
+
+    @cached_property
+    def _covariance(self) -> tuple[Array, NDArray[np.bool_]]:
+        return inference.covariance(self._training_problem("covariance_"), self.coef_)
+
+    @cached_property
+    def covariance_(self) -> Array:
+        """Covariance of the coefficients, shape (d, d); reads the data when first asked for."""
+        return self._covariance[0]
+
+    @cached_property
+    def standard_errors_(self) -> Array:
+        """Standard errors of the coefficients, shape (d,); NaN where the data do not identify one."""
+        return inference.standard_errors(*self._covariance)
+
+    @cached_property
+    def r2_(self) -> float:
+        """Coefficient of determination on the training rows."""
+        problem = self._training_problem("r2_")
+        y, weights, counts = self._training
+        fitted = problem.predict(self.coef_)[: len(y)]
+        if counts is not None:
+            # The problem gives the sum over the copies of a row.
+            fitted, weights = fitted / counts, counts
+        return float(r2_score(y, fitted, sample_weight=weights)) if len(y) > 1 else float("nan")
+
+    @cached_property
+    def certified_radius_(self) -> float:
+        """Radius about ``coef_`` that holds the exact stationary point; infinite where unproven."""
+        self._training_problem("certified_radius_")
+        certificate = self.result_.certificate()
+        return float(certificate.radius) if certificate.valid else float("inf")
+
+    def _training_problem(self, wanted: str) -> GroupedProblem:
+        if not hasattr(self, "result_"):
+            raise NotFittedError(f"{wanted} is known after fit; call fit first")
+        if self.result_.problem is None:
+            raise AttributeError(
+                f"{wanted} needs the training data, which neither a pickled nor a saved model carries; "
+                "read it before pickling or saving"
+            )
+        problem: GroupedProblem = self.result_.problem
+        return problem
+
+    def summary(self) -> Summary:
+        """Return the coefficient table; print it, or pass its ``columns()`` to a data frame.
+
+        Returns
+        -------
+        Summary
+        """
+        return summarise(self)
+
+    # ---- storage
+    # ----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the fitted model to a safetensors file; `attnfit.estimators.load` reads it.
+
+        The file is replaced in one step. Covariance, r2 and certified radius are stored if they have been
+        computed (`summary` does), the training data never.
+
+        Raises
+        ------
+        ValueError
+            If a parameter has no form in JSON (a solver of one's own, a generator as random_state).
+        """
+        from attnfit.estimators.files import save
+
+        save(self, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled model must not carry the training data along.
+        state: dict[str, Any] = dict(super().__getstate__())
+        state.pop("_training", None)
+        if "result_" in state:
+            state["result_"] = replace(state["result_"], problem=None)
+        return state

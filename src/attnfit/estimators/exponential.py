@@ -1,0 +1,160 @@
+"""Exponential and hyperbolic regression as an estimator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import r2_score
+from sklearn.utils.validation import check_is_fitted
+
+from attnfit.estimators.base import BaseRegressor
+from attnfit.estimators.callbacks import Listeners, with_callbacks
+from attnfit.estimators.reading import (
+    linear_predictor,
+    read_features,
+    read_offset,
+    read_penalty,
+    read_target,
+    read_weights,
+)
+from attnfit.losses.exponential import FUNCTIONS
+from attnfit.problems import Exponential
+
+Array = NDArray[np.float64]
+
+
+class ExponentialRegressor(BaseRegressor):
+    """Least squares of an unnormalised exponential: ``y = u(X coef + offset) + noise``.
+
+    Minimises ``0.5 sum w (u(X x + offset) - y)^2 + 0.5 sum w (row_penalty * X x)^2 + 0.5 ridge ||x||^2``: a
+    generalised linear model with normal errors and, for u = exp, a logarithmic link.
+
+    Parameters
+    ----------
+    function : {"exp", "cosh", "sinh"}
+        The function u.
+    ridge : float
+    row_penalty : float or array_like of shape (n,)
+    solver : attnfit.solvers.Newton or GradientDescent, optional
+    tol : float
+        Relative to the gradient at zero, in scaled variables.
+    max_iter : int
+    random_state : int, optional
+        Seed of the row samples on large data.
+
+    Attributes
+    ----------
+    coef_ : ndarray, shape (d,)
+        Coefficients in the units of X. There is no intercept: add a column of ones.
+    covariance_, standard_errors_ : ndarray, shapes (d, d) and (d,)
+        Sandwich ``H^+ S H^+`` with one score a row; computed when first asked for.
+    loss_value_ : float
+        ``0.5 sum w (u - y)^2``, without the penalties.
+    r2_ : float
+        Computed when first asked for.
+    result_ : attnfit.solvers.Result
+    n_iter_, n_rows_, n_features_in_ : int
+    feature_names_in_ : ndarray of str, shape (d,)
+        Where X had names.
+
+    Notes
+    -----
+    Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 7.5.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from attnfit.estimators import ExponentialRegressor
+    >>> X = np.column_stack([np.ones(4), np.arange(4.0)])
+    >>> model = ExponentialRegressor().fit(X, np.exp(1.0 - 0.5 * np.arange(4.0)))
+    >>> model.coef_.round(6)
+    array([ 1. , -0.5])
+    """
+
+    def __init__(
+        self,
+        function: str = "exp",
+        ridge: float = 0.0,
+        row_penalty: Any = 0.0,
+        solver: Any = None,
+        tol: float = 1e-8,
+        max_iter: int = 100,
+        random_state: Any = None,
+    ) -> None:
+        self.function = function
+        self.ridge = ridge
+        self.row_penalty = row_penalty
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.random_state = random_state
+
+    @with_callbacks
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> ExponentialRegressor:
+        """Fit the coefficients.
+
+        Parameters
+        ----------
+        X : array, sparse matrix, memory map or data frame, shape (n, d)
+        y : array_like, shape (n,)
+        sample_weight : array_like, shape (n,), optional
+            A weight w is the same as the row w times.
+        offset : array_like, shape (n,), optional
+            Added to ``X coef``.
+
+        Returns
+        -------
+        ExponentialRegressor
+            The estimator itself.
+
+        Raises
+        ------
+        ValueError
+            On input that is not finite, of the wrong shape or sign; the message names argument and index.
+        OverflowError
+            If the squared output exceeds float64 at the start.
+        """
+        design = read_features(self, X, reset=True)
+        n = int(design.shape[0])
+        target = read_target(self, y, n)
+        weights, shift = read_weights(sample_weight, n, None), read_offset(offset, n)
+        problem = Exponential(
+            design,
+            target,
+            function=self.function,
+            weights=weights,
+            offset=shift,
+            row_penalty=read_penalty(self.row_penalty, n, weights),
+            ridge=self.ridge,
+        )
+        listeners = Listeners(self, X, y, {"sample_weight": sample_weight, "offset": offset})
+        self._solve(problem, target, weights, None, listeners)
+        listeners.finish()
+        return self
+
+    def predict(self, X: Any, offset: Any = None) -> Array:
+        """Return ``u(X coef_ + offset)``, shape (n,).
+
+        Raises
+        ------
+        OverflowError
+            Where the answer exceeds float64.
+        """
+        check_is_fitted(self)
+        design = read_features(self, X, reset=False)
+        z = linear_predictor(design, self.coef_, read_offset(offset, int(design.shape[0])))
+        with np.errstate(over="ignore"):
+            out = FUNCTIONS[self.function][0](z)
+        if not np.isfinite(out).all():
+            i = int(np.flatnonzero(~np.isfinite(out))[0])
+            raise OverflowError(
+                f"{self.function}({z[i]:.4g}) of row {i} overflows float64; "
+                "X lies far outside the training data"
+            )
+        return out
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
+        """Return the coefficient of determination of ``predict(X, offset)``."""
+        return float(r2_score(y, self.predict(X, offset=offset), sample_weight=sample_weight))

@@ -1,0 +1,206 @@
+"""Model files: arrays in safetensors, the rest as JSON in its metadata; nothing in a file is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, is_dataclass
+from math import isfinite
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+
+from attnfit import solvers
+from attnfit.estimators import model_header
+from attnfit.estimators.model_header import ModelFileError
+from attnfit.solvers import History, Result
+
+FORMAT_VERSION = 1
+HEADER, DIGEST = "attnfit", "sha256"
+
+
+def save(model: Any, path: str | PathLike[str]) -> None:
+    """Write a fitted estimator; see `attnfit.estimators.base.BaseRegressor.save`."""
+    from sklearn.utils.validation import check_is_fitted
+
+    check_is_fitted(model)
+    arrays = {"coef": model.coef_, "gradient": model.result_.gradient}
+    if model.result_.unidentified is not None and model.result_.unidentified.shape[1]:
+        arrays["unidentified"] = model.result_.unidentified
+    if "_covariance" in model.__dict__:
+        arrays["covariance"] = model._covariance[0]
+        arrays["identified"] = model._covariance[1].astype(np.float64)
+    params = model.get_params(deep=False)
+    if np.ndim(params["row_penalty"]):
+        arrays["row_penalty"] = np.asarray(params.pop("row_penalty"), dtype=np.float64)
+    params["solver"] = _encode_solver(params["solver"])
+    names = getattr(model, "feature_names_in_", None)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "class": type(model).__name__,
+        "params": params,
+        "n_features_in": model.n_features_in_,
+        "feature_names_in": None if names is None else [str(name) for name in names],
+        "fit": {
+            name: value for name in model_header.FIT if _finite(value := model.__dict__.get(name)) is not None
+        },
+        "result": {name: _finite(getattr(model.result_, name)) for name in model_header.RESULT},
+    }
+    try:
+        text = json.dumps(header, allow_nan=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"a parameter or attribute cannot be stored as JSON: {error}; use set_params to replace it "
+            "(random_state by an int or None)"
+        ) from None
+    write(path, {name: np.ascontiguousarray(a, dtype=np.float64) for name, a in arrays.items()}, text)
+
+
+def write(path: str | PathLike[str], arrays: dict[str, NDArray[Any]], header: str) -> None:
+    """Replace the file in one step: a reader sees the old model or the new one, never half of one."""
+    data = to_bytes(arrays, metadata={HEADER: header, DIGEST: _digest(arrays, header)})
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        # mkstemp keeps the file to its owner; a model is as readable as any other file the user writes.
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | PathLike[str]) -> Any:
+    """Read a model written by ``save``.
+
+    Parameters
+    ----------
+    path : str or path-like
+
+    Returns
+    -------
+    SoftmaxRegressor, ExponentialRegressor or RescaledSoftmaxRegressor
+        Fitted; ``result_`` has no problem and no history, since the file has no data.
+
+    Raises
+    ------
+    ModelFileError
+        If the file is not a model file, is damaged, comes from another format version, or contradicts itself.
+    FileNotFoundError
+    """
+    arrays, text = _read(path)
+    try:
+        header = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path}: the header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ModelFileError(f"{path}: the header is not a JSON object")
+    version = header.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ModelFileError(
+            f"{path}: format version {version!r}, this attnfit reads version {FORMAT_VERSION}; "
+            "save the model again with this version, or install the one that wrote it"
+        )
+    try:
+        model = model_header.new_model(header, arrays)
+        model_header.check_arrays(arrays, header["n_features_in"])
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    _restore(model, header, arrays)
+    return model
+
+
+def _restore(model: Any, header: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
+    model.coef_ = arrays["coef"]
+    model.n_features_in_ = header["n_features_in"]
+    if header["feature_names_in"] is not None:
+        model.feature_names_in_ = np.array(header["feature_names_in"], dtype=object)
+    for name, value in header["fit"].items():
+        setattr(model, name, value)
+    if "covariance" in arrays:
+        model._covariance = (arrays["covariance"], arrays["identified"] != 0.0)
+    report = dict(header["result"])
+    if report["gradient_norm"] is None:
+        report["gradient_norm"] = float("nan")
+    report["local_values"] = {
+        name: float("inf") if value is None else value for name, value in report["local_values"].items()
+    }
+    model.result_ = Result(
+        x=arrays["coef"],
+        gradient=arrays["gradient"],
+        unidentified=arrays.get("unidentified", np.zeros((len(arrays["coef"]), 0))),
+        history=History(),
+        problem=None,
+        **report,
+    )
+
+
+def _read(path: str | PathLike[str]) -> tuple[dict[str, NDArray[Any]], str]:
+    """Return arrays and header of a file whose digest is right."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no model file at {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelFileError(f"{path} is not a readable safetensors file: {error}") from None
+    if HEADER not in metadata or DIGEST not in metadata:
+        raise ModelFileError(f"{path} is a safetensors file but not a model of attnfit")
+    if _digest(arrays, metadata[HEADER]) != metadata[DIGEST]:
+        raise ModelFileError(
+            f"{path} is damaged: its contents do not match its checksum; restore it from a copy"
+        )
+    return arrays, metadata[HEADER]
+
+
+def _digest(arrays: dict[str, NDArray[Any]], header: str) -> str:
+    """Guard against damage, not against forgery: whoever writes a file can write its digest."""
+    digest = hashlib.sha256(header.encode("utf-8", "surrogatepass"))
+    for name in sorted(arrays):
+        digest.update(f"\n{name} {arrays[name].dtype.str} {arrays[name].shape}\n".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _encode_solver(solver: Any) -> Any:
+    if solver is None:
+        return None
+    name = type(solver).__name__
+    if (
+        name not in model_header.SOLVERS
+        or not is_dataclass(solver)
+        or type(solver) is not getattr(solvers, name)
+    ):
+        raise ValueError(f"solver {name} cannot be stored; call set_params(solver=None) before saving")
+    return {"class": name, "params": asdict(solver)}  # type: ignore[arg-type]
+
+
+def _finite(value: Any) -> Any:
+    """Return None for numbers that JSON has no form for."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")

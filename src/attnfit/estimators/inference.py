@@ -1,0 +1,57 @@
+"""Covariance of the coefficients from the curvature and the scores at the fit."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.losses.softmax import CrossEntropy
+from attnfit.problems.grouped import GroupedProblem
+
+Array = NDArray[np.float64]
+
+
+def covariance(problem: GroupedProblem, x: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """Return the covariance, shape (d, d), and which coefficients the data identify, shape (d,).
+
+    Cross entropy and KL: ``H^+``, the inverse of the observed information. Other losses: the sandwich ``H^+ S
+    H^+`` with S the sum of outer products of scores, one a group where there are several groups, else one a
+    row.
+
+    Where H is singular the pseudo-inverse (in scaled units) serves: a linear combination of coefficients that
+    is constant along the flat directions has the right variance, a single coefficient that is not has none.
+
+    Notes
+    -----
+    Sources: Efron and Hinkley (1978), Biometrika 65, 457-482 (observed information); Huber (1967) and White
+    (1982), Econometrica 50, 1-25 (sandwich). There is no correction for small samples.
+    """
+    hessian = problem.hessian(x)
+    diagonal = np.diag(hessian)
+    scale = 1.0 / np.sqrt(np.where(diagonal > 0.0, diagonal, 1.0))
+    # Equal diagonals first: a coefficient in small units must not pass for a flat direction.
+    values, vectors = np.linalg.eigh(hessian * np.outer(scale, scale))
+    steep = values > len(x) * 1e-13 * max(1.0, float(values[-1]))
+    flat = vectors[:, ~steep]
+    identified = np.linalg.norm(flat, axis=1) < 1e-5
+    half = scale[:, None] * vectors[:, steep]
+    inverse = (half / values[steep]) @ half.T
+    if isinstance(problem.loss, CrossEntropy):
+        return inverse, identified
+    return inverse @ problem.score_gram(x) @ inverse, identified
+
+
+def standard_errors(covariance: Array, identified: NDArray[np.bool_]) -> Array:
+    """Return the roots of the diagonal, NaN where a coefficient is not identified."""
+    return np.where(identified, np.sqrt(np.maximum(np.diag(covariance), 0.0)), np.nan)
+
+
+def loss_without_penalties(problem: GroupedProblem, x: Array, value: float) -> float:
+    """Return the loss at x given the objective; reads the data only where there is a row penalty."""
+    if problem.penalty is None:
+        return value - 0.5 * problem.ridge * float(x @ x)
+    bare = copy(problem)
+    bare.penalty, bare.ridge = None, 0.0
+    return bare.value(x)

@@ -1,0 +1,181 @@
+"""Check what a model file says before any of it is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit import solvers
+from attnfit.losses.exponential import FUNCTIONS
+from attnfit.losses.softmax import LOSSES
+
+# Attributes of a fitted estimator; `_check_fit` knows which of them a class has.
+FIT: dict[str, type] = {
+    "loss_value_": float,
+    "log_likelihood_": float,
+    "log_normaliser_": float,
+    "normaliser_": float,
+    "n_rows_": int,
+    "n_groups_": int,
+    "n_unbalanced_groups_": int,
+    "n_iter_": int,
+    "r2_": float,
+    "certified_radius_": float,
+}
+RESULT: dict[str, type] = {
+    "value": float,
+    "gradient_norm": float,
+    "converged": bool,
+    "status": str,
+    "message": str,
+    "n_iter": int,
+    "n_passes": float,
+    "seconds": float,
+    "solver": str,
+    "local_values": dict,
+}
+SOLVERS = ("Newton", "LevenbergMarquardt", "GradientDescent")
+
+
+class ModelFileError(ValueError):
+    """A model file that is malformed, damaged, of another version, or contradicts itself."""
+
+
+def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
+    """Return an unfitted estimator of the class and parameters in the header, and check the rest of it."""
+    from attnfit.estimators import ExponentialRegressor, RescaledSoftmaxRegressor, SoftmaxRegressor
+
+    classes = {c.__name__: c for c in (ExponentialRegressor, RescaledSoftmaxRegressor, SoftmaxRegressor)}
+    keys = {"format_version", "class", "params", "n_features_in", "feature_names_in", "fit", "result"}
+    _require(set(header) == keys, f"the header has entries {sorted(header)}, expected {sorted(keys)}")
+    name = header["class"]
+    _require(
+        isinstance(name, str) and name in classes,
+        f"unknown class {name!r}; expected one of {', '.join(classes)}",
+    )
+    params = header["params"]
+    _require(isinstance(params, dict), "params is not an object")
+    params = dict(params)
+    if "row_penalty" in arrays:
+        _require("row_penalty" not in params, "row_penalty is given twice")
+        params["row_penalty"] = arrays["row_penalty"]
+    cls = classes[name]
+    expected = set(cls._get_param_names())
+    _require(set(params) == expected, f"params {sorted(params)} are not those of {name}: {sorted(expected)}")
+    for key, value in params.items():
+        _check_param(key, value)
+    params["solver"] = _decode_solver(params["solver"])
+    _check_features(header)
+    _check_fields("result", header["result"], RESULT, optional=("gradient_norm",))
+    _require(
+        all(v is None or _is(v, float) for v in header["result"]["local_values"].values()),
+        "local_values of result are not numbers",
+    )
+    _check_fit(header["fit"], cls)
+    return cls(**params)
+
+
+def check_arrays(arrays: dict[str, NDArray[Any]], d: int) -> None:
+    """Check names, dtypes, shapes and entries of the arrays of a model with d features."""
+    known = {"coef", "gradient", "covariance", "identified", "unidentified", "row_penalty"}
+    _require(
+        {"coef", "gradient"} <= set(arrays) <= known,
+        f"the arrays are {sorted(arrays)}; expected some of {sorted(known)}",
+    )
+    _require(
+        ("covariance" in arrays) == ("identified" in arrays), "covariance and identified must come together"
+    )
+    shapes = {"coef": (d,), "gradient": (d,), "covariance": (d, d), "identified": (d,)}
+    for name, array in arrays.items():
+        shape = array.shape
+        if name == "unidentified":
+            fits = array.ndim == 2 and shape[0] == d and 1 <= shape[1] <= d
+        elif name == "row_penalty":
+            fits = array.ndim == 1
+        else:
+            fits = shape == shapes[name]
+        _require(fits, f"array {name} has shape {shape}, which does not fit {d} features")
+        _require(array.dtype == np.float64, f"array {name} has dtype {array.dtype}, expected float64")
+        _require(bool(np.isfinite(array).all()), f"array {name} contains NaN or inf")
+
+
+def _check_fit(fit: Any, cls: Any) -> None:
+    _require(isinstance(fit, dict), "fit is not an object")
+    required = {"loss_value_", "n_rows_", "n_iter_"}
+    optional = {"r2_", "certified_radius_"}
+    normaliser = getattr(cls, "_normaliser_name", None)
+    if normaliser is not None:
+        required |= {"n_groups_", "n_unbalanced_groups_"}
+        if fit.get("n_groups_") == 1:
+            required.add(normaliser)
+        if normaliser == "log_normaliser_":
+            optional.add("log_likelihood_")
+    _require(
+        required <= set(fit) <= required | optional,
+        f"fit has entries {sorted(fit)}; expected {sorted(required)} and perhaps {sorted(optional)}",
+    )
+    _check_fields("fit", fit, {name: FIT[name] for name in fit}, optional=())
+
+
+def _check_fields(where: str, values: Any, types: dict[str, type], optional: tuple[str, ...]) -> None:
+    _require(
+        isinstance(values, dict) and set(values) == set(types), f"{where} has not the entries {sorted(types)}"
+    )
+    for name, kind in types.items():
+        value = values[name]
+        _require(_is(value, kind) or (value is None and name in optional), f"{name} of {where} is {value!r}")
+
+
+def _check_param(name: str, value: Any) -> None:
+    checks: dict[str, Callable[[], bool]] = {
+        "loss": lambda: isinstance(value, str) and value in LOSSES,
+        "function": lambda: isinstance(value, str) and value in FUNCTIONS,
+        "ridge": lambda: _is(value, float) and value >= 0,
+        "row_penalty": lambda: isinstance(value, np.ndarray) or _is(value, float),
+        "outside_good": lambda: isinstance(value, bool),
+        "solver": lambda: value is None or isinstance(value, dict),
+        "tol": lambda: _is(value, float) and value > 0,
+        "max_iter": lambda: _is(value, int) and value >= 0,
+        "random_state": lambda: value is None or _is(value, int),
+    }
+    _require(checks[name](), f"parameter {name} is {value!r}, which is not allowed")
+
+
+def _check_features(header: dict[str, Any]) -> None:
+    d, names = header["n_features_in"], header["feature_names_in"]
+    _require(_is(d, int) and d > 0, f"n_features_in is {d!r}")
+    fits = names is None or (
+        isinstance(names, list) and len(names) == d and all(isinstance(n, str) for n in names)
+    )
+    _require(fits, f"feature_names_in is not a list of {d} strings")
+
+
+def _decode_solver(spec: Any) -> Any:
+    if spec is None:
+        return None
+    name, params = spec.get("class"), spec.get("params")
+    cls = getattr(solvers, name, None) if isinstance(name, str) and name in SOLVERS else None
+    _require(cls is not None and isinstance(params, dict), f"unknown solver {name!r}")
+    assert cls is not None
+    try:
+        return cls(**params)
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"solver {name}: {error}") from None
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a JSON value has a type; integers are floats too, booleans are neither."""
+    if kind is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ModelFileError(message)

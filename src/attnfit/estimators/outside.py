@@ -1,0 +1,77 @@
+"""The outside good: one row of zeros a group that the user need not add."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from attnfit.designs import Design, SparseDesign
+from attnfit.problems.partition import Groups
+
+Array = NDArray[np.float64]
+Rows = slice | NDArray[np.intp]
+
+# Shares that were rounded or added up in single precision miss one by about this much.
+ROUNDING = 1e-6
+
+
+class ZeroRowsBelow(Design):
+    """A dense design followed by rows of zeros, without a copy of the data."""
+
+    def __init__(self, inner: Design, n_zero_rows: int) -> None:
+        super().__init__((inner.shape[0] + n_zero_rows, inner.shape[1]))
+        self._inner = inner
+
+    @property
+    def block_rows(self) -> int:
+        """Number of rows of a block."""
+        return self._inner.block_rows
+
+    @property
+    def gram_cost(self) -> float:
+        """Time of a weighted Gram over that of a value and gradient, roughly."""
+        return self._inner.gram_cost
+
+    def _fetch(self, rows: Rows) -> Array:
+        n = int(self._inner.shape[0])
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.shape[0])
+            above = self._inner._fetch(slice(min(start, n), min(stop, n)))
+            n_below = max(stop, n) - max(start, n)
+            return np.vstack([above, np.zeros((n_below, self.shape[1]))]) if n_below else above
+        outside = rows >= n
+        block = self._inner._fetch(np.where(outside, 0, rows))
+        if outside.any():
+            block[outside] = 0.0
+        return np.asarray(block)
+
+
+def add_zero_rows(design: Design, n_zero_rows: int) -> Design:
+    """Return the design with rows of zeros below it."""
+    if not isinstance(design, SparseDesign):
+        return ZeroRowsBelow(design, n_zero_rows)
+    matrix = design.matrix
+    ends = np.full(n_zero_rows, matrix.indptr[-1], dtype=matrix.indptr.dtype)
+    shape = (matrix.shape[0] + n_zero_rows, matrix.shape[1])
+    indptr = np.concatenate([matrix.indptr, ends])
+    return SparseDesign(sparse.csr_array((matrix.data, matrix.indices, indptr), shape=shape))
+
+
+def outside_shares(shares: Array, groups: Groups, numbers: NDArray[np.intp]) -> Array:
+    """Return ``1 - sum of shares`` of each group, shape (n_groups,).
+
+    Raises
+    ------
+    ValueError
+        Naming the group, if its shares sum to more than one.
+    """
+    rest = 1.0 - np.bincount(numbers, weights=shares, minlength=len(groups))
+    bad = np.flatnonzero(rest < -ROUNDING)
+    if len(bad):
+        g = int(bad[0])
+        raise ValueError(
+            f"y sums to {1.0 - rest[g]:.6g} in group {groups.labels[g]}: with outside_good=True the shares "
+            "of a group may sum to at most 1; divide them by the market's size, or set outside_good=False"
+        )
+    return np.asarray(np.maximum(rest, 0.0))

@@ -1,0 +1,158 @@
+"""Estimators of shares: rows compete within groups."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import r2_score
+from sklearn.utils.validation import check_is_fitted
+
+from attnfit.estimators import reading
+from attnfit.estimators.base import BaseRegressor
+from attnfit.estimators.callbacks import Listeners, with_callbacks
+from attnfit.estimators.choices import Choices, read_choices
+from attnfit.losses.base import Loss
+from attnfit.losses.segments import Segments
+from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.partition import parse_groups
+
+Array = NDArray[np.float64]
+
+
+class ShareRegressor(BaseRegressor):
+    """What softmax and rescaled regression share: groups, outside good, and the normaliser for `predict`."""
+
+    ridge: float
+    row_penalty: Any
+    outside_good: bool
+    n_groups_: int
+    n_unbalanced_groups_: int
+    _normaliser_name: str
+
+    @abstractmethod
+    def _loss(self) -> Loss:
+        """Return the loss, whose normaliser and output predictions use."""
+
+    @abstractmethod
+    def _problem(self, choices: Choices, row_penalty: Array) -> GroupedProblem:
+        """Return the problem to fit."""
+
+    @with_callbacks
+    def fit(self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None) -> Any:
+        """Fit the coefficients.
+
+        Parameters
+        ----------
+        X : array, sparse matrix, memory map or data frame, shape (n, d)
+            One row an alternative.
+        y : array_like, shape (n,)
+            Shares; they need not sum to one in a group.
+        groups : array_like, optional
+            n labels in any order, or offsets ``0 < ... < n``: rows of a group share a normaliser. By default
+            all rows form one group.
+        sample_weight : array_like, shape (n,) or (n_groups,), optional
+            Weights repeat what was sampled. Without ``groups`` that is a row: weight w is the same as the row
+            w times, in the normaliser too. With ``groups`` it is a group: the weight multiplies the loss, row
+            by row, and a weight w on all rows of a group is the same as the group w times.
+        offset : array_like, shape (n,), optional
+            Added to the logits.
+
+        Returns
+        -------
+        self
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            On input that is not finite, of the wrong shape or sign; the message names argument and index.
+        """
+        loss = self._loss()
+        design = reading.read_features(self, X, reset=True)
+        choices = read_choices(self, design, y, groups, sample_weight, offset)
+        penalty = reading.read_penalty(self.row_penalty, int(design.shape[0]), None)
+        if penalty.ndim and choices.kept is not None:
+            penalty = penalty[choices.kept]
+        penalty = reading.read_penalty(penalty, len(choices.y), choices.counts)
+        problem = self._problem(choices, choices.with_outside(penalty))
+        self._note_targets(choices)
+        listeners = Listeners(
+            self, X, y, {"groups": groups, "sample_weight": sample_weight, "offset": offset}
+        )
+        self._solve(problem, choices.y, choices.weights, choices.counts, listeners)
+        self.n_groups_ = choices.n_groups
+        self.n_unbalanced_groups_ = choices.n_unbalanced
+        self.__dict__.pop(self._normaliser_name, None)
+        if self.n_groups_ == 1:
+            z = reading.linear_predictor(problem.design, self.coef_, problem.offset)
+            normaliser = loss.reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))
+            setattr(self, self._normaliser_name, float(normaliser[0]))
+        self._after_fit(choices)
+        listeners.finish()
+        return self
+
+    def _note_targets(self, choices: Choices) -> None:
+        """Warn about targets that suit another loss better."""
+
+    def _after_fit(self, choices: Choices) -> None:
+        """Set what only one of the estimators reports."""
+
+    def _bounded(self, shares: Array) -> Array:
+        """Bring shares of rows that were not in the group into the range of a share."""
+        return shares
+
+    def predict(self, X: Any, groups: Any = None, offset: Any = None) -> Array:
+        """Return the share of each row, shape (n,).
+
+        Parameters
+        ----------
+        X : array, sparse matrix, memory map or data frame, shape (n, d)
+        groups : array_like, optional
+            Labels or offsets: shares within these groups (and, with ``outside_good=True``, an outside good
+            each). Without them, the normaliser of the training data serves where these formed one group, so
+            that a row's share does not depend on the other rows; where they formed several, the rows are
+            taken as one group.
+        offset : array_like, shape (n,), optional
+            Added to the logits.
+
+        Raises
+        ------
+        OverflowError
+            Where the answer exceeds float64.
+        """
+        check_is_fitted(self)
+        design = reading.read_features(self, X, reset=False)
+        n = int(design.shape[0])
+        z = reading.linear_predictor(design, self.coef_, reading.read_offset(offset, n))
+        sets, loss = parse_groups(groups, n), self._loss()
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if groups is None and hasattr(self, self._normaliser_name):
+                state = [np.array([getattr(self, self._normaliser_name)])]
+            else:
+                segments = Segments(sets.starts, n)
+                normaliser = loss.reference(sets.sort(z), segments)
+                if self.outside_good:
+                    alone = Segments(np.arange(len(sets)), len(sets))
+                    normaliser = loss.merge_references(normaliser, loss.reference(np.zeros(len(sets)), alone))
+                state = [segments.spread(normaliser)]
+            shares = self._bounded(sets.unsort(loss.fitted(sets.sort(z), state)))
+        if not np.isfinite(shares).all():
+            i = int(np.flatnonzero(~np.isfinite(shares))[0])
+            scale = float(sets.unsort(np.broadcast_to(state[0], (n,)))[i])
+            raise OverflowError(
+                f"the share of row {i} is not finite (X coef_ + offset is {z[i]:.4g}, the normaliser is "
+                f"{scale:.4g}): X is far from the training data, groups are missing, or coef_ and u(0) are 0"
+            )
+        return shares
+
+    def score(
+        self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None
+    ) -> float:
+        """Return the coefficient of determination of ``predict(X, groups, offset)``."""
+        shares = self.predict(X, groups=groups, offset=offset)
+        n = len(shares)
+        weights = reading.read_weights(sample_weight, n, None if groups is None else parse_groups(groups, n))
+        return float(r2_score(y, shares, sample_weight=weights))

@@ -1,0 +1,186 @@
+"""Softmax regression as an estimator."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import xlogy
+
+from attnfit.estimators.choices import Choices
+from attnfit.estimators.shares import ShareRegressor
+from attnfit.losses.base import Loss
+from attnfit.losses.softmax import LOSSES
+from attnfit.problems import Softmax
+from attnfit.problems.inputs import choose
+
+Array = NDArray[np.float64]
+
+
+class SoftmaxRegressor(ShareRegressor):
+    """Shares as a softmax: ``y = softmax(X coef + offset)`` within each group.
+
+    Minimises ``sum over groups of Phi(softmax(X_g x + offset_g)) + 0.5 sum w (row_penalty * X x)^2 + 0.5
+    ridge ||x||^2``, where Phi(f) is
+
+    ======================= =================================
+    loss                    Phi(f)
+    ======================= =================================
+    "squared"               ``0.5 sum w (f - y)^2``
+    "cross_entropy"         ``-sum w y log f``
+    "kl"                    ``sum w y (log y - log f)``
+    "linear_cross_entropy"  ``-sum w y f``
+    "entropy"               ``-sum w f log f`` (y does not enter)
+    ======================= =================================
+
+    Parameters
+    ----------
+    loss : str
+        "squared" is for shares; choices (one 1 a group) call for "cross_entropy", the conditional logit.
+    ridge : float
+    row_penalty : float or array_like of shape (n,)
+    outside_good : bool
+        Add to each group a row of zeros whose target is one minus the sum of the others.
+    solver : attnfit.solvers.Newton or GradientDescent, optional
+    tol : float
+        Relative to the gradient at zero, in scaled variables.
+    max_iter : int
+    random_state : int, optional
+        Seed of the row samples on large data.
+
+    Attributes
+    ----------
+    coef_ : ndarray, shape (d,)
+        Coefficients in the units of X.
+    covariance_, standard_errors_ : ndarray, shapes (d, d) and (d,)
+        Cross entropy and KL: inverse of the observed information. Other losses: sandwich ``H^+ S H^+`` with
+        one score a group where there are several groups, else one a row. NaN for a coefficient that the data
+        do not identify. Computed when first asked for.
+    loss_value_ : float
+        Sum of Phi, without the penalties.
+    log_likelihood_ : float
+        ``sum w y log f``; cross entropy and KL only.
+    log_normaliser_ : float
+        ``log sum exp(X coef + offset)`` of the training rows; where these form one group.
+    r2_ : float
+        Computed when first asked for.
+    result_ : attnfit.solvers.Result
+    n_groups_, n_unbalanced_groups_ : int
+        Number of groups, and of those whose targets do not sum to one (allowed).
+    n_iter_, n_rows_, n_features_in_ : int
+    feature_names_in_ : ndarray of str, shape (d,)
+        Where X had names.
+
+    Notes
+    -----
+    Sources: "In-Context Learning for Attention Scheme: from Single Softmax Regression to Multiple Softmax
+    Regression via a Tensor Trick", Section 5 (gradient and Hessian); McFadden (1974), conditional logit
+    (cross entropy).
+
+    Examples
+    --------
+    >>> from attnfit import datasets
+    >>> from attnfit.estimators import SoftmaxRegressor
+    >>> travel = datasets.load_travel_mode()
+    >>> model = SoftmaxRegressor(loss="cross_entropy").fit(travel.A, travel.b, groups=travel.groups)
+    >>> model.coef_.round(4)
+    array([ 5.2074,  3.869 ,  3.1632, -0.0155, -0.0961,  0.0133])
+    >>> model.standard_errors_.round(4)
+    array([0.7791, 0.4431, 0.4503, 0.0044, 0.0104, 0.0103])
+    """
+
+    _normaliser_name = "log_normaliser_"
+
+    def __init__(
+        self,
+        loss: str = "squared",
+        ridge: float = 0.0,
+        row_penalty: Any = 0.0,
+        outside_good: bool = False,
+        solver: Any = None,
+        tol: float = 1e-8,
+        max_iter: int = 100,
+        random_state: Any = None,
+    ) -> None:
+        self.loss = loss
+        self.ridge = ridge
+        self.row_penalty = row_penalty
+        self.outside_good = outside_good
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.positive_only = self._is_likelihood
+        return tags
+
+    @property
+    def _is_likelihood(self) -> bool:
+        return self.loss in ("cross_entropy", "kl")
+
+    def _loss(self) -> Loss:
+        loss: Loss = choose(self.loss, LOSSES, "loss")
+        return loss
+
+    def _problem(self, choices: Choices, row_penalty: Array) -> Softmax:
+        if self.loss == "entropy" and choices.counts is not None:
+            raise ValueError(
+                "sample_weight repeats rows where there are no groups, for which loss='entropy' has no form; "
+                "pass groups (np.zeros(n) for one group) to weight the loss instead"
+            )
+        if self._is_likelihood and (choices.y < 0).any():
+            i = int(np.flatnonzero(choices.y < 0)[0])
+            raise ValueError(
+                f"y is negative at index {i} ({choices.y[i]:g}); loss={self.loss!r} needs shares >= 0, "
+                "loss='squared' takes any target"
+            )
+        # w copies of a row with share f have the same -wy log f whatever w: nothing is left to weight.
+        weights = choices.loss_weights if self._is_likelihood else choices.squared_weights
+        return Softmax(
+            choices.design,
+            choices.target,
+            groups=choices.groups,
+            loss=self.loss,
+            weights=weights,
+            offset=choices.logit_offset,
+            row_penalty=row_penalty,
+            ridge=self.ridge,
+        )
+
+    def _bounded(self, shares: Array) -> Array:
+        # Against the normaliser of the training data a new row can outweigh all of its rows; its share is
+        # still one at most.
+        return np.minimum(shares, 1.0)
+
+    def _note_targets(self, choices: Choices) -> None:
+        if self.loss == "squared" and choices.n_groups > 1 and choices.n_unbalanced == 0:
+            target = choices.target
+            if ((target == 0.0) | (target == 1.0)).all():
+                warnings.warn(
+                    "y holds choices (one 1 in each group, else 0), on which the squared loss is the "
+                    "Brier score: its best fit is often nearly a step function; use loss='cross_entropy' for "
+                    "choices, the squared loss is for shares",
+                    UserWarning,
+                    stacklevel=4,
+                )
+
+    def _after_fit(self, choices: Choices) -> None:
+        self.__dict__.pop("log_likelihood_", None)
+        if not self._is_likelihood:
+            return
+        counts = 1.0 if choices.counts is None else choices.counts
+        if self.loss == "cross_entropy":
+            # The problem sees the share w f of w copies.
+            self.loss_value_ += float(np.sum(xlogy(counts * choices.y, counts)))
+            self.log_likelihood_ = -self.loss_value_
+            return
+        weights, outside_weights = (
+            (counts, 1.0) if choices.weights is None else (choices.weights, choices.outside_weights)
+        )
+        best = np.sum(weights * xlogy(choices.y, choices.y))
+        best += np.sum(outside_weights * xlogy(choices.outside, choices.outside))
+        self.log_likelihood_ = float(best) - self.loss_value_

@@ -1,0 +1,133 @@
+"""The coefficient table of a fitted estimator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from attnfit.solvers.curvature import MAX_DENSE
+
+Array = NDArray[np.float64]
+HALF_WIDTH = float(ndtri(0.975))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A coefficient table: its ``str`` is text, `columns` is for a data frame.
+
+    Attributes
+    ----------
+    lines : tuple of str
+        What stands above the table.
+    names : tuple of str
+    coefficients, standard_errors : ndarray, shape (d,)
+        Standard errors are NaN where unknown.
+    """
+
+    lines: tuple[str, ...]
+    names: tuple[str, ...]
+    coefficients: Array
+    standard_errors: Array
+
+    def columns(self) -> dict[str, Any]:
+        """Return one sequence a column: ``pandas.DataFrame(summary.columns())`` is the table.
+
+        Returns
+        -------
+        dict
+            Keys name, coefficient, standard_error, z, lower, upper: the last two bound the 95 % interval
+            ``coefficient -+ 1.96 standard_error``.
+        """
+        x, se = self.coefficients, self.standard_errors
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = x / se
+        return {
+            "name": list(self.names),
+            "coefficient": x,
+            "standard_error": se,
+            "z": z,
+            "lower": x - HALF_WIDTH * se,
+            "upper": x + HALF_WIDTH * se,
+        }
+
+    def __str__(self) -> str:
+        columns = self.columns()
+        width = max(8, *(len(name) for name in self.names))
+        head = f"{'':<{width}}{'coefficient':>14}{'std. error':>13}{'z':>10}{'95 % from':>14}{'to':>14}"
+        rows = [
+            f"{name:<{width}}{x:>14.7g}{se:>13.5g}{z:>10.3f}{lower:>14.6g}{upper:>14.6g}"
+            for name, x, se, z, lower, upper in zip(*columns.values(), strict=True)
+        ]
+        rule = "-" * len(head)
+        return "\n".join([*self.lines, rule, head, rule, *rows, rule])
+
+
+def summarise(model: Any) -> Summary:
+    """Return the summary of a fitted estimator; computes what the data at hand allow."""
+    from sklearn.utils.validation import check_is_fitted
+
+    check_is_fitted(model)
+    d = len(model.coef_)
+    names = getattr(model, "feature_names_in_", [f"x{j}" for j in range(d)])
+    wanted = _at_hand(model, "_covariance")
+    errors = model.standard_errors_ if wanted else np.full(d, np.nan)
+    lines = [*_fit_lines(model), *_error_lines(model, errors, names, wanted=wanted)]
+    return Summary(tuple(lines), tuple(str(name) for name in names), model.coef_, errors)
+
+
+def _at_hand(model: Any, name: str) -> bool:
+    """Whether something lazy is known or can be had; d x d matrices of many unknowns only on request."""
+    return name in model.__dict__ or (model.result_.problem is not None and len(model.coef_) <= MAX_DENSE)
+
+
+def _fit_lines(model: Any) -> list[str]:
+    result = model.result_
+    choice = f"loss {model.loss}" if hasattr(model, "loss") else f"function {model.function}"
+    r2 = model.r2_ if _at_hand(model, "r2_") else float("nan")
+    size = f"{model.n_rows_} rows"
+    if hasattr(model, "n_groups_"):
+        size += f" in {model.n_groups_} group{'s' if model.n_groups_ > 1 else ''}"
+        size += " with an outside good each" if model.outside_good else ""
+    fit = f"{size}, loss value {model.loss_value_:.8g}"
+    if hasattr(model, "log_likelihood_"):
+        fit += f", log likelihood {model.log_likelihood_:.8g}"
+    lines = [
+        f"{type(model).__name__}, {choice}",
+        f"{fit}, r2 {r2:.4f}",
+        f"{result.status}: {result.n_iter} steps, {result.n_passes:.2f} reads of the data, "
+        f"{result.seconds:.3g} s; relative gradient {result.gradient_norm:.2e}",
+    ]
+    if not result.converged:
+        lines.append(result.message)
+    if _at_hand(model, "certified_radius_") and isfinite(model.certified_radius_):
+        lines.append(
+            f"certificate: the exact stationary point lies within {model.certified_radius_:.2e} "
+            "of these coefficients"
+        )
+    unbalanced = getattr(model, "n_unbalanced_groups_", 0)
+    if unbalanced:
+        lines.append(f"the targets of {unbalanced} of {model.n_groups_} groups do not sum to one")
+    return lines
+
+
+def _error_lines(model: Any, errors: Array, names: Any, *, wanted: bool) -> list[str]:
+    if not wanted:
+        return [
+            "standard errors: not computed; read standard_errors_ of the fitted estimator (before saving it)"
+        ]
+    unit = "group" if getattr(model, "n_groups_", 1) > 1 else "row"
+    observed = hasattr(model, "log_likelihood_")
+    kind = "inverse observed information" if observed else f"sandwich, one score a {unit}"
+    open_ones = [str(name) for name, error in zip(names, errors, strict=True) if np.isnan(error)]
+    if not open_ones:
+        return [f"standard errors: {kind}"]
+    shown = ", ".join(open_ones[:5]) + (", ..." if len(open_ones) > 5 else "")
+    return [
+        f"standard errors: {kind}",
+        f"not identified by the data: {shown} (shown with the smallest norm; no standard errors)",
+    ]
