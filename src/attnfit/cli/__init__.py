@@ -1,0 +1,20 @@
+"""The command line: ``attnfit fit | predict | demo | bench``.
+
+Nothing here computes: commands read a file, call the library and print what it returns.
+"""
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line, or say what to install if its extra is missing."""
+    try:
+        from attnfit.cli.app import app
+    except ModuleNotFoundError as missing:
+        # Only a missing extra deserves the sentence: anything else is a bug and should be seen.
+        if (missing.name or "").partition(".")[0] not in ("typer", "rich"):
+            raise
+        sys.exit('attnfit: the command line needs typer and rich; type: python -m pip install "attnfit[cli]"')
+    app(prog_name="attnfit")

@@ -1,0 +1,213 @@
+"""What a fit prints at its end: the coefficients, one line of facts, and what went wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from attnfit.cli.errors import in_options
+
+TABLE_BOX = box.SIMPLE_HEAD
+# Headers of the columns of `Summary.columns`.
+HEADERS = {
+    "name": "",
+    "coefficient": "coefficient",
+    "standard_error": "std. error",
+    "z": "z",
+    "lower": "95 % from",
+    "upper": "to",
+}
+# Trailing zeros are kept: digits that line up are easier to compare.
+FORMATS = {"coefficient": "#.6g", "standard_error": "#.4g", "z": ".2f", "lower": "#.5g", "upper": "#.5g"}
+# A narrow terminal loses whole columns rather than digits of a number; these together, in this order.
+DISPENSABLE = (("lower", "upper"), ("z",), ("standard_error",))
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """Everything that is said about a fit.
+
+    Attributes
+    ----------
+    title : str
+        Model, target and loss.
+    columns : dict of str to list
+        The coefficient table, from ``summary().columns()``.
+    result : Result
+    certificate : Certificate
+    loss : float
+        Without penalties.
+    n_rows, n_groups, n_unbalanced : int
+        Groups 0 where the model has none; unbalanced are those whose target does not sum to one.
+    """
+
+    title: str
+    columns: dict[str, list[Any]]
+    result: Any
+    certificate: Any
+    loss: float
+    n_rows: int
+    n_groups: int
+    n_unbalanced: int
+
+    @property
+    def message(self) -> str:
+        """The solver's message with the names of the columns."""
+        names = self.columns["name"]
+        named = re.sub(r"\bcolumn (\d+)\b", lambda match: str(names[int(match[1])]), self.result.message)
+        return in_options(named)
+
+    def facts(self) -> list[str]:
+        """Return the closing line in pieces."""
+        result = self.result
+        rows = f"{self.n_rows:,} rows" + (f" in {self.n_groups:,} groups" if self.n_groups else "")
+        facts = [
+            f"loss {self.loss:.10g}",
+            rows,
+            f"{result.n_passes:.1f} reads of the data",
+            f"{result.seconds:.2f} s",
+        ]
+        if self.certificate.valid:
+            facts.append(f"certified within {self.certificate.radius:.1e} of the exact optimum")
+        else:
+            facts.append(f"no certificate: {self.certificate.reason}")
+        return facts
+
+    def local_values(self) -> dict[str, float]:
+        """Return the local minima if there are several; starts that reached the same one count once."""
+        if not self.result.converged:
+            return {}
+        kept: dict[str, float] = {}
+        for name, value in self.result.local_values.items():
+            if not any(math.isclose(value, other, rel_tol=1e-6) for other in kept.values()):
+                kept[name] = value
+        return kept if len(kept) > 1 else {}
+
+    def remarks(self) -> list[str]:
+        """Return what a reader of the coefficients should know besides."""
+        remarks = []
+        pairs = zip(self.columns["name"], self.columns["standard_error"], strict=True)
+        unknown = [str(name) for name, error in pairs if math.isnan(error)]
+        if 0 < len(unknown) < len(self.columns["name"]) or self.certificate.n_unidentified:
+            what = ", ".join(unknown) or "some combinations of coefficients"
+            remarks.append(
+                f"The data do not identify {what} (constant within groups, or a combination of others): "
+                "the answer of smallest norm is shown"
+            )
+        if self.n_unbalanced:
+            remarks.append(
+                f"The target does not sum to one in {self.n_unbalanced:,} of {self.n_groups:,} groups; "
+                "add --outside-good if the rest went elsewhere"
+            )
+        values = self.local_values()
+        if values:
+            listed = ", ".join(f"{value:.10g} from {name}" for name, value in values.items())
+            remarks.append(
+                f"{len(values)} local minima of the objective, of which the lowest is shown: {listed}"
+            )
+        return remarks
+
+    def show(self, console: Console) -> None:
+        """Print the report."""
+        console.print(self.title, style="bold", markup=False, soft_wrap=True)
+        print_whole(console, _fitting(self.columns, console))
+        for line in ["; ".join(self.facts()), *self.remarks()]:
+            console.print(line, markup=False, soft_wrap=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as plain data; what is not finite becomes None."""
+        rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
+        result, certificate = self.result, self.certificate
+        report: dict[str, Any] = _plain(
+            {
+                "title": self.title,
+                "coefficients": rows,
+                "loss": self.loss,
+                "objective": result.value,
+                "rows": self.n_rows,
+                "groups": self.n_groups,
+                "reads_of_the_data": result.n_passes,
+                "iterations": result.n_iter,
+                "seconds": result.seconds,
+                "converged": result.converged,
+                "status": result.status,
+                "message": self.message,
+                "relative_gradient": result.gradient_norm,
+                "solver": result.solver,
+                "local_values": result.local_values,
+                "certificate": {
+                    "valid": certificate.valid,
+                    "radius": certificate.radius,
+                    "scaled_radius": certificate.scaled_radius,
+                    "reason": certificate.reason,
+                },
+            }
+        )
+        return report
+
+
+def certificate_radius(certificate: Any) -> str:
+    """Return the radius, or none."""
+    return f"{certificate.radius:.1e}" if certificate.valid else "none"
+
+
+def width_of(console: Console, *tables: Table) -> int:
+    """Return the width that the widest table needs to show every digit."""
+    unbounded = console.options.update(max_width=10_000)
+    return max(Measurement.get(console, unbounded, table).maximum for table in tables)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table; one wider than the terminal is left to wrap: a cropped number is a wrong number."""
+    width = console.width
+    console.width = max(width, width_of(console, table))
+    console.print(table)
+    console.width = width
+
+
+def _fitting(columns: dict[str, list[Any]], console: Console) -> Table:
+    """Return the coefficient table with as many columns as the terminal holds."""
+    shown = dict(columns)
+    table = _coefficients(shown)
+    for names in DISPENSABLE:
+        if width_of(console, table) <= console.width:
+            break
+        for name in names:
+            del shown[name]
+        table = _coefficients(shown)
+    return table
+
+
+def _coefficients(columns: dict[str, list[Any]]) -> Table:
+    table = Table(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for k, name in enumerate(columns):
+        table.add_column(HEADERS[name], justify="right" if k else "left", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(_cell(name, value) for name, value in zip(columns, row, strict=True)))
+    return table
+
+
+def _cell(column: str, value: Any) -> str:
+    if column == "name":
+        return str(value)
+    return format(value, FORMATS[column]) if math.isfinite(value) else "-"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    # NumPy's numbers and flags; JSON has no NaN or infinity.
+    plain = value.item() if hasattr(value, "item") else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain

@@ -1,0 +1,126 @@
+"""Figures: what is drawn, from what, and that nothing needs a display."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.figure import Figure
+
+from attnfit import datasets, minimize, plots, problems
+
+
+@pytest.fixture(scope="module")
+def cars():
+    data = datasets.load_car_shares()
+    problem = problems.Softmax(data.A, data.b, data.groups)
+    result = minimize(problem)
+    return data, problem.predict(result.x), result
+
+
+def test_fitted_versus_observed_spans_decades(cars):
+    data, fitted, _ = cars
+    figure = plots.fitted_versus_observed(data.b, fitted)
+    assert isinstance(figure, Figure)
+    (ax,) = figure.axes
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert ax.get_xlim() == ax.get_ylim()
+    offsets = ax.collections[0].get_offsets()
+    assert len(offsets) == len(data.b)
+    np.testing.assert_allclose(offsets[:, 0], data.b)
+
+
+def test_zeros_are_drawn_at_the_edge(cars):
+    data, fitted, _ = cars
+    y = data.b.copy()
+    y[:3] = 0.0
+    (ax,) = plots.fitted_versus_observed(y, fitted).axes
+    assert (ax.collections[0].get_offsets()[:, 0] > 0).all()
+
+
+def test_narrow_values_get_linear_axes_and_weights_areas():
+    y = np.linspace(-1.0, 1.0, 30)
+    (ax,) = plots.fitted_versus_observed(y, y + 0.1, weights=np.arange(30.0)).axes
+    assert ax.get_xscale() == "linear"
+    sizes = ax.collections[0].get_sizes()
+    assert (np.diff(sizes) > 0).all()
+
+
+def test_many_points_are_counted_in_hexagons():
+    y = np.random.default_rng(0).uniform(0.2, 0.8, 20_000)
+    (ax,) = plots.fitted_versus_observed(y, y).axes
+    assert ax.collections[0].get_array().sum() == 20_000
+
+
+def test_choices_become_a_reliability_curve():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.05, 0.95, 4000)
+    y = (rng.uniform(size=4000) < p).astype(float)
+    (ax,) = plots.fitted_versus_observed(y, p).axes
+    assert ax.get_title(loc="left") == "Reliability"
+    mean, share = ax.lines[1].get_data()
+    assert len(mean) == 10
+    np.testing.assert_allclose(np.array(share, float), np.array(mean, float), atol=0.08)
+
+
+def test_convergence_draws_each_phase_and_the_tolerance(cars):
+    *_, result = cars
+    (ax,) = plots.convergence(result.history, tol=1e-8).axes
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    phases = list(dict.fromkeys(record.phase for record in result.history))
+    assert labels[: len(phases)] == phases
+    assert ax.get_yscale() == "log"
+    last = ax.lines[len(ax.lines) - 1].get_ydata()
+    assert last[0] == pytest.approx(1e-8)
+
+
+def test_coefficients_in_standard_errors():
+    (ax,) = plots.coefficients(["a", "b", "c"], [1.0, -4.0, 3.0], [0.5, 2.0, np.nan]).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
+    np.testing.assert_allclose(ax.lines[1].get_xdata(), [2.0, -2.0, np.nan])
+    assert "standard error" in ax.get_xlabel()
+
+
+def test_coefficients_without_standard_errors():
+    (ax,) = plots.coefficients(["a", "b"], [1.0, -4.0]).axes
+    assert ax.get_xlabel() == "coefficient"
+
+
+def test_only_the_largest_of_many_coefficients_are_shown():
+    coef = np.arange(100.0)
+    (ax,) = plots.coefficients([f"x{k}" for k in range(100)], coef, np.ones(100)).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == [f"x{k}" for k in range(70, 100)]
+
+
+def test_given_axes_are_used(cars):
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert plots.convergence(cars[2].history, ax=left) is figure
+    assert plots.coefficients(["a"], [1.0], [1.0], ax=right) is figure
+
+
+def test_figures_need_neither_pyplot_nor_a_display(tmp_path):
+    code = (
+        "import sys; from attnfit import plots;"
+        f"plots.coefficients(['a'], [1.0], [0.5]).savefig({str(tmp_path / 'a.png')!r});"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "a.png").stat().st_size > 5_000
+
+
+def test_missing_matplotlib_is_one_sentence():
+    code = """
+import sys
+sys.modules["matplotlib"] = sys.modules["matplotlib.figure"] = None
+from attnfit import plots
+try:
+    plots.coefficients(["a"], [1.0])
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == 'plots need matplotlib; type: python -m pip install "attnfit[plot]"\n'
