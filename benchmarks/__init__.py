@@ -1,0 +1,1 @@
+"""Benchmarks of attnfit against the solvers a user would otherwise run."""
