@@ -28,10 +28,13 @@ class GoodStart:
     log10_printed_constant : float
         Of the printed ``M = n^4 exp(20 R^2)``, ``R = max(4, ||A||, ||x||, ||b||)``, which overflows float64.
     local_constant, scaled_constant : float
-        Lipschitz constants of the Hessian on the ball around x_ref that reaches x0, in the user's and in the affine-scaled variables.
+        Lipschitz constants of the Hessian on the ball around x_ref that reaches x0, in the user's and in the
+        affine-scaled variables.
     printed, local, scaled : bool
-        Condition (iii): ``M ||x0 - x_ref|| <= 0.1 l`` with the printed and with the local M, and the corrected affine-scaled form
-        ``M_s ||H^(1/2)(x0 - x_ref)|| <= 0.1``, which alone implies the contraction of the sampled Newton method.
+        Condition (iii): ``M ||x0 - x_ref|| <= 0.1 l`` with the printed and with the local M, and the
+        corrected affine-scaled form
+        ``M_s ||H^(1/2)(x0 - x_ref)|| <= 0.1``, which alone implies the contraction of the sampled Newton
+        method.
     """
 
     gradient_norm: float
@@ -50,11 +53,13 @@ class GoodStart:
             return "holds" if ok else "fails"
 
         lines = [
-            f"(i)   gradient at x_ref {self.gradient_norm:.3g}, smallest eigenvalue l = {self.lambda_min:.3g}",
+            f"(i)   gradient at x_ref {self.gradient_norm:.3g}, smallest eigenvalue l = "
+            f"{self.lambda_min:.3g}",
             "(iii) constant          M              M |x0 - x_ref| against 0.1 l",
             f"      printed           1e{self.log10_printed_constant:<10.1f}   {verdict(self.printed)}",
             f"      local             {self.local_constant:<12.4g}   {verdict(self.local)}",
-            f"      affine-scaled     {self.scaled_constant:<12.4g}   {verdict(self.scaled)}   (M |H^(1/2)(x0 - x_ref)| against 0.1)",
+            f"      affine-scaled     {self.scaled_constant:<12.4g}   {verdict(self.scaled)}   (M "
+            f"|H^(1/2)(x0 - x_ref)| against 0.1)",
         ]
         return "\n".join(lines)
 
@@ -73,8 +78,8 @@ def good_start(problem: GroupedProblem, x0: Any, x_ref: Any) -> GoodStart:
 
     Notes
     -----
-    Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 5.1 and Lemma 9.1; the affine-scaled condition
-    corrects Lemma 5.5, which is false in the Euclidean norm.
+    Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 5.1 and Lemma
+    9.1; the affine-scaled condition corrects Lemma 5.5, which is false in the Euclidean norm.
     """
     start, reference = as_point(x0, problem.shape, "x0"), as_point(x_ref, problem.shape, "x_ref")
     at = problem.evaluate(reference)

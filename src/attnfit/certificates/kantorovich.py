@@ -12,7 +12,8 @@ from attnfit.certificates.ball import Rows
 from attnfit.certificates.lipschitz import lipschitz_constant
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import as_point
-from attnfit.solvers.trust_region import RANK_TOLERANCE
+from attnfit.solvers.curvature import natural_scale
+from attnfit.solvers.trust_region import Eigenmodel
 
 Array = NDArray[np.float64]
 
@@ -25,7 +26,8 @@ class Certificate:
     ----------
     valid : bool
     radius : float
-        ``||x - x*||_2 <= radius`` (infinite where not valid), in the user's units; x* is unique in that ball and a strict local minimiser. Where some
+        ``||x - x*||_2 <= radius`` (infinite where not valid), in the user's units; x* is unique in that ball
+        and a strict local minimiser. Where some
         directions are not identified, the statement is about the identified ones.
     scaled_radius : float
         ``||H^(1/2) (x - x*)||_2 <= scaled_radius``.
@@ -34,7 +36,8 @@ class Certificate:
     reason : str
         Why the certificate holds, or why not and what to do.
     eta : float
-        ``sqrt(g^T H^-1 g)`` plus a bound of the rounding in g: the length of the Newton step in the norm of the Hessian.
+        ``sqrt(g^T H^-1 g)`` plus a bound of the rounding in g: the length of the Newton step in the norm of
+        the Hessian.
     lipschitz : float
         Lipschitz constant M of the Hessian in the scaled variables on the ball of radius ``2 eta``.
     lambda_min : float
@@ -57,8 +60,10 @@ class Certificate:
 def certify(problem: GroupedProblem, x: Any) -> Certificate:
     """Certify x: find a ball around it that contains exactly one stationary point.
 
-    With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of radius ``2 eta`` in the norm of H:
-    if ``h = M eta <= 1/2``, then ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes about six reads of the data, d^2 numbers,
+    With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of
+    radius ``2 eta`` in the norm of H: if ``h = M eta <= 1/2``, then
+    ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes about six reads of the data, d^2
+    numbers,
     and some ten numbers a row.
 
     Parameters
@@ -72,23 +77,24 @@ def certify(problem: GroupedProblem, x: Any) -> Certificate:
 
     Notes
     -----
-    Newton-Kantorovich theorem, see Deuflhard, "Newton Methods for Nonlinear Problems" (2011), Theorem 2.1, with the local constants of
-    `attnfit.certificates.lipschitz`, which replace the papers' ``n^4 exp(20 R^2)``.
+    Newton-Kantorovich theorem, see Deuflhard, "Newton Methods for Nonlinear Problems" (2011), Theorem 2.1,
+    with the local constants of `attnfit.certificates.lipschitz`, which replace the papers'
+    ``n^4 exp(20 R^2)``.
     """
     at = problem.evaluate(as_point(x, problem.shape))
     if not np.isfinite(at.value):
         return _refused("the loss overflows at x; scale the columns of A", np.inf, np.inf, np.nan, 0)
     hessian = problem.hessian_at(at)
-    diagonal = np.abs(np.diag(hessian))
-    scale = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-    values, vectors = np.linalg.eigh(hessian / np.multiply.outer(scale, scale))
-    floor = RANK_TOLERANCE * float(np.abs(values).max())
-    flat = int(np.sum(np.abs(values) <= floor))
+    scale = natural_scale(problem, at)
+    model = Eigenmodel(hessian / np.multiply.outer(scale, scale))
+    values, vectors, floor = model.values, model.vectors, model.floor
+    flat = model.unidentified.shape[1]
     if values[0] < -floor:
         worst = vectors[:, 0] / scale
         along = int(np.argmax(np.abs(worst)))
         return _refused(
-            f"x is not a minimum: the curvature is negative along a direction dominated by column {along}; fit again from another x0",
+            f"x is not a minimum: the curvature is negative along a direction dominated by column {along}; "
+            f"fit again from another x0",
             np.inf, np.inf, float(values[0]), flat,
         )  # fmt: skip
     if flat == len(values):
@@ -103,7 +109,8 @@ def certify(problem: GroupedProblem, x: Any) -> Certificate:
     where = "" if flat == 0 else f" in the {int(keep.sum())} identified directions ({flat} are not)"
     if not h <= 0.5:
         return _refused(
-            f"the Newton step is too long for the curvature to be constant: M eta = {h:.3g} exceeds 1/2{where}; tighten tol or add ridge",
+            f"the Newton step is too long for the curvature to be constant: M eta = {h:.3g} exceeds "
+            f"1/2{where}; tighten tol or add ridge",
             eta, constant, 1.0 / spread**2, flat,
         )  # fmt: skip
     rho = 2.0 * eta / (1.0 + np.sqrt(1.0 - 2.0 * h))

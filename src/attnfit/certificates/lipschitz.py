@@ -1,6 +1,7 @@
 """Local Lipschitz constants of the Hessian on a ball, one formula a family.
 
-The constants bound the third derivative on ``{x + T y : |y| <= r}`` in the variables y. Row penalty and ridge are quadratic and drop out.
+The constants bound the third derivative on ``{x + T y : |y| <= r}`` in the variables y. Row penalty and ridge
+are quadratic and drop out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ Array = NDArray[np.float64]
 
 
 def lipschitz_constant(rows: Rows, radius: float) -> float:
-    """Return M with ``|H(y) - H(y')| <= M |y - y'|`` on the ball of this radius, infinite where nothing finite is known."""
+    """Return M with ``|H(y) - H(y')| <= M |y - y'|`` on the ball of this radius, infinite where nothing
+    finite is known.
+    """
     loss = rows.problem.loss
     with np.errstate(over="ignore", invalid="ignore"):
         if isinstance(loss, SoftmaxLoss):
@@ -32,7 +35,9 @@ def lipschitz_constant(rows: Rows, radius: float) -> float:
 
 
 def _exponential(rows: Rows, loss: SquaredExponential, radius: float) -> float:
-    """Bound ``sum w v (4 u - b) p q^2`` row by row: the weight t = w (v^2 + (u - b) u) has ``dt/dz = w v (4 u - b)``."""
+    """Bound ``sum w v (4 u - b) p q^2`` row by row: the weight t = w (v^2 + (u - b) u) has
+    ``dt/dz = w v (4 u - b)``.
+    """
     norms = rows.norms(centred=False)
     u, v = _outputs(loss.function, rows.z, radius * norms)
     slope = rows.w * v.magnitude * np.maximum(np.abs(4 * u.low - rows.b), np.abs(4 * u.high - rows.b))
@@ -46,7 +51,8 @@ def _softmax(rows: Rows, loss: SoftmaxLoss, radius: float) -> float:
 
         D^3 L[h, k, k] = sum f (g3 - gamma) pt qt^2 - 2 (e.k) <f, pt qt> - (e.h) <f, qt^2>   per group,
 
-    which for the squared loss is the formula of the papers' case. On the ball the rows' centre moves by at most ``shift``.
+    which for the squared loss is the formula of the papers' case. On the ball the rows' centre moves by at
+    most ``shift``.
     """
     segments, b, w = rows.segments, rows.b, rows.w
     spread = segments.spread
@@ -64,7 +70,8 @@ def _softmax(rows: Rows, loss: SoftmaxLoss, radius: float) -> float:
         return _shifted(rows, sigma * f_ball.high * (norms + shift), shift)
 
     def ball(formula) -> Interval:  # type: ignore[no-untyped-def]
-        # p, g2 and g3 are monotone in f (in h = log f for entropy): the ends of f give the ends of the formula.
+        # p, g2 and g3 are monotone in f (in h = log f for entropy): the ends of f give the ends of the
+        # formula.
         one = formula(f_ball.low, h_ball.low, b, w) + 0.0 * f
         other = formula(f_ball.high, h_ball.high, b, w) + 0.0 * f
         return Interval(np.minimum(one, other), np.maximum(one, other))
@@ -87,7 +94,8 @@ def _shifted(rows: Rows, weights: Array, shift: Array) -> float:
 
 
 def _rescaled(rows: Rows, loss: SquaredRescaled, radius: float) -> float:
-    """Bound ``<Q u, v p q^2> + 2 <P(u p q), P(v q)> + <P(u q^2), P(v p)>`` with ``P = 1 - b 1^T`` in each group.
+    """Bound ``<Q u, v p q^2> + 2 <P(u p q), P(v q)> + <P(u q^2), P(v p)>`` with ``P = 1 - b 1^T`` in each
+    group.
 
     Groups are added by the Cauchy-Schwarz inequality.
     """
@@ -106,7 +114,8 @@ def _rescaled(rows: Rows, loss: SquaredRescaled, radius: float) -> float:
     first = rows.largest_eigenvalue(v.magnitude * (np.abs(q_mid) + q_rad) * norms, centred=False)
     u_top = u.magnitude
     group_bb = segments.sum(w * b * b)
-    # The trace bounds the largest eigenvalue of a group's Gram; for one group the eigenvalue itself is as cheap.
+    # The trace bounds the largest eigenvalue of a group's Gram; for one group the eigenvalue itself is as
+    # cheap.
     if len(segments) == 1:
         own = np.array([rows.largest_eigenvalue(u_top, centred=False)])
     else:
@@ -119,7 +128,7 @@ def _rescaled(rows: Rows, loss: SquaredRescaled, radius: float) -> float:
         moved = segments.sum(v_rad**2 * w * norms**2)
     exact = rows.deflated_norm(v_mid)
     pv = exact + np.sqrt(np.sum(moved)) + np.sqrt(np.sum(group_bb * segments.sum(v_rad * norms) ** 2))
-    return first + 3.0 * pu * pv
+    return float(first + 3.0 * pu * pv)
 
 
 def _outputs(function: str, z: Array, reach: Array) -> tuple[Interval, Interval]:

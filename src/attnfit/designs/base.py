@@ -12,15 +12,16 @@ from scipy.sparse.linalg import LinearOperator
 Array = NDArray[np.float64]
 Rows = slice | NDArray[np.intp]
 
-# A dense block of this size stays in the second-level cache between the product that reads it and the transposed one.
+# A dense block of this size stays in the second-level cache between the product that reads it and the
+# transposed one.
 BLOCK_BYTES = 1 << 20
 
 
-class Design(LinearOperator):  # type: ignore[misc]
+class Design(LinearOperator):
     """An n x d matrix that is read in blocks of rows and counts what is read.
 
-    ``rows_read`` is the number of rows fetched so far. Every block is float64 whatever the storage, so that float32 or
-    integer data are fitted in full precision without a copy of the whole matrix.
+    ``rows_read`` is the number of rows fetched so far. Every block is float64 whatever the storage, so that
+    float32 or integer data are fitted in full precision without a copy of the whole matrix.
     """
 
     rows_read: int

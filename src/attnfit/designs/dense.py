@@ -19,16 +19,13 @@ class DenseDesign(Design):
 
     @property
     def block_rows(self) -> int:
-        return max(64, BLOCK_BYTES // (8 * max(1, self.shape[1])))
+        return max(64, BLOCK_BYTES // (8 * max(1, int(self.shape[1]))))
 
     @property
     def gram_cost(self) -> float:
         """Time of a weighted Gram over that of a value and gradient (measured for d = 16 to 256)."""
-        return self.shape[1] / 25.0
+        return int(self.shape[1]) / 25.0
 
     def _fetch(self, rows: Rows) -> Array:
-        if isinstance(rows, slice):
-            block = self.array[rows]
-        else:
-            block = np.take(self.array, rows, axis=0)
+        block = self.array[rows] if isinstance(rows, slice) else np.take(self.array, rows, axis=0)
         return np.asarray(block, dtype=np.float64)

@@ -19,14 +19,18 @@ PART_BYTES = 1 << 18
 
 
 def combine_rows(weights: Array, block: Any) -> Array:
-    """Return ``weights @ block``: sums of rows, shape (d,) for weights (n_rows,), (k, d) for weights (k, n_rows)."""
+    """Return ``weights @ block``: sums of rows, shape (d,) for weights (n_rows,), (k, d) for weights (k,
+    n_rows).
+    """
     if sparse.issparse(block):
         return np.asarray((transposed_view(block) @ weights.T).T)
     return np.asarray(weights @ block)
 
 
 def group_rows(block: Any, weights: Array, starts: Index) -> Any:
-    """Return ``sum_{i in g} weights_i a_i`` for each group, shape (n_groups, d): dense for dense blocks, else CSR."""
+    """Return ``sum_{i in g} weights_i a_i`` for each group, shape (n_groups, d): dense for dense blocks, else
+    CSR.
+    """
     if len(starts) == 1:
         total = combine_rows(weights, block).reshape(1, -1)
         return sparse.csr_array(total) if sparse.issparse(block) else total
@@ -38,8 +42,8 @@ def group_rows(block: Any, weights: Array, starts: Index) -> Any:
 class Gram:
     """Accumulate ``sum_i t_i (r_i a_i - q_i mu_g)(r_i a_i - q_i mu_g)^T`` over blocks of rows.
 
-    ``r`` defaults to one, ``q`` to zero. Dense rows are centred before the product, which keeps full accuracy whatever the
-    size of ``mu``; for CSR rows the product is expanded so that nothing is densified.
+    ``r`` defaults to one, ``q`` to zero. Dense rows are centred before the product, which keeps full accuracy
+    whatever the size of ``mu``; for CSR rows the product is expanded so that nothing is densified.
 
     Parameters
     ----------
@@ -63,7 +67,9 @@ class Gram:
     def add_centred(
         self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Any, starts: Index
     ) -> None:
-        """Add the rows of whole groups; ``mu`` has one row a group (as from `group_rows`), groups begin at ``starts``."""
+        """Add the rows of whole groups; ``mu`` has one row a group (as from `group_rows`), groups begin at
+        ``starts``.
+        """
         if not sparse.issparse(block):
             group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(t)))
             for part in self._parts(len(t)):

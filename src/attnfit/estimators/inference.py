@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from attnfit.losses.softmax import CrossEntropy
 from attnfit.problems.grouped import GroupedProblem
+from attnfit.solvers.curvature import natural_scale
+from attnfit.solvers.trust_region import Eigenmodel
 
 Array = NDArray[np.float64]
 
@@ -28,16 +30,13 @@ def covariance(problem: GroupedProblem, x: Array) -> tuple[Array, NDArray[np.boo
     Sources: Efron and Hinkley (1978), Biometrika 65, 457-482 (observed information); Huber (1967) and White
     (1982), Econometrica 50, 1-25 (sandwich). There is no correction for small samples.
     """
-    hessian = problem.hessian(x)
-    diagonal = np.diag(hessian)
-    scale = 1.0 / np.sqrt(np.where(diagonal > 0.0, diagonal, 1.0))
-    # Equal diagonals first: a coefficient in small units must not pass for a flat direction.
-    values, vectors = np.linalg.eigh(hessian * np.outer(scale, scale))
-    steep = values > len(x) * 1e-13 * max(1.0, float(values[-1]))
-    flat = vectors[:, ~steep]
-    identified = np.linalg.norm(flat, axis=1) < 1e-5
-    half = scale[:, None] * vectors[:, steep]
-    inverse = (half / values[steep]) @ half.T
+    at = problem.evaluate(x)
+    scale = natural_scale(problem, at)
+    model = Eigenmodel(problem.hessian_at(at) / np.multiply.outer(scale, scale))
+    steep = model.values > model.floor
+    identified = np.linalg.norm(model.vectors[:, ~steep], axis=1) < 1e-5
+    half = model.vectors[:, steep] / scale[:, None]
+    inverse = (half / model.values[steep]) @ half.T
     if isinstance(problem.loss, CrossEntropy):
         return inverse, identified
     return inverse @ problem.score_gram(x) @ inverse, identified

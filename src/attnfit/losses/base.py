@@ -1,18 +1,19 @@
 """What a loss tells the rest of the library: formulas on rows, nothing else.
 
-One read of the data must give the value and the gradient even when a group is far larger than a block of rows, so its normaliser
-is known only after its last row. Every loss here is therefore written in *moments*: with any reference for the
-normaliser, the gradient in the logits is a combination of a few columns
+One read of the data must give the value and the gradient even when a group is far larger than a block of
+rows, so its normaliser is known only after its last row. Every loss here is therefore written in *moments*:
+with any reference for the normaliser, the gradient in the logits is a combination of a few columns
 
     s_i = sum_j  coefficient_j(g)  column_j(i),         i in group g,
 
-whose coefficients depend on group sums alone. A block contributes ``A_block^T columns`` and the sums; the coefficients
-are applied at the end. With the reference equal to the true normaliser nothing cancels, so the result keeps full
-relative accuracy near a perfect fit.
+whose coefficients depend on group sums alone. A block contributes ``A_block^T columns`` and the sums; the
+coefficients are applied at the end. With the reference equal to the true normaliser nothing cancels, so the
+result keeps full relative accuracy near a perfect fit.
 
 The Hessian of the data term is a sum of signed row Grams, the *centred-Gram rule*:
 
-    H = sum over terms, groups g, rows i of  t_i (r_i a_i - q_i mu_g)(r_i a_i - q_i mu_g)^T,    mu_g = A_g^T centre.
+    H = sum over terms, groups g, rows i of  t_i (r_i a_i - q_i mu_g)(r_i a_i - q_i mu_g)^T,    mu_g = A_g^T
+    centre.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class GramTerm(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """What the group sums determine. Every array has shape (n_groups,), ``coefficients`` and ``state`` one row an item."""
+    """What the group sums determine. Every array has shape (n_groups,), ``coefficients`` and ``state`` one
+    row an item.
+    """
 
     value: Array
     coefficients: list[Array]
@@ -45,14 +48,17 @@ class Closed(NamedTuple):
 class Loss(ABC):
     """A loss of the logits ``z`` of one block of rows; ``b`` is the target, ``w`` the row weight.
 
-    ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in ``z``.
+    ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in
+    ``z``.
     """
 
     coupled: bool = True
     convex: bool = False
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
-        """Return group sums that depend on the data alone, shape (n_groups,); zeros where the loss needs none."""
+        """Return group sums that depend on the data alone, shape (n_groups,); zeros where the loss needs
+        none.
+        """
         return np.zeros(len(segments))
 
     @abstractmethod
@@ -75,7 +81,9 @@ class Loss(ABC):
 
     @abstractmethod
     def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
-        """Turn group sums of columns and extras into the value, the coefficients and the state of each group."""
+        """Turn group sums of columns and extras into the value, the coefficients and the state of each
+        group.
+        """
 
     @abstractmethod
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
@@ -96,7 +104,8 @@ class Loss(ABC):
         """Return the model's output on each row."""
 
     def thin(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array] | None:
-        """Targets and weights that make a group kept with these inclusion probabilities stand for the whole group.
+        """Targets and weights that make a group kept with these inclusion probabilities stand for the whole
+        group.
 
         The group's logits get the offset ``-log(inclusion)``. None where the loss has no such form.
         """

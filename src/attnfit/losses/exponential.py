@@ -1,7 +1,8 @@
 """Losses of an unnormalised ``u(z)``, ``u`` one of exp, cosh, sinh; no coupling between rows.
 
-With ``v = u'`` and ``u'' = u`` the gradient in the logits is ``w (u - b) v`` and the Hessian weight ``w (v^2 + (u - b) u)``.
-Reference: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 7.5.
+With ``v = u'`` and ``u'' = u`` the gradient in the logits is ``w (u - b) v`` and the Hessian weight
+``w (v^2 + (u - b) u)``. Reference: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression",
+Definition 7.5.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class SquaredExponential(UncoupledLoss):
 
 
 class PoissonDeviance(UncoupledLoss):
-    """``sum w (exp(z) - b z)``: the convex neighbour of squared exponential regression, used for starts (b >= 0)."""
+    """``sum w (exp(z) - b z)``: the convex neighbour of squared exponential regression, used for starts (b >=
+    0).
+    """
 
     convex = True
 

@@ -1,11 +1,11 @@
 """Rescaled regression: ``0.5 sum w (u(z) - alpha b)^2`` with ``alpha = sum u(z)`` of the group.
 
-The target is compared without dividing by ``alpha``, which may vanish for sinh. With ``c = u - alpha b``, ``beta = <w b, c>``:
-gradient ``v (w c - beta)``; Hessian = Gram of the rows ``v_i a_i - b_i A^T v`` with weights ``w`` plus the Gram of the
-rows ``a_i`` with weights ``u (w c - beta)``.
+The target is compared without dividing by ``alpha``, which may vanish for sinh. With ``c = u - alpha b``,
+``beta = <w b, c>``: gradient ``v (w c - beta)``; Hessian = Gram of the rows ``v_i a_i - b_i A^T v`` with
+weights ``w`` plus the Gram of the rows ``a_i`` with weights ``u (w c - beta)``.
 
-Reference: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definitions 7.5 and 8.2 (low-rank part
-built from v, as corrected).
+Reference: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definitions 7.5 and 8.2
+(low-rank part built from v, as corrected).
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Losses of ``f = softmax(z)`` within each group.
 
-With ``p = Phi'(f)``, ``gamma = <p, f>`` and ``h = log f`` the gradient in the logits is ``s = f (p - gamma)`` and the Hessian is the
-Gram of the centred rows with weights ``t = f (Phi'' f + p - gamma)``: only ``g2 = Phi'' f + p`` differs between the losses.
-``g3 = Phi''' f^2 + 3 Phi'' f + p`` enters the third derivative in the same way (see ``attnfit.certificates``).
+With ``p = Phi'(f)``, ``gamma = <p, f>`` and ``h = log f`` the gradient in the logits is ``s = f (p - gamma)``
+and the Hessian is the Gram of the centred rows with weights ``t = f (Phi'' f + p - gamma)``: only
+``g2 = Phi'' f + p`` differs between the losses. ``g3 = Phi''' f^2 + 3 Phi'' f + p`` enters the third
+derivative in the same way (see ``attnfit.certificates``).
 
-References: "In-Context Learning for Attention Scheme", Section 5; "The Closeness of In-Context Learning and Weight
-Shifting for Softmax Regression", Lemma 4.5 (sign corrected).
+References: "In-Context Learning for Attention Scheme", Section 5; "The Closeness of In-Context Learning and
+Weight Shifting for Softmax Regression", Lemma 4.5 (sign corrected).
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from attnfit.losses.segments import Array, Segments
 
 
 class SoftmaxLoss(Loss):
-    """Shared by all losses of a softmax: the reference is the log normaliser, the state (log normaliser, gamma)."""
+    """Shared by all losses of a softmax: the reference is the log normaliser, the state (log normaliser,
+    gamma).
+    """
 
     def reference(self, z: Array, segments: Segments) -> Array:
         top = segments.max(z)
         return top + np.log(segments.sum(np.exp(z - segments.spread(top))))
 
     def merge_references(self, one: Array, other: Array) -> Array:
-        return np.logaddexp(one, other)
+        return np.asarray(np.logaddexp(one, other))
 
     def reference_failed(self, reference: Array, state: Array) -> bool:
-        # A prediction e^5 off costs four digits in the sums below; beyond that one more read is the better deal.
+        # A prediction e^5 off costs four digits in the sums below; beyond that one more read is the better
+        # deal.
         return not bool((np.abs(state[0] - reference) < 5.0).all())
 
     @abstractmethod
@@ -60,7 +64,7 @@ class SoftmaxLoss(Loss):
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         h = z - state[0]
         f = np.exp(h)
-        return f * (np.abs(self.g2(f, h, b, w)) + np.abs(state[1]))
+        return np.asarray(f * (np.abs(self.g2(f, h, b, w)) + np.abs(state[1])))
 
     def fitted(self, z: Array, state: list[Array]) -> Array:
         return np.exp(z - state[0])
@@ -142,7 +146,7 @@ class KullbackLeibler(CrossEntropy):
     """``sum w b (log b - log f)``, with ``0 log 0 = 0``."""
 
     def _log_target(self, b: Array, w: Array) -> Array:
-        return w * xlogy(b, b)
+        return np.asarray(w * xlogy(b, b))
 
 
 class LinearCrossEntropy(SoftmaxLoss):

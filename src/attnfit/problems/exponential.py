@@ -33,8 +33,8 @@ class Exponential(GroupedProblem):
 
     Notes
     -----
-    With ``v = u'`` and ``c = u - b``: gradient ``A^T (w c v)``, Hessian ``A^T diag(w (v^2 + c u)) A``. Source: "An Iterative Algorithm for Rescaled
-    Hyperbolic Functions Regression", Definition 7.5.
+    With ``v = u'`` and ``c = u - b``: gradient ``A^T (w c v)``, Hessian ``A^T diag(w (v^2 + c u)) A``.
+    Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 7.5.
     """
 
     def __init__(

@@ -55,12 +55,14 @@ def require_finite_matrix(array: NDArray[Any], name: str = "A", first_row: int =
 
 
 def require_finite_rows(block: Any, rows: slice | Index, name: str) -> None:
-    """Raise ValueError naming the user's row and the column of the first entry of a block that is not finite."""
+    """Raise ValueError naming the user's row and the column of the first entry of a block that is not
+    finite.
+    """
     if not sparse.issparse(block):
         bad = np.argwhere(~np.isfinite(block))
         entry = (int(bad[0][0]), int(bad[0][1])) if len(bad) else None
     else:
-        where = np.flatnonzero(~np.isfinite(block.data)) if block.dtype.kind == "f" else []
+        where = np.flatnonzero(~np.isfinite(block.data))
         entry = None
         if len(where):
             row = int(np.searchsorted(block.indptr, where[0], side="right")) - 1
@@ -94,7 +96,8 @@ def as_vector(values: Any, n: int, name: str, *, non_negative: bool = False, sca
     if non_negative and (array < 0).any():
         k = int(np.flatnonzero(array < 0)[0])
         raise ValueError(
-            f"{name} is negative at index {k} ({array.reshape(-1)[k]:g}); use values >= 0, with 0 to leave a row out"
+            f"{name} is negative at index {k} ({array.reshape(-1)[k]:g}); use values >= 0, with 0 to leave "
+            f"a row out"
         )
     return array
 
@@ -162,7 +165,8 @@ def _require_numeric(dtype: Any, name: str) -> None:
 def _require_shape(shape: tuple[int, ...], name: str) -> None:
     if len(shape) != 2:
         raise ValueError(
-            f"{name} must have two dimensions (rows, features), not shape {shape}; use {name}.reshape(-1, 1) for one feature"
+            f"{name} must have two dimensions (rows, features), not shape {shape}; use {name}.reshape(-1, "
+            f"1) for one feature"
         )
     if 0 in shape:
         raise ValueError(f"{name} is empty: shape {shape}; pass at least one row and one column")
@@ -187,7 +191,8 @@ def _frame_to_array(frame: Any, name: str) -> NDArray[Any]:
         column, dtype = series.name, series.dtype
         if not (dtype.is_numeric() or dtype == nw.Boolean):
             raise ValueError(
-                f"column {column!r} of {name} has type {dtype}; encode it as numbers (for example one column a category)"
+                f"column {column!r} of {name} has type {dtype}; encode it as numbers (for example one "
+                f"column a category)"
             )
         if series.null_count():
             row = int(np.flatnonzero(series.is_null().to_numpy())[0])

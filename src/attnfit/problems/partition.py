@@ -55,7 +55,8 @@ def parse_groups(groups: Any, n: int) -> Groups:
     Raises
     ------
     ValueError
-        If the length fits neither reading, an offset repeats (empty group) or decreases, or a label is missing.
+        If the length fits neither reading, an offset repeats (empty group) or decreases, or a label is
+        missing.
     """
     if groups is None:
         return Groups(np.zeros(1, dtype=np.intp), None, np.zeros(1, dtype=np.intp))
@@ -85,7 +86,8 @@ def parse_groups(groups: Any, n: int) -> Groups:
 def _offsets(array: NDArray[Any], n: int) -> Index:
     if array.dtype.kind not in "iu" or len(array) < 2 or array[0] != 0 or array[-1] != n:
         raise ValueError(
-            f"groups has length {len(array)} but A has {n} rows; pass one label a row, or integer offsets that start at 0 and end at {n}"
+            f"groups has length {len(array)} but A has {n} rows; pass one label a row, or integer offsets "
+            f"that start at 0 and end at {n}"
         )
     empty = np.flatnonzero(np.diff(array) <= 0)
     if len(empty):

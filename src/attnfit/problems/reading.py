@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from attnfit.designs import Gram, combine_rows
-from attnfit.losses.segments import Array, Segments
+from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.partition import Chunk
 from attnfit.sketching import RowSampler
 
@@ -35,7 +35,8 @@ class Evaluation:
     sample : list of Chunk, optional
         Rows drawn during the read.
     hessian : ndarray, shape (d, d), optional
-        The Hessian, when asked for and the predicted states of long groups were good enough to weight the rows.
+        The Hessian, when asked for and the predicted states of long groups were good enough to weight the
+        rows.
     """
 
     x: Array
@@ -150,11 +151,14 @@ def read(
 
 
 def _trustworthy(reference: Array, predicted: Array, states: Array, weight: Array) -> bool:
-    """Whether the predicted states of long groups weighted the rows of the Hessian to within a few per cent."""
+    """Whether the predicted states of long groups weighted the rows of the Hessian to within a few per
+    cent.
+    """
     if not states.size:
         return True
     close = np.abs(states[0] - reference) <= 0.02
-    # An error in gamma adds gamma's error times f, which sums to one, to weights that sum to ``weight`` in absolute value.
+    # An error in gamma adds gamma's error times f, which sums to one, to weights that sum to ``weight`` in
+    # absolute value.
     return bool((close & (np.abs(states[1] - predicted[1]) <= 0.05 * weight)).all())
 
 
@@ -181,8 +185,8 @@ class Draws:
     """Rows kept by a sampler, gathered into chunks that the second-order formulas read like any other."""
 
     def __init__(self) -> None:
-        self._short: list[tuple[Any, Array, Array, Array, Array]] = []
-        self._pieces: dict[int, list[tuple[Any, Array, Array]]] = {}
+        self._short: list[tuple[Any, Index, Array, Index, Index]] = []
+        self._pieces: dict[int, list[tuple[Any, Index, Array]]] = {}
         self._long_group: dict[int, Any] = {}
 
     def visit(

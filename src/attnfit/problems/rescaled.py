@@ -13,8 +13,8 @@ from attnfit.problems.inputs import choose
 class Rescaled(GroupedProblem):
     """``L(x) = sum_g 0.5 sum w (u(z) - <u(z), 1> b)^2 + penalties`` with ``z = A_g x + offset_g``.
 
-    Softmax regression multiplied through by its normaliser: nothing is divided, so u = sinh, whose normaliser may
-    vanish, is allowed. The penalties are ``0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``.
+    Softmax regression multiplied through by its normaliser: nothing is divided, so u = sinh, whose normaliser
+    may vanish, is allowed. The penalties are ``0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``.
 
     Parameters
     ----------
@@ -39,10 +39,11 @@ class Rescaled(GroupedProblem):
 
     Notes
     -----
-    The loss is not invariant to a constant added to the logits, and is small wherever u is: where the constant vector lies in the
-    range of A, the infimum zero is approached as the logits go to minus infinity (exp). For sinh x = 0 is a minimum with value zero
-    whatever the target: `minimize` starts elsewhere, but a poor fit may still end there. A ridge or row penalty makes
-    exp and cosh well posed. Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definitions 7.5 and 8.2 (corrected).
+    The loss is not invariant to a constant added to the logits, and is small wherever u is: where the
+    constant vector lies in the range of A, the infimum zero is approached as the logits go to minus infinity
+    (exp). For sinh x = 0 is a minimum with value zero whatever the target: `minimize` starts elsewhere, but a
+    poor fit may still end there. A ridge or row penalty makes exp and cosh well posed. Source: "An Iterative
+    Algorithm for Rescaled Hyperbolic Functions Regression", Definitions 7.5 and 8.2 (corrected).
     """
 
     def __init__(

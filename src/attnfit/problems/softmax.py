@@ -24,7 +24,8 @@ class Softmax(GroupedProblem):
     "entropy"               ``-sum w f log f`` (b does not enter)
     ======================= =================================
 
-    The penalties are ``0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``. The papers print the squared loss without the 0.5.
+    The penalties are ``0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``. The papers print the squared
+    loss without the 0.5.
 
     Parameters
     ----------
@@ -50,10 +51,11 @@ class Softmax(GroupedProblem):
 
     Notes
     -----
-    With ``f`` the softmax, ``p = Phi'(f)``, ``C`` the rows centred at ``A^T f`` of their group: gradient ``C^T (p f)``, Hessian
-    ``C^T diag(t) C`` with ``t = f (Phi'' f + p - <p, f>)``. Sources: "In-Context Learning for Attention Scheme: from Single Softmax
-    Regression to Multiple Softmax Regression via a Tensor Trick", Section 5; "The Closeness of In-Context Learning and
-    Weight Shifting for Softmax Regression", Lemma 4.5 (sign corrected).
+    With ``f`` the softmax, ``p = Phi'(f)``, ``C`` the rows centred at ``A^T f`` of their group: gradient
+    ``C^T (p f)``, Hessian ``C^T diag(t) C`` with ``t = f (Phi'' f + p - <p, f>)``. Sources: "In-Context
+    Learning for Attention Scheme: from Single Softmax Regression to Multiple Softmax Regression via a Tensor
+    Trick", Section 5; "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression",
+    Lemma 4.5 (sign corrected).
 
     Examples
     --------

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.losses.base import Loss
 from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array, Index
@@ -59,9 +58,9 @@ class Draw:
 def draw_rows(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) -> Draw | None:
     """Draw about ``n_rows`` rows; None where the loss has no form on a part of a long group.
 
-    Whole groups are drawn uniformly. Rows of a group larger than ``n_rows / 4`` are drawn with probabilities proportional to the target and
-    uniform in equal parts; a kept row's logit gets the offset ``-log(probability)``, so that the group's normaliser
-    stays the same in expectation.
+    Whole groups are drawn uniformly. Rows of a group larger than ``n_rows / 4`` are drawn with probabilities
+    proportional to the target and uniform in equal parts; a kept row's logit gets the offset
+    ``-log(probability)``, so that the group's normaliser stays the same in expectation.
     """
     loss, n = problem.loss, problem.n_rows
     starts = problem.groups.starts if loss.coupled else np.zeros(1, dtype=np.intp)
@@ -92,9 +91,11 @@ def _draw(
         target = np.abs(problem.b[inside])
         if problem.weights is not None:
             target = target * problem.weights[inside]
-        total = float(target.sum())
-        relative = target * (sizes[g] / total) if total > 0 else np.ones(sizes[g])
-        probability = np.minimum(1.0, 0.5 * share * (1.0 + relative))
+        mass = np.ones(sizes[g])
+        for size in (target, target * target):
+            total = float(size.sum())
+            mass += size * (sizes[g] / total) if total > 0 else 1.0
+        probability = np.minimum(1.0, share / 3.0 * mass)
         hit = rng.random(len(probability)) < probability
         # Two certain rows keep the group alive whatever the draw.
         probability[:2], hit[:2] = 1.0, True
@@ -108,8 +109,8 @@ def _draw(
 def convex_neighbour(problem: GroupedProblem) -> GroupedProblem | None:
     """Return a convex problem on the same data whose minimiser is a good start; None where there is none.
 
-    Cross entropy for losses of a softmax with a target, the Poisson likelihood for exp, least squares on the inverse function of the
-    target for sinh and cosh (rescaled: of the target times the size of the group).
+    Cross entropy for losses of a softmax with a target, the Poisson likelihood for exp, least squares on the
+    inverse function of the target for sinh and cosh (rescaled: of the target times the size of the group).
     """
     loss, b, w = problem.loss, problem.b, problem.weights
     exponential = isinstance(loss, SquaredRescaled) and loss.function == "exp"

@@ -12,9 +12,10 @@ Array = NDArray[np.float64]
 def leverage_sketch(gram: Array, n_probes: int, rng: np.random.Generator) -> Array:
     """Return W, shape (d, n_probes), with ``E |a^T W|^2 = a^T gram^-1 a``, the leverage of row a.
 
-    ``W = L^-T G / sqrt(k)`` with the Cholesky factor of ``gram`` and a Gaussian G: the sketch of Drineas, Magdon-Ismail, Mahoney
-    and Woodruff, "Fast approximation of matrix coherence and statistical leverage" (2012). A ridge of 1e-10 of the mean
-    diagonal makes rows stand out that are alone in a direction ``gram`` does not know.
+    ``W = L^-T G / sqrt(k)`` with the Cholesky factor of ``gram`` and a Gaussian G: the sketch of Drineas,
+    Magdon-Ismail, Mahoney and Woodruff, "Fast approximation of matrix coherence and statistical leverage"
+    (2012). A ridge of 1e-10 of the mean diagonal makes rows stand out that are alone in a direction ``gram``
+    does not know.
     """
     d = len(gram)
     ridge = 1e-10 * max(float(np.trace(gram)) / d, np.finfo(float).tiny)
@@ -24,11 +25,12 @@ def leverage_sketch(gram: Array, n_probes: int, rng: np.random.Generator) -> Arr
 
 
 class RowSampler:
-    """Keep each unit (a row, or all rows of a short group) independently with probability proportional to its score.
+    """Keep each unit (a row, or all rows of a short group) independently with probability proportional to its
+    score.
 
-    The score of a row is its curvature weight times its approximate leverage; a kept unit is weighted by the inverse of
-    its probability, so every sampled sum is unbiased whatever the scores. Leverages are computed during the first read
-    and kept (four bytes a row).
+    The score of a row is its curvature weight times its approximate leverage; a kept unit is weighted by the
+    inverse of its probability, so every sampled sum is unbiased whatever the scores. Leverages are computed
+    during the first read and kept (four bytes a row).
 
     Parameters
     ----------

@@ -1,7 +1,10 @@
-"""How the curvature of the objective is modelled: each strategy says what an evaluation should bring along, and builds a model."""
+"""How the curvature of the objective is modelled: each strategy says what an evaluation should bring along,
+and builds a model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,11 +20,13 @@ Array = NDArray[np.float64]
 
 # Below this size an eigendecomposition costs less than finding out whether it is needed.
 SMALL = 128
-# Beyond this many unknowns an indefinite model costs less by conjugate gradients on a sample than by eigenvectors.
+# Beyond this many unknowns an indefinite model costs less by conjugate gradients on a sample than by
+# eigenvectors.
 MEDIUM = 500
 # d x d arrays beyond this size cost more than the products that replace them.
 MAX_DENSE = 3_000
-# An exact Hessian that shrinks the gradient this much a step is kept: the next one would cost more than it saves.
+# An exact Hessian that shrinks the gradient this much a step is kept: the next one would cost more than it
+# saves.
 KEEP = 0.02
 # A sampled one that shrinks it more than this is kept and corrected.
 SLOW = 0.15
@@ -46,7 +51,9 @@ class Strategy(Protocol):
     """What the descent asks of a curvature strategy."""
 
     def request(self, contraction: float | None) -> dict[str, Any]:
-        """Return what the next evaluation shall bring along, given the last step's ratio of gradient norms."""
+        """Return what the next evaluation shall bring along, given the last step's ratio of gradient
+        norms.
+        """
         ...
 
     def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
@@ -60,13 +67,25 @@ def dense_model(hessian: Array, scale: Array) -> Eigenmodel | CholeskyModel:
     return Eigenmodel(scaled) if len(scale) <= SMALL else CholeskyModel(scaled)
 
 
+def natural_scale(problem: GroupedProblem, at: Evaluation) -> Array:
+    """Return the square root of each unknown's curvature, shape (d,): ``scale * x`` has curvature about one.
+
+    One where a column has no effect at all.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        diagonal = problem.diagonal_at(at)
+    usable = np.isfinite(diagonal) & (diagonal > 0.0)
+    return np.sqrt(np.where(usable, diagonal, 1.0))
+
+
 class Exact:
     """The full Hessian, accumulated in the same read as the gradient, and kept while it serves.
 
     Parameters
     ----------
     patient : bool
-        Try a Hessian before asking for the next one: right for a start so close that the first is likely to be the last.
+        Try a Hessian before asking for the next one: right for a start so close that the first is likely to
+        be the last.
     """
 
     def __init__(self, *, patient: bool = False) -> None:
@@ -89,17 +108,32 @@ class Exact:
         return dense_model(problem.hessian_at(at) if at.hessian is None else at.hessian, scale)
 
 
-@dataclass
-class Sampled:
-    """The Hessian of rows drawn by approximate leverage scores during the evaluation, corrected by what later steps reveal.
+class Corrected:
+    """What `Sampled` and `FromSample` share: a model that works is kept, and each step's gradient difference
+    folded in.
 
-    A model that works is kept (unless ``fresh`` asks for a draw at every step), and the gradient differences of the steps taken with it are folded in: conjugate gradients
-    in effect, at no cost but the evaluation. Otherwise the next evaluation draws anew.
+    Conjugate gradients in effect, at no cost but the evaluation.
+    """
+
+    _from: Evaluation | None = None
+
+    def _corrected(self, at: Evaluation, scale: Array, last: Model | None) -> Model | None:
+        """Return the last model with the last step learned, if there is one to correct."""
+        before, self._from = self._from, at
+        if not isinstance(last, SecantModel) or before is None:
+            return None
+        return last.learn(scale * (at.x - before.x), (at.gradient - before.gradient) / scale)
+
+
+@dataclass
+class Sampled(Corrected):
+    """The Hessian of rows drawn by approximate leverage scores during the evaluation, kept while it works.
+
+    With ``fresh`` every evaluation draws anew.
     """
 
     sampler: RowSampler
     fresh: bool = False
-    _from: Evaluation | None = None
 
     def request(self, contraction: float | None) -> dict[str, Any]:
         """Ask for a draw unless the present model works, twice as large where it was far off."""
@@ -110,9 +144,9 @@ class Sampled:
 
     def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
         """Use the rows that came with the evaluation, or correct the last model."""
-        before, self._from = self._from, at
-        if at.sample is None and isinstance(last, SecantModel) and before is not None:
-            return last.learn(scale * (at.x - before.x), (at.gradient - before.gradient) / scale)
+        corrected = self._corrected(at, scale, last)
+        if at.sample is None and corrected is not None:
+            return corrected
         n_drawn = sum(chunk.matrix.shape[0] for chunk in at.sample or [])
         # A draw smaller than the number of unknowns is no model.
         rows = at.sample if n_drawn > len(scale) else None
@@ -120,25 +154,36 @@ class Sampled:
 
 
 @dataclass
-class SampledThenExact:
-    """A sampled Hessian for the first step, then an exact one taken where that step lands, and kept."""
+class FromSample(Corrected):
+    """The Hessian of the sample on which the start was found, kept while it works; then another strategy.
 
-    first: Sampled
-    then: Exact
-    started: bool = False
+    Parameters
+    ----------
+    sample : GroupedProblem
+        Stands for the problem.
+    otherwise : callable
+        Makes the strategy that takes over where the sample's curvature is too coarse.
+    """
+
+    sample: GroupedProblem
+    otherwise: Callable[[], Strategy]
+    successor: Strategy | None = None
 
     def request(self, contraction: float | None) -> dict[str, Any]:
-        """Ask for a draw at the start, for a Hessian afterwards."""
-        if not self.started:
-            self.started = True
-            return self.first.request(None)
-        return self.then.request(contraction)
+        """Ask for nothing but value and gradient as long as the sample serves."""
+        if self.successor is None and contraction is not None and contraction > SLOW:
+            self.successor = self.otherwise()
+            contraction = None
+        return {} if self.successor is None else self.successor.request(contraction)
 
     def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
-        """Use whichever the evaluation brought."""
-        if at.sample is not None:
-            return self.first.model(problem, at, scale, last)
-        return self.then.model(problem, at, scale, last)
+        """Take the sample's curvature once, then correct it."""
+        if self.successor is not None:
+            return self.successor.model(problem, at, scale, last)
+        corrected = self._corrected(at, scale, last)
+        if corrected is not None:
+            return corrected
+        return SecantModel(dense_model(self.sample.hessian_at(self.sample.evaluate(at.x)), scale))
 
 
 @dataclass

@@ -14,7 +14,8 @@ from attnfit.solvers.tracking import StopFit, Tracker
 
 Array = NDArray[np.float64]
 
-# Differences of the value below this share of it are rounding; the gradients at both ends then tell the decrease.
+# Differences of the value below this share of it are rounding; the gradients at both ends then tell the
+# decrease.
 NOISE = 1e-13
 MAX_REJECTIONS = 40
 # A scaled gradient of this size relative to the residuals is zero but for rounding.
@@ -72,10 +73,12 @@ def descend(
     max_iter: int,
     trust_region: bool = True,
 ) -> Descent:
-    """Minimise from an evaluated point, which holds what the strategy requests, in the variables ``scale * x``.
+    """Minimise from an evaluated point, which holds what the strategy requests, in the variables
+    ``scale * x``.
 
-    With ``trust_region=False`` every model step is taken: for sampled curvature this is Algorithm 1 of "An Iterative Algorithm for
-    Rescaled Hyperbolic Functions Regression" with its sign corrected and the low-rank part kept.
+    With ``trust_region=False`` every model step is taken: for sampled curvature this is Algorithm 1 of "An
+    Iterative Algorithm for Rescaled Hyperbolic Functions Regression" with its sign corrected and the low-rank
+    part kept.
     """
     run = Descent(at, reference_norm(at, scale))
     radius, rejections, contraction = np.inf, 0, None
@@ -139,7 +142,9 @@ def descend(
 
 
 def _at_saddle(problem: GroupedProblem, run: Descent, scale: Array) -> bool:
-    """Whether a point without gradient has negative curvature; asks for a read only if the last model, or none, suggests it."""
+    """Whether a point without gradient has negative curvature; asks for a read only if the last model, or
+    none, suggests it.
+    """
     if len(scale) > MAX_DENSE or not (run.model is None or run.model.negative):
         return False
     run.model = dense_model(problem.hessian_at(run.at), scale)

@@ -22,14 +22,15 @@ SUFFICIENT = 1e-4
 class GradientDescent:
     """``x <- x - step_size * gradient(x)`` from zero (or ``x0``).
 
-    The update of "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression", Section 5.1, with its sign corrected. It is
-    a baseline: on data of conditioning 1e2 it needs thousands of reads where `Newton` needs five.
+    The update of "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression", Section
+    5.1, with its sign corrected. It is a baseline: on data of conditioning 1e2 it needs thousands of reads
+    where `Newton` needs five.
 
     Parameters
     ----------
     step_size : float, optional
-        A fixed step. By default each step starts at twice the last one and is halved until the value falls by at least
-        1e-4 of what the gradient promises (Armijo).
+        A fixed step. By default each step starts at twice the last one and is halved until the value falls by
+        at least 1e-4 of what the gradient promises (Armijo).
 
     Raises
     ------
@@ -60,7 +61,8 @@ class GradientDescent:
         x = problem.initial_point(rng) if x0 is None else x0
         at = problem.evaluate(x, start.transfer(x), origin=True)
         run = Descent(at, reference_norm(at, scale))
-        # The first step moves the scaled unknowns by one over their number: small, and free of the user's units.
+        # The first step moves the scaled unknowns by one over their number: small, and free of the user's
+        # units.
         gradient_size = float(np.linalg.norm(at.gradient / scale))
         step = self.step_size or (1.0 / (float(scale.max()) ** 2) if gradient_size > 0 else 1.0)
         try:

@@ -1,4 +1,6 @@
-"""What the data leave open: flat directions of the curvature, and directions along which cross entropy has no minimum."""
+"""What the data leave open: flat directions of the curvature, and directions along which cross entropy has no
+minimum.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Array = NDArray[np.float64]
 
 
 def unidentified_directions(model: Model | None, scale: Array) -> Array | None:
-    """Return an orthonormal basis, in the user's units, of the directions without curvature, shape (d, k); None if unknown."""
+    """Return an orthonormal basis, in the user's units, of the directions without curvature, shape (d, k);
+    None if unknown.
+    """
     if isinstance(model, SecantModel):
         model = model.base
     if isinstance(model, CholeskyModel):
@@ -33,7 +37,8 @@ def unidentified_directions(model: Model | None, scale: Array) -> Array | None:
 def structural_directions(problem: GroupedProblem, scale: Array) -> Array:
     """Return an orthonormal basis of the directions that no row of the data sees, shape (d, k).
 
-    Taken at zero, where all outputs are alike: at the answer small curvatures blur the line between flat and not.
+    Taken at zero, where all outputs are alike: at the answer small curvatures blur the line between flat and
+    not.
     """
     zero = problem.evaluate(np.zeros(problem.n_unknowns))
     model = Eigenmodel(problem.hessian_at(zero, absolute=True) / np.multiply.outer(scale, scale))
@@ -43,7 +48,8 @@ def structural_directions(problem: GroupedProblem, scale: Array) -> Array:
 def least_norm(
     problem: GroupedProblem, best: Descent, scale: Array, tracker: Tracker, tol: float
 ) -> Evaluation:
-    """Return the point of least norm that differs along structural directions, polished by Newton steps, which avoid them.
+    """Return the point of least norm that differs along structural directions, polished by Newton steps,
+    which avoid them.
 
     The point itself where that raises the loss.
     """
@@ -54,7 +60,8 @@ def least_norm(
     shorter = problem.evaluate(at.x - flat @ (flat.T @ at.x), at, **strategy.request(None))
     if not shorter.value <= at.value + 1e3 * slack:
         return at
-    # Two fits of the same data from different starts shall agree to rounding, not to tol divided by a small curvature.
+    # Two fits of the same data from different starts shall agree to rounding, not to tol divided by a small
+    # curvature.
     polished = descend(
         problem, shorter, strategy, scale, tracker, phase="least norm", tol=1e-3 * tol, max_iter=4
     )
@@ -64,8 +71,9 @@ def least_norm(
 def recession_direction(problem: GroupedProblem, candidates: list[Array]) -> Array | None:
     """Return a direction along which cross entropy falls for ever, or None if no candidate is one.
 
-    Along v the loss never rises if, in every group, all rows with a positive target attain the largest ``A v`` of the group; it falls if some group
-    is not constant. Then there is no finite minimiser: the data are separable.
+    Along v the loss never rises if, in every group, all rows with a positive target attain the largest
+    ``A v`` of the group; it falls if some group is not constant. Then there is no finite minimiser: the data
+    are separable.
     """
     if not isinstance(problem.loss, CrossEntropy) or problem.ridge > 0 or problem.penalty is not None:
         return None

@@ -55,17 +55,18 @@ def minimize(
     ----------
     problem : Softmax, Exponential or Rescaled
     x0 : array_like, shape (d,), optional
-        Start here only. By default a convex problem is started from a sample of its rows; any other from its convex neighbour (cross
-        entropy) and from zero, and the best end is returned with all local values.
+        Start here only. By default a convex problem is started from a sample of its rows; any other from its
+        convex neighbour (cross entropy) and from zero, and the best end is returned with all local values.
     solver : Newton or GradientDescent, optional
         `Newton()` by default; ``result.solver`` says what it chose.
     tol : float
-        Stop when the gradient in internally scaled variables is at most ``tol`` times the one at zero (times the largest seen
-        where zero is stationary).
+        Stop when the gradient in internally scaled variables is at most ``tol`` times the one at zero (times
+        the largest seen where zero is stationary).
     max_iter : int
         Largest number of steps on the full data.
     callback : callable, optional
-        Called with a `Record` after each evaluation; a true return value, or KeyboardInterrupt, ends the fit with the best point.
+        Called with a `Record` after each evaluation; a true return value, or KeyboardInterrupt, ends the fit
+        with the best point.
     random_state : int, numpy.random.Generator, optional
         Seed of all sampling.
 
@@ -139,6 +140,7 @@ def minimize(
 
 
 def _runs_away(best: Descent, scale: Array) -> bool:
+    assert best.last_step is not None
     return float(np.linalg.norm(scale * best.last_step)) > STRIDE * float(np.linalg.norm(scale * best.at.x))
 
 
@@ -153,12 +155,16 @@ def _message(
         order = np.argsort(-np.abs(separating))[:3]
         entries = ", ".join(f"column {j}: {separating[j] / np.abs(separating).max():+.3g}" for j in order)
         return (
-            "the data are separable: cross entropy has no finite minimum and falls for ever along the direction "
-            f"({entries}{', ...' if len(separating) > 3 else ''}); add ridge > 0, or drop or merge the columns it names"
+            "the data are separable: cross entropy has no finite minimum and falls for ever along the "
+            "direction "
+            f"({entries}{', ...' if len(separating) > 3 else ''}); add ridge > 0, or drop or merge the "
+            f"columns it names"
         )
     return {
-        "max_iter": f"not converged after max_iter={max_iter} steps ({reached}); raise max_iter, or loosen tol",
-        "precision": f"no further decrease is possible in float64 ({reached}); loosen tol, or add ridge if columns are nearly "
+        "max_iter": f"not converged after max_iter={max_iter} steps ({reached}); raise max_iter, or loosen "
+        f"tol",
+        "precision": f"no further decrease is possible in float64 ({reached}); loosen tol, or add ridge if "
+        f"columns are nearly "
         "dependent",
         "overflow": f"a fixed step of {outcome.description} overflowed ({reached}); use a smaller step_size",
         "interrupted": f"interrupted; x is the best point so far ({reached})",

@@ -11,15 +11,7 @@ from numpy.typing import NDArray
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import choose
 from attnfit.sketching import RowSampler, leverage_sketch
-from attnfit.solvers.curvature import (
-    MAX_DENSE,
-    MEDIUM,
-    Exact,
-    MatrixFree,
-    Sampled,
-    SampledThenExact,
-    Strategy,
-)
+from attnfit.solvers.curvature import MAX_DENSE, Exact, FromSample, MatrixFree, Sampled, Strategy
 from attnfit.solvers.descent import Descent, descend, reference_norm
 from attnfit.solvers.start import Start, same_minimum
 from attnfit.solvers.tracking import Interrupted, Tracker
@@ -27,7 +19,8 @@ from attnfit.solvers.tracking import Interrupted, Tracker
 Array = NDArray[np.float64]
 
 HESSIANS = ("auto", "exact", "sampled", "matrix_free")
-# An exact Gram saves two evaluations and two sampled Grams: it may cost as much.
+# Where a sample's curvature is too coarse, an exact Gram is the remedy if it costs no more
+# evaluations than this.
 GRAM_PAYS = 4.0
 # Johnson-Lindenstrauss columns: leverages within a factor of two are all that sampling needs.
 N_PROBES = 8
@@ -62,15 +55,17 @@ class Newton:
     Parameters
     ----------
     hessian : {"auto", "exact", "sampled", "matrix_free"}
-        "exact" forms the full Hessian (one more read a step); "sampled" estimates it from rows drawn by approximate leverage scores
-        while the gradient is computed (a few per cent of a read); "matrix_free" runs conjugate gradients on drawn rows
-        and keeps no d x d array. "auto" takes matrix_free beyond 3,000 unknowns, sampled where a sample is less than
-        a quarter of the rows, else exact.
+        "exact" forms the full Hessian in the same read as the gradient; "sampled" estimates it from rows
+        drawn by approximate leverage scores during that read; "matrix_free" runs conjugate gradients on
+        drawn rows and keeps no d x d array. "auto" takes matrix_free beyond 3,000 unknowns, exact where the
+        rows are few, and else starts with the Hessian of the rows on which it found the start, corrected by
+        the gradient differences of the steps (BFGS), and turns to exact or sampled where that is too coarse.
     globalisation : {"trust_region", "none"}
-        "none" takes every step: with "sampled" this is Algorithm 1 of "An Iterative Algorithm for Rescaled Hyperbolic Functions
-        Regression", signs corrected. It needs a good ``x0``.
+        "none" takes every step: with "sampled" this is Algorithm 1 of "An Iterative Algorithm for Rescaled
+        Hyperbolic Functions Regression", signs corrected. It needs a good ``x0``.
     sample_rows : int, optional
-        Rows to draw for a sampled Hessian; by default 5 % of the rows, at least 100 d (10 d where matrix-free).
+        Rows to draw for a sampled Hessian; by default 5 % of the rows, at least 100 d (10 d where
+        matrix-free).
     """
 
     hessian: Literal["auto", "exact", "sampled", "matrix_free"] = "auto"
@@ -92,7 +87,7 @@ class Newton:
         rng: np.random.Generator,
     ) -> Outcome:
         """Minimise; `attnfit.minimize` documents the arguments."""
-        kind = self._resolve(problem)
+        kind = self._resolve(problem, start)
         scale = start.scale()
         try:
             points = {"x0": x0} if x0 is not None else start.points(scale, tracker, rng)
@@ -123,26 +118,27 @@ class Newton:
                 break
         return Outcome.of(ends, scale, f"Newton, {kind.replace('_', '-')} Hessian, {self.globalisation}")
 
-    def _resolve(self, problem: GroupedProblem) -> str:
+    def _resolve(self, problem: GroupedProblem, start: Start) -> str:
         if self.hessian != "auto":
             return self.hessian
-        n, d = problem.n_rows, problem.n_unknowns
-        if d > MAX_DENSE:
+        if problem.n_unknowns > MAX_DENSE:
             return "matrix_free"
-        if self._budget(problem, "sampled") >= 0.25 * n:
-            return "exact"
-        return "sampled" if problem.design.gram_cost > GRAM_PAYS else "sampled_then_exact"
-
-    def _budget(self, problem: GroupedProblem, kind: str) -> float:
-        rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
-        return float(self.sample_rows or max(0.05 * problem.n_rows, rows_per_unknown * problem.n_unknowns))
+        return "exact" if start.sample.is_full else "corrected_sample"
 
     def _strategy(
         self, kind: str, start: Start, x: Array, scale: Array, rng: np.random.Generator
     ) -> Strategy:
-        n, d, budget = start.full.n_rows, len(scale), self._budget(start.full, kind)
-        if kind == "exact" or (kind == "matrix_free" and budget >= 0.5 * n):
-            return Exact() if kind == "exact" else MatrixFree()
+        n, d = start.full.n_rows, len(scale)
+        rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
+        budget = float(self.sample_rows or max(0.05 * n, rows_per_unknown * d))
+        if kind == "exact":
+            return Exact()
+        if kind == "corrected_sample":
+            pays = start.full.design.gram_cost < GRAM_PAYS
+            other = "exact" if pays else "sampled"
+            return FromSample(start.sample.problem, lambda: self._strategy(other, start, x, scale, rng))
+        if kind == "matrix_free" and budget >= 0.5 * n:
+            return MatrixFree()
         small = start.sample.problem
         at = small.evaluate(x)
         if kind == "matrix_free":
@@ -154,6 +150,4 @@ class Newton:
         sampler = RowSampler(n, budget, sketch, 1.3 * d, rng)
         if kind == "matrix_free":
             return MatrixFree(sampler)
-        if kind == "sampled":
-            return Sampled(sampler, fresh=self.globalisation == "none")
-        return SampledThenExact(Sampled(sampler), Exact(patient=True))
+        return Sampled(sampler, fresh=self.globalisation == "none")

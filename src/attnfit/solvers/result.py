@@ -94,7 +94,8 @@ class Result:
     gradient : ndarray
         Gradient at x.
     gradient_norm : float
-        Norm of the scaled gradient relative to the one at zero (to the largest seen where zero is stationary): what ``tol`` bounds.
+        Norm of the scaled gradient relative to the one at zero (to the largest seen where zero is
+        stationary): what ``tol`` bounds.
     converged : bool
     status : {"converged", "max_iter", "precision", "separable", "interrupted", "overflow"}
     message : str
@@ -108,8 +109,8 @@ class Result:
     local_values : dict of str to float
         Value of every local minimum found, by the name of its start.
     unidentified : ndarray, shape (n_unknowns, k)
-        Orthonormal directions, in the user's units, along which the data leave x open; x has the smallest norm in scaled units.
-        None where the solver keeps no matrix from which to tell.
+        Orthonormal directions, in the user's units, along which the data leave x open; x has the smallest
+        norm in scaled units. None where the solver keeps no matrix from which to tell.
     """
 
     x: Array
@@ -129,7 +130,9 @@ class Result:
     unidentified: Array | None = None
 
     def certificate(self) -> Certificate:
-        """Return the Newton-Kantorovich certificate at x: a radius within which the exact stationary point lies."""
+        """Return the Newton-Kantorovich certificate at x: a radius within which the exact stationary point
+        lies.
+        """
         from attnfit.certificates import certify
 
         return certify(self.problem, self.x)

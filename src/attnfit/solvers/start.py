@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,18 +10,20 @@ from numpy.typing import NDArray
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.reading import Evaluation
 from attnfit.problems.thinning import convex_neighbour, draw_rows
-from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree
+from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
 from attnfit.solvers.descent import descend
 from attnfit.solvers.tracking import Interrupted, Tracker
 
 Array = NDArray[np.float64]
 
-# Starts are searched on the small sample and polished on the large one, whose answer is about one per cent off.
+# Starts are searched on the small sample and polished on the large one, whose answer is about one per cent
+# off.
 SCOUT_ROWS = 4_000
 SAMPLE_ROWS = 20_000
-# Rows per unknown below which a sample's answer means little.
+# Rows per unknown: fewer than the first and an answer means little; the second give a Hessian to within
+# three per cent.
 SCOUT_RATIO = 10
-SAMPLE_RATIO = 50
+SAMPLE_RATIO = 1000
 # A sample larger than this share of the data costs more than it saves.
 MAX_SHARE = 0.1
 SAMPLE_TOL = 1e-3
@@ -29,7 +31,8 @@ SAMPLE_TOL = 1e-3
 
 @dataclass(frozen=True)
 class Sample:
-    """A small problem that stands for the full one, and its convex neighbour; the full problem itself where that is small.
+    """A small problem that stands for the full one, and its convex neighbour; the full problem itself where
+    that is small.
 
     Attributes
     ----------
@@ -50,9 +53,10 @@ class Sample:
         return self.share * (self.problem.n_passes + (0.0 if self.convex is None else self.convex.n_passes))
 
 
-def draw_sample(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) -> Sample:
-    """Return an importance-weighted sample of about ``n_rows`` rows."""
-    convex = None if problem.loss.convex else convex_neighbour(problem)
+def draw_sample(
+    problem: GroupedProblem, convex: GroupedProblem | None, n_rows: int, rng: np.random.Generator
+) -> Sample:
+    """Return an importance-weighted sample of about ``n_rows`` rows of a problem and its convex neighbour."""
     draw = draw_rows(problem, n_rows, rng) if problem.n_rows > n_rows else None
     if draw is None or (problem.weights is not None and not problem.weights[draw.rows].any()):
         return Sample(problem, convex, 1.0, True)
@@ -74,13 +78,16 @@ class Start:
         """Draw both samples; large problems only."""
         n, d = problem.n_rows, problem.n_unknowns
         scout_rows = max(SCOUT_ROWS, SCOUT_RATIO * d)
-        sample_rows = max(SAMPLE_ROWS, SAMPLE_RATIO * d)
-        if scout_rows < n and sample_rows > max(MAX_SHARE * n, SAMPLE_ROWS):
-            sample_rows = scout_rows
-        sample = draw_sample(problem, sample_rows, rng)
-        if sample.is_full or sample_rows == scout_rows:
+        n_rows = SAMPLE_ROWS
+        if n > SAMPLE_ROWS:
+            affordable = max(int(MAX_SHARE * n), min(SAMPLE_ROWS, n // 4))
+            n_rows = max(scout_rows, min(max(SAMPLE_ROWS, SAMPLE_RATIO * d), affordable))
+        convex = None if problem.loss.convex else convex_neighbour(problem)
+        sample = draw_sample(problem, convex, n_rows, rng)
+        if sample.is_full or n_rows == scout_rows:
             return cls(problem, sample, sample)
-        return cls(problem, draw_sample(problem, scout_rows, rng), sample)
+        scout = draw_sample(sample.problem, sample.convex, scout_rows, rng)
+        return cls(problem, replace(scout, share=scout.share * sample.share), sample)
 
     @property
     def n_passes(self) -> float:
@@ -88,19 +95,18 @@ class Start:
         return self.sample.n_passes + (0.0 if self.scout is self.sample else self.scout.n_passes)
 
     def scale(self) -> Array:
-        """Return the square root of each unknown's curvature at zero, shape (d,): the fit works in ``scale * x``."""
+        """Return the square root of each unknown's curvature at zero, shape (d,): the fit works in
+        ``scale * x``.
+        """
         problem = self.sample.problem
-        with np.errstate(over="ignore", invalid="ignore"):
-            diagonal = problem.diagonal_at(problem.evaluate(np.zeros(problem.n_unknowns)))
-        usable = np.isfinite(diagonal) & (diagonal > 0.0)
-        return np.sqrt(np.where(usable, diagonal, 1.0))
+        return natural_scale(problem, problem.evaluate(np.zeros(problem.n_unknowns)))
 
     def points(self, scale: Array, tracker: Tracker, rng: np.random.Generator) -> dict[str, Array]:
         """Return the points to descend from, by name; the best first.
 
-        A convex problem has one. Otherwise the convex neighbour (cross entropy for losses of a softmax) is solved first, and both
-        its answer and zero are descended from. Where rows can be sampled this happens on the scout; ends in one minimum
-        count once and are polished on the larger sample.
+        A convex problem has one. Otherwise the convex neighbour (cross entropy for losses of a softmax) is
+        solved first, and both its answer and zero are descended from. Where rows can be sampled this happens
+        on the scout; ends in one minimum count once and are polished on the larger sample.
         """
 
         def run(problem: GroupedProblem, x: Array, phase: str) -> Evaluation:
@@ -117,18 +123,16 @@ class Start:
             points = {"convex": convex} if self.full.zero_is_trivial else {"convex": convex, **points}
         if self.sample.is_full:
             return points
-        ends: dict[str, Evaluation] = {}
-        for name, x in points.items():
-            end = run(self.scout.problem, x, f"scout: {name}")
-            if np.isfinite(end.value) and not any(same_minimum(end, other, scale) for other in ends.values()):
-                ends[name] = end
-        if self.sample is self.scout:
-            polished = ends
-        else:
-            polished = {
-                name: run(self.sample.problem, end.x, f"sample: {name}") for name, end in ends.items()
-            }
-        return {name: polished[name].x for name in sorted(polished, key=lambda name: polished[name].value)}
+        ends = {name: run(self.scout.problem, x, f"scout: {name}") for name, x in points.items()}
+        # Ends on the scout stop at one per mille of the gradient: one minimum shows as two points apart.
+        distinct = _distinct(ends, scale, 0.05)
+        if self.sample is not self.scout:
+            distinct = _distinct(
+                {name: run(self.sample.problem, end.x, f"sample: {name}") for name, end in distinct.items()},
+                scale,
+                0.01,
+            )
+        return {name: distinct[name].x for name in sorted(distinct, key=lambda name: distinct[name].value)}
 
     def transfer(self, x: Array) -> Evaluation | None:
         """Predict the states of the full problem's long groups at x from the sample."""
@@ -143,9 +147,22 @@ class Start:
         return Evaluation(x, at.value, at.gradient, np.array(states).T, np.array(centres))
 
 
-def same_minimum(one: Evaluation, other: Evaluation, scale: Array) -> bool:
-    """Whether two ends are one minimum: equal in value, or close in scaled variables."""
-    if abs(one.value - other.value) <= 1e-6 * max(abs(one.value), abs(other.value)):
-        return True
+def same_minimum(one: Evaluation, other: Evaluation, scale: Array, closeness: float = 1e-3) -> bool:
+    """Whether two ends are one minimum: equal in value to rounding, or close in scaled variables and in
+    value.
+    """
+    gap = abs(one.value - other.value)
+    size = max(abs(one.value), abs(other.value))
     distance = float(np.linalg.norm(scale * (one.x - other.x)))
-    return distance <= 1e-3 * float(np.linalg.norm(scale * one.x))
+    near = distance <= closeness * float(np.linalg.norm(scale * one.x))
+    return gap <= 1e-9 * size or (near and gap <= closeness**2 * size + 1e-300)
+
+
+def _distinct(ends: dict[str, Evaluation], scale: Array, closeness: float) -> dict[str, Evaluation]:
+    """Return the finite ends that are different minima, the best of each."""
+    kept: dict[str, Evaluation] = {}
+    for name in sorted(ends, key=lambda name: ends[name].value):
+        if not any(same_minimum(ends[name], other, scale, closeness) for other in kept.values()):
+            kept[name] = ends[name]
+    finite = {name: end for name, end in kept.items() if np.isfinite(end.value)}
+    return finite or ends

@@ -25,7 +25,8 @@ class Step:
 
 
 class Eigenmodel:
-    """A quadratic model in its eigenbasis: exact solutions for every radius, minimum-norm where it is singular.
+    """A quadratic model in its eigenbasis: exact solutions for every radius, minimum-norm where it is
+    singular.
 
     More and Sorensen, "Computing a trust region step" (1983).
     """
@@ -57,8 +58,8 @@ class Eigenmodel:
             if np.linalg.norm(q) <= radius:
                 return self._step(along, q, False)
         if not np.isfinite(radius):
-            # No radius yet and no Newton step: take the scale between a gradient step (the diagonal is about one) and the
-            # step of the model with the curvature's absolute values.
+            # No radius yet and no Newton step: take the scale between a gradient step (the diagonal is about
+            # one) and the # step of the model with the curvature's absolute values.
             size = np.maximum(np.abs(self.values), max(self.floor, 1e-100))
             radius = float(np.sqrt(np.linalg.norm(along / size) * np.linalg.norm(along)))
         return self._step(along, self._boundary(along, radius), True)
@@ -68,7 +69,9 @@ class Eigenmodel:
         return Step(self.vectors @ q, predicted, bounded)
 
     def _boundary(self, along: Array, radius: float) -> Array:
-        """Solve ``||(H + shift)^-1 g|| = radius`` for a shift that makes H + shift positive, by safeguarded Newton."""
+        """Solve ``||(H + shift)^-1 g|| = radius`` for a shift that makes H + shift positive, by safeguarded
+        Newton.
+        """
         lowest = max(0.0, -float(self.values[0]))
         low, high = lowest, lowest + float(np.linalg.norm(along)) / radius + self.floor
         gap = self.floor
@@ -82,7 +85,7 @@ class Eigenmodel:
             q[0] = 0.0
             missing = np.sqrt(max(radius**2 - float(q @ q), 0.0))
             q[0] = -missing if along[0] > 0 else missing
-            return q
+            return np.asarray(q)
         shift = max(low + gap, 0.5 * (low + high))
         for _ in range(100):
             norm = size(shift)
@@ -92,11 +95,13 @@ class Eigenmodel:
             slope = float(np.sum(along**2 / (self.values + shift) ** 3)) / norm**2
             newton = shift + (norm - radius) / (radius * slope)
             shift = newton if low < newton < high else 0.5 * (low + high)
-        return -along / (self.values + shift)
+        return np.asarray(-along / (self.values + shift))
 
 
 class CholeskyModel:
-    """A quadratic model that is factored only as far as needed: Cholesky for a plain Newton step, else eigenvectors."""
+    """A quadratic model that is factored only as far as needed: Cholesky for a plain Newton step, else
+    eigenvectors.
+    """
 
     def __init__(self, hessian: Array) -> None:
         self.hessian = hessian
@@ -137,10 +142,11 @@ class CholeskyModel:
 
 
 class SecantModel:
-    """A model corrected by pairs of steps and gradient differences: limited-memory BFGS on top of a factored Hessian.
+    """A model corrected by pairs of steps and gradient differences: limited-memory BFGS on top of a factored
+    Hessian.
 
-    Nocedal, "Updating quasi-Newton matrices with limited storage" (1980), with the model in place of a multiple of the
-    identity.
+    Nocedal, "Updating quasi-Newton matrices with limited storage" (1980), with the model in place of a
+    multiple of the identity.
     """
 
     def __init__(self, base: Eigenmodel | CholeskyModel) -> None:
@@ -179,9 +185,9 @@ class SecantModel:
 class KrylovModel:
     """A quadratic model known through products only: conjugate gradients stopped at the radius.
 
-    Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983). Started from zero it
-    never leaves the range of the Hessian, so the step has minimum norm where that is singular. A model belongs to one
-    gradient.
+    Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983). Started
+    from zero it never leaves the range of the Hessian, so the step has minimum norm where that is singular. A
+    model belongs to one gradient.
     """
 
     def __init__(self, product: Callable[[Array], Array], forcing: float, max_products: int = 250) -> None:
@@ -233,4 +239,4 @@ def _to_boundary(p: Array, direction: Array, radius: float) -> float:
     dd, pd, pp = float(direction @ direction), float(p @ direction), float(p @ p)
     gap = max(radius**2 - pp, 0.0)
     root = np.sqrt(pd * pd + dd * gap)
-    return gap / (pd + root) if pd > 0 else (root - pd) / dd
+    return float(gap / (pd + root) if pd > 0 else (root - pd) / dd)
