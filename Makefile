@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo   see what attnfit does"
 	@echo "make test   run the tests"
-	@echo "make bench  time attnfit against its peers"
+	@echo "make bench  time attnfit against its peers (TABLE="softmax" for one table at full size)"
 	@echo "make lint   check style and types"
 	@echo "make docs   run every example of the documentation"
 	@echo "make clean  remove the environment and all build products"
@@ -25,7 +25,7 @@ test: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.run $(or $(TABLE),all --quick)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

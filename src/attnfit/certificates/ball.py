@@ -123,8 +123,7 @@ class Rows:
                     mu if not sparse.issparse(block) else sparse.csr_array(mu),
                     chunk.segments.starts,
                 )
-        whitened = self.whitener.T @ gram.result() @ self.whitener
-        return max(0.0, float(np.linalg.eigvalsh(whitened)[-1]))
+        return self._top(gram)
 
     def deflated_norm(self, v: Array) -> float:
         """Return the spectral norm of the whitened rows ``sqrt(w_i) (v_i a_i - b_i A_g^T v)``."""
@@ -140,8 +139,13 @@ class Rows:
             else:
                 starts = chunk.segments.starts
                 gram.add_centred(block, t, r, q, group_rows(block, r, starts), starts)
+        return float(np.sqrt(self._top(gram)))
+
+    def _top(self, gram: Gram) -> float:
         whitened = self.whitener.T @ gram.result() @ self.whitener
-        return float(np.sqrt(max(0.0, np.linalg.eigvalsh(whitened)[-1])))
+        if not np.isfinite(whitened).all():
+            return np.inf
+        return max(0.0, float(np.linalg.eigvalsh(whitened)[-1]))
 
     def _chunks(self, centred: bool) -> Any:
         """Yield each chunk with its block and, if centred, the dense centres of its groups."""

@@ -116,9 +116,9 @@ def certify(problem: GroupedProblem, x: Any) -> Certificate:
     rho = 2.0 * eta / (1.0 + np.sqrt(1.0 - 2.0 * h))
     return Certificate(
         valid=True,
-        radius=rho * spread,
-        scaled_radius=rho,
-        value_gap=0.5 * rho**2 * (1.0 + constant * rho),
+        radius=float(rho * spread),
+        scaled_radius=float(rho),
+        value_gap=float(0.5 * rho**2 * (1.0 + constant * rho)),
         reason=f"Newton-Kantorovich: M eta = {h:.3g} <= 1/2{where}",
         eta=eta,
         lipschitz=constant,
