@@ -73,7 +73,7 @@ def test_constants_bound_the_change_of_the_hessian(family, loss, radius):
 
 
 def test_the_ball_is_small_at_the_answer():
-    problem, result = well_posed("Softmax", "cross_entropy", 0)
+    _, result = well_posed("Softmax", "cross_entropy", 0)
     proof = result.certificate()
     assert proof.valid
     assert proof.radius < 1e-7

@@ -44,6 +44,14 @@ class Design(LinearOperator):
     def gram_cost(self) -> float:
         """Time of a weighted Gram over that of a value and gradient, roughly."""
 
+    def product(self, block: Any, x: Array) -> Array:
+        """Return ``block @ x`` for a block of this design, shape (n_rows,)."""
+        return np.asarray(block @ x)
+
+    @abstractmethod
+    def combine(self, weights: Array, block: Any) -> Array:
+        """Return ``weights @ block``, shape (k, d) for weights (k, n_rows)."""
+
     def block(self, rows: Rows) -> Any:
         """Return these rows as a float64 ndarray or CSR array, shape (n_rows, d)."""
         matrix = self._fetch(rows)

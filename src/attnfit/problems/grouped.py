@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from attnfit.designs import Gram, combine_rows, group_rows
+from attnfit.designs import Design, Gram, combine_rows, group_rows
 from attnfit.losses.base import GramTerm
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
@@ -242,9 +242,8 @@ class GroupedProblem(StoredProblem):
         out = self.ridge * v
         for chunk in self.chunks:
             block, z = self.logits(chunk, at.x)
-            out += _product(
-                chunk, block, *self.gram_rows(chunk, z, self.row_state(chunk, z, at)), at.centre, v
-            )
+            terms, weights = self.gram_rows(chunk, z, self.row_state(chunk, z, at))
+            out += _product(self.design, chunk, block, terms, weights, at.centre, v)
         return out
 
     def hessian_operator(self, at: Evaluation, sample: list[Chunk] | None = None) -> Callable[[Array], Array]:
@@ -261,17 +260,23 @@ class GroupedProblem(StoredProblem):
         def product(v: Array) -> Array:
             out = self.ridge * v
             for chunk, terms, weights in prepared:
-                out += _product(chunk, self.fetch(chunk), terms, weights, at.centre, v)
+                out += _product(self.design, chunk, self.fetch(chunk), terms, weights, at.centre, v)
             return out
 
         return product
 
 
 def _product(
-    chunk: Chunk, block: Any, terms: list[GramTerm], weights: Array | None, centres: Array, v: Array
+    design: Design,
+    chunk: Chunk,
+    block: Any,
+    terms: list[GramTerm],
+    weights: Array | None,
+    centres: Array,
+    v: Array,
 ) -> Array:
     """Return a chunk's part of the Hessian times v."""
-    along = block @ v
+    along = design.product(block, v)
     spread, total = chunk.segments.spread, chunk.segments.sum
     rows = np.zeros_like(along)
     beside: Array | float = 0.0
@@ -287,4 +292,4 @@ def _product(
             part = t * (y - q * spread(total(weights * along)))
             rows -= weights * spread(total(q * part))
         rows += part if r is None else r * part
-    return combine_rows(rows, block) + beside
+    return np.asarray(design.combine(rows[None, :], block)[0] + beside)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from attnfit.designs import Gram, combine_rows
+from attnfit.designs import Gram
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.partition import Chunk
 from attnfit.sketching import RowSampler
@@ -104,7 +104,7 @@ def read(
             rows = [*rows, penalty * linear]
         if origin_states is not None:
             rows = [*rows, problem.origin_slope(chunk, b, w, origin_states)]
-        products = combine_rows(np.stack(rows), block)
+        products = problem.design.combine(np.stack(rows), block)
         if chunk.long < 0:
             gradient += products[0]
         else:

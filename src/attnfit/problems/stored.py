@@ -139,7 +139,7 @@ class StoredProblem:
     def logits(self, chunk: Chunk, x: Array) -> tuple[Any, Array]:
         """Fetch a chunk; return its rows and its logits ``A x + offset``."""
         block = self.fetch(chunk)
-        z = block @ x
+        z = self.design.product(block, x)
         if not np.isfinite(z).all():
             require_finite_rows(block, chunk.index, "A")
             raise OverflowError("A x overflows float64; scale the columns of A")
