@@ -11,9 +11,9 @@ from scipy import sparse
 
 from attnfit.designs import Gram, combine_rows, group_rows
 from attnfit.losses.segments import Segments
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.partition import Chunk
-from attnfit.problems.reading import Evaluation
 
 Array = NDArray[np.float64]
 

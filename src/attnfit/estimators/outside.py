@@ -33,6 +33,14 @@ class ZeroRowsBelow(Design):
         """Time of a weighted Gram over that of a value and gradient, roughly."""
         return self._inner.gram_cost
 
+    def product(self, block: Array, x: Array) -> Array:
+        """Return ``block @ x``, shape (n_rows,)."""
+        return self._inner.product(block, x)
+
+    def combine(self, weights: Array, block: Array) -> Array:
+        """Return ``weights @ block``, shape (k, d)."""
+        return self._inner.combine(weights, block)
+
     def _fetch(self, rows: Rows) -> Array:
         n = int(self._inner.shape[0])
         if isinstance(rows, slice):

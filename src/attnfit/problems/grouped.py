@@ -12,10 +12,12 @@ from attnfit.losses.base import GramTerm
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
 from attnfit.losses.softmax import SoftmaxLoss
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.partition import Chunk
-from attnfit.problems.reading import Evaluation
+from attnfit.problems.reading import read
 from attnfit.problems.stored import StoredProblem
+from attnfit.sketching import RowSampler
 
 T = TypeVar("T", float, Array)
 
@@ -109,49 +111,60 @@ class GroupedProblem(StoredProblem):
             )
         return result
 
-    def gram_rows(self, chunk: Chunk, z: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
-        """Return the Hessian's terms for a chunk, row penalty and sampling weights included, and the centre's
-        weights.
-        """
-        b, w, _ = self.targets(chunk)
-        terms, weights = self.loss.gram_terms(z, b, w, state)
-        penalty = self.row_penalties(chunk)
-        if penalty is not None:
-            terms = [*terms, GramTerm(penalty, None, None)]
-        if chunk.multiplier is not None:
-            terms = [GramTerm(t * chunk.multiplier, r, q) for t, r, q in terms]
-        return terms, weights
-
-    def add_to_gram(
+    def evaluate(
         self,
-        gram: Gram,
-        chunk: Chunk,
-        block: Any,
-        z: Array,
-        state: list[Array],
-        centres: Array | None,
+        x: Array,
+        near: Evaluation | None = None,
+        sampler: RowSampler | None = None,
         *,
-        absolute: bool = False,
-    ) -> float:
-        """Add a chunk's part of the Hessian; return the sum of the absolute row weights."""
-        terms, weights = self.gram_rows(chunk, z, state)
-        starts = chunk.segments.starts
-        mu: Any = None
-        mass = 0.0
-        for t, r, q in terms:
-            size = np.abs(t)
-            mass += float(size.sum())
-            t = size if absolute else t
-            if q is None:
-                gram.add(block, t, r)
-            elif chunk.long >= 0:
-                assert centres is not None
-                gram.add_piece(block, t, r, q, centres[chunk.long], chunk.long)
-            else:
-                assert weights is not None
-                mu = group_rows(block, weights, starts) if mu is None else mu
-                gram.add_centred(block, t, r, q, mu, starts)
-        return mass
+        origin: bool = False,
+        hessian: bool = False,
+    ) -> Evaluation:
+        """Return value and gradient at x from one read of the data.
+
+        Parameters
+        ----------
+        x : ndarray, shape (d,)
+        near : Evaluation, optional
+            An evaluation close by predicts the normalisers of long groups. Without it, or where the
+            prediction turns out to be useless, one more read finds them.
+        sampler : RowSampler, optional
+            Draws rows during the read; they come back as ``sample``.
+        origin : bool
+            Also return the gradient at zero, from the same read.
+        hessian : bool
+            Also return the Hessian from the same read, where the states of long groups are predicted well
+            enough.
+        """
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if not len(self.long_groups):
+                return read(self, x, np.zeros(0), None, sampler, origin=origin, hessian=hessian)
+            if near is not None:
+                reference = near.predict_reference(x)
+                at = read(self, x, reference, near, sampler, origin=origin, hessian=hessian)
+                if not self.loss.reference_failed(reference, at.state):
+                    return at
+            near = self._cold(x)
+            at = read(self, x, near.state[0], None, None, origin=origin, hessian=False)
+            if sampler is None and not hessian:
+                return at
+            # Only now are the states known that weight the rows of long groups.
+            return read(self, x, at.state[0], at, sampler, origin=origin, hessian=hessian)
+
+    def _cold(self, x: Array) -> Evaluation:
+        """Find the normalisers of the long groups in a read of their own."""
+        reference: dict[int, Array] = {}
+        for chunk in self.chunks:
+            if chunk.long < 0:
+                continue
+            _, z = self.logits(chunk, x)
+            part = self.loss.reference(z, chunk.segments)
+            known = reference.get(chunk.long)
+            reference[chunk.long] = part if known is None else self.loss.merge_references(known, part)
+        n_long, d = len(self.long_groups), self.n_unknowns
+        state = np.zeros((2, n_long))
+        state[0] = [float(reference[number][0]) for number in range(n_long)]
+        return Evaluation(x, np.nan, np.full(d, np.nan), state, np.zeros((n_long, d)))
 
     def hessian_at(
         self, at: Evaluation, sample: list[Chunk] | None = None, *, absolute: bool = False

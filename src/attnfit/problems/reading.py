@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
 from attnfit.designs import Gram
 from attnfit.losses.segments import Array, Index, Segments
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.partition import Chunk
+from attnfit.problems.stored import StoredProblem
 from attnfit.sketching import RowSampler
-
-if TYPE_CHECKING:
-    from attnfit.problems.grouped import GroupedProblem
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Value and gradient at ``x``, and what later reads need of the long groups.
-
-    Attributes
-    ----------
-    x, gradient : ndarray, shape (d,)
-    value : float
-        Infinite where the loss overflows.
-    state : ndarray, shape (n_states, n_long)
-        Normaliser and inner product of each group too long for one chunk; shorter groups recompute theirs.
-    centre : ndarray, shape (n_long, d)
-        ``mu_g = A_g^T centre weights`` of the long groups: also the derivative of their normaliser.
-    origin_gradient : ndarray, shape (d,), optional
-        The gradient at zero, when asked for.
-    sample : list of Chunk, optional
-        Rows drawn during the read.
-    hessian : ndarray, shape (d, d), optional
-        The Hessian, when asked for and the predicted states of long groups were good enough to weight the
-        rows.
-    """
-
-    x: Array
-    value: float
-    gradient: Array
-    state: Array
-    centre: Array
-    origin_gradient: Array | None = None
-    sample: list[Chunk] | None = field(default=None, repr=False)
-    hessian: Array | None = field(default=None, repr=False)
-
-    def predict_reference(self, x: Array) -> Array:
-        """Return the normalisers of the long groups at a nearby x, to first order."""
-        return np.asarray(self.state[0] + self.centre @ (x - self.x))
 
 
 @dataclass
@@ -68,7 +31,7 @@ class _LongSums:
 
 
 def read(
-    problem: GroupedProblem,
+    problem: StoredProblem,
     x: Array,
     reference: Array,
     near: Evaluation | None,
@@ -163,7 +126,7 @@ def _trustworthy(reference: Array, predicted: Array, states: Array, weight: Arra
 
 
 def _close_chunk(
-    problem: GroupedProblem, chunk: Chunk, z: Array, b: Array, w: Any, constant: Array
+    problem: StoredProblem, chunk: Chunk, z: Array, b: Array, w: Any, constant: Array
 ) -> tuple[float, Array, list[Array]]:
     """Value, gradient in the logits and row states of a chunk of whole groups."""
     segments, loss = chunk.segments, problem.loss
@@ -192,7 +155,7 @@ class Draws:
     def visit(
         self,
         sampler: RowSampler,
-        problem: GroupedProblem,
+        problem: StoredProblem,
         chunk: Chunk,
         block: Any,
         z: Array,
@@ -261,7 +224,7 @@ class Draws:
 
 def _scores(
     sampler: RowSampler,
-    problem: GroupedProblem,
+    problem: StoredProblem,
     chunk: Chunk,
     block: Any,
     z: Array,

@@ -1,25 +1,21 @@
-"""The data of a grouped problem, what each chunk of it knows, and the first-order read."""
+"""The data of a grouped problem, and what each chunk of it knows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 from scipy import sparse
 
-from attnfit.designs import group_rows
-from attnfit.losses.base import Loss
+from attnfit.designs import Gram, group_rows
+from attnfit.losses.base import GramTerm, Loss
 from attnfit.losses.segments import Array, Segments
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_design, as_ridge, as_vector, require_finite_rows
 from attnfit.problems.partition import Chunk, parse_groups, partition
-from attnfit.problems.reading import Evaluation, read
-from attnfit.sketching import RowSampler
-
-if TYPE_CHECKING:
-    from attnfit.problems.grouped import GroupedProblem
 
 
 class StoredProblem:
@@ -196,62 +192,6 @@ class StoredProblem:
             return self.loss.slope(z, b, w, list(long_states[:, [chunk.long]]))
         return self.loss.slope(z, b, w, self.row_state(chunk, z, _NOWHERE))
 
-    def evaluate(
-        self,
-        x: Array,
-        near: Evaluation | None = None,
-        sampler: RowSampler | None = None,
-        *,
-        origin: bool = False,
-        hessian: bool = False,
-    ) -> Evaluation:
-        """Return value and gradient at x from one read of the data.
-
-        Parameters
-        ----------
-        x : ndarray, shape (d,)
-        near : Evaluation, optional
-            An evaluation close by predicts the normalisers of long groups. Without it, or where the
-            prediction turns out to be useless, one more read finds them.
-        sampler : RowSampler, optional
-            Draws rows during the read; they come back as ``sample``.
-        origin : bool
-            Also return the gradient at zero, from the same read.
-        hessian : bool
-            Also return the Hessian from the same read, where the states of long groups are predicted well
-            enough.
-        """
-        me = cast("GroupedProblem", self)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            if not len(self.long_groups):
-                return read(me, x, np.zeros(0), None, sampler, origin=origin, hessian=hessian)
-            if near is not None:
-                reference = near.predict_reference(x)
-                at = read(me, x, reference, near, sampler, origin=origin, hessian=hessian)
-                if not self.loss.reference_failed(reference, at.state):
-                    return at
-            near = self._cold(x)
-            at = read(me, x, near.state[0], None, None, origin=origin, hessian=False)
-            if sampler is None and not hessian:
-                return at
-            # Only now are the states known that weight the rows of long groups.
-            return read(me, x, at.state[0], at, sampler, origin=origin, hessian=hessian)
-
-    def _cold(self, x: Array) -> Evaluation:
-        """Find the normalisers of the long groups in a read of their own."""
-        reference: dict[int, Array] = {}
-        for chunk in self.chunks:
-            if chunk.long < 0:
-                continue
-            _, z = self.logits(chunk, x)
-            part = self.loss.reference(z, chunk.segments)
-            known = reference.get(chunk.long)
-            reference[chunk.long] = part if known is None else self.loss.merge_references(known, part)
-        n_long, d = len(self.long_groups), self.n_unknowns
-        state = np.zeros((2, n_long))
-        state[0] = [float(reference[number][0]) for number in range(n_long)]
-        return Evaluation(x, np.nan, np.full(d, np.nan), state, np.zeros((n_long, d)))
-
     def group_summary(self, g: int, at: Evaluation) -> tuple[Array, Array]:
         """Return state and centre ``A_g^T centre`` of one group at an evaluated point, shapes (n_states,) and
         (d,).
@@ -277,6 +217,50 @@ class StoredProblem:
             _, z = self.logits(chunk, at.x)
             out[chunk.rows] = formula(chunk, z, self.row_state(chunk, z, at))
         return self.groups.unsort(out)
+
+    def gram_rows(self, chunk: Chunk, z: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+        """Return the Hessian's terms for a chunk, row penalty and sampling weights included, and the centre's
+        weights.
+        """
+        b, w, _ = self.targets(chunk)
+        terms, weights = self.loss.gram_terms(z, b, w, state)
+        penalty = self.row_penalties(chunk)
+        if penalty is not None:
+            terms = [*terms, GramTerm(penalty, None, None)]
+        if chunk.multiplier is not None:
+            terms = [GramTerm(t * chunk.multiplier, r, q) for t, r, q in terms]
+        return terms, weights
+
+    def add_to_gram(
+        self,
+        gram: Gram,
+        chunk: Chunk,
+        block: Any,
+        z: Array,
+        state: list[Array],
+        centres: Array | None,
+        *,
+        absolute: bool = False,
+    ) -> float:
+        """Add a chunk's part of the Hessian; return the sum of the absolute row weights."""
+        terms, weights = self.gram_rows(chunk, z, state)
+        starts = chunk.segments.starts
+        mu: Any = None
+        mass = 0.0
+        for t, r, q in terms:
+            size = np.abs(t)
+            mass += float(size.sum())
+            t = size if absolute else t
+            if q is None:
+                gram.add(block, t, r)
+            elif chunk.long >= 0:
+                assert centres is not None
+                gram.add_piece(block, t, r, q, centres[chunk.long], chunk.long)
+            else:
+                assert weights is not None
+                mu = group_rows(block, weights, starts) if mu is None else mu
+                gram.add_centred(block, t, r, q, mu, starts)
+        return mass
 
 
 _NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.reading import Evaluation
 from attnfit.sketching import RowSampler
 from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel, KrylovModel, SecantModel, Step
 

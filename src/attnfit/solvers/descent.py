@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.reading import Evaluation
 from attnfit.solvers.curvature import MAX_DENSE, Model, Strategy, dense_model
 from attnfit.solvers.tracking import StopFit, Tracker
 

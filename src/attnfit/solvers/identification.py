@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.losses.softmax import CrossEntropy
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.reading import Evaluation
 from attnfit.solvers.curvature import Exact, Model
 from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.tracking import Tracker

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.reading import Evaluation
 from attnfit.problems.thinning import convex_neighbour, draw_rows
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
 from attnfit.solvers.descent import descend

@@ -1,0 +1,46 @@
+"""What is known after one read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from attnfit.losses.segments import Array
+from attnfit.problems.partition import Chunk
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Value and gradient at ``x``, and what later reads need of the long groups.
+
+    Attributes
+    ----------
+    x, gradient : ndarray, shape (d,)
+    value : float
+        Infinite where the loss overflows.
+    state : ndarray, shape (n_states, n_long)
+        Normaliser and inner product of each group too long for one chunk; shorter groups recompute theirs.
+    centre : ndarray, shape (n_long, d)
+        ``mu_g = A_g^T centre weights`` of the long groups: also the derivative of their normaliser.
+    origin_gradient : ndarray, shape (d,), optional
+        The gradient at zero, when asked for.
+    sample : list of Chunk, optional
+        Rows drawn during the read.
+    hessian : ndarray, shape (d, d), optional
+        The Hessian, when asked for and the predicted states of long groups were good enough to weight the
+        rows.
+    """
+
+    x: Array
+    value: float
+    gradient: Array
+    state: Array
+    centre: Array
+    origin_gradient: Array | None = None
+    sample: list[Chunk] | None = field(default=None, repr=False)
+    hessian: Array | None = field(default=None, repr=False)
+
+    def predict_reference(self, x: Array) -> Array:
+        """Return the normalisers of the long groups at a nearby x, to first order."""
+        return np.asarray(self.state[0] + self.centre @ (x - self.x))
