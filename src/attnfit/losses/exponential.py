@@ -33,6 +33,9 @@ class UncoupledLoss(Loss):
         zero = np.zeros(1)
         return self.moments(z, b, w, zero, zero)[0][0]
 
+    def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
+        return GramTerm(self.slope(z, b, w, state) ** 2, None, None)
+
     def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
         return Closed(extras[0], [np.ones_like(extras[0])], [], None)
 

@@ -63,6 +63,10 @@ class SquaredRescaled(Loss):
             GramTerm(u * (w * (u - alpha * b) - beta), None, None),
         ], v
 
+    def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
+        u = self._u(z)
+        return GramTerm((w * (u - state[0] * b)) ** 2, self._v(z), b)
+
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         u, v = self._u(z), self._v(z)
         alpha, beta = state

@@ -11,7 +11,6 @@ from attnfit.designs import Design, Gram, combine_rows, group_rows
 from attnfit.losses.base import GramTerm
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
-from attnfit.losses.softmax import SoftmaxLoss
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.partition import Chunk
@@ -193,34 +192,28 @@ class GroupedProblem(StoredProblem):
         covariance.
 
         One score a group, ``A_g^T s_g`` (cluster-robust), where there are several groups; else one a row:
-        ``s_i a_i``, for softmax losses ``f_i p_i`` times the centred row.
+        the gradient of
+        the row's own term of the loss.
         """
         at = self._evaluate_checked(x)
         gram = Gram(self.n_unknowns)
         long_scores = np.zeros((len(self.long_groups), self.n_unknowns))
-        one = np.ones(1)
+        by_group = self.loss.coupled and len(self.groups) > 1
         for chunk in self.chunks:
             block, z = self.logits(chunk, at.x)
             b, w, _ = self.targets(chunk)
             state = self.row_state(chunk, z, at)
+            if not by_group:
+                weights = self.loss.gram_terms(z, b, w, state)[1]
+                term = self.loss.score_term(z, b, w, state)
+                self.add_term(gram, chunk, block, term, weights, at.centre)
+                continue
             slope = self.loss.slope(z, b, w, state)
-            if not self.loss.coupled:
-                gram.add(block, slope * slope)
-            elif len(self.groups) == 1:
-                f = self.loss.gram_terms(z, b, w, state)[1]
-                assert f is not None
-                # The slope is f (p - gamma) and gamma multiplies centred rows that sum to zero under f.
-                own = slope + f * state[1] if isinstance(self.loss, SoftmaxLoss) else slope
-                if chunk.long >= 0:
-                    gram.add_piece(block, own * own, None, 1.0, at.centre[chunk.long], chunk.long)
-                else:
-                    mu = group_rows(block, f, chunk.segments.starts)
-                    gram.add_centred(block, own * own, None, 1.0, mu, chunk.segments.starts)
-            elif chunk.long >= 0:
+            if chunk.long >= 0:
                 long_scores[chunk.long] += combine_rows(slope, block)
             else:
                 scores = group_rows(block, slope, chunk.segments.starts)
-                gram.add(scores, np.broadcast_to(one, scores.shape[0]))
+                gram.add(scores, np.ones(scores.shape[0]))
         return gram.result() + long_scores.T @ long_scores
 
     def diagonal_at(self, at: Evaluation) -> Array:

@@ -244,23 +244,33 @@ class StoredProblem:
     ) -> float:
         """Add a chunk's part of the Hessian; return the sum of the absolute row weights."""
         terms, weights = self.gram_rows(chunk, z, state)
-        starts = chunk.segments.starts
-        mu: Any = None
         mass = 0.0
         for t, r, q in terms:
             size = np.abs(t)
             mass += float(size.sum())
-            t = size if absolute else t
-            if q is None:
-                gram.add(block, t, r)
-            elif chunk.long >= 0:
-                assert centres is not None
-                gram.add_piece(block, t, r, q, centres[chunk.long], chunk.long)
-            else:
-                assert weights is not None
-                mu = group_rows(block, weights, starts) if mu is None else mu
-                gram.add_centred(block, t, r, q, mu, starts)
+            self.add_term(gram, chunk, block, GramTerm(size if absolute else t, r, q), weights, centres)
         return mass
+
+    def add_term(
+        self,
+        gram: Gram,
+        chunk: Chunk,
+        block: Any,
+        term: GramTerm,
+        weights: Array | None,
+        centres: Array | None,
+    ) -> None:
+        """Add one term of a chunk; ``weights`` make the centre of a group, ``centres`` are the long groups'."""
+        t, r, q = term
+        if q is None:
+            gram.add(block, t, r)
+        elif chunk.long >= 0:
+            assert centres is not None
+            gram.add_piece(block, t, r, q, centres[chunk.long], chunk.long)
+        else:
+            assert weights is not None
+            starts = chunk.segments.starts
+            gram.add_centred(block, t, r, q, group_rows(block, weights, starts), starts)
 
 
 _NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))
