@@ -260,7 +260,7 @@ class StoredProblem:
         weights: Array | None,
         centres: Array | None,
     ) -> None:
-        """Add one term of a chunk; ``weights`` make the centre of a group, ``centres`` are the long groups'."""
+        """Add one term of a chunk; ``weights`` make a group's centre, ``centres`` are the long groups'."""
         t, r, q = term
         if q is None:
             gram.add(block, t, r)

@@ -24,8 +24,16 @@ class Draw:
     inclusion: Array
     in_long_group: NDArray[np.bool_]
 
-    def restrict(self, problem: GroupedProblem) -> GroupedProblem:
-        """Return the problem on these rows, unbiased in every sum."""
+    def fetch(self, problem: GroupedProblem) -> Any:
+        """Return the rows themselves, shape (n_kept, d)."""
+        order = problem.groups.order
+        at = self.rows if order is None else order[self.rows]
+        block = problem.design.block(at)
+        require_finite_rows(block, at, "A")
+        return block
+
+    def restrict(self, problem: GroupedProblem, block: Any) -> GroupedProblem:
+        """Return the problem on these rows, which `fetch` returned, unbiased in every sum."""
         loss, pi = problem.loss, self.inclusion
         ids = np.searchsorted(problem.groups.starts, self.rows, side="right") - 1
         b = problem.b[self.rows]
@@ -39,10 +47,6 @@ class Draw:
             offset = offset - np.where(self.in_long_group, np.log(pi), 0.0)
         else:
             w = w / pi
-        order = problem.groups.order
-        at = self.rows if order is None else order[self.rows]
-        block = problem.design.block(at)
-        require_finite_rows(block, at, "A")
         return GroupedProblem(
             block,
             b,

@@ -60,8 +60,9 @@ def draw_sample(
     draw = draw_rows(problem, n_rows, rng) if problem.n_rows > n_rows else None
     if draw is None or (problem.weights is not None and not problem.weights[draw.rows].any()):
         return Sample(problem, convex, 1.0, True)
-    small = draw.restrict(problem)
-    thin_convex = None if convex is None else draw.restrict(convex)
+    block = draw.fetch(problem)
+    small = draw.restrict(problem, block)
+    thin_convex = None if convex is None else draw.restrict(convex, block)
     return Sample(small, thin_convex, small.n_rows / problem.n_rows, False)
 
 
@@ -148,14 +149,11 @@ class Start:
 
 
 def same_minimum(one: Evaluation, other: Evaluation, scale: Array, closeness: float = 1e-3) -> bool:
-    """Whether two ends are one minimum: equal in value to rounding, or close in scaled variables and in
-    value.
-    """
+    """Whether two ends are one minimum: equal in value to rounding, or close in scaled variables."""
     gap = abs(one.value - other.value)
     size = max(abs(one.value), abs(other.value))
     distance = float(np.linalg.norm(scale * (one.x - other.x)))
-    near = distance <= closeness * float(np.linalg.norm(scale * one.x))
-    return gap <= 1e-9 * size or (near and gap <= closeness**2 * size + 1e-300)
+    return gap <= 1e-9 * size or distance <= closeness * float(np.linalg.norm(scale * one.x))
 
 
 def _distinct(ends: dict[str, Evaluation], scale: Array, closeness: float) -> dict[str, Evaluation]:
