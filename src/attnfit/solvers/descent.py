@@ -91,6 +91,7 @@ def descend(
             # Where the gradient at zero is rounding itself, nothing can be small relative to it.
             if norm <= tol * run.goal_norm or max(norm, run.goal_norm) <= rounding:
                 if not _at_saddle(problem, run, scale):
+                    run.goal_norm = max(run.goal_norm, min(norm, rounding) / tol)
                     run.status = "converged"
                     return run
                 fresh, radius = False, SADDLE_STEP * max(1.0, float(np.linalg.norm(scale * run.at.x)))
@@ -111,9 +112,10 @@ def descend(
             with tracker.timed("evaluate"):
                 trial = problem.evaluate(run.at.x + step.p / scale, run.at, **strategy.request(contraction))
             run.n_iter += 1
-            with np.errstate(over="ignore"):
+            # A trial may overflow: it is rejected then, not reported.
+            with np.errstate(over="ignore", invalid="ignore"):
                 trial_norm = float(np.linalg.norm(trial.gradient / scale))
-            agreement = _agreement(run.at, trial, step.p / scale, step.predicted)
+                agreement = _agreement(run.at, trial, step.p / scale, step.predicted)
             accepted = agreement > 1e-4 or (not trust_region and np.isfinite(trial.value))
             at_start = (problem.zero_is_stationary or run.goal_norm == 0.0) and accepted
             run.goal_norm = max(run.goal_norm, trial_norm) if at_start else run.goal_norm
@@ -156,6 +158,8 @@ def _agreement(at: Evaluation, trial: Evaluation, p: Array, predicted: float) ->
     if not np.isfinite(trial.value) or predicted <= 0.0:
         return -1.0
     actual = at.value - trial.value
+    if not np.isfinite(actual):
+        return -1.0
     if abs(actual) <= NOISE * abs(at.value) or predicted <= NOISE * abs(at.value):
         actual = -0.5 * float((at.gradient + trial.gradient) @ p)
     return actual / predicted

@@ -102,7 +102,9 @@ def minimize(
     point = None if x0 is None else as_point(x0, problem.shape, "x0")
     start = Start.draw(problem, rng)
     tracker = Tracker(lambda: problem.n_passes - first_read + start.n_passes, callback)
-    outcome = solver.run(problem, start, point, tol, max_iter, tracker, rng)
+    # Steps that overflow are rejected by their value; numpy need not warn of each product on the way.
+    with np.errstate(over="ignore", invalid="ignore"):
+        outcome = solver.run(problem, start, point, tol, max_iter, tracker, rng)
     best, scale = outcome.best, outcome.scale
     at, status = best.at, best.status
     flat = unidentified_directions(best.model, scale)
