@@ -48,12 +48,14 @@ class Closed(NamedTuple):
 class Loss(ABC):
     """A loss of the logits ``z`` of one block of rows; ``b`` is the target, ``w`` the row weight.
 
-    ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in
-    ``z``.
+    ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in z.
+    ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then those
+    of ``exp(z - reference)`` are one, and the rest play no part.
     """
 
     coupled: bool = True
     convex: bool = False
+    exact_sums: tuple[int, ...] = ()
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         """Return group sums that depend on the data alone, shape (n_groups,); zeros where the loss needs

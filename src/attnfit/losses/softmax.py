@@ -78,6 +78,8 @@ class SoftmaxLoss(Loss):
 class Squared(SoftmaxLoss):
     """``0.5 sum w (f - b)^2``."""
 
+    exact_sums = (0,)
+
     def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
         e = np.exp(z - reference)
         c = e - b
@@ -157,6 +159,8 @@ class KullbackLeibler(CrossEntropy):
 class LinearCrossEntropy(SoftmaxLoss):
     """``-sum w b f``: the form some papers print as cross entropy, without the logarithm."""
 
+    exact_sums = (0,)
+
     def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
         e = np.exp(z - reference)
         return [w * b * e, e], []
@@ -179,6 +183,8 @@ class LinearCrossEntropy(SoftmaxLoss):
 
 class Entropy(SoftmaxLoss):
     """``-sum w f log f``: no target enters."""
+
+    exact_sums = (0, 1)
 
     def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
         h = z - reference

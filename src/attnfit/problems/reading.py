@@ -55,6 +55,8 @@ def read(
         if chunk.long < 0:
             total, slope, state = _close_chunk(problem, chunk, z, b, w, constant)
             value += total
+            if sampler is not None or gram is not None:
+                state = [chunk.segments.spread(s) for s in state]
             rows = [slope]
         else:
             rows, extras = loss.moments(z, b, w, reference[chunk.long], constant)
@@ -128,20 +130,24 @@ def _trustworthy(reference: Array, predicted: Array, states: Array, weight: Arra
 def _close_chunk(
     problem: StoredProblem, chunk: Chunk, z: Array, b: Array, w: Any, constant: Array
 ) -> tuple[float, Array, list[Array]]:
-    """Value, gradient in the logits and row states of a chunk of whole groups."""
+    """Value, gradient in the logits and group states of a chunk of whole groups."""
     segments, loss = chunk.segments, problem.loss
     spread = segments.spread
     normaliser = loss.reference(z, segments)
     columns, extras = loss.moments(z, b, w, spread(normaliser), spread(constant))
     if not loss.coupled:
         return float(extras[0].sum()), columns[0], []
-    closed = loss.close(
-        [segments.sum(c) for c in columns], [segments.sum(e) for e in extras], normaliser, constant
-    )
-    slope = spread(closed.coefficients[0]) * columns[0]
-    for coefficient, column in zip(closed.coefficients[1:], columns[1:], strict=True):
-        slope += spread(coefficient) * column
-    return float(closed.value.sum()), slope, [spread(s) for s in closed.state]
+    one = np.ones(len(segments))
+    sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
+    closed = loss.close(sums, [segments.sum(e) for e in extras], normaliser, constant)
+    slope: Array | None = None
+    for coefficient, column in zip(closed.coefficients, columns, strict=True):
+        # At an exact normaliser most coefficients are zero or one.
+        if not coefficient.any():
+            continue
+        part = column if (coefficient == 1.0).all() else spread(coefficient) * column
+        slope = part if slope is None else slope + part
+    return float(closed.value.sum()), np.zeros_like(z) if slope is None else slope, closed.state
 
 
 class Draws:

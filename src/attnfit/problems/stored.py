@@ -166,8 +166,9 @@ class StoredProblem:
         spread = chunk.segments.spread
         reference = self.loss.reference(z, chunk.segments)
         columns, extras = self.loss.moments(z, b, w, spread(reference), spread(constant))
-        total = chunk.segments.sum
-        closed = self.loss.close([total(c) for c in columns], [total(e) for e in extras], reference, constant)
+        total, one = chunk.segments.sum, np.ones(len(chunk.segments))
+        sums = [total(c) if k in self.loss.exact_sums else one for k, c in enumerate(columns)]
+        closed = self.loss.close(sums, [total(e) for e in extras], reference, constant)
         return [spread(s) for s in closed.state]
 
     def long_states_without_data(self) -> Array:
