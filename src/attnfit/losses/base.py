@@ -67,6 +67,10 @@ class Loss(ABC):
     def reference(self, z: Array, segments: Segments) -> Array:
         """Return the normaliser of each group, shape (n_groups,), in the form that ``moments`` expects."""
 
+    def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array | None]:
+        """Return the normaliser of each whole group, and what `moments` can reuse of the work."""
+        return self.reference(z, segments), None
+
     def merge_references(self, one: Array, other: Array) -> Array:
         """Return the normaliser of groups whose rows are split in two."""
         return one + other
@@ -77,9 +81,18 @@ class Loss(ABC):
 
     @abstractmethod
     def moments(
-        self, z: Array, b: Array, w: Array, reference: Array, constant: Array
+        self,
+        z: Array,
+        b: Array,
+        w: Array,
+        reference: Array,
+        constant: Array,
+        known: Array | None = None,
     ) -> tuple[list[Array], list[Array]]:
-        """Return the columns of the gradient and the further rows whose group sums ``close`` needs."""
+        """Return the columns of the gradient and the further rows whose group sums ``close`` needs.
+
+        ``known`` is what `normalise` computed on the way, if anything.
+        """
 
     @abstractmethod
     def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:

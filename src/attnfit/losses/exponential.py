@@ -47,7 +47,7 @@ class SquaredExponential(UncoupledLoss):
         self.function = function
         self._u, self._v = FUNCTIONS[function]
 
-    def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
         wc = self._u(z)
         wc -= b
         extra = wc * wc
@@ -77,7 +77,7 @@ class PoissonDeviance(UncoupledLoss):
 
     convex = True
 
-    def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
         u = np.exp(z)
         return [w * (u - b)], [w * (u - b * z)]
 
@@ -98,7 +98,7 @@ class LeastSquares(UncoupledLoss):
 
     convex = True
 
-    def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
         c = z - b
         return [w * c], [0.5 * w * c * c]
 

@@ -34,7 +34,7 @@ class SquaredRescaled(Loss):
         # The sums below cancel to the square of this ratio.
         return not bool((np.abs(state[0] - reference) <= 10.0 * np.abs(state[0])).all())
 
-    def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
         u, v = self._u(z), self._v(z)
         # The sums are of ct = u - alpha_ref b, which is small near a fit, never of u and b apart.
         wct = w * (u - reference * b)

@@ -26,8 +26,14 @@ class SoftmaxLoss(Loss):
     """
 
     def reference(self, z: Array, segments: Segments) -> Array:
+        return self.normalise(z, segments)[0]
+
+    def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array | None]:
         top = segments.max(z)
-        return top + np.log(segments.sum(np.exp(z - segments.spread(top))))
+        e = np.exp(z - segments.spread(top))
+        total = segments.sum(e)
+        e *= segments.spread(1.0 / total)
+        return top + np.log(total), e
 
     def merge_references(self, one: Array, other: Array) -> Array:
         return np.asarray(np.logaddexp(one, other))
@@ -80,8 +86,8 @@ class Squared(SoftmaxLoss):
 
     exact_sums = (0,)
 
-    def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
-        e = np.exp(z - reference)
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
+        e = np.exp(z - reference) if known is None else known
         c = e - b
         we = w * e
         wc = w * c
@@ -120,9 +126,9 @@ class CrossEntropy(SoftmaxLoss):
     def _log_target(self, b: Array, w: Array) -> Array | float:
         return 0.0
 
-    def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
         h = z - reference
-        e = np.exp(h)
+        e = np.exp(h) if known is None else known
         wb = w * b
         return [constant * e - wb, e], [self._log_target(b, w) - wb * h]
 
@@ -161,8 +167,8 @@ class LinearCrossEntropy(SoftmaxLoss):
 
     exact_sums = (0,)
 
-    def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
-        e = np.exp(z - reference)
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
+        e = np.exp(z - reference) if known is None else known
         return [w * b * e, e], []
 
     def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
@@ -186,9 +192,9 @@ class Entropy(SoftmaxLoss):
 
     exact_sums = (0, 1)
 
-    def moments(self, z, b, w, reference, constant):  # type: ignore[no-untyped-def]
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
         h = z - reference
-        e = np.exp(h)
+        e = np.exp(h) if known is None else known
         we = w * e
         # 0 * (-inf) cannot occur: h is finite wherever z is, and e underflows to an exact zero.
         return [we * h, we, e], []

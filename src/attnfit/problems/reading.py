@@ -133,8 +133,8 @@ def _close_chunk(
     """Value, gradient in the logits and group states of a chunk of whole groups."""
     segments, loss = chunk.segments, problem.loss
     spread = segments.spread
-    normaliser = loss.reference(z, segments)
-    columns, extras = loss.moments(z, b, w, spread(normaliser), spread(constant))
+    normaliser, known = loss.normalise(z, segments)
+    columns, extras = loss.moments(z, b, w, spread(normaliser), spread(constant), known)
     if not loss.coupled:
         return float(extras[0].sum()), columns[0], []
     one = np.ones(len(segments))

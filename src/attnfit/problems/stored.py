@@ -164,8 +164,8 @@ class StoredProblem:
             return list(at.state[:, [chunk.long]])
         b, w, constant = self.targets(chunk)
         spread = chunk.segments.spread
-        reference = self.loss.reference(z, chunk.segments)
-        columns, extras = self.loss.moments(z, b, w, spread(reference), spread(constant))
+        reference, known = self.loss.normalise(z, chunk.segments)
+        columns, extras = self.loss.moments(z, b, w, spread(reference), spread(constant), known)
         total, one = chunk.segments.sum, np.ones(len(chunk.segments))
         sums = [total(c) if k in self.loss.exact_sums else one for k, c in enumerate(columns)]
         closed = self.loss.close(sums, [total(e) for e in extras], reference, constant)
