@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from benchmarks.meter import Meter
 
 
-class Objective:
+class Objective(ABC):
     """``scale`` times the objective, with every product with A booked on a meter.
 
     A subclass gives ``_logits_terms(z)`` -> value, slope, and ``_curve(v)`` -> (Hessian in the logits) v.
@@ -41,11 +42,13 @@ class Objective:
         self.meter.spend(2)
         return np.asarray(self.scale * (self.A.T @ self._curve(self.A @ v)))
 
+    @abstractmethod
     def _logits_terms(self, z: Array) -> tuple[float, Array]:
-        raise NotImplementedError
+        """Value and slope at these logits."""
 
+    @abstractmethod
     def _curve(self, v: Array) -> Array:
-        raise NotImplementedError
+        """The loss's own Hessian times a change of the logits."""
 
 
 class SoftmaxSquares(Objective):

@@ -87,10 +87,31 @@ def read(
             mass = problem.add_to_gram(gram, chunk, block, z, state, None if near is None else near.centre)
             if chunk.long >= 0:
                 weight[chunk.long] += mass
-    states = np.zeros((2 if loss.coupled else 0, len(problem.long_groups)))
+    long_value, long_gradient, states, centres = _close_long_groups(problem, sums, reference)
+    value += long_value
+    gradient += long_gradient
+    value += 0.5 * problem.ridge * float(x @ x)
+    gradient += problem.ridge * x
+    if sampler is not None:
+        sampler.finish()
+    value = value if np.isfinite(value) and np.isfinite(gradient).all() else np.inf
+    total_hessian = None
+    if gram is not None and (near is None or _trustworthy(reference, near.state, states, weight)):
+        total_hessian = gram.result()
+        total_hessian[np.diag_indices(problem.n_unknowns)] += problem.ridge
+    sample = None if sampler is None else draws.chunks()
+    return Evaluation(x, value, gradient, states, centres, origin_gradient, sample, total_hessian)
+
+
+def _close_long_groups(
+    problem: StoredProblem, sums: dict[int, _LongSums], reference: Array
+) -> tuple[float, Array, Array, Array]:
+    """Value, gradient, states and centres of the long groups, once all their pieces are summed."""
+    value, gradient = 0.0, np.zeros(problem.n_unknowns)
+    states = np.zeros((2 if problem.loss.coupled else 0, len(problem.long_groups)))
     centres = np.zeros((len(problem.long_groups), problem.n_unknowns))
     for number, total_sums in sums.items():
-        closed = loss.close(
+        closed = problem.loss.close(
             list(total_sums.columns[:, None]),
             list(total_sums.extras[:, None]),
             reference[[number]],
@@ -101,18 +122,7 @@ def read(
         states[:, number] = np.concatenate(closed.state)
         if closed.centre is not None:
             centres[number] = closed.centre[0] * total_sums.products[-1]
-    value += 0.5 * problem.ridge * float(x @ x)
-    gradient += problem.ridge * x
-    if sampler is not None:
-        sampler.finish()
-    if not (np.isfinite(value) and np.isfinite(gradient).all()):
-        value = np.inf
-    total_hessian = None
-    if gram is not None and (near is None or _trustworthy(reference, near.state, states, weight)):
-        total_hessian = gram.result()
-        total_hessian[np.diag_indices(problem.n_unknowns)] += problem.ridge
-    sample = None if sampler is None else draws.chunks()
-    return Evaluation(x, value, gradient, states, centres, origin_gradient, sample, total_hessian)
+    return value, gradient, states, centres
 
 
 def _trustworthy(reference: Array, predicted: Array, states: Array, weight: Array) -> bool:

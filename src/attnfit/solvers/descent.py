@@ -119,11 +119,7 @@ def descend(
             accepted = agreement > 1e-4 or (not trust_region and np.isfinite(trial.value))
             at_start = (problem.zero_is_stationary or run.goal_norm == 0.0) and accepted
             run.goal_norm = max(run.goal_norm, trial_norm) if at_start else run.goal_norm
-            tried = radius
-            if not accepted or agreement < 0.25:
-                radius = 0.25 * size
-            elif agreement > 0.75 and step.bounded:
-                radius = 2.0 * size
+            tried, radius = radius, _next_radius(radius, size, agreement, accepted, step.bounded)
             if accepted:
                 # A step that the radius cut short says nothing about the model.
                 contraction = None if step.bounded or norm == 0.0 else trial_norm / norm
@@ -151,6 +147,13 @@ def _at_saddle(problem: GroupedProblem, run: Descent, scale: Array) -> bool:
         return False
     run.model = dense_model(problem.hessian_at(run.at), scale)
     return run.model.negative
+
+
+def _next_radius(radius: float, size: float, agreement: float, accepted: bool, bounded: bool) -> float:
+    """Return the radius after a step of this size."""
+    if not accepted or agreement < 0.25:
+        return 0.25 * size
+    return 2.0 * size if agreement > 0.75 and bounded else radius
 
 
 def _agreement(at: Evaluation, trial: Evaluation, p: Array, predicted: float) -> float:

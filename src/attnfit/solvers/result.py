@@ -22,7 +22,8 @@ class Record:
     Attributes
     ----------
     phase : str
-        "start: ..." on the subsample, "fit: ..." on all the data, each with the name of the start.
+        "convex neighbour", "scout: ..." and "sample: ..." on sampled rows, "fit: ..." on all the data, each with
+        the name of the start; "least norm" where directions are left open.
     iteration : int
     value : float
     gradient_norm : float
