@@ -22,8 +22,8 @@ class Record:
     Attributes
     ----------
     phase : str
-        "convex neighbour", "scout: ..." and "sample: ..." on sampled rows, "fit: ..." on all the data, each with
-        the name of the start; "least norm" where directions are left open.
+        "convex neighbour", "scout: ..." and "sample: ..." on sampled rows, "fit: ..." on all the data, each
+        with the name of the start; "least norm" where directions are left open.
     iteration : int
     value : float
     gradient_norm : float
