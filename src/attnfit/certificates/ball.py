@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.designs import Gram, combine_rows, group_rows
 from attnfit.losses.segments import Segments
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
@@ -97,7 +96,10 @@ class Rows:
         out = np.zeros(len(self.segments))
         long_sums = np.zeros((len(self.problem.long_groups), self.whitener.shape[1]))
         for chunk, block, _ in self._chunks(centred=False):
-            sums = _dense(group_rows(block, weights[chunk.rows], chunk.segments.starts)) @ self.whitener
+            sums = (
+                _dense(self.problem.design.group_rows(block, weights[chunk.rows], chunk.segments.starts))
+                @ self.whitener
+            )
             if chunk.long >= 0:
                 long_sums[chunk.long] += sums[0]
             else:
@@ -107,7 +109,7 @@ class Rows:
 
     def largest_eigenvalue(self, weights: Array, *, centred: bool) -> float:
         """Return the largest eigenvalue of the whitened Gram with these non-negative row weights."""
-        gram = Gram(self.problem.n_unknowns)
+        gram = self.problem.design.gram()
         for chunk, block, mu in self._chunks(centred):
             t = weights[chunk.rows]
             if not centred:
@@ -127,21 +129,21 @@ class Rows:
 
     def deflated_norm(self, v: Array) -> float:
         """Return the spectral norm of the whitened rows ``sqrt(w_i) (v_i a_i - b_i A_g^T v)``."""
-        gram = Gram(self.problem.n_unknowns)
+        gram = self.problem.design.gram()
         long_sums = np.zeros((len(self.problem.long_groups), self.problem.n_unknowns))
         for chunk, block, _ in self._chunks(centred=False):
             if chunk.long >= 0:
-                long_sums[chunk.long] += combine_rows(v[chunk.rows], block)
+                long_sums[chunk.long] += self.problem.design.combine(v[None, chunk.rows], block)[0]
         for chunk, block, _ in self._chunks(centred=False):
             r, q, t = v[chunk.rows], self.b[chunk.rows], self.w[chunk.rows]
             if chunk.long >= 0:
                 gram.add_piece(block, t, r, q, long_sums[chunk.long], chunk.long)
             else:
                 starts = chunk.segments.starts
-                gram.add_centred(block, t, r, q, group_rows(block, r, starts), starts)
+                gram.add_centred(block, t, r, q, self.problem.design.group_rows(block, r, starts), starts)
         return float(np.sqrt(self._top(gram)))
 
-    def _top(self, gram: Gram) -> float:
+    def _top(self, gram: Any) -> float:
         whitened = self.whitener.T @ gram.result() @ self.whitener
         if not np.isfinite(whitened).all():
             return np.inf
@@ -159,7 +161,7 @@ class Rows:
         b, w, _ = self.problem.targets(chunk)
         weights = self.problem.loss.gram_terms(z, b, w, self.problem.row_state(chunk, z, self.at))[1]
         assert weights is not None
-        return _dense(group_rows(block, weights, chunk.segments.starts))
+        return _dense(self.problem.design.group_rows(block, weights, chunk.segments.starts))
 
 
 def _dense(matrix: Any) -> Array:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from attnfit.designs.gram import Gram, group_rows
+
 Array = NDArray[np.float64]
 Rows = slice | NDArray[np.intp]
 
@@ -51,6 +53,18 @@ class Design(LinearOperator):
     @abstractmethod
     def combine(self, weights: Array, block: Any) -> Array:
         """Return ``weights @ block``, shape (k, d) for weights (k, n_rows)."""
+
+    def group_rows(self, block: Any, weights: Array, starts: NDArray[np.intp]) -> Any:
+        """Return ``sum_{i in g} weights_i a_i`` for the groups of a block, in the form that `gram` takes."""
+        return group_rows(block, weights, starts)
+
+    def squares(self, block: Any) -> Any:
+        """Return a block with every entry squared."""
+        return block * block
+
+    def gram(self) -> Any:
+        """Return an empty accumulator of weighted Grams over blocks of this design."""
+        return Gram(int(self.shape[1]))
 
     def block(self, rows: Rows) -> Any:
         """Return these rows as a float64 ndarray or CSR array, shape (n_rows, d)."""

@@ -10,12 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.designs.sparse import transposed_view
-
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 PART_BYTES = 1 << 18
+
+
+def transposed_view(block: Any) -> Any:
+    """Return the transpose of a CSR array without the copy that scipy's own makes of a view."""
+    view = sparse.csc_array((block.shape[1], block.shape[0]), dtype=block.dtype)
+    view.data, view.indices, view.indptr = block.data, block.indices, block.indptr
+    return view
 
 
 def combine_rows(weights: Array, block: Any) -> Array:

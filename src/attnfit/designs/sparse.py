@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from attnfit.designs.base import Array, Design, Rows
+from attnfit.designs.gram import transposed_view
 
 # Large enough that the fixed cost of a scipy call vanishes, small enough to stay in the shared cache.
 BLOCK_ENTRIES = 1 << 18
@@ -20,13 +21,6 @@ def row_view(matrix: Any, start: int, stop: int) -> Any:
     view.data = matrix.data[first:last]
     view.indices = matrix.indices[first:last]
     view.indptr = matrix.indptr[start : stop + 1] - first
-    return view
-
-
-def transposed_view(block: Any) -> Any:
-    """Return the transpose of a CSR array without the copy that scipy's own makes of a view."""
-    view = sparse.csc_array((block.shape[1], block.shape[0]), dtype=block.dtype)
-    view.data, view.indices, view.indptr = block.data, block.indices, block.indptr
     return view
 
 

@@ -35,8 +35,8 @@ class Evaluation:
     x: Array
     value: float
     gradient: Array
-    state: Array
-    centre: Array
+    state: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    centre: Array = field(default_factory=lambda: np.zeros((0, 0)))
     origin_gradient: Array | None = None
     sample: list[Chunk] | None = field(default=None, repr=False)
     hessian: Array | None = field(default=None, repr=False)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from attnfit.designs import Design, Gram, combine_rows, group_rows
+from attnfit.designs import Design
 from attnfit.losses.base import GramTerm
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.inputs import as_point
+from attnfit.problems.neighbour import convex_neighbour
 from attnfit.problems.partition import Chunk
 from attnfit.problems.reading import read
 from attnfit.problems.stored import StoredProblem
 from attnfit.sketching import RowSampler
-
-T = TypeVar("T", float, Array)
 
 
 class GroupedProblem(StoredProblem):
@@ -28,38 +26,19 @@ class GroupedProblem(StoredProblem):
     rules (moments, centred Gram) on which it rests.
     """
 
-    def value(self, x: Any) -> float:
-        """Return L(x).
+    rows_can_be_drawn = True
+    hessian_is_cheap = True
 
-        Raises
-        ------
-        OverflowError
-            If the loss itself, or its gradient, exceeds the range of float64.
+    @property
+    def convex(self) -> bool:
+        """Whether the loss is convex in the logits."""
+        return self.loss.convex
+
+    def convex_neighbour(self) -> GroupedProblem | None:
+        """Return a convex problem on the same data whose minimiser is a good start; None where there is
+        none.
         """
-        return self._evaluate_checked(x).value
-
-    def gradient(self, x: Any) -> Array:
-        """Return the gradient of L at x, shape (d,). Raises like `value`."""
-        return self._evaluate_checked(x).gradient
-
-    def value_and_gradient(self, x: Any) -> tuple[float, Array]:
-        """Return L(x) and its gradient from one read of the data, two where a group is longer than a
-        block.
-        """
-        at = self._evaluate_checked(x)
-        return at.value, at.gradient
-
-    def hessian(self, x: Any) -> Array:
-        """Return the Hessian of L at x, shape (d, d), by the centred-Gram rule. Raises like `value`."""
-        at = self._evaluate_checked(x)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self._finite(self.hessian_at(at), at)
-
-    def hvp(self, x: Any, v: Any) -> Array:
-        """Return the product of the Hessian at x with v, shape (d,). Raises like `value`."""
-        at = self._evaluate_checked(x)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self._finite(self.hvp_at(at, as_point(v, self.shape, "v")), at)
+        return convex_neighbour(self)
 
     def predict(self, x: Any) -> Array:
         """Return the model's output on every row, shape (n,): ``f`` (softmax), ``u / alpha`` (rescaled) or
@@ -95,20 +74,12 @@ class GroupedProblem(StoredProblem):
         at = self._evaluate_checked(x)
         return self.by_row(at, slope), at.x
 
-    def _evaluate_checked(self, x: Any) -> Evaluation:
-        at = self.evaluate(as_point(x, self.shape))
-        self._finite(at.value, at)
-        return at
-
-    def _finite(self, result: T, at: Evaluation) -> T:
-        if not np.isfinite(result).all():
-            top = max(float(np.abs(block @ at.x).max()) for _, block in self.design.blocks())
-            raise OverflowError(
-                f"the loss or a derivative overflows float64 at this x: the largest |Ax| is {top:.4g}, "
-                f"while squares "
-                "of exp, cosh and sinh overflow beyond 354; scale the columns of A or move x towards zero"
-            )
-        return result
+    def _overflow_message(self, at: Evaluation) -> str:
+        top = max(float(np.abs(self.design.product(block, at.x)).max()) for _, block in self.design.blocks())
+        return (
+            f"the loss or a derivative overflows float64 at this x: the largest |Ax| is {top:.4g}, while squares "
+            "of exp, cosh and sinh overflow beyond 354; scale the columns of A or move x towards zero"
+        )
 
     def evaluate(
         self,
@@ -178,12 +149,12 @@ class GroupedProblem(StoredProblem):
         absolute : bool
             Take the row weights by absolute value: a positive semidefinite majorant, the metric for leverage.
         """
-        gram = Gram(self.n_unknowns)
+        gram = self.design.gram()
         for chunk in self.chunks if sample is None else sample:
             block, z = self.logits(chunk, at.x)
             state = self.row_state(chunk, z, at)
             self.add_to_gram(gram, chunk, block, z, state, at.centre, absolute=absolute)
-        hessian = gram.result()
+        hessian: Array = gram.result()
         hessian[np.diag_indices(self.n_unknowns)] += self.ridge
         return hessian
 
@@ -196,7 +167,7 @@ class GroupedProblem(StoredProblem):
         the row's own term of the loss.
         """
         at = self._evaluate_checked(x)
-        gram = Gram(self.n_unknowns)
+        gram = self.design.gram()
         long_scores = np.zeros((len(self.long_groups), self.n_unknowns))
         by_group = self.loss.coupled and len(self.groups) > 1
         for chunk in self.chunks:
@@ -210,11 +181,11 @@ class GroupedProblem(StoredProblem):
                 continue
             slope = self.loss.slope(z, b, w, state)
             if chunk.long >= 0:
-                long_scores[chunk.long] += combine_rows(slope, block)
+                long_scores[chunk.long] += self.design.combine(slope[None, :], block)[0]
             else:
-                scores = group_rows(block, slope, chunk.segments.starts)
+                scores = self.design.group_rows(block, slope, chunk.segments.starts)
                 gram.add(scores, np.ones(scores.shape[0]))
-        return gram.result() + long_scores.T @ long_scores
+        return np.asarray(gram.result() + long_scores.T @ long_scores)
 
     def diagonal_at(self, at: Evaluation) -> Array:
         """Return the diagonal of a positive majorant of the Hessian, shape (d,): the natural scale of each
@@ -229,12 +200,12 @@ class GroupedProblem(StoredProblem):
             block, z = self.logits(chunk, at.x)
             for t, r, q in self.gram_rows(chunk, z, self.row_state(chunk, z, at))[0]:
                 weight = np.abs(t) if r is None else np.abs(t) * r * r
-                squares = combine_rows(weight, block * block)
+                squares = self.design.combine(weight[None, :], self.design.squares(block))[0]
                 if q is None:
                     uncentred += squares
                 else:
                     second += squares
-                    first += combine_rows(weight, block)
+                    first += self.design.combine(weight[None, :], block)[0]
                     total += float(weight.sum())
         if total > 0.0:
             centred = second - first * first / total

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from attnfit.designs import Gram
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.partition import Chunk
@@ -47,7 +46,7 @@ def read(
     origin_states = problem.long_states_without_data() if origin else None
     sums: dict[int, _LongSums] = {}
     draws = Draws()
-    gram = Gram(problem.n_unknowns) if hessian else None
+    gram = problem.design.gram() if hessian else None
     weight = np.zeros(len(problem.long_groups))
     for chunk in problem.chunks:
         block, z = problem.logits(chunk, x)
@@ -90,7 +89,7 @@ def read(
     long_value, long_gradient, states, centres = _close_long_groups(problem, sums, reference)
     value += long_value
     gradient += long_gradient
-    value += 0.5 * problem.ridge * float(x @ x)
+    value += 0.5 * float(np.sum(problem.ridge * x * x))
     gradient += problem.ridge * x
     if sampler is not None:
         sampler.finish()

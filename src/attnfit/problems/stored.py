@@ -10,15 +10,15 @@ from typing import Any, Self
 import numpy as np
 from scipy import sparse
 
-from attnfit.designs import Gram, group_rows
 from attnfit.losses.base import GramTerm, Loss
 from attnfit.losses.segments import Array, Segments
+from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_design, as_ridge, as_vector, require_finite_rows
 from attnfit.problems.partition import Chunk, parse_groups, partition
 
 
-class StoredProblem:
+class StoredProblem(Problem):
     """Data, loss and regulariser; reads them chunk by chunk."""
 
     def __init__(
@@ -115,16 +115,6 @@ class StoredProblem:
         direction = rng.standard_normal(self.n_unknowns)
         return np.asarray(0.1 * direction / np.sqrt(np.where(squares > 0, squares, 1.0) * self.n_unknowns))
 
-    @property
-    def zero_is_stationary(self) -> bool:
-        """Whether the gradient at zero vanishes for every data set."""
-        return False
-
-    @property
-    def zero_is_trivial(self) -> bool:
-        """Whether zero is a minimum that says nothing about the data."""
-        return False
-
     def fetch(self, chunk: Chunk) -> Any:
         """Return a chunk's rows, shape (n_rows, d), and count them as read."""
         if chunk.matrix is None:
@@ -208,7 +198,7 @@ class StoredProblem:
         weights = self.loss.gram_terms(z, b, w, row_state)[1]
         assert weights is not None
         state = np.array([s[first] if len(s) > 1 else s[0] for s in row_state])
-        mu = group_rows(block, weights, chunk.segments.starts)[[g - chunk.groups.start]]  # type: ignore[union-attr]
+        mu = self.design.group_rows(block, weights, chunk.segments.starts)[[g - chunk.groups.start]]  # type: ignore[union-attr]
         return state, np.asarray(mu.toarray() if sparse.issparse(mu) else mu)[0]
 
     def by_row(self, at: Evaluation, formula: Callable[[Chunk, Array, list[Array]], Array]) -> Array:
@@ -234,7 +224,7 @@ class StoredProblem:
 
     def add_to_gram(
         self,
-        gram: Gram,
+        gram: Any,
         chunk: Chunk,
         block: Any,
         z: Array,
@@ -254,7 +244,7 @@ class StoredProblem:
 
     def add_term(
         self,
-        gram: Gram,
+        gram: Any,
         chunk: Chunk,
         block: Any,
         term: GramTerm,
@@ -271,7 +261,7 @@ class StoredProblem:
         else:
             assert weights is not None
             starts = chunk.segments.starts
-            gram.add_centred(block, t, r, q, group_rows(block, weights, starts), starts)
+            gram.add_centred(block, t, r, q, self.design.group_rows(block, weights, starts), starts)
 
 
 _NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))

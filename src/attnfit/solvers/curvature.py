@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.sketching import RowSampler
 from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel, KrylovModel, SecantModel, Step
 
@@ -56,7 +56,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
         """Return the model at an accepted point."""
         ...
 
@@ -67,7 +67,7 @@ def dense_model(hessian: Array, scale: Array) -> Eigenmodel | CholeskyModel:
     return Eigenmodel(scaled) if len(scale) <= SMALL else CholeskyModel(scaled)
 
 
-def natural_scale(problem: GroupedProblem, at: Evaluation) -> Array:
+def natural_scale(problem: Problem, at: Evaluation) -> Array:
     """Return the square root of each unknown's curvature, shape (d,): ``scale * x`` has curvature about one.
 
     One where a column has no effect at all.
@@ -100,7 +100,7 @@ class Exact:
         self._untried = False
         return {"hessian": self._requested}
 
-    def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
         """Use the Hessian of the evaluation; where long groups were mispredicted, read once more for it."""
         if last is not None and not self._requested:
             return last
@@ -126,6 +126,25 @@ class Corrected:
 
 
 @dataclass
+class Kept(Corrected):
+    """An exact Hessian, kept and corrected while it serves: for problems whose Hessian costs many gradients."""
+
+    _stale: bool = True
+
+    def request(self, contraction: float | None) -> dict[str, Any]:
+        """Ask for nothing but value and gradient."""
+        self._stale = contraction is not None and contraction > SLOW
+        return {}
+
+    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+        """Correct the last model, or read the data once for a new one."""
+        corrected = self._corrected(at, scale, last)
+        if corrected is not None and not self._stale:
+            return corrected
+        return SecantModel(dense_model(problem.hessian_at(at), scale))
+
+
+@dataclass
 class Sampled(Corrected):
     """The Hessian of rows drawn by approximate leverage scores during the evaluation, kept while it works.
 
@@ -142,7 +161,7 @@ class Sampled(Corrected):
         works = contraction is not None and contraction <= SLOW
         return {} if works and not self.fresh else {"sampler": self.sampler}
 
-    def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
         """Use the rows that came with the evaluation, or correct the last model."""
         corrected = self._corrected(at, scale, last)
         if at.sample is None and corrected is not None:
@@ -159,13 +178,13 @@ class FromSample(Corrected):
 
     Parameters
     ----------
-    sample : GroupedProblem
+    sample : Problem
         Stands for the problem.
     otherwise : callable
         Makes the strategy that takes over where the sample's curvature is too coarse.
     """
 
-    sample: GroupedProblem
+    sample: Problem
     otherwise: Callable[[], Strategy]
     successor: Strategy | None = None
 
@@ -176,7 +195,7 @@ class FromSample(Corrected):
             contraction = None
         return {} if self.successor is None else self.successor.request(contraction)
 
-    def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
         """Take the sample's curvature once, then correct it."""
         if self.successor is not None:
             return self.successor.model(problem, at, scale, last)
@@ -198,7 +217,7 @@ class MatrixFree:
             self.sampler.budget *= 2.0
         return {"sampler": self.sampler}
 
-    def model(self, problem: GroupedProblem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
         """Multiply by the curvature at this point."""
         product = problem.hessian_operator(at, at.sample)
         # A sample of ten rows an unknown is some thirty per cent off: solving its system further is waste.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.solvers.curvature import MAX_DENSE, Model, Strategy, dense_model
 from attnfit.solvers.tracking import StopFit, Tracker
 
@@ -62,7 +62,7 @@ def reference_norm(at: Evaluation, scale: Array) -> float:
 
 
 def descend(
-    problem: GroupedProblem,
+    problem: Problem,
     at: Evaluation,
     strategy: Strategy,
     scale: Array,
@@ -139,7 +139,7 @@ def descend(
         return run
 
 
-def _at_saddle(problem: GroupedProblem, run: Descent, scale: Array) -> bool:
+def _at_saddle(problem: Problem, run: Descent, scale: Array) -> bool:
     """Whether a point without gradient has negative curvature; asks for a read only if the last model, or
     none, suggests it.
     """

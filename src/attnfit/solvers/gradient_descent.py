@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.base import Problem
 from attnfit.solvers.descent import Descent, reference_norm
 from attnfit.solvers.newton import Outcome
 from attnfit.solvers.start import Start
@@ -48,7 +48,7 @@ class GradientDescent:
 
     def run(
         self,
-        problem: GroupedProblem,
+        problem: Problem,
         start: Start,
         x0: Array | None,
         tol: float,
@@ -82,9 +82,7 @@ class GradientDescent:
             run.status = "interrupted"
         return Outcome.of({"zero" if x0 is None else "x0": run}, scale, "gradient descent")
 
-    def _step(
-        self, problem: GroupedProblem, run: Descent, step: float, tracker: Tracker
-    ) -> tuple[float, bool]:
+    def _step(self, problem: Problem, run: Descent, step: float, tracker: Tracker) -> tuple[float, bool]:
         """Take one step; return the next step size to try and whether the step was taken."""
         at = run.at
         square = float(at.gradient @ at.gradient)

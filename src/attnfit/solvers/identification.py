@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.losses.softmax import CrossEntropy
+from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.solvers.curvature import Exact, Model
@@ -34,7 +35,7 @@ def unidentified_directions(model: Model | None, scale: Array) -> Array | None:
     return np.linalg.qr(flat)[0] if flat.shape[1] else flat
 
 
-def structural_directions(problem: GroupedProblem, scale: Array) -> Array:
+def structural_directions(problem: Problem, scale: Array) -> Array:
     """Return an orthonormal basis of the directions that no row of the data sees, shape (d, k).
 
     Taken at zero, where all outputs are alike: at the answer small curvatures blur the line between flat and
@@ -45,9 +46,7 @@ def structural_directions(problem: GroupedProblem, scale: Array) -> Array:
     return np.asarray(np.linalg.qr(model.unidentified / scale[:, None])[0])
 
 
-def least_norm(
-    problem: GroupedProblem, best: Descent, scale: Array, tracker: Tracker, tol: float
-) -> Evaluation:
+def least_norm(problem: Problem, best: Descent, scale: Array, tracker: Tracker, tol: float) -> Evaluation:
     """Return the point of least norm that differs along structural directions, polished by Newton steps,
     which avoid them.
 
@@ -68,14 +67,18 @@ def least_norm(
     return polished.at if polished.at.value <= at.value + slack else at
 
 
-def recession_direction(problem: GroupedProblem, candidates: list[Array]) -> Array | None:
+def recession_direction(problem: Problem, candidates: list[Array]) -> Array | None:
     """Return a direction along which cross entropy falls for ever, or None if no candidate is one.
 
     Along v the loss never rises if, in every group, all rows with a positive target attain the largest
     ``A v`` of the group; it falls if some group is not constant. Then there is no finite minimiser: the data
     are separable.
     """
-    if not isinstance(problem.loss, CrossEntropy) or problem.ridge > 0 or problem.penalty is not None:
+    if not (
+        isinstance(problem, GroupedProblem) and problem.convex and isinstance(problem.loss, CrossEntropy)
+    ):
+        return None
+    if np.any(problem.ridge) or problem.penalty is not None:
         return None
     directions = np.stack(candidates, axis=1)
     top = np.full((len(problem.groups), directions.shape[1]), -np.inf)

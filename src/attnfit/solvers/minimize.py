@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.base import Problem
 from attnfit.problems.inputs import as_point
 from attnfit.solvers.descent import Descent
 from attnfit.solvers.identification import least_norm, recession_direction, unidentified_directions
@@ -28,7 +28,7 @@ class Solver(Protocol):
 
     def run(
         self,
-        problem: GroupedProblem,
+        problem: Problem,
         start: Start,
         x0: Array | None,
         tol: float,
@@ -41,7 +41,7 @@ class Solver(Protocol):
 
 
 def minimize(
-    problem: GroupedProblem,
+    problem: Problem,
     x0: Any = None,
     solver: Solver | None = None,
     tol: float = 1e-8,
@@ -53,8 +53,8 @@ def minimize(
 
     Parameters
     ----------
-    problem : Softmax, Exponential or Rescaled
-    x0 : array_like, shape (d,), optional
+    problem : any problem of `attnfit.problems`
+    x0 : array_like, in the problem's natural shape or flat, optional
         Start here only. By default a convex problem is started from a sample of its rows; any other from its
         convex neighbour (cross entropy) and from zero, and the best end is returned with all local values.
     solver : Newton or GradientDescent, optional
@@ -98,8 +98,11 @@ def minimize(
         raise ValueError(f"max_iter must not be negative, not {max_iter!r}")
     rng = np.random.default_rng(random_state)
     solver = Newton() if solver is None else solver
-    first_read = problem.n_passes
     point = None if x0 is None else as_point(x0, problem.shape, "x0")
+    reduction = problem.reduction()
+    given, problem = problem, problem if reduction is None else reduction.problem
+    point = point if reduction is None or point is None else reduction.restrict(point)
+    first_read = problem.n_passes
     start = Start.draw(problem, rng)
     tracker = Tracker(lambda: problem.n_passes - first_read + start.n_passes, callback)
     # Steps that overflow are rejected by their value; numpy need not warn of each product on the way.
@@ -114,23 +117,27 @@ def minimize(
             separating = recession_direction(problem, [at.x, best.last_step])
         if separating is not None:
             status = "separable"
-        elif flat is not None and flat.shape[1]:
+        elif flat is not None and flat.shape[1] and problem.linear:
             at = least_norm(problem, best, scale, tracker, tol)
     norm = best.relative(float(np.linalg.norm(at.gradient / scale)))
+    message = _message(status, norm, tol, outcome, separating, max_iter)
+    if reduction is not None:
+        at, flat = given.evaluate(reduction.lift(at.x)), None
+        message += f"; {reduction.note}"
     result = Result(
-        x=at.x.reshape(problem.shape),
+        x=at.x.reshape(given.shape),
         value=at.value,
-        gradient=at.gradient.reshape(problem.shape),
+        gradient=at.gradient.reshape(given.shape),
         gradient_norm=norm,
         converged=status == "converged",
         status=status,
-        message=_message(status, norm, tol, outcome, separating, max_iter),
+        message=message,
         n_iter=outcome.n_iter,
         n_passes=tracker.n_passes(),
         history=tracker.history,
         seconds=tracker.seconds(),
         solver=outcome.description,
-        problem=problem,
+        problem=given,
         local_values=outcome.local_values,
         unidentified=flat,
     )

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.base import Problem
 from attnfit.problems.inputs import choose
 from attnfit.sketching import RowSampler, leverage_sketch
-from attnfit.solvers.curvature import MAX_DENSE, Exact, FromSample, MatrixFree, Sampled, Strategy
+from attnfit.solvers.curvature import MAX_DENSE, Exact, FromSample, Kept, MatrixFree, Sampled, Strategy
 from attnfit.solvers.descent import Descent, descend, reference_norm
 from attnfit.solvers.start import Start, same_minimum
 from attnfit.solvers.tracking import Interrupted, Tracker
@@ -78,7 +78,7 @@ class Newton:
 
     def run(
         self,
-        problem: GroupedProblem,
+        problem: Problem,
         start: Start,
         x0: Array | None,
         tol: float,
@@ -118,16 +118,27 @@ class Newton:
                 break
         return Outcome.of(ends, scale, f"Newton, {kind.replace('_', '-')} Hessian, {self.globalisation}")
 
-    def _resolve(self, problem: GroupedProblem, start: Start) -> str:
+    def _resolve(self, problem: Problem, start: Start) -> str:
+        if self.hessian == "sampled" and not problem.rows_can_be_drawn:
+            raise ValueError(
+                f"hessian='sampled' draws rows, which {type(problem).__name__} does not offer; use 'auto', 'exact' "
+                "or 'matrix_free'"
+            )
         if self.hessian != "auto":
             return self.hessian
         if problem.n_unknowns > MAX_DENSE:
             return "matrix_free"
+        if not problem.hessian_is_cheap:
+            return "kept"
         return "exact" if start.sample.is_full else "corrected_sample"
 
     def _strategy(
         self, kind: str, start: Start, x: Array, scale: Array, rng: np.random.Generator
     ) -> Strategy:
+        if kind == "kept":
+            return Kept()
+        if kind == "matrix_free" and not start.full.rows_can_be_drawn:
+            return MatrixFree()
         n, d = start.full.n_rows, len(scale)
         rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
         budget = float(self.sample_rows or max(0.05 * n, rows_per_unknown * d))

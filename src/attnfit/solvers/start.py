@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.thinning import convex_neighbour, draw_rows
+from attnfit.problems.thinning import draw_rows
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
 from attnfit.solvers.descent import descend
 from attnfit.solvers.tracking import Interrupted, Tracker
@@ -40,8 +42,8 @@ class Sample:
         Its rows over those of the full problem.
     """
 
-    problem: GroupedProblem
-    convex: GroupedProblem | None
+    problem: Any
+    convex: Any
     share: float
     is_full: bool
 
@@ -50,12 +52,12 @@ class Sample:
         """Reads of the full data that the work on the sample amounts to, beyond the fetch of its rows."""
         if self.is_full:
             return 0.0
-        return self.share * (self.problem.n_passes + (0.0 if self.convex is None else self.convex.n_passes))
+        return float(
+            self.share * (self.problem.n_passes + (0.0 if self.convex is None else self.convex.n_passes))
+        )
 
 
-def draw_sample(
-    problem: GroupedProblem, convex: GroupedProblem | None, n_rows: int, rng: np.random.Generator
-) -> Sample:
+def draw_sample(problem: GroupedProblem, convex: Any, n_rows: int, rng: np.random.Generator) -> Sample:
     """Return an importance-weighted sample of about ``n_rows`` rows of a problem and its convex neighbour."""
     draw = draw_rows(problem, n_rows, rng) if problem.n_rows > n_rows else None
     if draw is None or (problem.weights is not None and not problem.weights[draw.rows].any()):
@@ -70,20 +72,23 @@ def draw_sample(
 class Start:
     """The samples from which a fit takes its scale, its starts and its first curvature."""
 
-    full: GroupedProblem
+    full: Any
     scout: Sample
     sample: Sample
 
     @classmethod
-    def draw(cls, problem: GroupedProblem, rng: np.random.Generator) -> Start:
-        """Draw both samples; large problems only."""
+    def draw(cls, problem: Problem, rng: np.random.Generator) -> Start:
+        """Draw both samples; large problems whose rows can be drawn only."""
+        convex = None if problem.convex else problem.convex_neighbour()
+        if not isinstance(problem, GroupedProblem) or not problem.rows_can_be_drawn:
+            whole = Sample(problem, convex, 1.0, True)
+            return cls(problem, whole, whole)
         n, d = problem.n_rows, problem.n_unknowns
         scout_rows = max(SCOUT_ROWS, SCOUT_RATIO * d)
         n_rows = SAMPLE_ROWS
         if n > SAMPLE_ROWS:
             affordable = max(int(MAX_SHARE * n), min(SAMPLE_ROWS, n // 4))
             n_rows = max(scout_rows, min(max(SAMPLE_ROWS, SAMPLE_RATIO * d), affordable))
-        convex = None if problem.loss.convex else convex_neighbour(problem)
         sample = draw_sample(problem, convex, n_rows, rng)
         if sample.is_full or n_rows == scout_rows:
             return cls(problem, sample, sample)
@@ -110,7 +115,7 @@ class Start:
         on the scout; ends in one minimum count once and are polished on the larger sample.
         """
 
-        def run(problem: GroupedProblem, x: Array, phase: str) -> Evaluation:
+        def run(problem: Problem, x: Array, phase: str) -> Evaluation:
             strategy = Exact() if problem.n_unknowns <= MEDIUM else MatrixFree()
             at = problem.evaluate(x, origin=True, **strategy.request(None))
             found = descend(problem, at, strategy, scale, tracker, phase=phase, tol=SAMPLE_TOL, max_iter=50)
@@ -118,7 +123,7 @@ class Start:
                 raise Interrupted(found.at.x)
             return found.at
 
-        points = {"zero": self.scout.problem.initial_point(rng)}
+        points: dict[str, Array] = self.scout.problem.starts(rng)
         if self.scout.convex is not None:
             convex = run(self.scout.convex, np.zeros(self.full.n_unknowns), "convex neighbour").x
             points = {"convex": convex} if self.full.zero_is_trivial else {"convex": convex, **points}
@@ -137,9 +142,9 @@ class Start:
 
     def transfer(self, x: Array) -> Evaluation | None:
         """Predict the states of the full problem's long groups at x from the sample."""
-        long_groups = self.full.long_groups
-        if not len(long_groups) or self.sample.is_full:
+        if self.sample.is_full or not len(self.full.long_groups):
             return None
+        long_groups = self.full.long_groups
         small = self.sample.problem
         at = small.evaluate(x)
         # The sample's groups carry the full problem's numbers as labels.

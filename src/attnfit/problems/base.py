@@ -1,0 +1,180 @@
+"""What every problem offers its users, and what it must offer the solvers for that."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.problems.evaluation import Evaluation
+from attnfit.problems.inputs import as_point
+
+Array = NDArray[np.float64]
+T = TypeVar("T", float, Array)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A problem in better variables: what a solver works on in place of the one it was given.
+
+    Attributes
+    ----------
+    problem : Problem
+        The same objective over all unknowns that the data identify, or minimised over the others.
+    lift : callable
+        Takes its unknowns, flat, to those of the original problem, flat; of all that fit as well, the ones of
+        least norm.
+    restrict : callable
+        The inverse on the identified part.
+    note : str
+        One clause for the report.
+    """
+
+    problem: Problem
+    lift: Callable[[Array], Array]
+    restrict: Callable[[Array], Array]
+    note: str
+
+
+class Problem(ABC):
+    """An objective L(x) with two derivatives."""
+
+    # Whether a solver may draw rows of the data to find a start or to estimate the curvature.
+    rows_can_be_drawn: bool = False
+    # Whether the unknown enters through a linear map, so that flat directions are the same everywhere.
+    linear: bool = True
+    # Whether an exact Hessian comes nearly free with a gradient; otherwise one is kept as long as it serves.
+    hessian_is_cheap: bool = False
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Natural shape of the unknown."""
+
+    @property
+    def n_unknowns(self) -> int:
+        """Number of unknowns."""
+        return int(np.prod(self.shape))
+
+    @property
+    @abstractmethod
+    def n_passes(self) -> float:
+        """Reads of the data since the problem was made."""
+
+    @property
+    def convex(self) -> bool:
+        """Whether L is convex."""
+        return False
+
+    @property
+    def zero_is_stationary(self) -> bool:
+        """Whether the gradient at zero vanishes for every data set."""
+        return False
+
+    @property
+    def zero_is_trivial(self) -> bool:
+        """Whether zero is a minimum that says nothing about the data."""
+        return False
+
+    def initial_point(self, random_state: Any = None) -> Array:
+        """Return a point to start from, in the natural shape."""
+        return np.zeros(self.shape)
+
+    def starts(self, rng: np.random.Generator) -> dict[str, Array]:
+        """Return points to descend from by name, flat."""
+        return {"zero": self.initial_point(rng).reshape(-1)}
+
+    def convex_neighbour(self) -> Problem | None:
+        """Return a convex problem in the same unknowns whose minimiser is a good start, if there is one."""
+        return None
+
+    def reduction(self) -> Reduction | None:
+        """Return the problem in better variables, if there are any."""
+        return None
+
+    # ---- what the solvers use; points are flat
+
+    @abstractmethod
+    def evaluate(
+        self,
+        x: Array,
+        near: Evaluation | None = None,
+        sampler: Any = None,
+        *,
+        origin: bool = False,
+        hessian: bool = False,
+    ) -> Evaluation:
+        """Return value and gradient at x, and on request the gradient at zero and the Hessian (which may be
+        withheld).
+        """
+
+    @abstractmethod
+    def hessian_at(self, at: Evaluation, sample: Any = None, *, absolute: bool = False) -> Array:
+        """Return the Hessian at an evaluated point, shape (n_unknowns, n_unknowns); with ``absolute`` a
+        positive semidefinite majorant.
+        """
+
+    @abstractmethod
+    def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
+        """Return v -> H v at an evaluated point."""
+
+    def hvp_at(self, at: Evaluation, v: Array) -> Array:
+        """Return the Hessian at an evaluated point times v."""
+        return self.hessian_operator(at)(v)
+
+    @abstractmethod
+    def diagonal_at(self, at: Evaluation) -> Array:
+        """Return the diagonal of a positive majorant of the Hessian, shape (n_unknowns,)."""
+
+    # ---- what users call
+
+    def value(self, x: Any) -> float:
+        """Return L(x).
+
+        Raises
+        ------
+        OverflowError
+            If the loss itself, or its gradient, exceeds the range of float64.
+        """
+        return self._evaluate_checked(x).value
+
+    def gradient(self, x: Any) -> Array:
+        """Return the gradient of L at x in the natural shape. Raises like `value`."""
+        return self._evaluate_checked(x).gradient.reshape(self.shape)
+
+    def value_and_gradient(self, x: Any) -> tuple[float, Array]:
+        """Return L(x) and its gradient from the same read of the data. Raises like `value`."""
+        at = self._evaluate_checked(x)
+        return at.value, at.gradient.reshape(self.shape)
+
+    def hessian(self, x: Any) -> Array:
+        """Return the Hessian of L at x, shape (n_unknowns, n_unknowns), in C order of the natural shape.
+
+        Raises like `value`.
+        """
+        at = self._evaluate_checked(x)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._finite(self.hessian_at(at), at)
+
+    def hvp(self, x: Any, v: Any) -> Array:
+        """Return the product of the Hessian at x with v, in the natural shape. Raises like `value`."""
+        at = self._evaluate_checked(x)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._finite(self.hvp_at(at, as_point(v, self.shape, "v")), at).reshape(self.shape)
+
+    def _evaluate_checked(self, x: Any) -> Evaluation:
+        at = self.evaluate(as_point(x, self.shape))
+        self._finite(at.value, at)
+        return at
+
+    def _finite(self, result: T, at: Evaluation) -> T:
+        if not np.isfinite(result).all():
+            raise OverflowError(self._overflow_message(at))
+        return result
+
+    def _overflow_message(self, at: Evaluation) -> str:
+        return "the loss or a derivative overflows float64 at this x; scale the data or move x towards zero"
