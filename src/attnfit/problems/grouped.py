@@ -77,8 +77,8 @@ class GroupedProblem(StoredProblem):
     def _overflow_message(self, at: Evaluation) -> str:
         top = max(float(np.abs(self.design.product(block, at.x)).max()) for _, block in self.design.blocks())
         return (
-            f"the loss or a derivative overflows float64 at this x: the largest |Ax| is {top:.4g}, while squares "
-            "of exp, cosh and sinh overflow beyond 354; scale the columns of A or move x towards zero"
+            f"the loss or a derivative overflows float64 at this x: the largest |Ax| is {top:.4g}, while "
+            "squares of exp, cosh and sinh overflow beyond 354; scale the columns of A or move x towards zero"
         )
 
     def evaluate(

@@ -127,7 +127,7 @@ class Corrected:
 
 @dataclass
 class Kept(Corrected):
-    """An exact Hessian, kept and corrected while it serves: for problems whose Hessian costs many gradients."""
+    """An exact Hessian, kept and corrected while it serves: where one costs many gradients."""
 
     _stale: bool = True
 

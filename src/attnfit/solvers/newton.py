@@ -121,8 +121,8 @@ class Newton:
     def _resolve(self, problem: Problem, start: Start) -> str:
         if self.hessian == "sampled" and not problem.rows_can_be_drawn:
             raise ValueError(
-                f"hessian='sampled' draws rows, which {type(problem).__name__} does not offer; use 'auto', 'exact' "
-                "or 'matrix_free'"
+                f"hessian='sampled' draws rows, which {type(problem).__name__} does not offer; use 'auto', "
+                "'exact' or 'matrix_free'"
             )
         if self.hessian != "auto":
             return self.hessian
