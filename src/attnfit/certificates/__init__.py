@@ -2,5 +2,6 @@
 
 from attnfit.certificates.good_start import GoodStart, good_start
 from attnfit.certificates.kantorovich import Certificate, certify
+from attnfit.certificates.mixture import MixtureCertificate
 
-__all__ = ["Certificate", "GoodStart", "certify", "good_start"]
+__all__ = ["Certificate", "GoodStart", "MixtureCertificate", "certify", "good_start"]

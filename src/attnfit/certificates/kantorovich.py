@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.certificates.ball import Rows
 from attnfit.certificates.lipschitz import lipschitz_constant
+from attnfit.problems.attention import Attention
+from attnfit.problems.base import Problem
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import as_point
+from attnfit.problems.layered import LayeredProblem
 from attnfit.solvers.curvature import natural_scale
 from attnfit.solvers.trust_region import Eigenmodel
 
 Array = NDArray[np.float64]
+
+# Attention problems are certified up to this many entries of the matrix that is otherwise never formed.
+DENSE_ENTRIES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -57,33 +65,85 @@ class Certificate:
     n_unidentified: int
 
 
-def certify(problem: GroupedProblem, x: Any) -> Certificate:
+class Ball(Protocol):
+    """What is known of a problem on balls around a point, in whitened variables."""
+
+    def rounding(self) -> float:
+        """Bound the effect of rounding on the whitened gradient, to first order."""
+        ...
+
+    def obstacle(self, radius: float) -> str | None:
+        """Return why the Hessian is not Lipschitz on the ball of this radius, None if it is."""
+        ...
+
+    def lipschitz(self, radius: float) -> float:
+        """Return a Lipschitz constant of the whitened Hessian on the ball of this radius."""
+        ...
+
+
+def certify(problem: Any, x: Any) -> Certificate:
     """Certify x: find a ball around it that contains exactly one stationary point.
 
     With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of
     radius ``2 eta`` in the norm of H: if ``h = M eta <= 1/2``, then
     ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes about six reads of the data, d^2
-    numbers,
-    and some ten numbers a row.
+    numbers, and some ten numbers a row. A mixture is certified by its duality gap instead.
 
     Parameters
     ----------
-    problem : Softmax, Exponential or Rescaled
-    x : array_like, shape (d,)
+    problem : Softmax, Exponential, Rescaled, TwoLayer, ReluSoftmax or ThreeLayer
+    x : array_like, in the problem's natural shape
+        Of several right-hand sides all are certified, and the worst is reported.
 
     Returns
     -------
-    Certificate
+    Certificate or MixtureCertificate
+
+    Raises
+    ------
+    ValueError
+        If there is no certificate for this kind of problem.
 
     Notes
     -----
     Newton-Kantorovich theorem, see Deuflhard, "Newton Methods for Nonlinear Problems" (2011), Theorem 2.1,
-    with the local constants of `attnfit.certificates.lipschitz`, which replace the papers'
-    ``n^4 exp(20 R^2)``.
+    with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.two_layer`, which
+    replace the papers' ``n^4 exp(20 R^2)``.
     """
-    at = problem.evaluate(as_point(x, problem.shape))
+    if isinstance(problem, LayeredProblem):
+        from attnfit.certificates.mixture import certify_mixture
+        from attnfit.certificates.two_layer import certify_layers
+
+        return certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
+    if isinstance(problem, Attention):
+        if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
+            return refused(
+                f"a proof takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, more "
+                f"than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
+            )
+        x, problem = as_point(x, problem.shape), problem.dense()
+    if not isinstance(problem, GroupedProblem):
+        return refused(
+            f"none is known for {type(problem).__name__}, whose factors are not unique; compare "
+            "result.local_values of several starts"
+        )
+    grouped: GroupedProblem = problem
+    at = grouped.evaluate(as_point(x, grouped.shape))
+    return newton_kantorovich(grouped, at, lambda whitener: RowBall(Rows(grouped, at, whitener)))
+
+
+def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array], Ball]) -> Certificate:
+    """Return the certificate of an evaluated point.
+
+    Parameters
+    ----------
+    problem : Problem
+    at : Evaluation
+    ball : callable
+        Takes a whitener T, shape (d, k), with ``T^T H T = 1``, to what is known of balls ``x + T y``.
+    """
     if not np.isfinite(at.value):
-        return _refused("the loss overflows at x; scale the columns of A", np.inf, np.inf, np.nan, 0)
+        return refused("the loss overflows at x; scale the columns of A")
     hessian = problem.hessian_at(at)
     scale = natural_scale(problem, at)
     model = Eigenmodel(hessian / np.multiply.outer(scale, scale))
@@ -92,26 +152,31 @@ def certify(problem: GroupedProblem, x: Any) -> Certificate:
     if values[0] < -floor:
         worst = vectors[:, 0] / scale
         along = int(np.argmax(np.abs(worst)))
-        return _refused(
+        return refused(
             f"x is not a minimum: the curvature is negative along a direction dominated by column {along}; "
             f"fit again from another x0",
-            np.inf, np.inf, float(values[0]), flat,
+            lambda_min=float(values[0]), n_unidentified=flat,
         )  # fmt: skip
     if flat == len(values):
-        return _refused("the loss has no curvature at x: nothing is identified", np.inf, np.inf, 0.0, flat)
+        return refused(
+            "the loss has no curvature at x: nothing is identified", lambda_min=0.0, n_unidentified=flat
+        )
     keep = values > floor
     whitener = vectors[:, keep] / np.sqrt(values[keep]) / scale[:, None]
     spread = float(np.linalg.norm(whitener, 2))
-    rows = Rows(problem, at, whitener)
-    eta = float(np.linalg.norm(whitener.T @ at.gradient)) + _rounding(rows)
-    constant = lipschitz_constant(rows, 2.0 * eta)
-    h = constant * eta
+    around = ball(whitener)
+    eta = float(np.linalg.norm(whitener.T @ at.gradient)) + around.rounding()
     where = "" if flat == 0 else f" in the {int(keep.sum())} identified directions ({flat} are not)"
+    obstacle = around.obstacle(2.0 * eta)
+    if obstacle is not None:
+        return refused(obstacle, eta=eta, lambda_min=1.0 / spread**2, n_unidentified=flat)
+    constant = around.lipschitz(2.0 * eta)
+    h = constant * eta
     if not h <= 0.5:
-        return _refused(
+        return refused(
             f"the Newton step is too long for the curvature to be constant: M eta = {h:.3g} exceeds "
             f"1/2{where}; tighten tol or add ridge",
-            eta, constant, 1.0 / spread**2, flat,
+            eta=eta, constant=constant, lambda_min=1.0 / spread**2, n_unidentified=flat,
         )  # fmt: skip
     rho = 2.0 * eta / (1.0 + np.sqrt(1.0 - 2.0 * h))
     return Certificate(
@@ -127,20 +192,43 @@ def certify(problem: GroupedProblem, x: Any) -> Certificate:
     )
 
 
-def _refused(reason: str, eta: float, constant: float, lambda_min: float, flat: int) -> Certificate:
-    return Certificate(False, np.inf, np.inf, np.inf, reason, eta, constant, lambda_min, flat)
+def refused(
+    reason: str,
+    *,
+    eta: float = np.inf,
+    constant: float = np.inf,
+    lambda_min: float = np.nan,
+    n_unidentified: int = 0,
+) -> Certificate:
+    """Return a certificate that is not valid, with the reason."""
+    return Certificate(False, np.inf, np.inf, np.inf, reason, eta, constant, lambda_min, n_unidentified)
 
 
-def _rounding(rows: Rows) -> float:
-    """Bound the effect of rounding in A x and in the sums on the whitened gradient, to first order."""
-    problem, at = rows.problem, rows.at
-    norms = rows.norms(centred=False)
-    total = 0.0
-    for chunk in problem.chunks:
-        z = rows.z[chunk.rows]
-        b, w, _ = problem.targets(chunk)
-        state = problem.row_state(chunk, z, at)
-        slope = np.abs(problem.loss.slope(z, b, w, state))
-        curvature = problem.loss.importance(z, b, w, state)
-        total += float(np.sum((slope + curvature * (1.0 + np.abs(z))) * norms[chunk.rows]))
-    return 4.0 * float(np.finfo(np.float64).eps) * total
+@dataclass(frozen=True)
+class RowBall:
+    """The `Ball` of a loss of the rows of one matrix."""
+
+    rows: Rows
+
+    def lipschitz(self, radius: float) -> float:
+        """Return the constant of `attnfit.certificates.lipschitz`."""
+        return lipschitz_constant(self.rows, radius)
+
+    def obstacle(self, radius: float) -> str | None:
+        """Return None: these losses are smooth."""
+        return None
+
+    def rounding(self) -> float:
+        """Bound the effect of rounding in A x and in the sums on the whitened gradient, to first order."""
+        rows = self.rows
+        problem, at = rows.problem, rows.at
+        norms = rows.norms(centred=False)
+        total = 0.0
+        for chunk in problem.chunks:
+            z = rows.z[chunk.rows]
+            b, w, _ = problem.targets(chunk)
+            state = problem.row_state(chunk, z, at)
+            slope = np.abs(problem.loss.slope(z, b, w, state))
+            curvature = problem.loss.importance(z, b, w, state)
+            total += float(np.sum((slope + curvature * (1.0 + np.abs(z))) * norms[chunk.rows]))
+        return 4.0 * float(np.finfo(np.float64).eps) * total

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.certificates.ball import Interval, Rows
-from attnfit.losses.exponential import SquaredExponential
+from attnfit.losses.exponential import SquaredExponential, Total
+from attnfit.losses.log_ratio import LogRatio
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
 
@@ -29,6 +30,13 @@ def lipschitz_constant(rows: Rows, radius: float) -> float:
             constant = _exponential(rows, loss, radius)
         elif isinstance(loss, SquaredRescaled):
             constant = _rescaled(rows, loss, radius)
+        elif isinstance(loss, LogRatio):
+            # Quadratic.
+            constant = 0.0
+        elif isinstance(loss, Total):
+            norms = rows.norms(centred=False)
+            weights = rows.w * np.exp(rows.z + radius * norms)
+            constant = rows.largest_eigenvalue(weights * norms, centred=False)
         else:
             raise TypeError(f"no Lipschitz constant is known for {type(loss).__name__}")
     return constant if np.isfinite(constant) else np.inf

@@ -50,7 +50,7 @@ def standard_errors(covariance: Array, identified: NDArray[np.bool_]) -> Array:
 def loss_without_penalties(problem: GroupedProblem, x: Array, value: float) -> float:
     """Return the loss at x given the objective; reads the data only where there is a row penalty."""
     if problem.penalty is None:
-        return value - 0.5 * problem.ridge * float(x @ x)
+        return value - 0.5 * float(np.sum(problem.ridge * x * x))
     bare = copy(problem)
     bare.penalty, bare.ridge = None, 0.0
     return bare.value(x)

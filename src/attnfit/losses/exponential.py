@@ -93,6 +93,27 @@ class PoissonDeviance(UncoupledLoss):
         return np.exp(z)
 
 
+class Total(UncoupledLoss):
+    """``sum w exp(z)``, the loss that the papers on sparsity use; no target enters."""
+
+    convex = True
+
+    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
+        wu = w * np.exp(z)
+        return [wu], [wu]
+
+    def gram_terms(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[list[GramTerm], Array | None]:
+        return [GramTerm(w * np.exp(z), None, None)], None
+
+    def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
+        return np.asarray(w * np.exp(z))
+
+    def fitted(self, z: Array, state: list[Array]) -> Array:
+        return np.exp(z)
+
+
 class LeastSquares(UncoupledLoss):
     """``0.5 sum w (z - b)^2``: the start of sinh regression, whose inverse exists for every target."""
 

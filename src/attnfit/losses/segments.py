@@ -24,20 +24,22 @@ class Segments:
         self.starts = starts
         self.n_rows = n_rows
         self.sizes: Index = np.diff(starts, append=n_rows)
+        # Runs of one length, as in a full matrix of queries and keys, are rows of an array.
+        self._length = int(self.sizes[0]) if (self.sizes == self.sizes[0]).all() else 0
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def sum(self, rows: Array) -> Array:
         """Sum of each run, shape (n_segments,)."""
-        if len(self) == 1:
-            return np.array([rows.sum()])
+        if self._length:
+            return np.asarray(rows.reshape(-1, self._length).sum(axis=1))
         return np.add.reduceat(rows, self.starts)
 
     def max(self, rows: Array) -> Array:
         """Largest entry of each run, shape (n_segments,)."""
-        if len(self) == 1:
-            return np.array([rows.max()])
+        if self._length:
+            return np.asarray(rows.reshape(-1, self._length).max(axis=1))
         return np.maximum.reduceat(rows, self.starts)
 
     def spread(self, values: Array) -> Array:

@@ -47,8 +47,9 @@ class Problem(ABC):
     rows_can_be_drawn: bool = False
     # Whether the unknown enters through a linear map, so that flat directions are the same everywhere.
     linear: bool = True
-    # Whether an exact Hessian comes nearly free with a gradient; otherwise one is kept as long as it serves.
-    hessian_is_cheap: bool = False
+    # "exact" where a Hessian comes nearly free with a gradient, "kept" where one costs many and serves for
+    # several # steps, "matrix_free" where products are all that pays.
+    best_hessian: str = "kept"
 
     @property
     @abstractmethod
@@ -89,11 +90,19 @@ class Problem(ABC):
         return {"zero": self.initial_point(rng).reshape(-1)}
 
     def convex_neighbour(self) -> Problem | None:
-        """Return a convex problem in the same unknowns whose minimiser is a good start, if there is one."""
+        """Return a convex problem whose minimiser is a good start (see `adopt`), if there is one."""
         return None
+
+    def adopt(self, x: Array) -> Array:
+        """Return the point of this problem that corresponds to one of its convex neighbour, flat."""
+        return x
 
     def reduction(self) -> Reduction | None:
         """Return the problem in better variables, if there are any."""
+        return None
+
+    def false_optimum(self, at: Evaluation) -> str | None:
+        """Return why a point without gradient is no minimum, None if nothing speaks against it."""
         return None
 
     # ---- what the solvers use; points are flat

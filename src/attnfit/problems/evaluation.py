@@ -30,6 +30,8 @@ class Evaluation:
     hessian : ndarray, shape (d, d), optional
         The Hessian, when asked for and the predicted states of long groups were good enough to weight the
         rows.
+    inner : Evaluation, optional
+        Of the problem that this one is made of.
     """
 
     x: Array
@@ -40,6 +42,7 @@ class Evaluation:
     origin_gradient: Array | None = None
     sample: list[Chunk] | None = field(default=None, repr=False)
     hessian: Array | None = field(default=None, repr=False)
+    inner: Evaluation | None = field(default=None, repr=False)
 
     def predict_reference(self, x: Array) -> Array:
         """Return the normalisers of the long groups at a nearby x, to first order."""

@@ -27,7 +27,7 @@ class GroupedProblem(StoredProblem):
     """
 
     rows_can_be_drawn = True
-    hessian_is_cheap = True
+    best_hessian = "exact"
 
     @property
     def convex(self) -> bool:

@@ -72,7 +72,9 @@ def require_finite_rows(block: Any, rows: slice | Index, name: str) -> None:
         raise _not_finite(name, block[entry], f"row {row}, column {entry[1]}")
 
 
-def as_vector(values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False) -> Array:
+def as_vector(
+    values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False, rows_of: str = "A"
+) -> Array:
     """Return ``values`` as float64 of shape (n,) (or () where ``scalar`` is allowed), checked."""
     try:
         array = np.asarray(_unmasked(values, name))
@@ -87,7 +89,7 @@ def as_vector(values: Any, n: int, name: str, *, non_negative: bool = False, sca
         pass
     elif array.shape != (n,):
         raise ValueError(
-            f"{name} has shape {array.shape} but A has {n} rows; pass one value a row, shape ({n},)"
+            f"{name} has shape {array.shape} but {rows_of} has {n} rows; pass one value a row, shape ({n},)"
         )
     array = array.astype(np.float64, copy=False)
     bad = np.flatnonzero(~np.isfinite(array))

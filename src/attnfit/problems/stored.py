@@ -31,7 +31,7 @@ class StoredProblem(Problem):
         weights: Any = None,
         offset: Any = None,
         row_penalty: Any = 0.0,
-        ridge: float = 0.0,
+        ridge: Any = 0.0,
     ) -> None:
         self.design = as_design(A)
         n = int(self.design.shape[0])
@@ -43,7 +43,7 @@ class StoredProblem(Problem):
         self.offset = None if offset is None else sort(as_vector(offset, n, "offset"))
         penalty = as_vector(row_penalty, n, "row_penalty", scalar=True) ** 2
         self.penalty = None if not penalty.any() else sort(np.broadcast_to(penalty, n))
-        self.ridge = as_ridge(ridge)
+        self.ridge: float | Array = as_ridge(ridge)
         self.chunks, self.long_groups = partition(
             self.groups, n, self.design.block_rows, coupled=loss.coupled
         )

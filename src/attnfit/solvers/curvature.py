@@ -30,6 +30,8 @@ MAX_DENSE = 3_000
 KEEP = 0.02
 # A sampled one that shrinks it more than this is kept and corrected.
 SLOW = 0.15
+# One that costs ten evaluations is kept even if it shrinks the gradient no more than this.
+DEAR = 0.5
 # A sampled one that shrinks it less than this is too coarse: draw twice the rows.
 COARSE = 0.5
 
@@ -125,22 +127,21 @@ class Corrected:
         return last.learn(scale * (at.x - before.x), (at.gradient - before.gradient) / scale)
 
 
-@dataclass
 class Kept(Corrected):
     """An exact Hessian, kept and corrected while it serves: where one costs many gradients."""
 
-    _stale: bool = True
-
     def request(self, contraction: float | None) -> dict[str, Any]:
         """Ask for nothing but value and gradient."""
-        self._stale = contraction is not None and contraction > SLOW
         return {}
 
     def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
-        """Correct the last model, or read the data once for a new one."""
+        """Correct the last model, or read the data once for a new one where the last step gained little."""
+        before = self._from
         corrected = self._corrected(at, scale, last)
-        if corrected is not None and not self._stale:
-            return corrected
+        if corrected is not None and before is not None:
+            gained = np.linalg.norm(at.gradient / scale) <= DEAR * np.linalg.norm(before.gradient / scale)
+            if gained:
+                return corrected
         return SecantModel(dense_model(problem.hessian_at(at), scale))
 
 

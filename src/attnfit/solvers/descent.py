@@ -94,7 +94,10 @@ def descend(
                     run.goal_norm = max(run.goal_norm, min(norm, rounding) / tol)
                     run.status = "converged"
                     return run
-                fresh, radius = False, SADDLE_STEP * max(1.0, float(np.linalg.norm(scale * run.at.x)))
+                fresh = False
+                # A radius that proved too large at this saddle has been cut since.
+                if rejections == 0:
+                    radius = SADDLE_STEP * max(1.0, float(np.linalg.norm(scale * run.at.x)))
             if run.n_iter >= max_iter or rejections > MAX_REJECTIONS:
                 run.status = "max_iter" if run.n_iter >= max_iter else "precision"
                 return run
@@ -143,7 +146,9 @@ def _at_saddle(problem: Problem, run: Descent, scale: Array) -> bool:
     """Whether a point without gradient has negative curvature; asks for a read only if the last model, or
     none, suggests it.
     """
-    if len(scale) > MAX_DENSE or not (run.model is None or run.model.negative):
+    if len(scale) > MAX_DENSE or problem.best_hessian == "matrix_free":
+        return False
+    if not (run.model is None or run.model.negative):
         return False
     run.model = dense_model(problem.hessian_at(run.at), scale)
     return run.model.negative

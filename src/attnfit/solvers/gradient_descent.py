@@ -58,7 +58,7 @@ class GradientDescent:
     ) -> Outcome:
         """Minimise; `attnfit.minimize` documents the arguments."""
         scale = start.scale()
-        x = problem.initial_point(rng) if x0 is None else x0
+        x = problem.initial_point(rng).reshape(-1) if x0 is None else x0
         at = problem.evaluate(x, start.transfer(x), origin=True)
         run = Descent(at, reference_norm(at, scale))
         # The first step moves the scaled unknowns by one over their number: small, and free of the user's

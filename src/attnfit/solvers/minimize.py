@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from attnfit.problems.base import Problem
 from attnfit.problems.inputs import as_point
+from attnfit.solvers.default import default_solver
 from attnfit.solvers.descent import Descent
 from attnfit.solvers.identification import least_norm, recession_direction, unidentified_directions
-from attnfit.solvers.newton import Newton, Outcome
+from attnfit.solvers.newton import Outcome
 from attnfit.solvers.result import Result
 from attnfit.solvers.start import Start
 from attnfit.solvers.tracking import Callback, Tracker
@@ -57,8 +58,9 @@ def minimize(
     x0 : array_like, in the problem's natural shape or flat, optional
         Start here only. By default a convex problem is started from a sample of its rows; any other from its
         convex neighbour (cross entropy) and from zero, and the best end is returned with all local values.
-    solver : Newton or GradientDescent, optional
-        `Newton()` by default; ``result.solver`` says what it chose.
+    solver : a solver of `attnfit.solvers`, optional
+        `Newton()` by default, `ActiveSet()` for mixtures, `BatchedNewton()` for several right-hand sides;
+        ``result.solver`` says what it chose.
     tol : float
         Stop when the gradient in internally scaled variables is at most ``tol`` times the one at zero (times
         the largest seen where zero is stationary).
@@ -97,11 +99,11 @@ def minimize(
     if max_iter < 0:
         raise ValueError(f"max_iter must not be negative, not {max_iter!r}")
     rng = np.random.default_rng(random_state)
-    solver = Newton() if solver is None else solver
     point = None if x0 is None else as_point(x0, problem.shape, "x0")
     reduction = problem.reduction()
     given, problem = problem, problem if reduction is None else reduction.problem
     point = point if reduction is None or point is None else reduction.restrict(point)
+    solver = default_solver(problem) if solver is None else solver
     first_read = problem.n_passes
     start = Start.draw(problem, rng)
     tracker = Tracker(lambda: problem.n_passes - first_read + start.n_passes, callback)
@@ -120,10 +122,12 @@ def minimize(
         elif flat is not None and flat.shape[1] and problem.linear:
             at = least_norm(problem, best, scale, tracker, tol)
     norm = best.relative(float(np.linalg.norm(at.gradient / scale)))
-    message = _message(status, norm, tol, outcome, separating, max_iter)
+    reason = problem.false_optimum(at) if status == "converged" and not outcome.message else None
+    status = status if reason is None else "false_optimum"
+    message = outcome.message or _message(status, norm, tol, outcome, separating, max_iter, reason)
     if reduction is not None:
         at, flat = given.evaluate(reduction.lift(at.x)), None
-        message += f"; {reduction.note}"
+        message += f"; {reduction.note}" if reduction.note else ""
     result = Result(
         x=at.x.reshape(given.shape),
         value=at.value,
@@ -140,6 +144,7 @@ def minimize(
         problem=given,
         local_values=outcome.local_values,
         unidentified=flat,
+        column_status=outcome.column_status,
     )
     if not result.converged and status != "interrupted":
         from sklearn.exceptions import ConvergenceWarning
@@ -154,7 +159,13 @@ def _runs_away(best: Descent, scale: Array) -> bool:
 
 
 def _message(
-    status: str, norm: float, tol: float, outcome: Outcome, separating: Array | None, max_iter: int
+    status: str,
+    norm: float,
+    tol: float,
+    outcome: Outcome,
+    separating: Array | None,
+    max_iter: int,
+    reason: str | None,
 ) -> str:
     """Return the status in a sentence, with the remedy."""
     reached = f"relative gradient {norm:.2e}, tol {tol:.0e}"
@@ -176,5 +187,6 @@ def _message(
         f"columns are nearly "
         "dependent",
         "overflow": f"a fixed step of {outcome.description} overflowed ({reached}); use a smaller step_size",
+        "false_optimum": f"not a minimum: {reason} ({reached}); pass another x0, or add ridge",
         "interrupted": f"interrupted; x is the best point so far ({reached})",
     }[status]

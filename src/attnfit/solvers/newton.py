@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,18 @@ N_PROBES = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a solver hands to `minimize`."""
+    """What a solver hands to `minimize`; ``message`` replaces the usual one, ``column_status`` is one a
+    right-hand
+    side.
+    """
 
     best: Descent
     scale: Array
     local_values: dict[str, float]
     n_iter: int
     description: str
+    message: str = ""
+    column_status: NDArray[Any] | None = None
 
     @classmethod
     def of(cls, ends: dict[str, Descent], scale: Array, description: str) -> Outcome:
@@ -128,8 +133,8 @@ class Newton:
             return self.hessian
         if problem.n_unknowns > MAX_DENSE:
             return "matrix_free"
-        if not problem.hessian_is_cheap:
-            return "kept"
+        if problem.best_hessian != "exact":
+            return problem.best_hessian
         return "exact" if start.sample.is_full else "corrected_sample"
 
     def _strategy(
@@ -139,11 +144,11 @@ class Newton:
             return Kept()
         if kind == "matrix_free" and not start.full.rows_can_be_drawn:
             return MatrixFree()
+        if kind == "exact":
+            return Exact()
         n, d = start.full.n_rows, len(scale)
         rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
         budget = float(self.sample_rows or max(0.05 * n, rows_per_unknown * d))
-        if kind == "exact":
-            return Exact()
         if kind == "corrected_sample":
             pays = start.full.design.gram_cost < GRAM_PAYS
             other = "exact" if pays else "sampled"

@@ -98,7 +98,7 @@ class Result:
         Norm of the scaled gradient relative to the one at zero (to the largest seen where zero is
         stationary): what ``tol`` bounds.
     converged : bool
-    status : {"converged", "max_iter", "precision", "separable", "interrupted", "overflow"}
+    status : {"converged", "max_iter", "precision", "separable", "false_optimum", "interrupted", "overflow"}
     message : str
         The status in a sentence, with the remedy where there is one.
     n_iter : int
@@ -112,6 +112,8 @@ class Result:
     unidentified : ndarray, shape (n_unknowns, k)
         Orthonormal directions, in the user's units, along which the data leave x open; x has the smallest
         norm in scaled units. None where the solver keeps no matrix from which to tell.
+    column_status : ndarray of str, shape (k,)
+        Status of each right-hand side where a solver takes them one by one; None elsewhere.
     """
 
     x: Array
@@ -129,6 +131,7 @@ class Result:
     problem: Any = field(repr=False)
     local_values: dict[str, float] = field(default_factory=dict)
     unidentified: Array | None = None
+    column_status: NDArray[np.str_] | None = None
 
     def certificate(self) -> Certificate:
         """Return the Newton-Kantorovich certificate at x: a radius within which the exact stationary point

@@ -115,7 +115,7 @@ class Start:
         on the scout; ends in one minimum count once and are polished on the larger sample.
         """
 
-        def run(problem: Problem, x: Array, phase: str) -> Evaluation:
+        def run(problem: Problem, x: Array, phase: str, scale: Array = scale) -> Evaluation:
             strategy = Exact() if problem.n_unknowns <= MEDIUM else MatrixFree()
             at = problem.evaluate(x, origin=True, **strategy.request(None))
             found = descend(problem, at, strategy, scale, tracker, phase=phase, tol=SAMPLE_TOL, max_iter=50)
@@ -125,7 +125,10 @@ class Start:
 
         points: dict[str, Array] = self.scout.problem.starts(rng)
         if self.scout.convex is not None:
-            convex = run(self.scout.convex, np.zeros(self.full.n_unknowns), "convex neighbour").x
+            neighbour = self.scout.convex
+            zero = np.zeros(neighbour.n_unknowns)
+            own = scale if len(zero) == len(scale) else natural_scale(neighbour, neighbour.evaluate(zero))
+            convex = self.full.adopt(run(neighbour, zero, "convex neighbour", own).x)
             points = {"convex": convex} if self.full.zero_is_trivial else {"convex": convex, **points}
         if self.sample.is_full:
             return points

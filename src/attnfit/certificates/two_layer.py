@@ -1,0 +1,178 @@
+"""Newton-Kantorovich certificates of layered problems, with a local constant in whitened variables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.linalg import norm as sparse_norm
+
+from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
+from attnfit.problems.curvature_of_layers import outer_rows
+from attnfit.problems.inputs import as_point
+from attnfit.problems.layered import LayeredProblem
+from attnfit.problems.layers import LayeredEvaluation, Layers
+
+Array = NDArray[np.float64]
+
+EPS = float(np.finfo(np.float64).eps)
+
+
+def certify_layers(problem: LayeredProblem, x: Any) -> Certificate:
+    """Certify x for every right-hand side and return the certificate of the worst.
+
+    Parameters
+    ----------
+    problem : TwoLayer, ReluSoftmax or ThreeLayer
+    x : array_like, in the problem's natural shape
+
+    Returns
+    -------
+    Certificate
+
+    Notes
+    -----
+    ReLU problems are certified within the region of x in which no entry of ``A1 x`` changes sign.
+    """
+    if not problem.activation.bounds_known:
+        return refused(
+            "bounds of the activation's derivatives are not known; certificates need one of the built-in "
+            "activations"
+        )
+    X = as_point(x, problem.shape).reshape(-1, problem.n_columns)
+    proofs = [_certify_column(problem.columns(np.array([j])), X[:, j]) for j in range(problem.n_columns)]
+    worst = max(range(len(proofs)), key=lambda j: (not proofs[j].valid, proofs[j].radius))
+    proof = proofs[worst]
+    if len(proofs) == 1:
+        return proof
+    n_valid = sum(p.valid for p in proofs)
+    reason = f"{n_valid} of {len(proofs)} right-hand sides certified, the worst is {worst}: {proof.reason}"
+    return Certificate(**(vars(proof) | {"reason": reason}))
+
+
+def _certify_column(problem: LayeredProblem, x: Array) -> Certificate:
+    at = problem.evaluate(x)
+    return newton_kantorovich(problem, at, lambda whitener: LayerBall(problem, at, whitener))
+
+
+@dataclass(frozen=True)
+class LayerBall:
+    """What is known of one right-hand side on balls around x, in the variables ``x + T y``.
+
+    With ``C`` the centred rows of the logits' matrix, ``rho = ||C T||``, ``A_w = diag(w)^(1/2) A_out``,
+    ``K = A_out J_f C T`` the derivative of the outputs and ``L1, L2, L3`` the bounds of h', h'', h''':
+
+        M = (3 L1 L2 + |c| L3) max_j ||K_j|| ||w^(1/2) K||^2
+            + 3 (L1^2 + |c| L2) ||w^(1/2) K|| s2 rho^2 ||A_w|| + L1 s3 rho^3 ||A_w|| ||w^(1/2) c||
+
+    where ``s1, s2, s3`` bound the first three derivatives of the softmax (1/2, 1/sqrt(2) and 2.5, or less
+    where no output is large on the ball), and K and the residuals c are bounded on the ball. The paper's
+    form, with ``||K|| <= s1 rho ||A_w||`` put in, is larger wherever small eigenvalues make rho large.
+
+    Parameters
+    ----------
+    problem : LayeredProblem
+        With one column.
+    at : LayeredEvaluation
+    whitener : ndarray, shape (d, k)
+    """
+
+    problem: LayeredProblem
+    at: LayeredEvaluation
+    whitener: Array
+
+    @cached_property
+    def layers(self) -> Layers:
+        """The layers at x."""
+        return self.problem.layers_of(self.at)
+
+    @cached_property
+    def rows(self) -> Array:
+        """Whitened rows of the logits' matrix, centred, shape (n, k)."""
+        first, pattern = self.problem.logit_map, self.layers.pattern
+        rows = np.stack([first.forward(pattern, column[:, None])[:, 0] for column in self.whitener.T], axis=1)
+        return rows - self.layers.f[:, 0] @ rows
+
+    @cached_property
+    def outer_norms(self) -> tuple[float, float]:
+        """``||A_w||`` and the largest norm of a row of A_out with positive weight."""
+        outer, w = self.problem.outer, self._row_weights
+        if outer is None:
+            return float(np.sqrt(w.max())), 1.0
+        if sparse.issparse(outer):
+            rows = sparse_norm(outer, axis=1)
+            gram = (outer.T @ outer.multiply(w[:, None])).toarray()
+            weighted = float(np.sqrt(max(np.linalg.eigvalsh(gram)[-1], 0.0))) * (1.0 + 1e-6)
+        else:
+            rows = np.linalg.norm(outer, axis=1)
+            weighted = float(np.linalg.norm(np.sqrt(w)[:, None] * outer, 2))
+        return weighted, float(rows[w > 0.0].max())
+
+    @property
+    def _row_weights(self) -> Array:
+        w = self.problem.weights
+        return np.ones(len(self.problem.b)) if w is None else w[:, 0]
+
+    def lipschitz(self, radius: float) -> float:
+        """Return a Lipschitz constant of the whitened Hessian on the ball of this radius."""
+        h, w = self.problem.activation, self._row_weights
+        rho = float(np.linalg.norm(self.rows, 2))
+        reach = 2.0 * radius * float(np.linalg.norm(self.rows, axis=1).max())
+        top = min(1.0, float(self.layers.f.max()) * np.exp(min(reach, 700.0)))
+        s1, s2 = min(0.5, top), min(np.sqrt(0.5), 2.0 * top)
+        s3 = min(2.5, np.sqrt(2.0) * top + 3.0 * top**2 + np.sqrt(2.0) * top**1.5)
+        weighted, longest = self.outer_norms
+        # The derivative of the outputs is known at x, and changes by at most its own derivative on the ball.
+        bend = s2 * rho**2 * radius
+        positive = w > 0.0
+        K = outer_rows(self.problem, self.layers, 0)[positive] @ self.whitener
+        row = min(float(np.linalg.norm(K, axis=1).max()) + longest * bend, longest * s1 * rho)
+        norm = float(np.linalg.norm(np.sqrt(w[positive])[:, None] * K, 2))
+        norm = min(norm + weighted * bend, weighted * s1 * rho)
+        c = self.layers.residual[positive, 0]
+        largest = float(np.abs(c).max()) + h.slope * row * radius
+        length = float(np.linalg.norm(np.sqrt(w[positive]) * c)) + h.slope * norm * radius
+        third = (3.0 * h.slope * h.curvature + largest * h.jerk) * row * norm**2
+        second = 3.0 * (h.slope**2 + largest * h.curvature) * norm * s2 * rho**2 * weighted
+        first = h.slope * s3 * rho**3 * weighted * length
+        return float(third + second + first)
+
+    def obstacle(self, radius: float) -> str | None:
+        """Return why the ball is too large for a ReLU, None otherwise."""
+        if self.layers.pattern is None:
+            return None
+        first: Any = self.problem.logit_map.first  # type: ignore[union-attr]
+        hidden = np.asarray(first @ self.at.x)
+        reach = radius * np.linalg.norm(np.asarray(first @ self.whitener), axis=1)
+        crossed = np.flatnonzero(np.abs(hidden) <= reach)
+        if not len(crossed):
+            return None
+        i = int(crossed[np.argmin(np.abs(hidden[crossed]))])
+        return (
+            f"the kink of relu at row {i} of A1 lies within the ball, where the Hessian jumps; tighten "
+            "tol or fit from "
+            "another start"
+        )
+
+    def rounding(self) -> float:
+        """Bound the effect of rounding on the whitened gradient, to first order."""
+        problem, layers = self.problem, self.layers
+        z = layers.linear if problem.offset is None else np.abs(layers.linear) + np.abs(problem.offset)
+        f, logits = layers.f, 1.0 + np.abs(z)
+        size = None if problem.outer is None else abs(problem.outer)
+        dy = f * logits if size is None else np.asarray(size @ (f * logits))
+        dslope = np.abs(layers.slope) + np.abs(layers.curvature) * dy
+        dq = dslope if size is None else np.asarray(size.T @ dslope)
+        spread = np.abs(layers.q - np.sum(f * layers.q, axis=0))
+        da = f * (dq + np.sum(f * dq, axis=0) + spread * (logits + np.sum(f * logits, axis=0)))
+        norms = np.linalg.norm(self.rows, axis=1)
+        total = float(da[:, 0] @ norms) + float(
+            problem.ridge * np.linalg.norm(np.abs(self.whitener).T @ np.abs(self.at.x))
+        )
+        if problem.penalty is not None:
+            total += float(np.abs(problem.penalty * layers.linear)[:, 0] @ norms)
+        return 4.0 * EPS * total

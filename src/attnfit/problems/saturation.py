@@ -1,0 +1,94 @@
+"""Points without gradient that are no minima: the softmax has left out what would lower the loss.
+
+Where an output f_i of a softmax underflows, so does its part ``f_i (q_i - <f, q>)`` of the gradient, although
+``q_i < <f, q>`` says that more of it would help. Whether it would is decided by trying.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.problems.duality import target_sizes
+from attnfit.problems.layered import LayeredProblem
+from attnfit.problems.layers import Escape, Layers
+
+Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+# Outputs below this count as left out.
+LEFT_OUT = 1e-5
+# Shares to which one that is left out is raised on trial.
+SHARES = np.array([1e-4, 1e-3, 1e-2, 0.1, 0.5])
+N_CANDIDATES = 8
+# A fall of the loss counts from this share of ``max(value, 0.5 sum w b^2)``.
+FALL = 1e-9
+
+
+def false_optima(problem: LayeredProblem, X: Array, values: Array, layers: Layers) -> dict[int, Escape]:
+    """Return the columns at a false optimum, each with a way out.
+
+    Parameters
+    ----------
+    problem : LayeredProblem
+    X : ndarray, shape (d, k)
+    values : ndarray, shape (k,)
+    layers : Layers
+        At X.
+    """
+    sizes = FALL * np.maximum(values, target_sizes(problem))
+    promise = np.sum(layers.f * layers.q, axis=0) - layers.q
+    promise = np.where((layers.f < LEFT_OUT) & (promise > sizes), promise, 0.0)
+    found = {}
+    for j in np.flatnonzero(promise.any(axis=0)):
+        for i in np.argsort(-promise[:, j])[:N_CANDIDATES]:
+            if promise[i, j] <= 0.0:
+                break
+            lower = _lower_point(problem, X[:, j], layers, int(i), int(j), values[j] - sizes[j])
+            if lower is not None:
+                found[int(j)] = Escape(int(i), lower)
+                break
+    return found
+
+
+def _lower_point(
+    problem: LayeredProblem, x: Array, layers: Layers, i: int, j: int, below: float
+) -> Array | None:
+    """Return where the loss of column j is least when its output i is raised, None if not below a value."""
+    for direction in _directions(problem, layers, i, j):
+        one = problem.columns(np.array([j]))
+        z = layers.linear[:, j] if one.offset is None else layers.linear[:, j] + one.offset[:, 0]
+        steps = z.max() - z[i] + np.log(SHARES / (1.0 - SHARES))
+        trials = x[:, None] + direction[:, None] * steps
+        many = problem.columns(np.full(len(SHARES), j))
+        values = many.evaluate(trials.reshape(-1)).column_values
+        best = int(np.argmin(np.where(np.isnan(values), np.inf, values)))
+        if values[best] < below:
+            return np.asarray(trials[:, best])
+    return None
+
+
+def _directions(problem: LayeredProblem, layers: Layers, i: int, j: int) -> list[Array]:
+    """Return directions of x that raise logit i by one: if possible against all that are not left out."""
+    first: Any = problem.logit_map
+    unit = np.zeros((first.shape[0], 1))
+    unit[i] = 1.0
+    if layers.pattern is None and first.matrix is None:
+        return [unit[:, 0]]
+    pattern = None if layers.pattern is None else layers.pattern[:, [j]]
+    kept = np.flatnonzero(layers.f[:, j] >= LEFT_OUT)
+    picks = np.zeros((first.shape[0], len(kept) + 1))
+    picks[i] = 1.0
+    picks[kept, 1 + np.arange(len(kept))] -= 1.0
+    # Columns: row i against the mean of the kept ones, and against each of them.
+    picks[kept, 0] -= 1.0 / len(kept)
+    differences = first.adjoint(pattern, picks)
+    out = []
+    against_all, *_ = np.linalg.lstsq(differences[:, 1:].T, np.ones(len(kept)), rcond=1e-10)
+    for direction in (against_all, differences[:, 0]):
+        rise = float(differences[:, 0] @ direction)
+        if rise > 1e-10 * float(np.linalg.norm(differences[:, 0]) * np.linalg.norm(direction)):
+            out.append(direction / rise)
+    return out

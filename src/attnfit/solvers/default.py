@@ -1,0 +1,28 @@
+"""Which solver a problem gets when none is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnfit.problems.base import Problem
+from attnfit.problems.layered import LayeredProblem
+from attnfit.solvers.newton import Newton
+
+
+def default_solver(problem: Problem) -> Any:
+    """Return the exact solver for mixtures, all columns at once where there are several, else Newton's
+    method, which for layered problems goes on from false optima.
+    """
+    if not isinstance(problem, LayeredProblem):
+        return Newton()
+    if problem.is_mixture:
+        from attnfit.solvers.simplex import ActiveSet
+
+        return ActiveSet()
+    if len(problem.shape) == 2:
+        from attnfit.solvers.batched import BatchedNewton
+
+        return BatchedNewton()
+    from attnfit.solvers.escaping import EscapingNewton
+
+    return EscapingNewton()
