@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnfit import certificates, datasets, estimators, plots, problems, solvers
-    from attnfit.estimators import ExponentialRegressor, RescaledSoftmaxRegressor, SoftmaxRegressor
+    from attnfit.estimators import (
+        AttentionRegressor,
+        ExponentialRegressor,
+        RescaledSoftmaxRegressor,
+        SoftmaxRegressor,
+        TwoLayerRegressor,
+    )
     from attnfit.solvers import minimize
 
 __version__ = "0.1.0"
@@ -14,15 +20,19 @@ __version__ = "0.1.0"
 _ROOMS = ("certificates", "datasets", "estimators", "plots", "problems", "solvers")
 _HOMES = {
     "minimize": "solvers",
+    "AttentionRegressor": "estimators",
     "ExponentialRegressor": "estimators",
     "RescaledSoftmaxRegressor": "estimators",
     "SoftmaxRegressor": "estimators",
+    "TwoLayerRegressor": "estimators",
 }
 
 __all__ = [
+    "AttentionRegressor",
     "ExponentialRegressor",
     "RescaledSoftmaxRegressor",
     "SoftmaxRegressor",
+    "TwoLayerRegressor",
     "certificates",
     "datasets",
     "estimators",

@@ -1,8 +1,11 @@
-"""``attnfit fit``: a model of a file's columns."""
+"""``attnfit fit softmax | exponential | rescaled``: a model of a file's columns."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +23,22 @@ from attnfit.cli.report import FitReport
 from attnfit.cli.tables import Table, read_table
 
 
+def command_for(model: str) -> Callable[..., None]:
+    """Return the command that fits one kind of model: `fit` with ``model`` given."""
+
+    @wraps(fit)
+    def command(**options: Any) -> None:
+        fit(model=model, **options)
+
+    signature = inspect.signature(fit, eval_str=True)
+    options = [p for name, p in signature.parameters.items() if name != "model"]
+    command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    return command
+
+
 @one_sentence
 def fit(
-    model: Annotated[str, typer.Argument(help="softmax, exponential or rescaled", metavar="MODEL")],
+    model: str,
     data: Annotated[Path, typer.Argument(help="CSV or parquet file", metavar="DATA")],
     target: Annotated[str, typer.Option(help="Column to explain: shares, choices, outcomes.")],
     group: Annotated[

@@ -1,17 +1,21 @@
 """scikit-learn estimators over the problems, their report and their files."""
 
+from attnfit.estimators.attention import AttentionRegressor
 from attnfit.estimators.exponential import ExponentialRegressor
 from attnfit.estimators.files import load
 from attnfit.estimators.model_header import ModelFileError
 from attnfit.estimators.rescaled import RescaledSoftmaxRegressor
 from attnfit.estimators.softmax import SoftmaxRegressor
 from attnfit.estimators.summary import Summary
+from attnfit.estimators.two_layer import TwoLayerRegressor
 
 __all__ = [
+    "AttentionRegressor",
     "ExponentialRegressor",
     "ModelFileError",
     "RescaledSoftmaxRegressor",
     "SoftmaxRegressor",
     "Summary",
+    "TwoLayerRegressor",
     "load",
 ]

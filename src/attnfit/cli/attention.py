@@ -1,0 +1,182 @@
+"""``attnfit fit attention``: the bilinear form behind attention maps."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table as PrintedTable
+
+from attnfit.cli.console import note, problem, stdout
+from attnfit.cli.errors import Debug, InputError, one_sentence, suggest
+from attnfit.cli.output import check_output
+from attnfit.cli.progress import FitProgress
+from attnfit.cli.report import TABLE_BOX, print_whole
+
+LOSSES = ("auto", "log_ratio", "cross_entropy", "squared", "kl", "linear_cross_entropy", "rescaled")
+
+
+@one_sentence
+def fit_attention(
+    queries: Annotated[Path, typer.Argument(help="Queries, one row a token (.npy).", metavar="QUERIES")],
+    keys: Annotated[Path, typer.Argument(help="Keys, one row a token (.npy).", metavar="KEYS")],
+    maps: Annotated[Path, typer.Argument(help="Maps, queries by keys (.npy).", metavar="MAPS")],
+    rank: Annotated[int | None, typer.Option(help="Rank of X; a full matrix by default.")] = None,
+    loss: Annotated[str, typer.Option(help=f"One of {', '.join(LOSSES)}.")] = "auto",
+    causal: Annotated[bool, typer.Option("--causal", help="A query attends to no later key.")] = False,
+    mask: Annotated[Path | None, typer.Option(help="True where a query attends to a key (.npy).")] = None,
+    weights: Annotated[Path | None, typer.Option(help="One weight a query or a pair (.npy).")] = None,
+    holdout: Annotated[
+        tuple[Path, Path, Path] | None,
+        typer.Option(help="Queries, keys and maps of another text to judge the fit by."),
+    ] = None,
+    ridge: Annotated[float, typer.Option(help="Penalty 0.5 ridge |X|^2 (of the factors with --rank).")] = 0.0,
+    tol: Annotated[float, typer.Option(help="Relative gradient at which to stop.")] = 1e-8,
+    max_iter: Annotated[int, typer.Option(help="Largest number of steps.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="Write X here (.npy).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw maps, fit and difference here.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Find X with softmax(queries X keys^T) equal to the maps; judge it on a held-out text."""
+    if loss not in LOSSES:
+        raise InputError(f"There is no loss {loss!r}{suggest(loss, LOSSES)}")
+    if causal and mask is not None:
+        raise InputError("--causal is a mask; give it or --mask, not both")
+    for path, option in ((save, "--save"), (plot, "--plot"), (json_path, "--json")):
+        check_output(path, option)
+    if save is not None and save.suffix.lower() != ".npy":
+        raise InputError(f"--save writes an array; name the file {save.stem}.npy")
+    if plot is not None:
+        from attnfit.cli.figure import check_plot
+
+        check_plot(plot)
+    with FitProgress(tol) as progress:
+        arrays = [read_array(path) for path in (queries, keys, maps)]
+        test = None if holdout is None else [read_array(path) for path in holdout]
+        extra = {
+            "mask": None if mask is None else read_array(mask),
+            "sample_weight": None if weights is None else read_array(weights),
+        }
+        # A second of imports that --help should not wait for.
+        from sklearn.exceptions import ConvergenceWarning
+
+        from attnfit.estimators import AttentionRegressor
+
+        progress.say("fitting")
+        model = AttentionRegressor(
+            rank, loss, "causal" if causal else None, ridge, tol=tol, max_iter=max_iter, random_state=seed
+        )
+        with warnings.catch_warnings():
+            # The report says it.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(arrays[0], arrays[2], arrays[1], callback=progress.record, **extra)
+        progress.say("scoring")
+        held_out = None if test is None else model.relative_error(test[0], test[2], test[1])
+    report = AttentionReport(model, arrays[2].shape, held_out)
+    report.show(stdout())
+    if save is not None:
+        np.save(save, model.coef_)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    if plot is not None:
+        from attnfit.plots import attention_maps
+
+        fitted = model.predict(arrays[0], arrays[1], mask=extra["mask"])
+        attention_maps(arrays[2], fitted).savefig(plot)
+    if model.result_.status == "precision":
+        note(model.result_.message)
+    elif not model.result_.converged:
+        problem(model.result_.message)
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What is said about a fit of attention maps."""
+
+    model: Any
+    shape: tuple[int, ...]
+    held_out: float | None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what was fitted and how well, as names and values."""
+        model, (d1, d2) = self.model, self.model.coef_.shape
+        r1, r2 = model.n_identified_
+        sizes = np.linalg.svd(model.coef_, compute_uv=False)
+        rows = [
+            ("maps", f"{self.shape[0]:,} queries x {self.shape[1]:,} keys"),
+            ("X", f"{d1:,} x {d2:,}, {'full' if model.rank is None else f'rank {model.rank}'}"),
+            ("identified directions", f"{r1:,} of {d1:,} (queries), {r2:,} of {d2:,} (keys)"),
+            ("largest singular values of X", ", ".join(f"{s:.4g}" for s in sizes[:4])),
+            ("relative error, these maps", f"{model.relative_error_:.3g}"),
+        ]
+        if self.held_out is not None:
+            rows.append(("relative error, held out", f"{self.held_out:.3g}"))
+        return rows
+
+    def show(self, console: Console) -> None:
+        """Print the report."""
+        result = self.model.result_
+        console.print(f"attention maps, loss {self.model.loss_}", style="bold", markup=False)
+        table = PrintedTable(
+            box=TABLE_BOX, show_edge=False, show_header=False, padding=(0, 1, 0, 0), pad_edge=False
+        )
+        for name, value in self.rows():
+            table.add_row(name, value)
+        print_whole(console, table)
+        facts = [
+            f"loss {result.value:.10g}",
+            f"{result.n_passes:.1f} reads of the maps",
+            f"{result.seconds:.2f} s",
+        ]
+        console.print("; ".join([*facts, result.message]), markup=False, soft_wrap=True)
+        if self.held_out is None:
+            note(
+                "A fit explains the maps it has seen; add --holdout QUERIES KEYS MAPS of another text to "
+                "judge it."
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        model, result = self.model, self.model.result_
+        return {
+            "loss": model.loss_,
+            "rank": model.rank,
+            "shape": list(model.coef_.shape),
+            "identified": list(model.n_identified_),
+            "relative_error": model.relative_error_,
+            "held_out_relative_error": self.held_out,
+            "value": result.value,
+            "converged": result.converged,
+            "status": result.status,
+            "message": result.message,
+            "n_passes": result.n_passes,
+            "seconds": result.seconds,
+        }
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read an array in NumPy's format, without copying it into memory.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it is no array.
+    """
+    if not path.exists():
+        raise InputError(f"There is no file {path}; check the path (the current folder is {Path.cwd()})")
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (ValueError, EOFError, OSError):
+        raise InputError(
+            f"{path} is not an array in NumPy's format; write it again with numpy.save"
+        ) from None
