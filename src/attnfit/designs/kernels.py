@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,6 @@ class RowKernels(NamedTuple):
     dots: Callable[..., Any]
     add: Callable[..., Any]
     step: int
-    # Memory order of the (k, d) sums that ``add`` updates.
-    order: Literal["C", "F"]
 
 
 def _dots(block, first, count, x, z):  # type: ignore[no-untyped-def]
@@ -91,16 +89,16 @@ def _dots_csr(block, first, count, x, z):  # type: ignore[no-untyped-def]
 def _add_csr(block, first, count, weights, out):  # type: ignore[no-untyped-def]
     indptr, indices, values = block
     for i in range(count):
-        for p in range(indptr[first + i], indptr[first + i + 1]):
-            column, value = np.uint32(indices[p]), values[p]
-            for q in range(len(out)):
-                out[q, column] += weights[q, i] * value
+        for q in range(len(out)):
+            weight, total = weights[q, i], out[q]
+            for p in range(indptr[first + i], indptr[first + i + 1]):
+                total[np.uint32(indices[p])] += weight * values[p]
 
 
 STORAGES = {
-    "rows": RowKernels(_dots, _add, 4, "C"),
-    "columns": RowKernels(_dots_columns, _add_columns, 2048, "C"),
-    "csr": RowKernels(_dots_csr, _add_csr, 16, "F"),
+    "rows": RowKernels(_dots, _add, 8),
+    "columns": RowKernels(_dots_columns, _add_columns, 512),
+    "csr": RowKernels(_dots_csr, _add_csr, 16),
 }
 
 

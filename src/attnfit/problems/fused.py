@@ -72,7 +72,7 @@ def _add_span(
         shared = (float(reference[long]) if long >= 0 else 0.0, float(constants[0]))
     n_columns, n_extras = _n_moments(loss.moments)
     n_rows_out = 1 if by_group else n_columns + bool(len(vectors[3]))
-    out = np.zeros((n_rows_out + bool(len(beside)), d), order=STORAGES[storage].order)
+    out = np.zeros((n_rows_out + bool(len(beside)), d))
     sums = np.zeros(n_columns + n_extras + 2)
     kernel = compile_loop(
         whole_groups if by_group else pieces,

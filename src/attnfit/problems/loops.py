@@ -95,19 +95,19 @@ def whole_groups(  # type: ignore[no-untyped-def]
             t[r] = z[r] + offset[start + r] if len(offset) else z[r]
         for g in range(first_group, stop_group):
             begin, end = bounds[g] - start, bounds[g + 1] - start
-            reference = 0.0
+            reference, scale = 0.0, 1.0
             if logarithmic:
-                top = t[begin]
-                for r in range(begin + 1, end):
-                    top = max(top, t[r])
-                total = 0.0
+                # Any row serves as the shift that keeps exponentials in range, as long as it does.
+                top, total = t[begin], 0.0
                 for r in range(begin, end):
                     v[r] = link(t[r], top)[1]
                     total += v[r]
-                reference = top + np.log(total)
-                for r in range(begin, end):
-                    y[r] = t[r] - reference
-                    v[r] /= total
+                if not total < 1e300:
+                    top, total = t[begin:end].max(), 0.0
+                    for r in range(begin, end):
+                        v[r] = link(t[r], top)[1]
+                        total += v[r]
+                reference, scale = top + np.log(total), 1.0 / total
             else:
                 for r in range(begin, end):
                     y[r], v[r] = link(t[r], 0.0)
@@ -115,7 +115,10 @@ def whole_groups(  # type: ignore[no-untyped-def]
             sums[:] = 0.0
             for r in range(begin, end):
                 i = start + r
-                columns, extras = moments(y[r], v[r], b[i], w[i] if len(w) else 1.0, reference, constants[g])
+                argument = t[r] - reference if logarithmic else y[r]
+                columns, extras = moments(
+                    argument, v[r] * scale, b[i], w[i] if len(w) else 1.0, reference, constants[g]
+                )
                 for q, term in enumerate(columns + extras):
                     parts[q, r] = term
                     sums[q] += term
