@@ -96,7 +96,7 @@ def _add_csr(block, first, count, weights, out):  # type: ignore[no-untyped-def]
 
 
 STORAGES = {
-    "rows": RowKernels(_dots, _add, 8),
+    "rows": RowKernels(_dots, _add, 4),
     "columns": RowKernels(_dots_columns, _add_columns, 512),
     "csr": RowKernels(_dots_csr, _add_csr, 16),
 }
