@@ -1,10 +1,14 @@
-"""The compiled products agree with BLAS, and let NaN and infinity through."""
+"""The compiled loops agree with NumPy, and let NaN and infinity through."""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
-from instances import ALL_LOSSES, instance
+from conftest import shrink_blocks
+from instances import ALL_LOSSES, SOFTMAX, instance, relative
+from scipy import sparse
 
 from attnfit import minimize, problems
 from attnfit.designs import DenseDesign
@@ -12,7 +16,12 @@ from attnfit.designs import DenseDesign
 
 @pytest.fixture
 def compiled(monkeypatch):
-    monkeypatch.setattr("attnfit.designs.dense.COMPILED_ENTRIES", 1)
+    compile_from(monkeypatch, 1)
+
+
+def compile_from(monkeypatch, entries):
+    monkeypatch.setattr("attnfit.designs.dense.COMPILED_ENTRIES", entries)
+    monkeypatch.setattr("attnfit.designs.sparse.COMPILED_ENTRIES", entries)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 1), (257, 7), (64, 33)])
@@ -38,16 +47,167 @@ def test_what_is_not_finite_shows(compiled, bad):
     assert not np.isfinite(design.combine(np.ones((1, 9)), A)[0, 2])
 
 
+STORED = {
+    "C": np.ascontiguousarray,
+    "F": np.asfortranarray,
+    "float32": lambda A: A.astype(np.float32),
+    "float32 F": lambda A: np.asfortranarray(A, dtype=np.float32),
+    "strided": lambda A: np.repeat(A, 2, axis=0)[::2],
+    "csr": sparse.csr_array,
+    "csr float32": lambda A: sparse.csr_array(A.astype(np.float32)),
+}
+
+
+def both(monkeypatch, inst, **changes):
+    """The problem read by NumPy, and by compiled loops."""
+    compile_from(monkeypatch, 1 << 60)
+    plain = inst.problem(**changes)
+    assert plain.design.storage is None
+    compile_from(monkeypatch, 1)
+    fast = inst.problem(**changes)
+    assert fast.design.storage is not None
+    return plain, fast
+
+
+# Every loss, and every storage: the two vary independently, and compiling all pairs takes minutes.
+PAIRS = [(*loss, "C") for loss in ALL_LOSSES] + [("Softmax", "squared", storage) for storage in STORED]
+
+
+@pytest.mark.parametrize("groups", ["one", "short", "long", "unsorted"])
+@pytest.mark.parametrize(("family", "loss", "storage"), dict.fromkeys(PAIRS))
+def test_every_read_agrees_with_numpy(monkeypatch, family, loss, groups, storage):
+    """With and without weights, offset, row penalty and the gradient at zero."""
+    inst, x = instance(family, loss, sizes=(400,) if groups == "one" else (3, 150, 1, 2, 5, 70, 40, 129), d=5)
+    rng = np.random.default_rng(0)
+    n = len(inst.b)
+    if groups in ("long", "unsorted"):
+        shrink_blocks(monkeypatch)
+    order = rng.permutation(n) if groups == "unsorted" else np.arange(n)
+    labels = None if inst.groups is None else inst.groups[order]
+    # Numbers that float32 holds exactly.
+    A = STORED[storage](inst.A.astype(np.float32).astype(np.float64)[order])
+    for weighted, shifted, penalised in itertools.product([False, True], repeat=3):
+        options = {"weights": rng.random(n)} if weighted else {}
+        options |= {"offset": rng.standard_normal(n)} if shifted else {}
+        options |= {"row_penalty": rng.random(n)} if penalised else {}
+        changes = {"A": A, "b": inst.b[order]} | options | ({} if labels is None else {"groups": labels})
+        plain, fast = both(monkeypatch, inst.replace(options=options), **changes)
+        expected, found = (p.evaluate(x, origin=True) for p in (plain, fast))
+        assert fast.n_passes == plain.n_passes
+        assert relative(found.value, expected.value) < 1e-13
+        size = np.linalg.norm(expected.gradient) + np.linalg.norm(expected.origin_gradient)
+        assert np.linalg.norm(found.gradient - expected.gradient) < 1e-13 * size
+        assert np.linalg.norm(found.origin_gradient - expected.origin_gradient) < 1e-13 * size
+        if found.state.size:
+            assert relative(found.state, expected.state) < 1e-13
+            assert relative(found.centre, expected.centre) < 1e-13
+        near = fast.evaluate(x + 1e-3)
+        assert relative(fast.evaluate(x, near).gradient, expected.gradient) < 1e-11
+
+
 @pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
-def test_every_loss(monkeypatch, family, loss):
+def test_second_order_of_a_large_problem(monkeypatch, family, loss):
     inst, x = instance(family, loss, sizes=(300, 5, 80), d=4)
-    plain = inst.problem()
-    monkeypatch.setattr("attnfit.designs.dense.COMPILED_ENTRIES", 1)
-    fast = inst.problem()
-    for method in ("value", "gradient", "hessian"):
-        expected = getattr(plain, method)(x)
-        np.testing.assert_allclose(getattr(fast, method)(x), expected, rtol=1e-10, atol=1e-12)
+    plain, fast = both(monkeypatch, inst)
+    np.testing.assert_allclose(fast.hessian(x), plain.hessian(x), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(fast.hvp(x, x), plain.hvp(x, x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "loss"), SOFTMAX)
+@pytest.mark.parametrize("blocks", ["large", "small"])
+def test_large_logits(monkeypatch, family, loss, blocks):
+    if blocks == "small":
+        shrink_blocks(monkeypatch)
+    inst, x = instance(family, loss, sizes=(100, 200), d=3)
+    x = x * 1e4 / np.abs(inst.A @ x).max()
+    plain, fast = both(monkeypatch, inst)
+    assert np.isclose(fast.value(x), plain.value(x), rtol=1e-12)
+    assert np.linalg.norm(fast.gradient(x) - plain.gradient(x)) < 1e-12 * np.linalg.norm(
+        plain.gradient(0 * x)
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_a_memory_map_with_holes_is_named(compiled, monkeypatch, tmp_path, bad, long, at):
+    if long:
+        shrink_blocks(monkeypatch)
+    A = np.ones((300, 4))
+    A[171, 2] = bad
+    np.save(tmp_path / "a.npy", A)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    problem = problems.Softmax(mapped, np.full(300, 1 / 300))
+    assert problem.design.storage is not None
+    with pytest.raises(ValueError, match="row 171, column 2"):
+        problem.value_and_gradient(np.full(4, at))
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_overflowing_logits_are_an_error(compiled, sign):
+    problem = problems.Softmax(np.full((300, 4), 1e200), np.full(300, 1 / 300))
+    with pytest.raises(OverflowError, match="A x overflows"):
+        problem.value(np.full(4, sign * 1e200))
+
+
+def test_overflowing_losses_are_an_error(compiled):
+    problem = problems.Exponential(np.full((300, 4), 100.0), np.ones(300))
+    with pytest.raises(OverflowError, match="overflows float64 at this x"):
+        problem.value(np.full(4, 1.0))
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+@pytest.mark.parametrize(
+    ("family", "loss"), [*SOFTMAX, ("Rescaled", "exp"), ("Rescaled", "cosh"), ("Rescaled", "sinh")]
+)
+def test_a_guessed_normaliser_costs_no_accuracy_and_little_reading(monkeypatch, family, loss, compile_it):
+    shrink_blocks(monkeypatch)
+    compile_from(monkeypatch, 1 if compile_it else 1 << 60)
+    inst, x = instance(family, loss, sizes=(30_000, 50), d=3)
+    problem, exact = inst.problem(), inst.objective()
+    value, gradient = problem.value_and_gradient(x)
+    # Of alpha = sum sinh(z), where terms cancel, a sample may say little: one read more then finds it.
+    assert problem.n_passes < (3.1 if loss == "sinh" else 1.1)
+    assert relative(value, exact.value(x)) < 1e-12
+    assert np.linalg.norm(gradient - exact.gradient(x)) < 1e-11 * np.linalg.norm(exact.gradient(0.5 * x))
+
+
+def test_a_misleading_guess_is_found_out(monkeypatch):
+    """All the mass sits on rows that equal distances miss."""
+    shrink_blocks(monkeypatch)
+    inst, x = instance("Softmax", "squared", sizes=(30_000,), d=3)
+    inst.A[::100] += 40.0 * x / (x @ x)
+    problem = inst.problem()
+    assert relative(problem.gradient(x), inst.objective().gradient(x)) < 1e-12
+    assert problem.n_passes > 2.9
+
+
+def test_compiled_loops_are_kept_between_processes(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    code = """
+import time, numpy as np
+from attnfit import problems
+import attnfit.designs.dense as dense
+dense.COMPILED_ENTRIES = 1
+from attnfit.problems import loops
+p = problems.Softmax(np.eye(5, 3), np.full(5, 0.2), loss="kl", groups=[0, 0, 1, 1, 1])
+p.value(np.ones(3))
+kernel = loops.compile_loop(
+    loops.whole_groups, "rows", p.loss.link, p.loss.moments, p.loss.close, p.loss.logarithmic
+)
+print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+"""
+    environment = dict(os.environ) | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
+    assert [answer.stdout.split() for answer in answers] == [["0", "1"], ["1", "0"]]
 
 
 def test_small_problems_do_not_load_the_compiler(tmp_path):

@@ -184,6 +184,21 @@ def test_eight_reads_at_any_conditioning(kind, kappa):
     assert problem.n_passes <= result.n_passes
 
 
+def test_rows_of_very_different_size_do_not_lead_astray():
+    """Seven rows carry the answer. From zero the sample leads nowhere, and the full data must not follow."""
+    rng = np.random.default_rng(0)
+    n, d = 60_000, 64
+    Q, s = np.linalg.qr(rng.standard_normal((d, d)))[0], np.geomspace(1.0, 1e-2, d)
+    A = rng.gamma(2.0, 0.5, (n, 1)) * (rng.standard_normal((n, d)) @ ((Q * s) @ Q.T))
+    z = A @ (Q @ (rng.standard_normal(d) / s) / np.sqrt(d)) + 0.1 * rng.standard_normal(n)
+    b = np.exp(z - logsumexp(z))
+    result = minimize(problems.Softmax(A, b), random_state=0)
+    assert result.converged
+    gradient = np.linalg.norm(textbook_gradient("squared", A, b, result.x))
+    assert gradient <= 1e-8 * np.linalg.norm(textbook_gradient("squared", A, b, np.zeros(d)))
+    assert result.n_passes <= 15.0
+
+
 @pytest.mark.parametrize("scales", [(1e-6, 1.0, 1e6), (1e4, 1e-4, 1.0)])
 @pytest.mark.parametrize(
     ("family", "loss"), [("Softmax", "squared"), ("Exponential", "exp"), ("Rescaled", "exp")]

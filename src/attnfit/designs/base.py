@@ -46,6 +46,15 @@ class Design(LinearOperator):
     def gram_cost(self) -> float:
         """Time of a weighted Gram over that of a value and gradient, roughly."""
 
+    @property
+    @abstractmethod
+    def storage(self) -> str | None:
+        """Which of `kernels.STORAGES` reads this matrix; None where compiled loops do not pay."""
+
+    @abstractmethod
+    def parts(self, rows: Rows) -> tuple[Any, int]:
+        """Return what those loops read these rows from, and where the first of them is."""
+
     def product(self, block: Any, x: Array) -> Array:
         """Return ``block @ x`` for a block of this design, shape (n_rows,)."""
         return np.asarray(block @ x)

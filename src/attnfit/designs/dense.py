@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.designs.base import BLOCK_BYTES, Array, Design, Rows
-from attnfit.designs.kernels import block_times_vector, weights_times_block
+from attnfit.designs.kernels import block_times_vector
 
 # From this many entries on the compiled products repay their loading.
 COMPILED_ENTRIES = 1 << 24
@@ -36,17 +36,31 @@ class DenseDesign(Design):
         if not (self._compiled and block.flags.c_contiguous):
             return block @ x
         z = np.empty(len(block))
-        block_times_vector()(block, np.ascontiguousarray(x), z)
+        block_times_vector()(block, 0, len(block), np.ascontiguousarray(x), z)
         return z
 
     def combine(self, weights: Array, block: Array) -> Array:
         """Return ``weights @ block``, shape (k, d)."""
-        if not (self._compiled and block.flags.c_contiguous):
-            return weights @ block
-        out = np.zeros((len(weights), block.shape[1]))
-        weights_times_block()(np.ascontiguousarray(weights), block, out)
-        return out
+        return weights @ block
+
+    @property
+    def storage(self) -> str | None:
+        """Name of the compiled loops that read this array; None where it is small or of an unusual type."""
+        if not self._compiled or self.array.dtype not in (np.float64, np.float32):
+            return None
+        return "rows" if self.array.strides[0] >= self.array.strides[1] else "columns"
+
+    def parts(self, rows: Rows) -> tuple[Any, int]:
+        """Return what the compiled loops read these rows from, and where the first of them is."""
+        if isinstance(rows, slice):
+            self.rows_read += rows.stop - rows.start
+            return np.asarray(self.array), rows.start
+        self.rows_read += len(rows)
+        # Indexing keeps the memory order; np.take would copy the whole of a Fortran-ordered array.
+        return np.asarray(self.array)[rows], 0
 
     def _fetch(self, rows: Rows) -> Array:
-        block = self.array[rows] if isinstance(rows, slice) else np.take(self.array, rows, axis=0)
-        return np.asarray(block, dtype=np.float64)
+        if isinstance(rows, slice) or not self.array.flags.c_contiguous:
+            # np.take would copy the whole of an array in another order.
+            return np.asarray(self.array[rows], dtype=np.float64)
+        return np.asarray(np.take(self.array, rows, axis=0), dtype=np.float64)

@@ -1,16 +1,105 @@
-"""Compiled products of dense row blocks, for matrices large enough to repay the compiler.
+"""Loops over the rows of a matrix: plain functions that Numba compiles, alone or within a fused read.
 
+Two functions know a storage: ``dots`` multiplies rows by a vector, ``add`` sums them up with weights.
 OpenBLAS multiplies a tall C-ordered block by a vector at a third of the memory's speed on some processors
-(measured: AMD Zen 4); these loops reach it. They reorder sums but, unlike full fast-math, keep NaN and
-infinity.
+(measured: AMD Zen 4); these loops reach it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-FLAGS = {"reassoc", "contract", "nsz"}
+import numpy as np
+
+# Sums may be reordered and multiply-adds contracted; unlike with full fast-math, NaN and infinity survive.
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+
+
+class RowKernels(NamedTuple):
+    """The two loops of a storage; ``step`` rows at a time stay in cache between them."""
+
+    dots: Callable[..., Any]
+    add: Callable[..., Any]
+    step: int
+
+
+def _dots(block, first, count, x, z):  # type: ignore[no-untyped-def]
+    for i in range(count):
+        row = block[first + i]
+        total = 0.0
+        for j in range(len(x)):
+            total += row[j] * x[j]
+        z[i] = total
+
+
+def _add(block, first, count, weights, out):  # type: ignore[no-untyped-def]
+    # Four rows at a time, so that ``out`` is touched less.
+    whole = count - count % 4
+    for i in range(0, whole, 4):
+        r0, r1, r2, r3 = block[first + i], block[first + i + 1], block[first + i + 2], block[first + i + 3]
+        for q in range(len(out)):
+            k0, k1, k2, k3 = weights[q, i], weights[q, i + 1], weights[q, i + 2], weights[q, i + 3]
+            total = out[q]
+            for j in range(len(total)):
+                total[j] += k0 * r0[j] + k1 * r1[j] + k2 * r2[j] + k3 * r3[j]
+    for i in range(whole, count):
+        row = block[first + i]
+        for q in range(len(out)):
+            total = out[q]
+            for j in range(len(total)):
+                total[j] += weights[q, i] * row[j]
+
+
+def _dots_columns(block, first, count, x, z):  # type: ignore[no-untyped-def]
+    z[:count] = 0.0
+    for j in range(len(x)):
+        column, factor = block[first : first + count, j], x[j]
+        for i in range(count):
+            z[i] += column[i] * factor
+
+
+def _add_columns(block, first, count, weights, out):  # type: ignore[no-untyped-def]
+    for j in range(out.shape[1]):
+        column = block[first : first + count, j]
+        for q in range(len(out)):
+            weight = weights[q]
+            total = 0.0
+            for i in range(len(column)):
+                total += weight[i] * column[i]
+            out[q, j] += total
+
+
+def _dots_csr(block, first, count, x, z):  # type: ignore[no-untyped-def]
+    indptr, indices, values = block
+    for i in range(count):
+        # Two sums at a time; unsigned indices, which Numba does not ask whether they count from the end.
+        even, odd = 0.0, 0.0
+        p, stop = np.int64(indptr[first + i]), np.int64(indptr[first + i + 1])
+        while p + 1 < stop:
+            even += values[p] * x[np.uint32(indices[p])]
+            odd += values[p + 1] * x[np.uint32(indices[p + 1])]
+            p += 2
+        if p < stop:
+            even += values[p] * x[np.uint32(indices[p])]
+        z[i] = even + odd
+
+
+def _add_csr(block, first, count, weights, out):  # type: ignore[no-untyped-def]
+    indptr, indices, values = block
+    for i in range(count):
+        for q in range(len(out)):
+            weight, total = weights[q, i], out[q]
+            for p in range(indptr[first + i], indptr[first + i + 1]):
+                total[np.uint32(indices[p])] += weight * values[p]
+
+
+STORAGES = {
+    "rows": RowKernels(_dots, _add, 4),
+    "columns": RowKernels(_dots_columns, _add_columns, 512),
+    "csr": RowKernels(_dots_csr, _add_csr, 16),
+}
 
 
 @cache
@@ -18,32 +107,4 @@ def block_times_vector() -> Any:
     """Compile ``z = M x`` for C-ordered float64."""
     import numba
 
-    def kernel(M, x, z):  # type: ignore[no-untyped-def]
-        for i in range(M.shape[0]):
-            total = 0.0
-            for j in range(M.shape[1]):
-                total += M[i, j] * x[j]
-            z[i] = total
-
-    return numba.njit(cache=True, nogil=True, fastmath=FLAGS)(kernel)
-
-
-@cache
-def weights_times_block() -> Any:
-    """Compile ``out += K M`` for C-ordered float64, four rows at a time so that ``out`` is touched less."""
-    import numba
-
-    def kernel(K, M, out):  # type: ignore[no-untyped-def]
-        n = M.shape[0]
-        whole = n - n % 4
-        for i in range(0, whole, 4):
-            for c in range(K.shape[0]):
-                k0, k1, k2, k3 = K[c, i], K[c, i + 1], K[c, i + 2], K[c, i + 3]
-                for j in range(M.shape[1]):
-                    out[c, j] += k0 * M[i, j] + k1 * M[i + 1, j] + k2 * M[i + 2, j] + k3 * M[i + 3, j]
-        for i in range(whole, n):
-            for c in range(K.shape[0]):
-                for j in range(M.shape[1]):
-                    out[c, j] += K[c, i] * M[i, j]
-
-    return numba.njit(cache=True, nogil=True, fastmath=FLAGS)(kernel)
+    return numba.njit(cache=True, **OPTIONS)(_dots)

@@ -134,6 +134,13 @@ class KroneckerDesign(Design):
     def gram_cost(self) -> float:
         return float(self.d1 * self.d2)
 
+    @property
+    def storage(self) -> None:
+        return None
+
+    def parts(self, rows: Rows) -> tuple[Any, int]:
+        raise TypeError("rows of a Kronecker product are not stored")
+
     def query_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (first, last + 1) of the queries to be read together; never across sequences."""
         for s, block in enumerate(self.sequences):

@@ -12,6 +12,8 @@ from attnfit.designs.gram import transposed_view
 
 # Large enough that the fixed cost of a scipy call vanishes, small enough to stay in the shared cache.
 BLOCK_ENTRIES = 1 << 18
+# From this many entries on the compiled loops repay their loading: they save a second read in scipy.
+COMPILED_ENTRIES = 1 << 22
 
 
 def row_view(matrix: Any, start: int, stop: int) -> Any:
@@ -43,6 +45,18 @@ class SparseDesign(Design):
     def combine(self, weights: Array, block: Any) -> Array:
         """Return ``weights @ block``, shape (k, d)."""
         return np.asarray((transposed_view(block) @ weights.T).T)
+
+    @property
+    def storage(self) -> str | None:
+        """Name of the compiled loops that read this matrix; None where it is small or of an unusual type."""
+        large = self.matrix.nnz >= COMPILED_ENTRIES
+        return "csr" if large and self.matrix.dtype in (np.float64, np.float32) else None
+
+    def parts(self, rows: Rows) -> tuple[Any, int]:
+        """Return what the compiled loops read these rows from, and where the first of them is."""
+        matrix, first = (self.matrix, rows.start) if isinstance(rows, slice) else (self.matrix[rows], 0)
+        self.rows_read += rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        return (matrix.indptr, matrix.indices, matrix.data), first
 
     def _fetch(self, rows: Rows) -> Any:
         if isinstance(rows, slice):

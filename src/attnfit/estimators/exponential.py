@@ -146,7 +146,7 @@ class ExponentialRegressor(BaseRegressor):
         design = read_features(self, X, reset=False)
         z = linear_predictor(design, self.coef_, read_offset(offset, int(design.shape[0])))
         with np.errstate(over="ignore"):
-            out = FUNCTIONS[self.function][0](z)
+            out = FUNCTIONS[self.function](z, 0.0)[0]
         if not np.isfinite(out).all():
             i = int(np.flatnonzero(~np.isfinite(out))[0])
             raise OverflowError(

@@ -10,6 +10,9 @@ whose coefficients depend on group sums alone. A block contributes ``A_block^T c
 coefficients are applied at the end. With the reference equal to the true normaliser nothing cancels, so the
 result keeps full relative accuracy near a perfect fit.
 
+``link``, ``moments`` and ``close`` are plain functions that work on arrays and on single numbers alike: numpy
+runs them on blocks of rows, and Numba compiles the same functions for large data.
+
 The Hessian of the data term is a sum of signed row Grams, the *centred-Gram rule*:
 
     H = sum over terms, groups g, rows i of  t_i (r_i a_i - q_i mu_g)(r_i a_i - q_i mu_g)^T,    mu_g = A_g^T
@@ -19,6 +22,7 @@ The Hessian of the data term is a sum of signed row Grams, the *centred-Gram rul
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,28 +38,38 @@ class GramTerm(NamedTuple):
     q: Array | float | None
 
 
+# Columns of the gradient, one array a column, and the rows whose group sums ``close`` needs besides.
+Moments = tuple[tuple[Array, ...], tuple[Array, ...]]
+
+
 class Closed(NamedTuple):
-    """What the group sums determine. Every array has shape (n_groups,), ``coefficients`` and ``state`` one
-    row an item.
+    """What the group sums determine. Every array has shape (n_groups,) or is a number;
+    ``coefficients`` has one item a column.
     """
 
     value: Array
-    coefficients: list[Array]
-    state: list[Array]
-    centre: Array | None
+    coefficients: tuple[Array | float, ...]
+    state: tuple[Array, ...]
+    centre: Array | float
 
 
 class Loss(ABC):
     """A loss of the logits ``z`` of one block of rows; ``b`` is the target, ``w`` the row weight.
 
     ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in z.
+    ``logarithmic`` says that the normaliser is the logarithm of a sum over the group, rather than the sum.
     ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then those
     of ``exp(z - reference)`` are one, and the rest play no part.
     """
 
     coupled: bool = True
     convex: bool = False
+    logarithmic: bool = False
     exact_sums: tuple[int, ...] = ()
+
+    # (z, reference) to the two functions of the logit on which `moments` is built: z - reference and its
+    # exponential for a softmax, u(z) and its derivative for a hyperbolic function.
+    link: Callable[[Array, Array | float], tuple[Array, Array]]
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         """Return group sums that depend on the data alone, shape (n_groups,); zeros where the loss needs
@@ -63,42 +77,42 @@ class Loss(ABC):
         """
         return np.zeros(len(segments))
 
+    @staticmethod
     @abstractmethod
-    def reference(self, z: Array, segments: Segments) -> Array:
-        """Return the normaliser of each group, shape (n_groups,), in the form that ``moments`` expects."""
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        """Return the columns of the gradient and the further rows whose group sums `close` needs; ``y, v`` as
+        from `link`.
+        """
 
-    def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array | None]:
-        """Return the normaliser of each whole group, and what `moments` can reuse of the work."""
-        return self.reference(z, segments), None
+    @staticmethod
+    @abstractmethod
+    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+        """Turn group sums of columns and extras into the value, the coefficients and the state of each
+        group.
+        """
+
+    def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
+        """Return the normaliser of each whole group, and the link of every row."""
+        reference = segments.sum(self.link(z, 0.0)[0])
+        return reference, *self.link(z, segments.spread(reference))
+
+    def reference(self, z: Array, segments: Segments) -> Array:
+        """Return the normaliser of each group, shape (n_groups,), in the form that `moments` expects."""
+        return self.normalise(z, segments)[0]
 
     def merge_references(self, one: Array, other: Array) -> Array:
         """Return the normaliser of groups whose rows are split in two."""
-        return one + other
+        return np.asarray(np.logaddexp(one, other) if self.logarithmic else one + other)
+
+    def extrapolate(self, reference: Array, factor: float) -> Array:
+        """Return the normaliser of a group ``factor`` times as large as the part it was found on."""
+        return reference + np.log(factor) if self.logarithmic else reference * factor
 
     def reference_failed(self, reference: Array, state: Array) -> bool:
         """Whether the predicted normaliser was so far from the true one that accuracy is lost."""
         return False
-
-    @abstractmethod
-    def moments(
-        self,
-        z: Array,
-        b: Array,
-        w: Array,
-        reference: Array,
-        constant: Array,
-        known: Array | None = None,
-    ) -> tuple[list[Array], list[Array]]:
-        """Return the columns of the gradient and the further rows whose group sums ``close`` needs.
-
-        ``known`` is what `normalise` computed on the way, if anything.
-        """
-
-    @abstractmethod
-    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
-        """Turn group sums of columns and extras into the value, the coefficients and the state of each
-        group.
-        """
 
     @abstractmethod
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:

@@ -7,18 +7,29 @@ Definition 7.5.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
-from attnfit.losses.base import Closed, GramTerm, Loss
+from attnfit.losses.base import Closed, GramTerm, Loss, Moments
 from attnfit.losses.segments import Array, Segments
 
-FUNCTIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "exp": (np.exp, np.exp),
-    "cosh": (np.cosh, np.sinh),
-    "sinh": (np.sinh, np.cosh),
-}
+
+def _exp(z: Array, reference: Array | float) -> tuple[Array, Array]:
+    u = np.exp(z)
+    return u, u
+
+
+def _cosh(z: Array, reference: Array | float) -> tuple[Array, Array]:
+    return np.cosh(z), np.sinh(z)
+
+
+def _sinh(z: Array, reference: Array | float) -> tuple[Array, Array]:
+    return np.sinh(z), np.cosh(z)
+
+
+# u and its derivative.
+FUNCTIONS = {"exp": _exp, "cosh": _cosh, "sinh": _sinh}
 
 
 class UncoupledLoss(Loss):
@@ -26,18 +37,18 @@ class UncoupledLoss(Loss):
 
     coupled = False
 
-    def reference(self, z: Array, segments: Segments) -> Array:
-        return np.zeros(1)
+    def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
+        return np.zeros(1), *self.link(z, 0.0)
 
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
-        zero = np.zeros(1)
-        return self.moments(z, b, w, zero, zero)[0][0]
+        return self.moments(*self.link(z, 0.0), b, w, 0.0, 0.0)[0][0]
 
     def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
         return GramTerm(self.slope(z, b, w, state) ** 2, None, None)
 
-    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
-        return Closed(extras[0], [np.ones_like(extras[0])], [], None)
+    @staticmethod
+    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+        return Closed(extras[0], (1.0,), (), 0.0)
 
 
 class SquaredExponential(UncoupledLoss):
@@ -45,29 +56,28 @@ class SquaredExponential(UncoupledLoss):
 
     def __init__(self, function: str) -> None:
         self.function = function
-        self._u, self._v = FUNCTIONS[function]
+        self.link = FUNCTIONS[function]
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        wc = self._u(z)
-        wc -= b
-        extra = wc * wc
-        extra *= 0.5 * w
-        wc *= w
-        wc *= self._v(z)
-        return [wc], [extra]
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        c = y - b
+        wc = w * c
+        return (wc * v,), (0.5 * wc * c,)
 
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[list[GramTerm], Array | None]:
-        u, v = self._u(z), self._v(z)
+        u, v = self.link(z, 0.0)
         return [GramTerm(w * (v * v + (u - b) * u), None, None)], None
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
-        u, v = self._u(z), self._v(z)
+        u, v = self.link(z, 0.0)
         return w * (v * v + np.abs((u - b) * u))
 
     def fitted(self, z: Array, state: list[Array]) -> Array:
-        return self._u(z)
+        return self.link(z, 0.0)[0]
 
 
 class PoissonDeviance(UncoupledLoss):
@@ -77,9 +87,15 @@ class PoissonDeviance(UncoupledLoss):
 
     convex = True
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        u = np.exp(z)
-        return [w * (u - b)], [w * (u - b * z)]
+    @staticmethod
+    def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
+        return z, np.exp(z)
+
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        return (w * (v - b),), (w * (v - b * y),)
 
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
@@ -97,10 +113,13 @@ class Total(UncoupledLoss):
     """``sum w exp(z)``, the loss that the papers on sparsity use; no target enters."""
 
     convex = True
+    link = staticmethod(_exp)
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        wu = w * np.exp(z)
-        return [wu], [wu]
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        return (w * v,), (w * y,)
 
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
@@ -119,9 +138,16 @@ class LeastSquares(UncoupledLoss):
 
     convex = True
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        c = z - b
-        return [w * c], [0.5 * w * c * c]
+    @staticmethod
+    def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
+        return z, z
+
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        c = y - b
+        return (w * c,), (0.5 * w * c * c,)
 
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]

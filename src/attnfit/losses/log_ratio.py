@@ -9,9 +9,11 @@ Chapter 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from attnfit.losses.base import Closed, GramTerm, Loss
+from attnfit.losses.base import Closed, GramTerm, Loss, Moments
 from attnfit.losses.segments import Array, Segments
 
 
@@ -23,22 +25,27 @@ class LogRatio(Loss):
     convex = True
     exact_sums = (0, 1)
 
-    def constants(self, b: Array, w: Array, segments: Segments) -> Array:
-        return segments.sum(w + 0.0 * b)
+    @staticmethod
+    def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
+        return z, z
 
-    def reference(self, z: Array, segments: Segments) -> Array:
-        return np.zeros(len(segments))
+    def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
+        return np.zeros(len(segments)), z, z
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        r = z - b
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        r = y - b
         wr = w * r
-        return [wr, w + 0.0 * z], [wr * r]
+        return (wr, w + 0.0 * y), (wr * r,)
 
-    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
-        total, weight = columns
-        mean = total / np.where(weight > 0, weight, 1.0)
-        value = 0.5 * np.maximum(extras[0] - total * mean, 0.0)
-        return Closed(value, [np.ones_like(mean), -mean], [mean, np.where(weight > 0, weight, 1.0)], None)
+    @staticmethod
+    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+        weight = np.where(columns[1] > 0, columns[1], 1.0)
+        mean = columns[0] / weight
+        value = 0.5 * np.maximum(extras[0] - columns[0] * mean, 0.0)
+        return Closed(value, (1.0, -mean), (mean, weight), 1.0 / weight)
 
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         return w * (z - b - state[0])

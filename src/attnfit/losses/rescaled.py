@@ -10,9 +10,11 @@ Reference: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from attnfit.losses.base import Closed, GramTerm, Loss
+from attnfit.losses.base import Closed, GramTerm, Loss, Moments
 from attnfit.losses.exponential import FUNCTIONS
 from attnfit.losses.segments import Array, Segments
 
@@ -22,41 +24,41 @@ class SquaredRescaled(Loss):
 
     def __init__(self, function: str) -> None:
         self.function = function
-        self._u, self._v = FUNCTIONS[function]
+        self.link = FUNCTIONS[function]
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         return segments.sum(w * b * b)
-
-    def reference(self, z: Array, segments: Segments) -> Array:
-        return segments.sum(self._u(z))
 
     def reference_failed(self, reference: Array, state: Array) -> bool:
         # The sums below cancel to the square of this ratio.
         return not bool((np.abs(state[0] - reference) <= 10.0 * np.abs(state[0])).all())
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        u, v = self._u(z), self._v(z)
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
         # The sums are of ct = u - alpha_ref b, which is small near a fit, never of u and b apart.
-        wct = w * (u - reference * b)
-        wb = w * b
-        return [v * wct, v * wb, v], [u, b * wct, wct * (u - reference * b)]
+        ct = y - reference * b
+        wct = w * ct
+        return (v * wct, v * (w * b), v), (y, b * wct, wct * ct)
 
-    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
-        alpha, bct, cct = extras
+    @staticmethod
+    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+        alpha, bct, cct = extras[0], extras[1], extras[2]
         k = alpha - reference
         beta = bct - k * constant
         value = 0.5 * (cct - 2.0 * k * bct + k * k * constant)
-        one = np.ones_like(k)
-        return Closed(value, [one, -k, -beta], [alpha, beta], one)
+        return Closed(value, (1.0, -k, -beta), (alpha, beta), 1.0)
 
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         alpha, beta = state
-        return self._v(z) * (w * (self._u(z) - alpha * b) - beta)
+        u, v = self.link(z, 0.0)
+        return v * (w * (u - alpha * b) - beta)
 
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[list[GramTerm], Array | None]:
-        u, v = self._u(z), self._v(z)
+        u, v = self.link(z, 0.0)
         alpha, beta = state
         return [
             GramTerm(w + 0.0 * u, v, b),
@@ -64,13 +66,13 @@ class SquaredRescaled(Loss):
         ], v
 
     def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
-        u = self._u(z)
-        return GramTerm((w * (u - state[0] * b)) ** 2, self._v(z), b)
+        u, v = self.link(z, 0.0)
+        return GramTerm((w * (u - state[0] * b)) ** 2, v, b)
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
-        u, v = self._u(z), self._v(z)
+        u, v = self.link(z, 0.0)
         alpha, beta = state
         return w * v * v + np.abs(u) * (w * np.abs(u - alpha * b) + np.abs(beta))
 
     def fitted(self, z: Array, state: list[Array]) -> Array:
-        return self._u(z) / state[0]
+        return self.link(z, 0.0)[0] / state[0]

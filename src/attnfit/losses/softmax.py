@@ -12,11 +12,11 @@ Weight Shifting for Softmax Regression", Lemma 4.5 (sign corrected).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import xlogy
 
-from attnfit.losses.base import Closed, GramTerm, Loss
+from attnfit.losses.base import Closed, GramTerm, Loss, Moments
 from attnfit.losses.segments import Array, Segments
 
 
@@ -25,18 +25,20 @@ class SoftmaxLoss(Loss):
     gamma).
     """
 
-    def reference(self, z: Array, segments: Segments) -> Array:
-        return self.normalise(z, segments)[0]
+    logarithmic = True
 
-    def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array | None]:
+    @staticmethod
+    def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
+        h = z - reference
+        return h, np.exp(h)
+
+    def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
         top = segments.max(z)
-        e = np.exp(z - segments.spread(top))
+        e = self.link(z, segments.spread(top))[1]
         total = segments.sum(e)
         e *= segments.spread(1.0 / total)
-        return top + np.log(total), e
-
-    def merge_references(self, one: Array, other: Array) -> Array:
-        return np.asarray(np.logaddexp(one, other))
+        reference = top + np.log(total)
+        return reference, z - segments.spread(reference), e
 
     def reference_failed(self, reference: Array, state: Array) -> bool:
         # A prediction e^5 off costs four digits in the sums below; beyond that one more read is the better
@@ -86,21 +88,22 @@ class Squared(SoftmaxLoss):
 
     exact_sums = (0,)
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        e = np.exp(z - reference) if known is None else known
-        c = e - b
-        we = w * e
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        c = v - b
         wc = w * c
-        return [we * c, we * e, e], [wc * c]
+        return (v * wc, w * v * v, v), (wc * c,)
 
-    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
-        ec, ee, e = columns
-        (cc,) = extras
+    @staticmethod
+    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+        ec, ee, e = columns[0], columns[1], columns[2]
         k = 1.0 / e
         k1 = (1.0 - e) * k
         gamma = k * (ec + k1 * ee)
-        value = 0.5 * (cc + 2.0 * k1 * ec + k1 * k1 * ee)
-        return Closed(value, [k, k * k1, -gamma * k], [reference + np.log(e), gamma], k)
+        value = 0.5 * (extras[0] + 2.0 * k1 * ec + k1 * k1 * ee)
+        return Closed(value, (k, k * k1, -gamma * k), (reference + np.log(e), gamma), k)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return w * (f - b)
@@ -123,21 +126,19 @@ class CrossEntropy(SoftmaxLoss):
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         return segments.sum(w * b)
 
-    def _log_target(self, b: Array, w: Array) -> Array | float:
-        return 0.0
-
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        h = z - reference
-        e = np.exp(h) if known is None else known
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
         wb = w * b
-        return [constant * e - wb, e], [self._log_target(b, w) - wb * h]
+        return (constant * v - wb, v), (-wb * y,)
 
-    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
+    @staticmethod
+    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
         e = columns[1]
         k = 1.0 / e
         value = extras[0] + constant * np.log(e)
-        coefficients = [np.ones_like(k), constant * (1.0 - e) * k]
-        return Closed(value, coefficients, [reference + np.log(e), -constant], k)
+        return Closed(value, (1.0, constant * (1.0 - e) * k), (reference + np.log(e), -constant), k)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return -w * b * np.exp(-h)
@@ -158,8 +159,13 @@ class CrossEntropy(SoftmaxLoss):
 class KullbackLeibler(CrossEntropy):
     """``sum w b (log b - log f)``, with ``0 log 0 = 0``."""
 
-    def _log_target(self, b: Array, w: Array) -> Array:
-        return np.asarray(w * xlogy(b, b))
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        wb = w * b
+        # The second logarithm is that of one where b is zero.
+        return (constant * v - wb, v), (wb * (np.log(b + (b == 0.0)) - y),)
 
 
 class LinearCrossEntropy(SoftmaxLoss):
@@ -167,15 +173,18 @@ class LinearCrossEntropy(SoftmaxLoss):
 
     exact_sums = (0,)
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        e = np.exp(z - reference) if known is None else known
-        return [w * b * e, e], []
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        return (w * b * v, v), ()
 
-    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
-        be, e = columns
+    @staticmethod
+    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+        be, e = columns[0], columns[1]
         k = 1.0 / e
         gamma = -k * be
-        return Closed(gamma, [-k, -gamma * k], [reference + np.log(e), gamma], k)
+        return Closed(gamma, (-k, -gamma * k), (reference + np.log(e), gamma), k)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return -w * b
@@ -192,20 +201,22 @@ class Entropy(SoftmaxLoss):
 
     exact_sums = (0, 1)
 
-    def moments(self, z, b, w, reference, constant, known=None):  # type: ignore[no-untyped-def]
-        h = z - reference
-        e = np.exp(h) if known is None else known
-        we = w * e
-        # 0 * (-inf) cannot occur: h is finite wherever z is, and e underflows to an exact zero.
-        return [we * h, we, e], []
+    @staticmethod
+    def moments(
+        y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
+    ) -> Moments:
+        we = w * v
+        # 0 * (-inf) cannot occur: y is finite wherever z is, and v underflows to an exact zero.
+        return (we * y, we, v), ()
 
-    def close(self, columns: list[Array], extras: list[Array], reference: Array, constant: Array) -> Closed:
-        eh, we, e = columns
+    @staticmethod
+    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+        eh, we, e = columns[0], columns[1], columns[2]
         k = 1.0 / e
         log_e = np.log(e)
         value = -k * (eh - log_e * we)
         gamma = value - k * we
-        return Closed(value, [-k, (log_e - 1.0) * k, -gamma * k], [reference + log_e, gamma], k)
+        return Closed(value, (-k, (log_e - 1.0) * k, -gamma * k), (reference + log_e, gamma), k)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return -w * (h + 1.0)

@@ -13,6 +13,7 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.neighbour import convex_neighbour
+from attnfit.problems.normalisers import find_normalisers, guess_normalisers
 from attnfit.problems.partition import Chunk
 from attnfit.problems.reading import read
 from attnfit.problems.stored import StoredProblem
@@ -96,8 +97,8 @@ class GroupedProblem(StoredProblem):
         ----------
         x : ndarray, shape (d,)
         near : Evaluation, optional
-            An evaluation close by predicts the normalisers of long groups. Without it, or where the
-            prediction turns out to be useless, one more read finds them.
+            An evaluation close by predicts the normalisers of long groups; without it some of their rows
+            do. Where a group has few, or the prediction turns out to be useless, one more read finds them.
         sampler : RowSampler, optional
             Draws rows during the read; they come back as ``sample``.
         origin : bool
@@ -111,30 +112,20 @@ class GroupedProblem(StoredProblem):
                 return read(self, x, np.zeros(0), None, sampler, origin=origin, hessian=hessian)
             if near is not None:
                 reference = near.predict_reference(x)
-                at = read(self, x, reference, near, sampler, origin=origin, hessian=hessian)
-                if not self.loss.reference_failed(reference, at.state):
-                    return at
-            near = self._cold(x)
-            at = read(self, x, near.state[0], None, None, origin=origin, hessian=False)
+                warm = read(self, x, reference, near, sampler, origin=origin, hessian=hessian)
+                if not self.loss.reference_failed(reference, warm.state):
+                    return warm
+            at = None
+            guess = guess_normalisers(self, x) if near is None else None
+            if guess is not None:
+                at = read(self, x, guess, None, None, origin=origin, hessian=False)
+            if at is None or guess is None or self.loss.reference_failed(guess, at.state):
+                found = find_normalisers(self, x)
+                at = read(self, x, found, None, None, origin=origin, hessian=False)
             if sampler is None and not hessian:
                 return at
             # Only now are the states known that weight the rows of long groups.
             return read(self, x, at.state[0], at, sampler, origin=origin, hessian=hessian)
-
-    def _cold(self, x: Array) -> Evaluation:
-        """Find the normalisers of the long groups in a read of their own."""
-        reference: dict[int, Array] = {}
-        for chunk in self.chunks:
-            if chunk.long < 0:
-                continue
-            _, z = self.logits(chunk, x)
-            part = self.loss.reference(z, chunk.segments)
-            known = reference.get(chunk.long)
-            reference[chunk.long] = part if known is None else self.loss.merge_references(known, part)
-        n_long, d = len(self.long_groups), self.n_unknowns
-        state = np.zeros((2, n_long))
-        state[0] = [float(reference[number][0]) for number in range(n_long)]
-        return Evaluation(x, np.nan, np.full(d, np.nan), state, np.zeros((n_long, d)))
 
     def hessian_at(
         self, at: Evaluation, sample: list[Chunk] | None = None, *, absolute: bool = False

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from scipy import sparse
 
-from attnfit.losses.base import GramTerm, Loss
+from attnfit.losses.base import Closed, GramTerm, Loss
 from attnfit.losses.segments import Array, Segments
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
@@ -154,12 +154,18 @@ class StoredProblem(Problem):
             return list(at.state[:, [chunk.long]])
         b, w, constant = self.targets(chunk)
         spread = chunk.segments.spread
-        reference, known = self.loss.normalise(z, chunk.segments)
-        columns, extras = self.loss.moments(z, b, w, spread(reference), spread(constant), known)
-        total, one = chunk.segments.sum, np.ones(len(chunk.segments))
-        sums = [total(c) if k in self.loss.exact_sums else one for k, c in enumerate(columns)]
-        closed = self.loss.close(sums, [total(e) for e in extras], reference, constant)
-        return [spread(s) for s in closed.state]
+        return [spread(s) for s in self.close_groups(chunk, z, b, w, constant)[0].state]
+
+    def close_groups(
+        self, chunk: Chunk, z: Array, b: Array, w: Any, constant: Array
+    ) -> tuple[Closed, tuple[Array, ...]]:
+        """Return what a chunk of whole groups sums to at their exact normalisers, and its columns."""
+        segments, loss = chunk.segments, self.loss
+        normaliser, y, v = loss.normalise(z, segments)
+        columns, extras = loss.moments(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
+        one = np.ones(len(segments))
+        sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
+        return loss.close(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
 
     def long_states_without_data(self) -> Array:
         """Return the states of the long groups at x = 0, for which A is not needed."""

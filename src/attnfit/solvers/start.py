@@ -13,7 +13,7 @@ from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.thinning import draw_rows
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
-from attnfit.solvers.descent import descend
+from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.tracking import Interrupted, Tracker
 
 Array = NDArray[np.float64]
@@ -115,20 +115,20 @@ class Start:
         on the scout; ends in one minimum count once and are polished on the larger sample.
         """
 
-        def run(problem: Problem, x: Array, phase: str, scale: Array = scale) -> Evaluation:
+        def run(problem: Problem, x: Array, phase: str, scale: Array = scale) -> Descent:
             strategy = Exact() if problem.n_unknowns <= MEDIUM else MatrixFree()
             at = problem.evaluate(x, origin=True, **strategy.request(None))
             found = descend(problem, at, strategy, scale, tracker, phase=phase, tol=SAMPLE_TOL, max_iter=50)
             if found.status == "interrupted":
                 raise Interrupted(found.at.x)
-            return found.at
+            return found
 
         points: dict[str, Array] = self.scout.problem.starts(rng)
         if self.scout.convex is not None:
             neighbour = self.scout.convex
             zero = np.zeros(neighbour.n_unknowns)
             own = scale if len(zero) == len(scale) else natural_scale(neighbour, neighbour.evaluate(zero))
-            convex = self.full.adopt(run(neighbour, zero, "convex neighbour", own).x)
+            convex = self.full.adopt(run(neighbour, zero, "convex neighbour", own).at.x)
             points = {"convex": convex} if self.full.zero_is_trivial else {"convex": convex, **points}
         if self.sample.is_full:
             return points
@@ -137,11 +137,14 @@ class Start:
         distinct = _distinct(ends, scale, 0.05)
         if self.sample is not self.scout:
             distinct = _distinct(
-                {name: run(self.sample.problem, end.x, f"sample: {name}") for name, end in distinct.items()},
+                {
+                    name: run(self.sample.problem, end.at.x, f"sample: {name}")
+                    for name, end in distinct.items()
+                },
                 scale,
                 0.01,
             )
-        return {name: distinct[name].x for name in sorted(distinct, key=lambda name: distinct[name].value)}
+        return {name: end.at.x for name, end in distinct.items()}
 
     def transfer(self, x: Array) -> Evaluation | None:
         """Predict the states of the full problem's long groups at x from the sample."""
@@ -164,11 +167,17 @@ def same_minimum(one: Evaluation, other: Evaluation, scale: Array, closeness: fl
     return gap <= 1e-9 * size or distance <= closeness * float(np.linalg.norm(scale * one.x))
 
 
-def _distinct(ends: dict[str, Evaluation], scale: Array, closeness: float) -> dict[str, Evaluation]:
-    """Return the finite ends that are different minima, the best of each."""
-    kept: dict[str, Evaluation] = {}
-    for name in sorted(ends, key=lambda name: ends[name].value):
-        if not any(same_minimum(ends[name], other, scale, closeness) for other in kept.values()):
-            kept[name] = ends[name]
-    finite = {name: end for name, end in kept.items() if np.isfinite(end.value)}
+def _distinct(ends: dict[str, Descent], scale: Array, closeness: float) -> dict[str, Descent]:
+    """Return the finite ends that are different minima, the best of each, in order of their values.
+
+    An end that ran out of steps above one that converged is no minimum: the full data would be read many
+    times on its way down.
+    """
+    kept: dict[str, Descent] = {}
+    for name in sorted(ends, key=lambda name: ends[name].at.value):
+        end = ends[name]
+        astray = end.status == "max_iter" and any(other.status == "converged" for other in kept.values())
+        if not astray and not any(same_minimum(end.at, k.at, scale, closeness) for k in kept.values()):
+            kept[name] = end
+    finite = {name: end for name, end in kept.items() if np.isfinite(end.at.value)}
     return finite or ends

@@ -1,0 +1,116 @@
+"""The first-order read in compiled loops: value and gradient, nothing else. Importing this imports Numba."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from attnfit.designs.kernels import STORAGES
+from attnfit.losses.base import Moments
+from attnfit.losses.segments import Array
+from attnfit.problems.loops import compile_loop, pieces, whole_groups
+from attnfit.problems.partition import Chunk, Rows
+from attnfit.problems.stored import StoredProblem
+from attnfit.problems.totals import Totals
+
+# Chunks that one call runs over: few enough that Ctrl-C is heard.
+SPAN = 64
+NONE = np.zeros(0)
+
+
+def sum_up(problem: StoredProblem, x: Array, reference: Array, origin_states: Array | None) -> Totals | None:
+    """Read once; None where a logit is not finite."""
+    totals = Totals.zero(problem.n_unknowns)
+    for span in _spans(problem):
+        if not _add_span(problem, span, np.ascontiguousarray(x), reference, origin_states, totals):
+            return None
+    return totals
+
+
+def _spans(problem: StoredProblem) -> Iterator[list[Chunk]]:
+    """Yield runs of neighbouring chunks that are pieces of one group, or made of whole groups."""
+    run: list[Chunk] = []
+    for chunk in problem.chunks:
+        if run and (len(run) == SPAN or chunk.long != run[0].long or problem.groups.order is not None):
+            yield run
+            run = []
+        run.append(chunk)
+    yield run
+
+
+def _add_span(
+    problem: StoredProblem,
+    span: list[Chunk],
+    x: Array,
+    reference: Array,
+    origin_states: Array | None,
+    totals: Totals,
+) -> bool:
+    """Add a run of chunks to the totals; False where a logit is not finite."""
+    storage = problem.design.storage
+    assert storage is not None
+    loss, long, d = problem.loss, span[0].long, problem.n_unknowns
+    by_group = loss.coupled and long < 0
+    rows = _join([chunk.rows for chunk in span])
+    vectors = [problem.b[rows]]
+    vectors += [NONE if v is None else v[rows] for v in (problem.weights, problem.offset, problem.penalty)]
+    beside = NONE
+    if origin_states is not None:
+        parts = [problem.origin_slope(c, *problem.targets(c)[:2], origin_states) for c in span]
+        beside = np.concatenate(
+            [np.broadcast_to(p, c.segments.n_rows) for p, c in zip(parts, span, strict=True)]
+        )
+    groups = _join([chunk.groups for chunk in span])
+    constants = problem.constants[groups]
+    if by_group:
+        first = problem.groups.starts[groups]
+        shared: Any = (np.append(first, first[0] + len(vectors[0])) - first[0], constants)
+    else:
+        shared = (float(reference[long]) if long >= 0 else 0.0, float(constants[0]))
+    n_columns, n_extras = _n_moments(loss.moments)
+    n_rows_out = 1 if by_group else n_columns + bool(len(vectors[3]))
+    out = np.zeros((n_rows_out + bool(len(beside)), d))
+    sums = np.zeros(n_columns + n_extras + 2)
+    kernel = compile_loop(
+        whole_groups if by_group else pieces,
+        storage,
+        loss.link,
+        loss.moments,
+        loss.close,
+        loss.logarithmic,
+    )
+    index = _join([chunk.index for chunk in span])
+    # Several short groups at a time: one alone ends in loops too short to pay.
+    step = STORAGES[storage].step * (4 if by_group else 1)
+    kernel(*problem.design.parts(index), x, *vectors, beside, *shared, step, n_columns, out, sums)
+    if sums[-1] != 0.0:
+        return False
+    totals.value += float(sums[-2])
+    if by_group:
+        totals.gradient += out[0]
+    elif long >= 0:
+        totals.add_piece(long, out[:n_columns], sums[:n_columns], sums[n_columns:-2])
+    else:
+        totals.value += float(sums[n_columns])
+        totals.gradient += out[0]
+    if not by_group and n_rows_out > n_columns:
+        totals.gradient += out[n_columns]
+    if len(beside):
+        totals.origin_gradient += out[-1]
+    return True
+
+
+def _join(rows: list[Rows]) -> Rows:
+    """Return consecutive slices as one; an index array stands alone."""
+    first, last = rows[0], rows[-1]
+    return slice(first.start, last.stop) if isinstance(first, slice) and isinstance(last, slice) else first
+
+
+@cache
+def _n_moments(moments: Callable[..., Moments]) -> tuple[int, int]:
+    """Return the number of columns and of further sums of a loss."""
+    columns, extras = moments(*[np.zeros(1)] * 6)
+    return len(columns), len(extras)
