@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from autodiff import as_tensor
 from conftest import shrink_blocks
 from instances import ALL_LOSSES, COUPLED, SOFTMAX, Instance, instance, relative, shares
 from scipy import sparse
@@ -207,3 +209,30 @@ def row_scores(inst, x):
     """The row's own term of the loss, differentiated: ``p_i f_i (a_i - A^T f)`` for a softmax."""
     exact = inst.objective()
     return [exact_part(exact, np.arange(len(inst.b)) == i, x) for i in range(len(inst.b))]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
+def test_gauss_newton_is_the_jacobian_of_the_residuals_squared(family, loss, grouped):
+    inst, x = instance(family, loss, sizes=(5, 3, 4) if grouped else (12,))
+    weights = np.random.default_rng(1).random(12) + 0.1
+    problem = inst.replace(options={"weights": weights, "row_penalty": 0.3}).problem()
+    exact = inst.objective()
+    if loss in ("linear_cross_entropy", "entropy"):
+        with pytest.raises(ValueError, match="no sum of squares"):
+            problem.gauss_newton(x)
+        return
+    if loss in ("cross_entropy", "kl"):
+        expected = problem.hessian(x)
+    else:
+
+        def residuals(point):
+            return torch.sqrt(2.0 * exact.rows(as_tensor(inst.A) @ point)) * torch.sign(
+                as_tensor(problem.predict(x) - inst.b)
+            )
+
+        J = torch.autograd.functional.jacobian(residuals, as_tensor(x)).numpy()
+        expected = J.T @ (weights[:, None] * J) + 0.09 * inst.A.T @ inst.A
+    v = np.array([0.3, -1.0, 0.5])
+    assert relative(problem.gauss_newton(x), expected) < 1e-10
+    assert relative(problem.gauss_newton_product(x, v), expected @ v) < 1e-10

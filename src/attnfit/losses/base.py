@@ -124,6 +124,23 @@ class Loss(ABC):
     ) -> tuple[list[GramTerm], Array | None]:
         """Return the terms of the Hessian and the weights of ``mu_g = A_g^T centre``."""
 
+    def gauss_newton_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> list[GramTerm]:
+        """Return the terms of ``J^T J`` with J the Jacobian of the weighted residuals; those of the Hessian
+        where
+        that is positive semidefinite itself.
+
+        Raises
+        ------
+        ValueError
+            If the loss is neither a sum of squares nor convex.
+        """
+        if not self.convex:
+            raise ValueError(
+                f"{type(self).__name__} is no sum of squares and has no Gauss-Newton matrix; use "
+                "hessian or hvp"
+            )
+        return self.gram_terms(z, b, w, state)[0]
+
     @abstractmethod
     def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
         """Return the term whose Gram is the sum of outer products of each row's own part of the gradient."""

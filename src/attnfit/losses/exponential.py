@@ -72,6 +72,10 @@ class SquaredExponential(UncoupledLoss):
         u, v = self.link(z, 0.0)
         return [GramTerm(w * (v * v + (u - b) * u), None, None)], None
 
+    def gauss_newton_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> list[GramTerm]:
+        v = self.link(z, 0.0)[1]
+        return [GramTerm(w * v * v, None, None)]
+
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         u, v = self.link(z, 0.0)
         return w * (v * v + np.abs((u - b) * u))

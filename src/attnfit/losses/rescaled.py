@@ -65,6 +65,9 @@ class SquaredRescaled(Loss):
             GramTerm(u * (w * (u - alpha * b) - beta), None, None),
         ], v
 
+    def gauss_newton_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> list[GramTerm]:
+        return self.gram_terms(z, b, w, state)[0][:1]
+
     def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
         u, v = self.link(z, 0.0)
         return GramTerm((w * (u - state[0] * b)) ** 2, v, b)

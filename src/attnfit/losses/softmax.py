@@ -105,6 +105,10 @@ class Squared(SoftmaxLoss):
         value = 0.5 * (extras[0] + 2.0 * k1 * ec + k1 * k1 * ee)
         return Closed(value, (k, k * k1, -gamma * k), (reference + np.log(e), gamma), k)
 
+    def gauss_newton_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> list[GramTerm]:
+        f = np.exp(z - state[0])
+        return [GramTerm(w * f * f, None, 1.0)]
+
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return w * (f - b)
 

@@ -12,12 +12,16 @@ from attnfit.losses.base import GramTerm
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Evaluation
+from attnfit.problems.inputs import as_point
 from attnfit.problems.neighbour import convex_neighbour
 from attnfit.problems.normalisers import find_normalisers, guess_normalisers
 from attnfit.problems.partition import Chunk
 from attnfit.problems.reading import read
 from attnfit.problems.stored import StoredProblem
 from attnfit.sketching import RowSampler
+
+# Row weights for products with the Hessian are kept up to this many rows, else computed in each product.
+KEPT_ROWS = 1 << 25
 
 
 class GroupedProblem(StoredProblem):
@@ -127,8 +131,30 @@ class GroupedProblem(StoredProblem):
             # Only now are the states known that weight the rows of long groups.
             return read(self, x, at.state[0], at, sampler, origin=origin, hessian=hessian)
 
+    def gauss_newton(self, x: Any) -> Array:
+        """Return ``J^T J`` of the weighted residuals at x plus the penalties' Hessian, shape (d, d): positive
+        semidefinite. For a convex loss that is the Hessian.
+
+        Raises like `value`, and ValueError for losses that are neither convex nor a sum of squares.
+        """
+        at = self._evaluate_checked(x)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._finite(self.hessian_at(at, gauss_newton=True), at)
+
+    def gauss_newton_product(self, x: Any, v: Any) -> Array:
+        """Return the product of the Gauss-Newton matrix at x with v, in the natural shape."""
+        at = self._evaluate_checked(x)
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = self.hvp_at(at, as_point(v, self.shape, "v"), gauss_newton=True)
+            return self._finite(product, at).reshape(self.shape)
+
     def hessian_at(
-        self, at: Evaluation, sample: list[Chunk] | None = None, *, absolute: bool = False
+        self,
+        at: Evaluation,
+        sample: list[Chunk] | None = None,
+        *,
+        absolute: bool = False,
+        gauss_newton: bool = False,
     ) -> Array:
         """Return the Hessian at an evaluated point, shape (d, d).
 
@@ -139,12 +165,16 @@ class GroupedProblem(StoredProblem):
             Use these rows (with their inverse probabilities) in place of all rows.
         absolute : bool
             Take the row weights by absolute value: a positive semidefinite majorant, the metric for leverage.
+        gauss_newton : bool
+            Leave out the curvature of the residuals.
         """
         gram = self.design.gram()
         for chunk in self.chunks if sample is None else sample:
             block, z = self.logits(chunk, at.x)
             state = self.row_state(chunk, z, at)
-            self.add_to_gram(gram, chunk, block, z, state, at.centre, absolute=absolute)
+            self.add_to_gram(
+                gram, chunk, block, z, state, at.centre, absolute=absolute, gauss_newton=gauss_newton
+            )
         hessian: Array = gram.result()
         hessian[np.diag_indices(self.n_unknowns)] += self.ridge
         return hessian
@@ -205,21 +235,26 @@ class GroupedProblem(StoredProblem):
             second = np.where(centred > 1e-10 * second, centred, second)
         return second + uncentred + self.ridge
 
-    def hvp_at(self, at: Evaluation, v: Array) -> Array:
-        """Return the Hessian at an evaluated point times v, shape (d,), in one read."""
+    def hvp_at(self, at: Evaluation, v: Array, *, gauss_newton: bool = False) -> Array:
+        """Return the Hessian, or the Gauss-Newton matrix, at an evaluated point times v, shape (d,), in one
+        read.
+        """
         out = self.ridge * v
         for chunk in self.chunks:
             block, z = self.logits(chunk, at.x)
-            terms, weights = self.gram_rows(chunk, z, self.row_state(chunk, z, at))
+            state = self.row_state(chunk, z, at)
+            terms, weights = self.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
             out += _product(self.design, chunk, block, terms, weights, at.centre, v)
         return out
 
     def hessian_operator(self, at: Evaluation, sample: list[Chunk] | None = None) -> Callable[[Array], Array]:
         """Return v -> H v at an evaluated point, over all rows or a sample; it keeps the row weights (a few
-        numbers a row).
+        numbers a row) unless they are too many.
 
         One read prepares it, each product is one read more (of the sample if given).
         """
+        if sample is None and self.n_rows > KEPT_ROWS:
+            return lambda v: self.hvp_at(at, v)
         prepared = []
         for chunk in self.chunks if sample is None else sample:
             _, z = self.logits(chunk, at.x)

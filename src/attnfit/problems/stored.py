@@ -215,12 +215,16 @@ class StoredProblem(Problem):
             out[chunk.rows] = formula(chunk, z, self.row_state(chunk, z, at))
         return self.groups.unsort(out)
 
-    def gram_rows(self, chunk: Chunk, z: Array, state: list[Array]) -> tuple[list[GramTerm], Array | None]:
+    def gram_rows(
+        self, chunk: Chunk, z: Array, state: list[Array], *, gauss_newton: bool = False
+    ) -> tuple[list[GramTerm], Array | None]:
         """Return the Hessian's terms for a chunk, row penalty and sampling weights included, and the centre's
         weights.
         """
         b, w, _ = self.targets(chunk)
         terms, weights = self.loss.gram_terms(z, b, w, state)
+        if gauss_newton:
+            terms = self.loss.gauss_newton_terms(z, b, w, state)
         penalty = self.row_penalties(chunk)
         if penalty is not None:
             terms = [*terms, GramTerm(penalty, None, None)]
@@ -238,9 +242,10 @@ class StoredProblem(Problem):
         centres: Array | None,
         *,
         absolute: bool = False,
+        gauss_newton: bool = False,
     ) -> float:
         """Add a chunk's part of the Hessian; return the sum of the absolute row weights."""
-        terms, weights = self.gram_rows(chunk, z, state)
+        terms, weights = self.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
         mass = 0.0
         for t, r, q in terms:
             size = np.abs(t)
