@@ -55,8 +55,8 @@ def derivatives(exact, x):
 @pytest.mark.parametrize("blocks", ["large", "small"])
 def test_joint_derivatives(case, blocks, monkeypatch):
     if blocks == "small":
-        monkeypatch.setattr("attnfit.problems.full_attention.BLOCK_PAIRS", 1)
-        monkeypatch.setattr("attnfit.problems.full_attention.KEPT_PAIRS", 1)
+        monkeypatch.setattr("attnfit.problems.maps.full_attention.BLOCK_PAIRS", 1)
+        monkeypatch.setattr("attnfit.problems.maps.full_attention.KEPT_PAIRS", 1)
     problem, exact, x = build(**case)
     gradient, hessian = derivatives(exact, x)
     v = np.random.default_rng(1).standard_normal(len(x))

@@ -192,7 +192,7 @@ import time, numpy as np
 from attnfit import problems
 import attnfit.designs.dense as dense
 dense.COMPILED_ENTRIES = 1
-from attnfit.problems import loops
+from attnfit.problems.rows import loops
 p = problems.Softmax(np.eye(5, 3), np.full(5, 0.2), loss="kl", groups=[0, 0, 1, 1, 1])
 p.value(np.ones(3))
 kernel = loops.compile_loop(

@@ -10,7 +10,7 @@ from layered_instances import ACTIVATIONS, LayeredInstance
 from scipy import sparse
 
 from attnfit.losses import activations
-from attnfit.problems import curvature_of_layers, layered
+from attnfit.problems.layers import curvature, layered
 
 TOLERANCE = 1e-10
 AXES = {
@@ -79,7 +79,7 @@ def build(activation, case):
 def test_every_derivative(activation, case, monkeypatch):
     if case["blocks"] == "small":
         monkeypatch.setattr(layered, "CHUNK_ENTRIES", 20)
-        monkeypatch.setattr(curvature_of_layers, "BLOCK_ENTRIES", 20)
+        monkeypatch.setattr(curvature, "BLOCK_ENTRIES", 20)
     inst, x, units = build(activation, case)
     problem = inst.problem()
     v = np.random.default_rng(0).standard_normal(x.shape) / units

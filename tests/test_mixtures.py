@@ -100,7 +100,7 @@ def test_chunks_do_not_change_the_answer(monkeypatch):
     whole = minimize(mixture(signatures, b))
     monkeypatch.setattr(simplex, "CHUNK", 7)
     monkeypatch.setattr("attnfit.solvers.faces.FACTOR_ENTRIES", 100)
-    monkeypatch.setattr("attnfit.problems.layered.CHUNK_ENTRIES", 60)
+    monkeypatch.setattr("attnfit.problems.layers.layered.CHUNK_ENTRIES", 60)
     problem = mixture(signatures, b)
     pieces = minimize(problem)
     np.testing.assert_allclose(problem.proportions(pieces.x), problem.proportions(whole.x), atol=1e-12)

@@ -11,8 +11,8 @@ from scipy import sparse
 
 from attnfit.losses.segments import Segments
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.partition import Chunk
+from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.partition import Chunk
 
 Array = NDArray[np.float64]
 

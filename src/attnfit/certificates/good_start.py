@@ -9,8 +9,8 @@ import numpy as np
 
 from attnfit.certificates.ball import Rows
 from attnfit.certificates.lipschitz import lipschitz_constant
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import as_point
+from attnfit.problems.rows.grouped import GroupedProblem
 
 
 @dataclass(frozen=True)

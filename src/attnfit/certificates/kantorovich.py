@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from attnfit.certificates.ball import Rows
 from attnfit.certificates.lipschitz import lipschitz_constant
-from attnfit.problems.attention import Attention
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import as_point
-from attnfit.problems.layered import LayeredProblem
+from attnfit.problems.layers.layered import LayeredProblem
+from attnfit.problems.maps.attention import Attention
+from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers.curvature import natural_scale
 from attnfit.solvers.trust_region import Eigenmodel
 

@@ -12,10 +12,10 @@ from scipy import sparse
 from scipy.sparse.linalg import norm as sparse_norm
 
 from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
-from attnfit.problems.curvature_of_layers import outer_rows
 from attnfit.problems.inputs import as_point
-from attnfit.problems.layered import LayeredProblem
-from attnfit.problems.layers import LayeredEvaluation, Layers
+from attnfit.problems.layers.curvature import outer_rows
+from attnfit.problems.layers.evaluation import LayeredEvaluation, Layers
+from attnfit.problems.layers.layered import LayeredProblem
 
 Array = NDArray[np.float64]
 

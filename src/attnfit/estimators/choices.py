@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attnfit.designs import Design
 from attnfit.estimators import reading
 from attnfit.estimators.outside import ROUNDING, add_zero_rows, outside_shares
-from attnfit.problems.partition import parse_groups
+from attnfit.problems.rows.partition import parse_groups
 
 Array = NDArray[np.float64]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.losses.softmax import CrossEntropy
-from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers.curvature import natural_scale
 from attnfit.solvers.trust_region import Eigenmodel
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.designs import Design, SparseDesign
-from attnfit.problems.partition import Groups
+from attnfit.problems.rows.partition import Groups
 
 Array = NDArray[np.float64]
 Rows = slice | NDArray[np.intp]

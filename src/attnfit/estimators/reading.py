@@ -13,7 +13,7 @@ from sklearn.utils.validation import column_or_1d, validate_data
 
 from attnfit.designs import DenseDesign, Design, SparseDesign
 from attnfit.problems.inputs import as_design, as_vector, require_finite_matrix
-from attnfit.problems.partition import Groups
+from attnfit.problems.rows.partition import Groups
 
 Array = NDArray[np.float64]
 

@@ -16,8 +16,8 @@ from attnfit.estimators.callbacks import Listeners, with_callbacks
 from attnfit.estimators.choices import Choices, read_choices
 from attnfit.losses.base import Loss
 from attnfit.losses.segments import Segments
-from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.partition import parse_groups
+from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.partition import parse_groups
 
 Array = NDArray[np.float64]
 

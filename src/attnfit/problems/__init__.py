@@ -1,13 +1,13 @@
 """Design + loss + regulariser: value, gradient, Hessian and their products."""
 
-from attnfit.problems.attention import Attention
-from attnfit.problems.exponential import Exponential
-from attnfit.problems.full_attention import FullAttention
-from attnfit.problems.relu_softmax import ReluSoftmax
-from attnfit.problems.rescaled import Rescaled
-from attnfit.problems.softmax import Softmax
-from attnfit.problems.three_layer import ThreeLayer
-from attnfit.problems.two_layer import TwoLayer
+from attnfit.problems.layers.relu_softmax import ReluSoftmax
+from attnfit.problems.layers.three_layer import ThreeLayer
+from attnfit.problems.layers.two_layer import TwoLayer
+from attnfit.problems.maps.attention import Attention
+from attnfit.problems.maps.full_attention import FullAttention
+from attnfit.problems.rows.exponential import Exponential
+from attnfit.problems.rows.rescaled import Rescaled
+from attnfit.problems.rows.softmax import Softmax
 
 __all__ = [
     "Attention",

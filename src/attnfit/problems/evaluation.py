@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from attnfit.losses.segments import Array
-from attnfit.problems.partition import Chunk
+from attnfit.problems.rows.partition import Chunk
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.layered import CHUNK_ENTRIES, LayeredProblem
-from attnfit.problems.layers import LayeredEvaluation
-from attnfit.problems.saturation import false_optima
+from attnfit.problems.layers.evaluation import LayeredEvaluation
+from attnfit.problems.layers.layered import CHUNK_ENTRIES, LayeredProblem
+from attnfit.problems.layers.saturation import false_optima
 from attnfit.solvers.batched_steps import Eigenmodels
 from attnfit.solvers.columns import describe, overall
 from attnfit.solvers.descent import MAX_REJECTIONS, NOISE, ROUNDING, SADDLE_STEP, Descent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnfit.problems.base import Problem
-from attnfit.problems.layered import LayeredProblem
+from attnfit.problems.layers.layered import LayeredProblem
 from attnfit.solvers.newton import Newton
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.layered import LayeredProblem
+from attnfit.problems.layers.layered import LayeredProblem
 from attnfit.solvers.newton import Newton, Outcome
 from attnfit.solvers.tracking import Tracker
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from attnfit.losses.softmax import CrossEntropy
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.grouped import GroupedProblem
+from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers.curvature import Exact, Model
 from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.tracking import Tracker

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import choose
-from attnfit.problems.two_layer import TwoLayer
+from attnfit.problems.layers.two_layer import TwoLayer
 from attnfit.sketching import RowSampler, leverage_sketch
 from attnfit.solvers.curvature import Model, dense_model
 from attnfit.solvers.descent import descend

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.problems.duality import GAP_TOLERANCE, duality_gaps, target_sizes
-from attnfit.problems.layers import LayeredEvaluation
-from attnfit.problems.two_layer import TwoLayer
+from attnfit.problems.layers.duality import GAP_TOLERANCE, duality_gaps, target_sizes
+from attnfit.problems.layers.evaluation import LayeredEvaluation
+from attnfit.problems.layers.two_layer import TwoLayer
 from attnfit.solvers.columns import REMEDIES, describe, overall
 from attnfit.solvers.descent import Descent
 from attnfit.solvers.faces import minimise_over_simplex

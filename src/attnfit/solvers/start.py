@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.grouped import GroupedProblem
-from attnfit.problems.thinning import draw_rows
+from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.thinning import draw_rows
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
 from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.tracking import Interrupted, Tracker

@@ -6,8 +6,8 @@ from typing import Any
 
 from attnfit.losses.exponential import FUNCTIONS
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import choose
+from attnfit.problems.rows.grouped import GroupedProblem
 
 
 class Rescaled(GroupedProblem):

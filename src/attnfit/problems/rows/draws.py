@@ -8,8 +8,8 @@ import numpy as np
 from scipy import sparse
 
 from attnfit.losses.segments import Array, Index, Segments
-from attnfit.problems.partition import Chunk
-from attnfit.problems.stored import StoredProblem
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
 from attnfit.sketching import RowSampler
 
 

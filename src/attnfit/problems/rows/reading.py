@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from attnfit.losses.segments import Array
-from attnfit.problems.draws import Draws
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.partition import Chunk
-from attnfit.problems.stored import StoredProblem
-from attnfit.problems.totals import Totals
+from attnfit.problems.rows.draws import Draws
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
+from attnfit.problems.rows.totals import Totals
 from attnfit.sketching import RowSampler
 
 
@@ -55,7 +55,7 @@ def _compiled(
     if problem.design.storage is None:
         return None
     # Numba takes a third of a second to import.
-    from attnfit.problems.fused import sum_up
+    from attnfit.problems.rows.fused import sum_up
 
     return sum_up(problem, x, reference, origin_states)
 

@@ -16,11 +16,11 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array, Segments
 from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
 from attnfit.problems.base import Reduction
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import as_point, as_ridge, choose
-from attnfit.problems.pairs import read_pairs
-from attnfit.problems.partition import Chunk, Groups
-from attnfit.problems.whitening import Whitening
+from attnfit.problems.maps.pairs import read_pairs
+from attnfit.problems.maps.whitening import Whitening
+from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.partition import Chunk, Groups
 
 # Singular values below this share of the largest are rounding.
 RANK = 1e-12
@@ -78,7 +78,7 @@ class Attention(GroupedProblem):
         True where a query attends to a key. A causal mask lets the last query see every key.
     rank : int, optional
         Fit ``X = U V^T`` of this rank: the unknown is then that of
-        `attnfit.problems.low_rank.LowRankAttention`.
+        `attnfit.problems.maps.low_rank.LowRankAttention`.
     function : {"exp", "cosh", "sinh"}
         The function u of the losses "rescaled" and "exponential".
     weights : array_like, shape (n1,) or (n1, n2), or a list, optional
@@ -127,7 +127,7 @@ class Attention(GroupedProblem):
         rank = args[5] if len(args) > 5 else rank
         if rank is None:
             return super().__new__(cls)
-        from attnfit.problems.low_rank import LowRankAttention
+        from attnfit.problems.maps.low_rank import LowRankAttention
 
         return LowRankAttention(cls(*args[:5], **options), rank, ridge)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from attnfit.losses.exponential import FUNCTIONS, SquaredExponential
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import choose
+from attnfit.problems.rows.grouped import GroupedProblem
 
 
 class Exponential(GroupedProblem):

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.problems.layered import LayeredProblem
-from attnfit.problems.layers import Layers
+from attnfit.problems.layers.evaluation import Layers
+from attnfit.problems.layers.layered import LayeredProblem
 
 Array = NDArray[np.float64]
 

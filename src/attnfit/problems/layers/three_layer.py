@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from attnfit.losses.activations import as_activation
-from attnfit.problems.layer_inputs import as_columns, as_matrix, as_penalty
-from attnfit.problems.relu_softmax import ReluProblem
+from attnfit.problems.layers.inputs import as_columns, as_matrix, as_penalty
+from attnfit.problems.layers.relu_softmax import ReluProblem
 
 
 class ThreeLayer(ReluProblem):

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from attnfit.losses.activations import ACTIVATIONS, Activation
 from attnfit.problems.inputs import as_ridge
-from attnfit.problems.layer_inputs import as_columns, as_matrix, as_weights
-from attnfit.problems.layered import LayeredProblem
-from attnfit.problems.logit_maps import ReluMap
+from attnfit.problems.layers.inputs import as_columns, as_matrix, as_weights
+from attnfit.problems.layers.layered import LayeredProblem
+from attnfit.problems.layers.logit_maps import ReluMap
 
 Array = NDArray[np.float64]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.losses.segments import Array, Index
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import require_finite_rows
+from attnfit.problems.rows.grouped import GroupedProblem
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 
 if TYPE_CHECKING:
-    from attnfit.problems.full_attention import FullAttention
+    from attnfit.problems.maps.full_attention import FullAttention
 
 Array = NDArray[np.float64]
 

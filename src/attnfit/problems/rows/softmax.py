@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from attnfit.losses.softmax import LOSSES
-from attnfit.problems.grouped import GroupedProblem
 from attnfit.problems.inputs import choose
+from attnfit.problems.rows.grouped import GroupedProblem
 
 
 class Softmax(GroupedProblem):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from attnfit.losses.segments import Array
-from attnfit.problems.stored import StoredProblem
+from attnfit.problems.rows.stored import StoredProblem
 
 
 @dataclass

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 if TYPE_CHECKING:
-    from attnfit.problems.layered import LayeredProblem
-    from attnfit.problems.layers import Layers
+    from attnfit.problems.layers.evaluation import Layers
+    from attnfit.problems.layers.layered import LayeredProblem
 
 Array = NDArray[np.float64]
 

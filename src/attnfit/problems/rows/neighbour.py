@@ -9,7 +9,7 @@ import numpy as np
 from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
-from attnfit.problems.stored import StoredProblem
+from attnfit.problems.rows.stored import StoredProblem
 
 T = TypeVar("T", bound=StoredProblem)
 

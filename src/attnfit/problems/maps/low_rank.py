@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from attnfit.losses.segments import Array
-from attnfit.problems.attention import Attention
 from attnfit.problems.base import Problem, Reduction
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge
-from attnfit.problems.whitening import Whitening
+from attnfit.problems.maps.attention import Attention
+from attnfit.problems.maps.whitening import Whitening
 
 
 class LowRankAttention(Problem):

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from attnfit.losses.activations import ACTIVATIONS, Activation
 from attnfit.problems.base import Problem
-from attnfit.problems.curvature_of_layers import column_diagonals, column_hessians
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
-from attnfit.problems.layers import Escape, LayeredEvaluation, Layers
-from attnfit.problems.logit_maps import LinearMap, ReluMap
+from attnfit.problems.layers.curvature import column_diagonals, column_hessians
+from attnfit.problems.layers.evaluation import Escape, LayeredEvaluation, Layers
+from attnfit.problems.layers.logit_maps import LinearMap, ReluMap
 
 Array = NDArray[np.float64]
 Columns = slice | NDArray[np.intp]
@@ -311,7 +311,7 @@ class LayeredProblem(Problem):
 
     def escapes(self, at: Evaluation) -> dict[int, Escape]:
         """Return the columns at a false optimum, each with an output that was left out and a lower point."""
-        from attnfit.problems.saturation import false_optima
+        from attnfit.problems.layers.saturation import false_optima
 
         X, found = self._matrix(at.x), {}
         for run in self.chunks():

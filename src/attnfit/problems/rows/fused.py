@@ -11,10 +11,10 @@ import numpy as np
 from attnfit.designs.kernels import STORAGES
 from attnfit.losses.base import Moments
 from attnfit.losses.segments import Array
-from attnfit.problems.loops import compile_loop, pieces, whole_groups
-from attnfit.problems.partition import Chunk, Rows
-from attnfit.problems.stored import StoredProblem
-from attnfit.problems.totals import Totals
+from attnfit.problems.rows.loops import compile_loop, pieces, whole_groups
+from attnfit.problems.rows.partition import Chunk, Rows
+from attnfit.problems.rows.stored import StoredProblem
+from attnfit.problems.rows.totals import Totals
 
 # Chunks that one call runs over: few enough that Ctrl-C is heard.
 SPAN = 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from attnfit.losses.segments import Array, Segments
-from attnfit.problems.partition import Chunk
-from attnfit.problems.stored import StoredProblem
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
 
 # Rows of a group that predict its normaliser to a few per cent.
 GUESS_ROWS = 1000

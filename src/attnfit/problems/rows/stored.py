@@ -15,7 +15,7 @@ from attnfit.losses.segments import Array, Segments
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_design, as_ridge, as_vector, require_finite_rows
-from attnfit.problems.partition import Chunk, parse_groups, partition
+from attnfit.problems.rows.partition import Chunk, parse_groups, partition
 
 
 class StoredProblem(Problem):

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from attnfit.losses.activations import ACTIVATIONS, as_activation
-from attnfit.problems.curvature_of_layers import outer_rows
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge
-from attnfit.problems.layer_inputs import as_columns, as_matrix, as_penalty, as_weights, is_identity
-from attnfit.problems.layered import LayeredProblem
-from attnfit.problems.layers import Layers
-from attnfit.problems.logit_maps import LinearMap
+from attnfit.problems.layers.curvature import outer_rows
+from attnfit.problems.layers.evaluation import Layers
+from attnfit.problems.layers.inputs import as_columns, as_matrix, as_penalty, as_weights, is_identity
+from attnfit.problems.layers.layered import LayeredProblem
+from attnfit.problems.layers.logit_maps import LinearMap
 
 Array = NDArray[np.float64]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.duality import target_sizes
-from attnfit.problems.layered import LayeredProblem
-from attnfit.problems.layers import Escape, Layers
+from attnfit.problems.layers.duality import target_sizes
+from attnfit.problems.layers.evaluation import Escape, Layers
+from attnfit.problems.layers.layered import LayeredProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

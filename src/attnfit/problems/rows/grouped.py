@@ -13,11 +13,11 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
-from attnfit.problems.neighbour import convex_neighbour
-from attnfit.problems.normalisers import find_normalisers, guess_normalisers
-from attnfit.problems.partition import Chunk
-from attnfit.problems.reading import read
-from attnfit.problems.stored import StoredProblem
+from attnfit.problems.rows.neighbour import convex_neighbour
+from attnfit.problems.rows.normalisers import find_normalisers, guess_normalisers
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.reading import read
+from attnfit.problems.rows.stored import StoredProblem
 from attnfit.sketching import RowSampler
 
 # Row weights for products with the Hessian are kept up to this many rows, else computed in each product.

@@ -12,9 +12,9 @@ from attnfit.designs.kronecker import BLOCK_PAIRS, KroneckerDesign
 from attnfit.problems.base import Problem, Reduction
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge, as_vector
-from attnfit.problems.pairs import read_factor, read_pairs
-from attnfit.problems.projected import ProjectedAttention
-from attnfit.problems.whitening import Whitening
+from attnfit.problems.maps.pairs import read_factor, read_pairs
+from attnfit.problems.maps.projected import ProjectedAttention
+from attnfit.problems.maps.whitening import Whitening
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""Losses of the rows of one matrix, in groups that share a normaliser."""
