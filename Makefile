@@ -31,8 +31,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.test
+docs: $(VENV)/.test $(VENV)/.examples
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
+	for example in examples/*.py; do echo "$$example"; $(ONE_THREAD) $(BIN)/python "$$example" || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -124,3 +124,15 @@ except ModuleNotFoundError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == 'plots need matplotlib; type: python -m pip install "attnfit[plot]"\n'
+
+
+def test_attention_maps():
+    rng = np.random.default_rng(0)
+    maps = rng.dirichlet(np.ones(6), size=5)
+    maps[0, 0] = 0.0
+    figure = plots.attention_maps(maps, maps + 1e-3, labels=list("abcdef"))
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["observed", "fitted", "fitted - observed"]
+    with pytest.raises(ValueError, match="of one shape"):
+        plots.attention_maps(maps, maps[:2])
+    with pytest.raises(ValueError, match="no positive entry"):
+        plots.attention_maps(np.zeros((2, 2)), np.zeros((2, 2)))

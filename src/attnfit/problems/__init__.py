@@ -13,6 +13,7 @@ __all__ = [
     "Attention",
     "Exponential",
     "FullAttention",
+    "LayerInversion",
     "ReluSoftmax",
     "Rescaled",
     "Softmax",

@@ -158,6 +158,12 @@ class FullAttention(Problem):
         kept = list(self.maps(X))
         return lambda: kept
 
+    def initial_point(self, random_state: Any = None) -> Array:
+        """Return a small random X and the best Y for it."""
+        projected = self.projected()
+        X = projected.initial_point(random_state)
+        return self.join(X, projected.values(X))
+
     def projected(self) -> ProjectedAttention:
         """Return the problem in X alone, Y being the best for each X."""
         return ProjectedAttention(self)
