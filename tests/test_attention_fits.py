@@ -1,9 +1,12 @@
 """What `minimize` makes of attention maps: exact, rounded, masked, rank deficient, low rank."""
 
+import warnings
+
 import numpy as np
 import pytest
 from attention_reference import softmax_rows
 from instances import relative
+from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import AttentionRegressor, minimize, problems
 from attnfit.solvers import GradientDescent, Newton
@@ -258,3 +261,32 @@ def test_certificates_refuse_with_a_reason():
     ranked = minimize(problems.Attention(A[:, :5], A[:, :5], B, "cross_entropy", rank=2)).certificate()
     assert not ranked.valid
     assert "factors are not unique" in ranked.reason
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_comes(seed):
+    """One query, one key, masks, zeros, constants, no information: an answer or a named error, never a NaN."""
+    rng = np.random.default_rng(seed)
+    n1, n2 = rng.integers(1, 10, 2)
+    A1 = rng.standard_normal((n1, rng.integers(1, 5))) * 10.0 ** rng.uniform(-3, 3) * (rng.random() > 0.2)
+    A2 = rng.standard_normal((n2, rng.integers(1, 5))) if rng.random() > 0.2 else np.ones((n2, 2))
+    targets = (
+        rng.dirichlet(np.ones(n2), n1),
+        np.eye(n2)[rng.integers(0, n2, n1)],
+        np.zeros((n1, n2)),
+        rng.dirichlet(np.full(n2, 0.05), n1).astype(np.float16),
+    )
+    seen = rng.random((n1, n2)) < 0.6
+    seen[np.arange(n1), rng.integers(0, n2, n1)] = True
+    options = {
+        "mask": seen if seed % 2 else None,
+        "rank": 1 if seed % 3 == 0 else None,
+        "ridge": 1e-3 * (seed % 5),
+    }
+    for loss in ("squared", "cross_entropy", "entropy", "log_ratio", "sparse"):
+        problem = problems.Attention(A1, A2, targets[seed % 4], loss, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            result = minimize(problem, max_iter=50, random_state=0)
+        assert np.isfinite(result.x).all()
+        assert np.isfinite(result.value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +114,7 @@ def descend(
                 run.status = "precision"
                 return run
             with tracker.timed("evaluate"):
-                trial = problem.evaluate(run.at.x + step.p / scale, run.at, **strategy.request(contraction))
+                trial = _attempt(problem, run.at, step.p / scale, strategy.request(contraction))
             run.n_iter += 1
             # A trial may overflow: it is rejected then, not reported.
             with np.errstate(over="ignore", invalid="ignore"):
@@ -140,6 +141,14 @@ def descend(
     except (KeyboardInterrupt, StopFit):
         run.status = "interrupted"
         return run
+
+
+def _attempt(problem: Problem, at: Evaluation, step: Array, request: dict[str, Any]) -> Evaluation:
+    """Evaluate a step ahead; a point beyond the range of float64 has an infinite value, and is rejected."""
+    try:
+        return problem.evaluate(at.x + step, at, **request)
+    except OverflowError:
+        return replace(at, value=np.inf)
 
 
 def _at_saddle(problem: Problem, run: Descent, scale: Array) -> bool:

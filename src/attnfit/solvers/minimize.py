@@ -121,7 +121,8 @@ def minimize(
             status = "separable"
         elif flat is not None and flat.shape[1] and problem.linear:
             at = least_norm(problem, best, scale, tracker, tol)
-    norm = best.relative(float(np.linalg.norm(at.gradient / scale)))
+    with np.errstate(over="ignore"):
+        norm = best.relative(float(np.linalg.norm(at.gradient / scale)))
     reason = problem.false_optimum(at) if status == "converged" and not outcome.message else None
     status = status if reason is None else "false_optimum"
     message = outcome.message or _message(status, norm, tol, outcome, separating, max_iter, reason)

@@ -334,7 +334,8 @@ class Attention(GroupedProblem):
         rng = np.random.default_rng(random_state)
         x = rng.standard_normal(self.n_unknowns)
         block = self.design.block(self.chunks[0].index)
-        return np.asarray(x * (0.1 / max(float(np.std(block @ x)), 1e-300))).reshape(self.shape)
+        # Where all logits are alike whatever x, any size will do.
+        return np.asarray(x * (0.1 / (float(np.std(block @ x)) or 1.0))).reshape(self.shape)
 
     def starts(self, rng: np.random.Generator) -> dict[str, Array]:
         """Return the closed form where there is one, else the initial point."""

@@ -162,7 +162,7 @@ class LowRankAttention(Problem):
         U, V = rng.standard_normal((d.d1, self.rank)), rng.standard_normal((d.d2, self.rank))
         c = np.zeros(d.n_features)
         block = self.full.design.block(self.full.chunks[0].index)
-        size = max(float(np.std(block @ np.concatenate([(U @ V.T).reshape(-1), c]))), 1e-300)
+        size = float(np.std(block @ np.concatenate([(U @ V.T).reshape(-1), c]))) or 1.0
         scale = np.sqrt(0.1 / size)
         return np.concatenate([scale * U.reshape(-1), scale * V.reshape(-1), c]).reshape(self.shape)
 

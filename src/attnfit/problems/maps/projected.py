@@ -54,7 +54,7 @@ class ProjectedAttention(Problem):
         """Return a small random X: at zero all queries attend alike, which Y cannot tell apart."""
         X = np.random.default_rng(random_state).standard_normal(self.shape)
         spread = float(np.std((self.full.A1 @ X) @ self.full.A2[:1000].T))
-        return np.asarray(X * (START_SIZE / max(spread, 1e-300)))
+        return np.asarray(X * (START_SIZE / (spread or 1.0)))
 
     def starts(self, rng: np.random.Generator) -> dict[str, Array]:
         """Return a few small random points: the problem is not convex."""
