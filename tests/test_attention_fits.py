@@ -265,7 +265,7 @@ def test_certificates_refuse_with_a_reason():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_comes(seed):
-    """One query, one key, masks, zeros, constants, no information: an answer or a named error, never a NaN."""
+    """One query, one key, masks, zeros, constants, no information: an answer, never a NaN."""
     rng = np.random.default_rng(seed)
     n1, n2 = rng.integers(1, 10, 2)
     A1 = rng.standard_normal((n1, rng.integers(1, 5))) * 10.0 ** rng.uniform(-3, 3) * (rng.random() > 0.2)
@@ -278,11 +278,8 @@ def test_whatever_comes(seed):
     )
     seen = rng.random((n1, n2)) < 0.6
     seen[np.arange(n1), rng.integers(0, n2, n1)] = True
-    options = {
-        "mask": seen if seed % 2 else None,
-        "rank": 1 if seed % 3 == 0 else None,
-        "ridge": 1e-3 * (seed % 5),
-    }
+    options = {"mask": seen if seed % 2 else None, "ridge": 1e-3 * (seed % 5)}
+    options["rank"] = 1 if seed % 3 == 0 else None
     for loss in ("squared", "cross_entropy", "entropy", "log_ratio", "sparse"):
         problem = problems.Attention(A1, A2, targets[seed % 4], loss, **options)
         with warnings.catch_warnings():
