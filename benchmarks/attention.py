@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from attnfit import minimize, problems
 from attnfit.solvers import Newton
 from benchmarks.report import table, write
+from benchmarks.worker import reset_peak, resident
 
 SIZES = ((512, 32), (2048, 64))
 KAPPAS = (1.0, 1e2)
@@ -228,7 +228,7 @@ def khatri_rao(options: argparse.Namespace, n: int = 256, d: int = 16) -> str:
     return title + table(["method", "seconds", "times attnfit"], lines)
 
 
-def wide(n: int = 512, d: int = 768) -> str:
+def wide() -> str:
     """More unknowns than any matrix of them could hold: memory of a fit in a fresh process."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.attention", "--wide"], capture_output=True, text=True, check=True
@@ -242,7 +242,8 @@ def wide_case(n: int = 1024, d: int = 768) -> None:
     A, X = rng.standard_normal((n, d)), rng.standard_normal((d, d))
     maps = softmax(A @ (X / np.std(A @ X @ A.T)) @ A.T).astype(np.float16)
     maps[rng.random(maps.shape) < 0.01] = 0.0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = resident("VmRSS")
+    reset_peak()
     began = perf_counter()
     result = minimize(
         problems.Attention(A, A, maps, "cross_entropy", ridge=1e-6),
@@ -250,7 +251,7 @@ def wide_case(n: int = 1024, d: int = 768) -> None:
         tol=1e-6,
     )
     seconds = perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident("VmHWM")
     data = A.nbytes + maps.nbytes
     cells = [f"{seconds:.3g}", f"{result.n_passes:.0f}", f"{result.gradient_norm:.1e}", f"{data / 1e6:.1f}"]
     cells += [f"{(peak - before) / 1e6:.0f}", f"{8.0 * d**4 / 1e12:.2g}"]

@@ -13,6 +13,8 @@ Array = NDArray[np.float64]
 
 # Eigenvalues below this share of the largest are rounding: the direction is not identified.
 RANK_TOLERANCE = 1e-13
+# Numbers that the products of conjugate gradients may take.
+KEPT_NUMBERS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class KrylovModel:
         self.forcing = forcing
         self.max_products = max_products
         self.negative = False
-        # A shorter radius follows the same path less far: its products are known.
+        # A shorter radius follows the same path less far: its products are known, as many as may be kept.
         self._known: list[Array] = []
 
     def solve(self, g: Array, radius: float) -> Step:
@@ -205,9 +207,9 @@ class KrylovModel:
         square = float(r @ r)
         target = self.forcing**2 * square
         for k in range(self.max_products):
-            if k == len(self._known):
-                self._known.append(self.product(direction))
-            Hd = self._known[k]
+            Hd = self._known[k] if k < len(self._known) else self.product(direction)
+            if k == len(self._known) and (k + 1) * len(g) <= KEPT_NUMBERS:
+                self._known.append(Hd)
             curvature = float(direction @ Hd)
             if curvature <= RANK_TOLERANCE * float(direction @ direction):
                 self.negative = True
