@@ -13,6 +13,7 @@ from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge
 from attnfit.problems.maps.attention import Attention
 from attnfit.problems.maps.whitening import Whitening
+from attnfit.problems.rows.grouped import KEPT_ROWS, change_of_slope
 
 
 class LowRankAttention(Problem):
@@ -117,19 +118,39 @@ class LowRankAttention(Problem):
         return Evaluation(x, value, gradient, origin_gradient=origin_gradient, inner=inner)
 
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
-        """Return v -> H v: the chain rule over the product of `Attention`."""
-        assert at.inner is not None
-        d = self.full.design
+        """Return v -> H v, in products of width rank: no matrix of shape (d1, d2) but the gradient takes
+        part.
+        """
+        inner = at.inner
+        assert inner is not None
+        full, d = self.full, self.full.design
         size = d.d1 * d.d2
-        G = at.inner.gradient[:size].reshape(d.d1, d.d2)
+        G = inner.gradient[:size].reshape(d.d1, d.d2)
         U, V, _ = self.factors(at.x)
-        inner = self.full.hessian_operator(at.inner)
+        projected = [(s.queries @ U, s.keys @ V) for s in d.sequences]
+        prepared = list(full.curvature(inner)) if full.n_rows <= KEPT_ROWS else None
 
         def product(v: Array) -> Array:
             dU, dV, dc = self.factors(v)
-            change = inner(np.concatenate([(dU @ V.T + U @ dV.T).reshape(-1), dc]))
-            second = np.concatenate([(G @ dV).reshape(-1), (G.T @ dU).reshape(-1), np.zeros_like(dc)])
-            return np.asarray(self._pull(change, at.x) + second + self.ridge * v)
+            moved = [s.keys @ dV for s in d.sequences]
+            by_u, by_c = G @ dV, np.zeros_like(dc)
+            by_key = [np.zeros_like(m) for m in moved]
+            for chunk, terms, weights in prepared or full.curvature(inner):
+                assert isinstance(chunk.index, slice)
+                block = full.fetch(chunk)
+                s, queries = d.locate(chunk.index)
+                left, right = projected[s][0][queries], projected[s][1]
+                z = (block.queries @ dU) @ right.T + left @ moved[s].T
+                along = z.reshape(-1) if block.mask is None else z[block.mask]
+                for feature, coefficient in zip(block.features, dc, strict=True):
+                    along = along + coefficient * feature
+                rows = change_of_slope(chunk, terms, weights, along)
+                S = block.matrix(rows)
+                by_u += block.queries.T @ (S @ right)
+                by_key[s] += S.T @ left
+                by_c += [float(rows @ feature) for feature in block.features]
+            by_v = G.T @ dU + sum(s.keys.T @ m for s, m in zip(d.sequences, by_key, strict=True))
+            return np.concatenate([by_u.reshape(-1), by_v.reshape(-1), by_c]) + self.ridge * v
 
         return product
 

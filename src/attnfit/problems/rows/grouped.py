@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -247,6 +247,14 @@ class GroupedProblem(StoredProblem):
             out += _product(self.design, chunk, block, terms, weights, at.centre, v)
         return out
 
+    def curvature(
+        self, at: Evaluation, sample: list[Chunk] | None = None
+    ) -> Iterator[tuple[Chunk, list[GramTerm], Array | None]]:
+        """Yield each chunk with its terms of the Hessian and the weights of its centres: one read."""
+        for chunk in self.chunks if sample is None else sample:
+            _, z = self.logits(chunk, at.x)
+            yield chunk, *self.gram_rows(chunk, z, self.row_state(chunk, z, at))
+
     def hessian_operator(self, at: Evaluation, sample: list[Chunk] | None = None) -> Callable[[Array], Array]:
         """Return v -> H v at an evaluated point, over all rows or a sample; it keeps the row weights (a few
         numbers a row) unless they are too many.
@@ -255,10 +263,7 @@ class GroupedProblem(StoredProblem):
         """
         if sample is None and self.n_rows > KEPT_ROWS:
             return lambda v: self.hvp_at(at, v)
-        prepared = []
-        for chunk in self.chunks if sample is None else sample:
-            _, z = self.logits(chunk, at.x)
-            prepared.append((chunk, *self.gram_rows(chunk, z, self.row_state(chunk, z, at))))
+        prepared = list(self.curvature(at, sample))
 
         def product(v: Array) -> Array:
             out = self.ridge * v
@@ -280,19 +285,32 @@ def _product(
 ) -> Array:
     """Return a chunk's part of the Hessian times v."""
     along = design.product(block, v)
+    if chunk.long < 0:
+        return np.asarray(design.combine(change_of_slope(chunk, terms, weights, along)[None, :], block)[0])
+    rows, beside = np.zeros_like(along), np.zeros_like(v)
+    for t, r, q in terms:
+        y = along if r is None else r * along
+        part = t * y
+        if q is not None:
+            part -= t * (q * (centres[chunk.long] @ v))
+            beside -= centres[chunk.long] * float(np.sum(q * part))
+        rows += part if r is None else r * part
+    return np.asarray(design.combine(rows[None, :], block)[0] + beside)
+
+
+def change_of_slope(chunk: Chunk, terms: list[GramTerm], weights: Array | None, along: Array) -> Array:
+    """Return the change of the gradient in the logits where these change by ``along``; a chunk of whole
+    groups.
+    """
     spread, total = chunk.segments.spread, chunk.segments.sum
     rows = np.zeros_like(along)
-    beside: Array | float = 0.0
     for t, r, q in terms:
         y = along if r is None else r * along
         if q is None:
             part = t * y
-        elif chunk.long >= 0:
-            part = t * (y - q * (centres[chunk.long] @ v))
-            beside = beside - centres[chunk.long] * float(np.sum(q * part))
         else:
             assert weights is not None
             part = t * (y - q * spread(total(weights * along)))
             rows -= weights * spread(total(q * part))
         rows += part if r is None else r * part
-    return np.asarray(design.combine(rows[None, :], block)[0] + beside)
+    return rows
