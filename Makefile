@@ -26,6 +26,7 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(or $(TABLE),all --quick)
+	$(if $(TABLE),,$(BIN)/python -m benchmarks.attention --quick && $(BIN)/python -m benchmarks.mixture --large 10000)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
