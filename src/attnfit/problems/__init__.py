@@ -1,5 +1,6 @@
 """Design + loss + regulariser: value, gradient, Hessian and their products."""
 
+from attnfit.problems.inversion.layer_inversion import LayerInversion
 from attnfit.problems.layers.relu_softmax import ReluSoftmax
 from attnfit.problems.layers.three_layer import ThreeLayer
 from attnfit.problems.layers.two_layer import TwoLayer

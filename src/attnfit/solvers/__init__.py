@@ -2,6 +2,7 @@
 
 from attnfit.solvers.batched import BatchedNewton
 from attnfit.solvers.gradient_descent import GradientDescent
+from attnfit.solvers.levenberg_marquardt import LevenbergMarquardt
 from attnfit.solvers.minimize import minimize
 from attnfit.solvers.newton import Newton
 from attnfit.solvers.result import History, Record, Result
@@ -14,6 +15,7 @@ __all__ = [
     "BatchedNewton",
     "GradientDescent",
     "History",
+    "LevenbergMarquardt",
     "Newton",
     "Record",
     "Result",
