@@ -59,7 +59,8 @@ def minimize(
         Start here only. By default a convex problem is started from a sample of its rows; any other from its
         convex neighbour (cross entropy) and from zero, and the best end is returned with all local values.
     solver : a solver of `attnfit.solvers`, optional
-        `Newton()` by default, `ActiveSet()` for mixtures, `BatchedNewton()` for several right-hand sides;
+        `Newton()` by default, `ActiveSet()` for mixtures, `BatchedNewton()` for several right-hand sides,
+        `LevenbergMarquardt()` for `LayerInversion`;
         ``result.solver`` says what it chose.
     tol : float
         Stop when the gradient in internally scaled variables is at most ``tol`` times the one at zero (times

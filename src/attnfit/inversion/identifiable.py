@@ -1,0 +1,75 @@
+"""What the output of an attention layer can tell about its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.problems import LayerInversion
+
+Array = NDArray[np.float64]
+
+# Singular values below this share of the largest are rounding.
+RANK_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Identifiability:
+    """Counting, and at a point the Jacobian.
+
+    Attributes
+    ----------
+    n_equations, n_unknowns : int
+        Numbers in the output, and in the unknown tokens.
+    value_rank : int
+        Rank of the value maps side by side: below d, some directions of a token show in the attention only.
+    counting : {"isolated and mostly unique", "isolated, often not unique", "not isolated"}
+        For generic weights. More equations than unknowns: in all experiments a zero residual was the input.
+        As many: zero residuals are isolated, but others than the input are common. Fewer: a continuum.
+    singular_values : ndarray, optional
+        Of the Jacobian at the point.
+    rank : int, optional
+    condition : float, optional
+        Largest over smallest singular value, infinite where the rank is short.
+    directions : ndarray, shape (n_unknowns, k), optional
+        Orthonormal directions along which the output does not move, flat, as columns.
+    """
+
+    n_equations: int
+    n_unknowns: int
+    value_rank: int
+    counting: str
+    singular_values: Array | None = None
+    rank: int | None = None
+    condition: float | None = None
+    directions: Array | None = None
+
+
+def identifiable(layer: LayerInversion, x: Any = None) -> Identifiability:
+    """Say what can be identified: by counting, and given x by the Jacobian there.
+
+    Parameters
+    ----------
+    layer : LayerInversion
+    x : array_like, in the layer's natural shape, optional
+
+    Returns
+    -------
+    Identifiability
+    """
+    n_equations, n_unknowns = layer.B.size, layer.n_unknowns
+    values = np.hstack([head.V for head in layer.layer.heads])
+    value_rank = int(np.linalg.matrix_rank(values))
+    if n_equations < n_unknowns:
+        counting = "not isolated"
+    else:
+        counting = "isolated" + (", often not unique" if n_equations == n_unknowns else " and mostly unique")
+    if x is None:
+        return Identifiability(n_equations, n_unknowns, value_rank, counting)
+    _, s, Vt = np.linalg.svd(layer.jacobian(x), full_matrices=n_equations < n_unknowns)
+    rank = int(np.sum(s > RANK_TOLERANCE * max(float(s[0]), np.finfo(float).tiny)))
+    condition = float(s[0] / s[-1]) if rank == n_unknowns else np.inf
+    return Identifiability(n_equations, n_unknowns, value_rank, counting, s, rank, condition, Vt[rank:].T)

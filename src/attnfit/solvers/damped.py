@@ -1,0 +1,252 @@
+"""Levenberg-Marquardt from several points at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+from attnfit.problems.inversion.layer_problem import LayerProblem, Points
+from attnfit.solvers.curvature import MAX_DENSE
+from attnfit.solvers.descent import MAX_REJECTIONS, NOISE
+from attnfit.solvers.tracking import StopFit, Tracker
+
+Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+# Damping of the first step relative to the largest diagonal entry, and how it follows the gain ratio.
+FIRST_DAMPING = 1e-2
+STRONGER = 4.0
+WEAKER = 0.2
+GOOD_GAIN = 0.75
+LEAST_GAIN = 1e-4
+# A second-order correction longer than this share of the step is not trusted.
+MAX_BEND = 0.375
+# A residual whose square is at most this share of ||B||^2 is zero.
+ZERO = 1e-18
+# From there the steps go on while they reduce the square by half, at most this many times.
+MAX_POLISH = 30
+
+
+Solve = Callable[[Array], Array]
+
+
+class Normal(Protocol):
+    """``J^T J + gamma`` at one point."""
+
+    def damped(self, damping: float) -> Solve | None:
+        """Return ``r -> (J^T J + gamma + damping)^-1 r``; None if that is singular."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenseNormal:
+    """``J^T J + gamma`` as a matrix, by Cholesky."""
+
+    matrix: Array
+
+    def damped(self, damping: float) -> Solve | None:
+        """Return the solution by the factors."""
+        damped = self.matrix.copy()
+        damped.reshape(-1)[:: len(damped) + 1] += damping
+        factor, info = linalg.lapack.dpotrf(damped, overwrite_a=True)
+        return None if info != 0 else lambda r: np.asarray(linalg.lapack.dpotrs(factor, r)[0])
+
+
+@dataclass(frozen=True)
+class KrylovNormal:
+    """``J^T J + gamma`` as a product, by conjugate gradients with its diagonal as preconditioner."""
+
+    product: Callable[[Array], Array]
+    diagonal: Array
+    max_products: int = 300
+
+    def damped(self, damping: float) -> Solve | None:
+        """Return the solution to a relative residual of 1e-3."""
+        return lambda r: self._solve(r, damping)
+
+    def _solve(self, r: Array, damping: float) -> Array:
+        inverse = 1.0 / (self.diagonal + damping)
+        p, z = np.zeros_like(r), inverse * r
+        direction, square = z, float(r @ z)
+        target = 1e-6 * square
+        for _ in range(self.max_products):
+            if square <= target:
+                break
+            Hd = self.product(direction) + damping * direction
+            alpha = square / float(direction @ Hd)
+            p, r = p + alpha * direction, r - alpha * Hd
+            z = inverse * r
+            fresh = float(r @ z)
+            direction, square = z + (fresh / square) * direction, fresh
+        return p
+
+
+@dataclass(frozen=True)
+class Bent:
+    """Steps at one point that follow the curve of the residuals to second order.
+
+    ``bend`` takes p to ``J^T r''(p, p)``: two passes of the layer and one more solution with the same matrix.
+    """
+
+    normal: Normal
+    bend: Callable[[Array], Array]
+
+    def step(self, g: Array, damping: float) -> tuple[Array, float] | None:
+        """Return the step and the decrease that the quadratic model promises; None without one."""
+        solve = self.normal.damped(damping)
+        if solve is None:
+            return None
+        p = -solve(g)
+        # Exact for the exact solution and for every iterate of conjugate gradients.
+        promised = 0.5 * float(p @ (damping * p - g))
+        correction = -0.5 * solve(self.bend(p))
+        if np.linalg.norm(correction) <= MAX_BEND * np.linalg.norm(p):
+            p = p + correction
+        return p, promised
+
+
+@dataclass
+class DampedFits:
+    """Levenberg-Marquardt descents from several points, each with a damping of its own.
+
+    Attributes
+    ----------
+    x : ndarray, shape (k, n_unknowns)
+        Where they stand.
+    status : ndarray of str, shape (k,)
+    """
+
+    problem: LayerProblem
+    x: Array
+    tol: float
+    goal: float
+    max_iter: int
+    tracker: Tracker
+    phase: str
+    status: NDArray[Any] = field(init=False)
+    n_iter: int = 0
+
+    def __post_init__(self) -> None:
+        k = len(self.x)
+        with self.tracker.timed("evaluate"):
+            points = self.problem.evaluate_many(self.x)
+        self.values, self.gradients, self.squares = points.values, points.gradients, points.squares
+        self.status = np.where(np.isfinite(self.values), "max_iter", "overflow").astype("<U11")
+        squares = float(np.sum(self.problem.evaluate(np.zeros(self.x.shape[1])).residuals ** 2))
+        self._value_at_zero = max(0.5 * squares, np.finfo(float).tiny)
+        self._zero = ZERO * float(np.sum(self.problem.B**2)) if self.problem.gamma == 0.0 else -1.0
+        self._damping, self._rejections = np.full(k, np.nan), np.zeros(k, dtype=int)
+        self._models: list[Bent | None] = [None] * k
+        self._model(points, np.flatnonzero(np.isfinite(self.values)))
+
+    @property
+    def solved(self) -> Index:
+        """Which points have a zero residual."""
+        return np.flatnonzero(self.squares <= self._zero)
+
+    def descend(self) -> bool:
+        """Descend until one residual is zero or every point is done; return whether a callback ended it."""
+        try:
+            self._record()
+            while not len(self.solved):
+                live = self._live()
+                if not len(live) or self.n_iter >= self.max_iter:
+                    return False
+                self._step(live)
+            self.status[self.solved] = "converged"
+            self._polish(int(self.solved[0]))
+            return False
+        except (KeyboardInterrupt, StopFit):
+            self.status[self.status == "max_iter"] = "interrupted"
+            return True
+
+    def _live(self) -> Index:
+        """Settle the points that are done; return the others."""
+        open_ = self.status == "max_iter"
+        # A gradient is small relative to its residual, or the way to a zero residual would end half-way.
+        share = np.sqrt(np.minimum(self.values / self._value_at_zero, 1.0))
+        small = np.linalg.norm(self.gradients, axis=1) <= self.tol * self.goal * share
+        self.status[open_ & small] = "converged"
+        self.status[open_ & ~small & (self._rejections > MAX_REJECTIONS)] = "precision"
+        return np.flatnonzero(self.status == "max_iter")
+
+    def _polish(self, k: int) -> None:
+        """Go on from a zero residual while that reduces it: convergence is quadratic, and each step counts
+        where the Jacobian is ill-conditioned.
+        """
+        for _ in range(MAX_POLISH):
+            before = float(self.squares[k])
+            self._step(np.array([k]))
+            if not 0.0 < self.squares[k] <= 0.5 * before:
+                return
+
+    def _step(self, live: Index) -> None:
+        """Try a step of every live point."""
+        with self.tracker.timed("step"):
+            moves, promised = np.zeros((len(live), self.x.shape[1])), np.zeros(len(live))
+            for row, k in enumerate(live):
+                model = self._models[k]
+                assert model is not None
+                found = model.step(self.gradients[k], float(self._damping[k]))
+                if found is not None:
+                    moves[row], promised[row] = found
+        with self.tracker.timed("evaluate"):
+            trial = self.problem.evaluate_many(self.x[live] + moves)
+        gain = np.full(len(live), -1.0)
+        sound = (promised > 0.0) & np.isfinite(trial.values)
+        gain[sound] = self._decrease(live, trial)[sound] / promised[sound]
+        accepted = gain > LEAST_GAIN
+        self._damping[live[gain > GOOD_GAIN]] *= WEAKER
+        self._damping[live[~accepted]] *= STRONGER
+        taken = live[accepted]
+        self._rejections[taken] = 0
+        self._rejections[live[~accepted]] += 1
+        self.x[taken], self.values[taken] = trial.x[accepted], trial.values[accepted]
+        self.gradients[taken], self.squares[taken] = trial.gradients[accepted], trial.squares[accepted]
+        with self.tracker.timed("model"):
+            self._model(trial, np.flatnonzero(accepted), live)
+        self.n_iter += 1
+        self._record(float(np.linalg.norm(moves, axis=1).max()), bool(accepted.any()))
+
+    def _decrease(self, live: Index, trial: Points) -> Array:
+        """Return by how much the values fall; where that is rounding, the gradients at both ends tell."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            actual = self.values[live] - trial.values
+            slopes = 0.5 * np.sum((self.gradients[live] + trial.gradients) * (self.x[live] - trial.x), axis=1)
+        return np.where(np.abs(actual) <= NOISE * self.values[live], slopes, actual)
+
+    def _model(self, points: Points, which: Index, live: Index | None = None) -> None:
+        """Form the normal equations at some of the points just evaluated, numbered by live."""
+        if not len(which):
+            return
+        normals: list[Normal]
+        if self.problem.n_unknowns > MAX_DENSE:
+            ats = [self.problem.evaluate(points.x[k]) for k in which]
+            diagonals = [self.problem.diagonal_at(at) for at in ats]
+            normals = [
+                KrylovNormal(self.problem.gauss_newton_operator(at), diagonal)
+                for at, diagonal in zip(ats, diagonals, strict=True)
+            ]
+        else:
+            matrices = self.problem.gauss_newton_many(points, which)
+            diagonals, normals = [np.diag(H) for H in matrices], [DenseNormal(H) for H in matrices]
+        for i, diagonal, normal in zip(which, diagonals, normals, strict=True):
+            k = int(i if live is None else live[i])
+            self._models[k] = Bent(normal, partial(self.problem.bend, points.forward.take(i)))
+            if np.isnan(self._damping[k]):
+                self._damping[k] = FIRST_DAMPING * max(float(diagonal.max()), np.finfo(float).tiny)
+
+    def _record(self, step_norm: float = 0.0, accepted: bool = True) -> None:
+        best = int(np.argmin(self.values))
+        norm = float(np.linalg.norm(self.gradients[best]))
+        relative = norm / self.goal if self.goal > 0 else 0.0
+        left = int(np.sum(self.status == "max_iter"))
+        phase = self.phase if len(self.x) == 1 else f"{self.phase}, {left} left"
+        value = float(self.values[best])
+        self.tracker.record(phase, self.n_iter, value, relative, step_norm=step_norm, accepted=accepted)
