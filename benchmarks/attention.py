@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of BLAS and torch (default 1)")
     parser.add_argument("--runs", type=int, default=3, help="alternating runs (default 3)")
     parser.add_argument("--limit", type=float, default=90.0, help="seconds a peer may take (default 90)")
+    parser.add_argument("--only", default="", help="only the race N-KAPPA, for example 2048-100")
     parser.add_argument("--wide", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.wide:
@@ -41,6 +42,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.attention", *sys.argv[1:]])
     name = "attention" + ("-quick" if options.quick else "")
     name += f"-{options.threads}threads" if options.threads > 1 else ""
+    name += "-partial" if options.only else ""
     sections: list[str] = []
     with threadpool_limits(options.threads):
         for section in report(options):
@@ -53,7 +55,10 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     """One section a question."""
     for n, d in SIZES[:1] if options.quick else SIZES:
         for kappa in KAPPAS:
-            yield race(n, d, kappa, options)
+            if options.only in ("", f"{n}-{kappa:g}"):
+                yield race(n, d, kappa, options)
+    if options.only:
+        return
     yield khatri_rao(options)
     if not options.quick:
         yield wide()
