@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,3 +107,22 @@ def relative(ours: Any, reference: Any) -> float:
     ours, reference = np.asarray(ours), np.asarray(reference)
     assert ours.shape == reference.shape
     return float(np.linalg.norm(ours - reference) / max(np.linalg.norm(reference), 1e-300))
+
+
+def covering(axes, seed):
+    """A few settings of all axes in which every pair of values of two axes occurs."""
+    rng = np.random.default_rng(seed)
+    everything = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    rng.shuffle(everything)
+
+    def pairs(case):
+        return set(itertools.combinations(case.items(), 2))
+
+    missing = set().union(*map(pairs, everything))
+    while missing:
+        best = max(everything[:200], key=lambda case: len(pairs(case) & missing))
+        if not pairs(best) & missing:
+            best = next(case for case in everything if pairs(case) & missing)
+        missing -= pairs(best)
+        rng.shuffle(everything)
+        yield best

@@ -1,13 +1,11 @@
 """Value, gradient, Hessian and their products against automatic differentiation."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from autodiff import as_tensor
 from conftest import shrink_blocks
-from instances import ALL_LOSSES, COUPLED, SOFTMAX, Instance, instance, relative, shares
+from instances import ALL_LOSSES, COUPLED, SOFTMAX, Instance, covering, instance, relative, shares
 from scipy import sparse
 
 # With blocks of 64 rows the first, fourth and fifth group are long, the others share chunks.
@@ -26,29 +24,10 @@ AXES = {
 TOLERANCE = 1e-11
 
 
-def covering(seed):
-    """A few settings of all axes in which every pair of values of two axes occurs."""
-    rng = np.random.default_rng(seed)
-    everything = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
-    rng.shuffle(everything)
-
-    def pairs(case):
-        return set(itertools.combinations(case.items(), 2))
-
-    missing = set().union(*map(pairs, everything))
-    while missing:
-        best = max(everything[:200], key=lambda case: len(pairs(case) & missing))
-        if not pairs(best) & missing:
-            best = next(case for case in everything if pairs(case) & missing)
-        missing -= pairs(best)
-        rng.shuffle(everything)
-        yield best
-
-
 CASES = [
     pytest.param(family, loss, case, id="-".join([family, loss, *map(str, case.values())]))
     for number, (family, loss) in enumerate(ALL_LOSSES)
-    for case in covering(number)
+    for case in covering(AXES, number)
 ]
 
 

@@ -1,11 +1,9 @@
 """Layered problems: every derivative against automatic differentiation, and what is built on them."""
 
-import itertools
-
 import numpy as np
 import pytest
 from autodiff import as_tensor
-from instances import relative
+from instances import covering, relative
 from layered_instances import ACTIVATIONS, LayeredInstance
 from scipy import sparse
 
@@ -26,29 +24,10 @@ AXES = {
 }
 
 
-def covering(seed):
-    """A few settings of all axes in which every pair of values of two axes occurs."""
-    rng = np.random.default_rng(seed)
-    everything = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
-    rng.shuffle(everything)
-
-    def pairs(case):
-        return set(itertools.combinations(case.items(), 2))
-
-    missing = set().union(*map(pairs, everything))
-    while missing:
-        best = max(everything[:100], key=lambda case: len(pairs(case) & missing))
-        if not pairs(best) & missing:
-            best = next(case for case in everything if pairs(case) & missing)
-        missing -= pairs(best)
-        rng.shuffle(everything)
-        yield best
-
-
 CASES = [
     pytest.param(activation, case, id="-".join([activation, *map(str, case.values())]))
     for number, activation in enumerate(ACTIVATIONS)
-    for case in covering(number)
+    for case in covering(AXES, number)
 ]
 
 
