@@ -287,3 +287,21 @@ def test_whatever_comes(seed):
             result = minimize(problem, max_iter=50, random_state=0)
         assert np.isfinite(result.x).all()
         assert np.isfinite(result.value)
+
+
+def test_separable_maps_are_named_in_the_users_unknowns():
+    # One-hot maps of orthogonal tokens: the larger the diagonal of X, the better.
+    tokens = np.diag([1.0, 2.0, 4.0])
+    with pytest.warns(ConvergenceWarning, match=r"separable.*entry \(\d, \d\)"):
+        result = minimize(problems.Attention(tokens, tokens, np.eye(3), "cross_entropy"))
+    assert result.status == "separable"
+
+
+def test_one_key_identifies_nothing():
+    rng = np.random.default_rng(14)
+    A = rng.standard_normal((1, 3))
+    problem = problems.Attention(A, A, np.ones((1, 1)))
+    assert problem.identified().keys.shape == (3, 0)
+    result = minimize(problem)
+    assert "0 of 3 of the keys" in result.message
+    assert not result.x.any()

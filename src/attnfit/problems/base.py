@@ -40,6 +40,14 @@ class Reduction:
     note: str
 
 
+def majorant(hessian: Array) -> Array:
+    """Return a symmetric matrix with its eigenvalues taken by absolute value: a positive semidefinite
+    majorant.
+    """
+    values, vectors = np.linalg.eigh(hessian)
+    return np.asarray((vectors * np.abs(values)) @ vectors.T)
+
+
 class Problem(ABC):
     """An objective L(x) with two derivatives."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.problems.base import Problem
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.solvers.default import default_solver
 from attnfit.solvers.descent import Descent
@@ -111,6 +114,56 @@ def minimize(
     # Steps that overflow are rejected by their value; numpy need not warn of each product on the way.
     with np.errstate(over="ignore", invalid="ignore"):
         outcome = solver.run(problem, start, point, tol, max_iter, tracker, rng)
+    settled = _settle(problem, outcome, tracker, tol)
+    at, norm = settled.at, settled.norm
+    lift = None if reduction is None else reduction.lift
+    message = outcome.message or _message(settled, tol, outcome, max_iter, given.shape, lift)
+    flat = settled.flat
+    if reduction is not None:
+        at, flat = given.evaluate(reduction.lift(at.x)), None
+        message += f"; {reduction.note}" if reduction.note else ""
+    result = Result(
+        x=at.x.reshape(given.shape),
+        value=at.value,
+        gradient=at.gradient.reshape(given.shape),
+        gradient_norm=norm,
+        converged=settled.status == "converged",
+        status=settled.status,
+        message=message,
+        n_iter=outcome.n_iter,
+        n_passes=tracker.n_passes(),
+        history=tracker.history,
+        seconds=tracker.seconds(),
+        solver=outcome.description,
+        problem=given,
+        local_values=outcome.local_values,
+        unidentified=flat,
+        column_status=outcome.column_status,
+    )
+    if not result.converged and result.status != "interrupted":
+        from sklearn.exceptions import ConvergenceWarning
+
+        warnings.warn(result.message, ConvergenceWarning, stacklevel=2)
+    return result
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The end of a fit once it is known what the data leave open.
+
+    ``separating`` is a direction along which there is no minimum, ``reason`` why the end is none.
+    """
+
+    at: Evaluation
+    status: str
+    norm: float
+    flat: Array | None
+    separating: Array | None
+    reason: str | None
+
+
+def _settle(problem: Problem, outcome: Outcome, tracker: Tracker, tol: float) -> _Settled:
+    """Look at the end of a fit: open directions, separable data, false optima."""
     best, scale = outcome.best, outcome.scale
     at, status = best.at, best.status
     flat = unidentified_directions(best.model, scale)
@@ -126,33 +179,7 @@ def minimize(
         norm = best.relative(float(np.linalg.norm(at.gradient / scale)))
     reason = problem.false_optimum(at) if status == "converged" and not outcome.message else None
     status = status if reason is None else "false_optimum"
-    message = outcome.message or _message(status, norm, tol, outcome, separating, max_iter, reason)
-    if reduction is not None:
-        at, flat = given.evaluate(reduction.lift(at.x)), None
-        message += f"; {reduction.note}" if reduction.note else ""
-    result = Result(
-        x=at.x.reshape(given.shape),
-        value=at.value,
-        gradient=at.gradient.reshape(given.shape),
-        gradient_norm=norm,
-        converged=status == "converged",
-        status=status,
-        message=message,
-        n_iter=outcome.n_iter,
-        n_passes=tracker.n_passes(),
-        history=tracker.history,
-        seconds=tracker.seconds(),
-        solver=outcome.description,
-        problem=given,
-        local_values=outcome.local_values,
-        unidentified=flat,
-        column_status=outcome.column_status,
-    )
-    if not result.converged and status != "interrupted":
-        from sklearn.exceptions import ConvergenceWarning
-
-        warnings.warn(result.message, ConvergenceWarning, stacklevel=2)
-    return result
+    return _Settled(at, status, norm, flat, separating, reason)
 
 
 def _runs_away(best: Descent, scale: Array) -> bool:
@@ -161,26 +188,28 @@ def _runs_away(best: Descent, scale: Array) -> bool:
 
 
 def _message(
-    status: str,
-    norm: float,
+    settled: _Settled,
     tol: float,
     outcome: Outcome,
-    separating: Array | None,
     max_iter: int,
-    reason: str | None,
+    shape: tuple[int, ...],
+    lift: Callable[[Array], Array] | None,
 ) -> str:
-    """Return the status in a sentence, with the remedy."""
-    reached = f"relative gradient {norm:.2e}, tol {tol:.0e}"
+    """Return the status in a sentence, with the remedy; unknowns are named as the user knows them."""
+    status, reason = settled.status, settled.reason
+    reached = f"relative gradient {settled.norm:.2e}, tol {tol:.0e}"
     if status == "converged":
         return f"converged: {reached}"
-    if separating is not None:
-        order = np.argsort(-np.abs(separating))[:3]
-        entries = ", ".join(f"column {j}: {separating[j] / np.abs(separating).max():+.3g}" for j in order)
+    if settled.separating is not None:
+        direction = settled.separating if lift is None else lift(settled.separating)
+        order = np.argsort(-np.abs(direction))[:3]
+        size = np.abs(direction).max()
+        entries = ", ".join(f"{_unknown(int(j), shape)}: {direction[j] / size:+.3g}" for j in order)
         return (
             "the data are separable: cross entropy has no finite minimum and falls for ever along the "
             "direction "
-            f"({entries}{', ...' if len(separating) > 3 else ''}); add ridge > 0, or drop or merge the "
-            f"columns it names"
+            f"({entries}{', ...' if len(direction) > 3 else ''}); add ridge > 0, or drop or merge the "
+            "columns it names"
         )
     return {
         "max_iter": f"not converged after max_iter={max_iter} steps ({reached}); raise max_iter, or loosen "
@@ -192,3 +221,9 @@ def _message(
         "false_optimum": f"not a minimum: {reason} ({reached}); pass another x0, or add ridge",
         "interrupted": f"interrupted; x is the best point so far ({reached})",
     }[status]
+
+
+def _unknown(j: int, shape: tuple[int, ...]) -> str:
+    if len(shape) == 1:
+        return f"column {j}"
+    return f"entry ({', '.join(str(int(k)) for k in np.unravel_index(j, shape))})"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
+from attnfit.problems.base import Problem, majorant
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.inversion.curvature import gauss_newton_diagonal, layer_curvature, symmetric
@@ -121,10 +121,7 @@ class LayerProblem(Problem):
     def hessian_at(self, at: Evaluation, sample: Any = None, *, absolute: bool = False) -> Array:
         """Return the Hessian; with ``absolute`` all eigenvalues are taken by absolute value."""
         H = self._curvature(at, second=True)
-        if not absolute:
-            return H
-        eigenvalues, vectors = np.linalg.eigh(H)
-        return np.asarray((vectors * np.abs(eigenvalues)) @ vectors.T)
+        return majorant(H) if absolute else H
 
     def gauss_newton_at(self, at: Evaluation) -> Array:
         """Return ``J^T J + gamma`` at an evaluated point."""

@@ -264,10 +264,6 @@ class Attention(GroupedProblem):
         """
         return self._maps(super().predict(as_point(x, self.shape)))
 
-    def logits_matrix(self, x: Any) -> Any:
-        """Return Z, shape (n1, n2), zero where masked; a list for several sequences."""
-        return self._maps(self.by_row(self._evaluate_checked(x), lambda chunk, z, state: z))
-
     def relative_error(self, x: Any) -> float:
         """Return ``||F - B||_F / ||B||_F`` of the fitted maps F over the pairs that are not masked.
 
@@ -397,7 +393,8 @@ class Attention(GroupedProblem):
     def identified(self) -> Subspace:
         """Return what the data identify of X; `minimize` returns an X within it."""
         whitening = Whitening.of(self.design, centred=self._centred)
-        return Subspace(whitening.queries.directions, whitening.keys.directions)
+        queries, keys = whitening.queries, whitening.keys
+        return Subspace(queries.directions[:, : queries.rank], keys.directions[:, : keys.rank])
 
     def dense(self) -> GroupedProblem:
         """Return the same problem with its matrix of pairs formed, shape (n_pairs, n_unknowns)."""

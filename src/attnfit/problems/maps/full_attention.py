@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.designs.kronecker import BLOCK_PAIRS, KroneckerDesign
-from attnfit.problems.base import Problem, Reduction
+from attnfit.problems.base import Problem, Reduction, majorant
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge, as_vector
 from attnfit.problems.maps.pairs import read_factor, read_pairs
@@ -289,10 +289,7 @@ class FullAttention(Problem):
         H[size:, :size] = H[:size, size:].T
         H[size:, size:] = np.kron(yy, np.eye(m))
         H[np.diag_indices(len(H))] += self.ridge
-        if not absolute:
-            return H
-        eigenvalues, vectors = np.linalg.eigh(H)
-        return np.asarray((vectors * np.abs(eigenvalues)) @ vectors.T)
+        return majorant(H) if absolute else H
 
     def diagonal_at(self, at: Evaluation) -> Array:
         """Return one number for X and one for each row of Y: the mean curvature and that of Z."""

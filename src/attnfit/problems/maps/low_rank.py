@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnfit.losses.segments import Array
-from attnfit.problems.base import Problem, Reduction
+from attnfit.problems.base import Problem, Reduction, majorant
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge
 from attnfit.problems.maps.attention import Attention
@@ -159,10 +159,7 @@ class LowRankAttention(Problem):
         product = self.hessian_operator(at)
         H = np.column_stack([product(column) for column in np.eye(self.n_unknowns)])
         H = 0.5 * (H + H.T)
-        if not absolute:
-            return H
-        values, vectors = np.linalg.eigh(H)
-        return np.asarray((vectors * np.abs(values)) @ vectors.T)
+        return majorant(H) if absolute else H
 
     def diagonal_at(self, at: Evaluation) -> Array:
         """Return the curvature of each entry of a factor while the other factor stands still."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from attnfit.problems.base import Problem
+from attnfit.problems.base import Problem, majorant
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 
@@ -151,10 +151,7 @@ class ProjectedAttention(Problem):
         product = self.hessian_operator(at)
         H = np.column_stack([product(column) for column in np.eye(self.n_unknowns)])
         H = 0.5 * (H + H.T)
-        if not absolute:
-            return H
-        eigenvalues, vectors = np.linalg.eigh(H)
-        return np.asarray((vectors * np.abs(eigenvalues)) @ vectors.T)
+        return majorant(H) if absolute else H
 
     def diagonal_at(self, at: Evaluation) -> Array:
         """Return the mean curvature of the Gauss-Newton matrix along random directions for every unknown.

@@ -22,10 +22,14 @@ class Side:
         Orthonormal basis of what the rows span.
     sizes : ndarray, shape (r,)
         Singular values.
+    rank : int
+        Number of directions that the data identify: r, or zero where the factors are zero and the one
+        direction kept has no effect.
     """
 
     directions: Array
     sizes: Array
+    rank: int
 
     @classmethod
     def of(cls, factors: list[Array]) -> Side:
@@ -34,9 +38,10 @@ class Side:
         _, sizes, rows = np.linalg.svd(stacked, full_matrices=False)
         longest = max(sum(len(f) for f in factors), rows.shape[1])
         keep = sizes > longest * np.finfo(np.float64).eps * max(float(sizes[0]), np.finfo(np.float64).tiny)
+        rank = int(keep.sum())
         # A factor without any size still leaves one direction: a problem needs an unknown.
         keep[0] = True
-        return cls(rows[keep].T, np.where(sizes[keep] > 0, sizes[keep], 1.0))
+        return cls(rows[keep].T, np.where(sizes[keep] > 0, sizes[keep], 1.0), rank)
 
     @property
     def forward(self) -> Array:
@@ -92,7 +97,8 @@ class Whitening:
     @property
     def note(self) -> str:
         """What is identified, in a clause."""
-        (d1, r1), (d2, r2) = self.queries.directions.shape, self.keys.directions.shape
+        d1, d2 = len(self.queries.directions), len(self.keys.directions)
+        r1, r2 = self.queries.rank, self.keys.rank
         if (d1, d2) == (r1, r2):
             return ""
         return (
