@@ -14,6 +14,7 @@ from attnfit.certificates.lipschitz import lipschitz_constant
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
+from attnfit.problems.inversion.layer_problem import LayerProblem
 from attnfit.problems.layers.layered import LayeredProblem
 from attnfit.problems.maps.attention import Attention
 from attnfit.problems.rows.grouped import GroupedProblem
@@ -91,7 +92,7 @@ def certify(problem: Any, x: Any) -> Certificate:
 
     Parameters
     ----------
-    problem : Softmax, Exponential, Rescaled, TwoLayer, ReluSoftmax or ThreeLayer
+    problem : Softmax, Exponential, Rescaled, Attention, TwoLayer, ReluSoftmax, ThreeLayer or LayerInversion
     x : array_like, in the problem's natural shape
         Of several right-hand sides all are certified, and the worst is reported.
 
@@ -115,6 +116,10 @@ def certify(problem: Any, x: Any) -> Certificate:
         from attnfit.certificates.two_layer import certify_layers
 
         return certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
+    if isinstance(problem, LayerProblem):
+        from attnfit.certificates.layer import certify_layer
+
+        return certify_layer(problem, x)
     if isinstance(problem, Attention):
         if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
             return refused(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import linalg
 
 from attnfit.problems import LayerInversion
 
@@ -69,7 +70,11 @@ def identifiable(layer: LayerInversion, x: Any = None) -> Identifiability:
         counting = "isolated" + (", often not unique" if n_equations == n_unknowns else " and mostly unique")
     if x is None:
         return Identifiability(n_equations, n_unknowns, value_rank, counting)
-    _, s, Vt = np.linalg.svd(layer.jacobian(x), full_matrices=n_equations < n_unknowns)
+    J = layer.jacobian(x)
+    s = linalg.svdvals(J)
     rank = int(np.sum(s > RANK_TOLERANCE * max(float(s[0]), np.finfo(float).tiny)))
-    condition = float(s[0] / s[-1]) if rank == n_unknowns else np.inf
-    return Identifiability(n_equations, n_unknowns, value_rank, counting, s, rank, condition, Vt[rank:].T)
+    if rank == n_unknowns:
+        flat, condition = np.zeros((n_unknowns, 0)), float(s[0] / s[-1])
+    else:
+        flat, condition = np.linalg.svd(J, full_matrices=True)[2][rank:].T, np.inf
+    return Identifiability(n_equations, n_unknowns, value_rank, counting, s, rank, condition, flat)

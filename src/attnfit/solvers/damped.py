@@ -27,7 +27,7 @@ GOOD_GAIN = 0.75
 LEAST_GAIN = 1e-4
 # A second-order correction longer than this share of the step is not trusted.
 MAX_BEND = 0.375
-# A residual whose square is at most this share of ||B||^2 is zero.
+# A residual is zero where its square is at most this share of ||B||^2.
 ZERO = 1e-18
 # From there the steps go on while they reduce the square by half, at most this many times.
 MAX_POLISH = 30
@@ -120,6 +120,8 @@ class DampedFits:
     x : ndarray, shape (k, n_unknowns)
         Where they stand.
     status : ndarray of str, shape (k,)
+    zero : float
+        A residual whose square is at most this share of that of B is zero.
     """
 
     problem: LayerProblem
@@ -129,8 +131,9 @@ class DampedFits:
     max_iter: int
     tracker: Tracker
     phase: str
+    zero: float = ZERO
     status: NDArray[Any] = field(init=False)
-    n_iter: int = 0
+    n_iter: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         k = len(self.x)
@@ -140,7 +143,7 @@ class DampedFits:
         self.status = np.where(np.isfinite(self.values), "max_iter", "overflow").astype("<U11")
         squares = float(np.sum(self.problem.evaluate(np.zeros(self.x.shape[1])).residuals ** 2))
         self._value_at_zero = max(0.5 * squares, np.finfo(float).tiny)
-        self._zero = ZERO * float(np.sum(self.problem.B**2)) if self.problem.gamma == 0.0 else -1.0
+        self._zero = self.zero * float(np.sum(self.problem.B**2)) if self.problem.gamma == 0.0 else -1.0
         self._damping, self._rejections = np.full(k, np.nan), np.zeros(k, dtype=int)
         self._models: list[Bent | None] = [None] * k
         self._model(points, np.flatnonzero(np.isfinite(self.values)))

@@ -33,9 +33,9 @@ class LevenbergMarquardt:
     steps, and finds zeros that are missed without. Cholesky up to 3,000 unknowns; beyond, conjugate gradients
     on products, with no matrix formed.
 
-    Without ``x0`` it starts from ``B V^+`` and then from Gaussian tokens, several at once with batched linear
-    algebra, and stops at the first zero residual (square at most 1e-18 of that of B). Such a point need not
-    be the input sought: `attnfit.problems.LayerInversion` may have several.
+    Without ``x0`` it starts from ``B V^+``, from the moments of the output, and then from Gaussian tokens,
+    several at once with batched linear algebra, and stops at the first zero residual (square at most 1e-18 of
+    that of B). Such a point need not be the input sought: `attnfit.problems.LayerInversion` may have several.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class LevenbergMarquardt:
     Attention Weights", whose gamma, large enough to make the loss convex, draws X to zero.
     """
 
-    n_restarts: int = 9
+    n_restarts: int = 8
 
     def __post_init__(self) -> None:
         if not isinstance(self.n_restarts, int | np.integer) or self.n_restarts < 0:
@@ -110,7 +110,8 @@ class LevenbergMarquardt:
         if x0 is not None:
             yield ["x0"], x0[None].copy()
             return
-        yield ["B V^+"], problem.initial_point(rng).reshape(1, -1)
+        for name, point in problem.starts(rng).items():
+            yield [name], point[None].copy()
         size = problem.n_unknowns
         entries = (problem.B.size + size) * size
         together = max(1, BATCH_ENTRIES // entries)

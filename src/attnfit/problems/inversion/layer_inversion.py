@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from attnfit.problems.inputs import as_point
 from attnfit.problems.inversion.cases import residual_hessian
 from attnfit.problems.inversion.layer import AttentionLayer
 from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.problems.inversion.moments import moment_tokens
 from attnfit.problems.inversion.projections import heads_of_projections
 from attnfit.problems.inversion.reading import read_heads, read_known, read_mask, read_output
 
@@ -77,6 +79,7 @@ class LayerInversion(LayerProblem):
         output = read_output(B, m)
         layer = AttentionLayer(heads, read_mask(mask, len(output)))
         super().__init__(layer, output, read_known(known, d, len(output)), _as_gamma(gamma))
+        self._shift = np.zeros(m)
 
     @classmethod
     def from_projections(
@@ -116,7 +119,20 @@ class LayerInversion(LayerProblem):
         """
         W, V, key_bias, shift = heads_of_projections(W_Q, W_K, W_V, W_O, n_heads, b_Q, b_V, b_O)
         B = read_output(B, V[0].shape[1]) - shift
-        return cls(W, V, B, gamma, mask=mask, known=known, key_bias=key_bias)
+        layer = cls(W, V, B, gamma, mask=mask, known=known, key_bias=key_bias)
+        layer._shift = shift
+        return layer
+
+    def with_output(self, B: Any) -> LayerInversion:
+        """Return the same problem for another output B, shape (n, m), biases included."""
+        output = read_output(B, self.m)
+        if len(output) != self.n:
+            raise ValueError(
+                f"B has {len(output)} rows but the layer has {self.n} tokens; make another layer"
+            )
+        other = copy.copy(self)
+        other.B, other._latest = output - self._shift, None
+        return other
 
     def initial_point(self, random_state: Any = None) -> Array:
         """Return the unknown columns of ``(B V^+)^T``: exact where each token attends to itself only."""
@@ -124,8 +140,14 @@ class LayerInversion(LayerProblem):
         return np.asarray((self.B @ np.linalg.pinv(V)).T[:, self.unknown])
 
     def starts(self, rng: np.random.Generator) -> dict[str, Array]:
-        """Return ``B V^+``, flat."""
-        return {"B V^+": self.initial_point(rng).reshape(-1)}
+        """Return ``B V^+`` and, where it exists, the start from moments of the output, flat: see
+        `attnfit.problems.inversion.moments`.
+        """
+        starts = {"B V^+": self.initial_point(rng).reshape(-1)}
+        tokens = moment_tokens(self.layer, self.B)
+        if tokens is not None:
+            starts["moments"] = self.columns(tokens).reshape(-1)
+        return starts
 
     def gaussian_starts(self, n_starts: int, rng: np.random.Generator) -> Array:
         """Return normal starts, flat, shape (n_starts, n_unknowns).

@@ -87,6 +87,12 @@ class LayerProblem(Problem):
         T[..., self.unknown, :] = np.swapaxes(x.reshape(*x.shape[:-1], *self.shape), -1, -2)
         return T
 
+    def rows_with(self, tokens: Array) -> Array:
+        """Return all tokens as rows, shape (n, d), of the unknown ones as rows."""
+        T = np.ascontiguousarray(self.known.T)
+        T[self.unknown] = tokens
+        return T
+
     def columns(self, T: Array) -> Array:
         """Return the unknown tokens of rows (..., n, d) as columns, shape (..., d, n_unknown)."""
         return np.ascontiguousarray(np.swapaxes(T[..., self.unknown, :], -1, -2))
