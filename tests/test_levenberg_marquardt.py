@@ -9,7 +9,8 @@ from layer_reference import layer, planted
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
-from attnfit.solvers import LevenbergMarquardt
+from attnfit.solvers import LevenbergMarquardt, Newton
+from attnfit.solvers.sampled_jacobian import SampledJacobian
 
 
 def fit(problem, **options):
@@ -126,3 +127,61 @@ def test_bad_arguments():
         LevenbergMarquardt(n_restarts=-1)
     with pytest.raises(ValueError, match="LevenbergMarquardt takes LayerInversion, not Softmax"):
         minimize(problems.Softmax(np.eye(3), np.ones(3) / 3), solver=LevenbergMarquardt())
+
+
+CONTINUATION = tuple(10.0**-k for k in range(9))
+
+
+def test_continuation_ends_without_bias():
+    problem, X = planted("half known", n=8, d=4, scale=1.0, seed=0)
+    result = minimize(problem, solver=LevenbergMarquardt(continuation=CONTINUATION), random_state=0)
+    assert result.converged
+    assert relative(result.x, X[:, problem.unknown]) < 1e-8
+    biased = minimize(problem.with_gamma(0.01), solver=LevenbergMarquardt(), random_state=0)
+    assert relative(biased.x, X[:, problem.unknown]) > 1e-3
+
+
+def test_a_callback_ends_a_continuation():
+    problem, _ = planted("half known", n=8, d=4, scale=1.0, seed=0)
+    solver = LevenbergMarquardt(continuation=CONTINUATION)
+    result = minimize(problem, solver=solver, callback=lambda record: record.iteration == 5, random_state=0)
+    assert result.status == "interrupted"
+
+
+def test_bad_continuation():
+    with pytest.raises(ValueError, match=r"continuation\[1\] is -1.0"):
+        LevenbergMarquardt(continuation=(1.0, -1.0))
+
+
+@pytest.mark.parametrize("hessian", ["exact", "sampled", "matrix_free"])
+def test_newton_inverts_a_layer_too(hessian):
+    problem, X = planted("half known", n=8, d=4, scale=1.0, seed=0)
+    result = minimize(problem, solver=Newton(hessian=hessian), random_state=0, max_iter=300)
+    assert result.converged
+    assert relative(result.x, X[:, problem.unknown]) < 1e-5
+
+
+def test_regularised_newton_takes_every_step_near_the_minimum():
+    problem, X = planted("self-dominant", n=8, d=4, scale=1.0, seed=1)
+    problem = problem.with_gamma(1e-6)
+    for hessian in ("exact", "sampled"):
+        solver = Newton(hessian=hessian, globalisation="none")
+        result = minimize(problem, X + 1e-3, solver=solver, random_state=0)
+        assert result.converged
+        assert np.linalg.norm(problem.gradient(result.x)) < 1e-6
+
+
+def test_sampled_curvature_is_unbiased_and_keeps_the_residual_part():
+    problem, X = planted("two outputs", n=8, d=3, scale=1.0, seed=0)
+    x = X.reshape(-1) + 0.3
+    at = problem.evaluate(x)
+    exact = problem.hessian_at(at)
+    rng = np.random.default_rng(0)
+
+    def draw(budget):
+        return SampledJacobian(budget, rng).curvature(problem, at)
+
+    assert relative(draw(1e9), exact) < 1e-10
+    mean = np.mean([draw(60.0) for _ in range(400)], axis=0)
+    assert relative(mean, exact) < 0.1
+    assert relative(draw(60.0), exact) > 0.01

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from attnfit.problems.base import Problem
 from attnfit.problems.inputs import choose
+from attnfit.problems.inversion.layer_problem import LayerProblem
 from attnfit.sketching import RowSampler, leverage_sketch
 from attnfit.solvers.curvature import MAX_DENSE, Exact, FromSample, Kept, MatrixFree, Sampled, Strategy
 from attnfit.solvers.descent import Descent, descend, reference_norm
+from attnfit.solvers.sampled_jacobian import SampledJacobian
 from attnfit.solvers.start import Start, same_minimum
 from attnfit.solvers.tracking import Interrupted, Tracker
 
@@ -124,7 +126,8 @@ class Newton:
         return Outcome.of(ends, scale, f"Newton, {kind.replace('_', '-')} Hessian, {self.globalisation}")
 
     def _resolve(self, problem: Problem, start: Start) -> str:
-        if self.hessian == "sampled" and not problem.rows_can_be_drawn:
+        inverts = isinstance(problem, LayerProblem)
+        if self.hessian == "sampled" and not (problem.rows_can_be_drawn or inverts):
             raise ValueError(
                 f"hessian='sampled' draws rows, which {type(problem).__name__} does not offer; use 'auto', "
                 "'exact' or 'matrix_free'"
@@ -146,6 +149,8 @@ class Newton:
             return MatrixFree()
         if kind == "exact":
             return Exact()
+        if isinstance(start.full, LayerProblem):
+            return SampledJacobian(float(self.sample_rows or 4.0 * len(scale)), rng)
         n, d = start.full.n_rows, len(scale)
         rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
         budget = float(self.sample_rows or max(0.05 * n, rows_per_unknown * d))

@@ -134,6 +134,12 @@ class LayerInversion(LayerProblem):
         other.B, other._latest = output - self._shift, None
         return other
 
+    def with_gamma(self, gamma: float) -> LayerInversion:
+        """Return the same problem with another gamma."""
+        other = copy.copy(self)
+        other.gamma = _as_gamma(gamma)
+        return other
+
     def initial_point(self, random_state: Any = None) -> Array:
         """Return the unknown columns of ``(B V^+)^T``: exact where each token attends to itself only."""
         V = np.sum([head.V for head in self.layer.heads], axis=0)

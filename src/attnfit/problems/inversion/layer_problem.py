@@ -133,6 +133,19 @@ class LayerProblem(Problem):
         """Return ``J^T J + gamma`` at an evaluated point."""
         return self._curvature(at, second=False)
 
+    def jacobian_at(self, at: Evaluation) -> Array:
+        """Return the Jacobian of the residuals at an evaluated point, shape (n m, n_unknowns)."""
+        return self.layer.jacobian(self._known(at)[0], self.unknown)
+
+    def residual_curvature_at(self, at: Evaluation) -> Array:
+        """Return ``sum_ij residual_ij Hessian of residual_ij + gamma`` at an evaluated point."""
+        forward, C = self._known(at)
+        H = np.zeros((self.n_unknowns, self.n_unknowns))
+        for head in forward.heads:
+            H += symmetric(layer_curvature(head, C, self.unknown, gauss=False, second=True))
+        H[np.diag_indices(len(H))] += self.gamma
+        return H
+
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
         """Return v -> H v."""
         forward, C = self._known(at)
@@ -191,16 +204,12 @@ class LayerProblem(Problem):
     def _curvature(self, at: Evaluation, *, second: bool) -> Array:
         """Return ``J^T J + gamma``, on request with the residuals' own curvature."""
         forward, C = self._known(at)
-        if len(forward.heads) == 1:
-            head = forward.heads[0]
-            H = symmetric(layer_curvature(head, C, self.unknown, gauss=True, second=second))
-        else:
+        if len(forward.heads) > 1:
             # Heads meet in J^T J: one Jacobian costs less than all pairs of them.
-            J = self.layer.jacobian(forward, self.unknown)
-            H = J.T @ J
-            if second:
-                for head in forward.heads:
-                    H += symmetric(layer_curvature(head, C, self.unknown, gauss=False, second=True))
+            J = self.jacobian_at(at)
+            own = self.residual_curvature_at(at) if second else self.gamma * np.eye(J.shape[1])
+            return np.asarray(J.T @ J + own)
+        H = symmetric(layer_curvature(forward.heads[0], C, self.unknown, gauss=True, second=second))
         H[np.diag_indices(len(H))] += self.gamma
         return H
 
