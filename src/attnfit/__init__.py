@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnfit import certificates, datasets, estimators, inversion, plots, problems, solvers
+    from attnfit import certificates, datasets, estimators, inversion, plots, problems, solvers, theory
     from attnfit.estimators import (
         AttentionRegressor,
         ExponentialRegressor,
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # SciPy and scikit-learn take a second to import: each room is opened when it is first entered.
-_ROOMS = ("certificates", "datasets", "estimators", "inversion", "plots", "problems", "solvers")
+_ROOMS = ("certificates", "datasets", "estimators", "inversion", "plots", "problems", "solvers", "theory")
 _HOMES = {
     "minimize": "solvers",
     "AttentionRegressor": "estimators",
@@ -41,6 +41,7 @@ __all__ = [
     "plots",
     "problems",
     "solvers",
+    "theory",
 ]
 
 

@@ -1,0 +1,1 @@
+"""One file a subject; each ends in the list BOUNDS."""

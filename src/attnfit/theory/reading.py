@@ -1,0 +1,173 @@
+"""A user's problem and two points as the instances that bounds speak of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from attnfit.designs.kronecker import PairRows
+from attnfit.losses.exponential import SquaredExponential
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.problems import LayerInversion, TwoLayer
+from attnfit.problems.base import Problem
+from attnfit.problems.inputs import as_point
+from attnfit.problems.maps.attention import Attention
+from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.theory import instances
+from attnfit.theory.instances.sampling import AnyInstance
+
+Array = NDArray[np.float64]
+
+# Groups are stacked until they hold this many numbers, and right-hand sides taken up to this many.
+ENTRIES = 2**24
+COLUMNS = 16
+
+
+@dataclass
+class Reading:
+    """Instances of a problem, what they are models of, and what was left out."""
+
+    instances: list[AnyInstance]
+    models: tuple[str, ...]
+    function: str = "exp"
+    notes: list[str] = field(default_factory=list)
+
+
+def read(problem: Problem, x: Any, y: Any) -> Reading:
+    """Return the instances of a problem.
+
+    Raises
+    ------
+    TypeError
+        If the papers have no bounds for this problem.
+    """
+    if isinstance(problem, GroupedProblem):
+        return _grouped(problem, x, y)
+    if isinstance(problem, TwoLayer):
+        return _two_layer(problem, x, y)
+    if isinstance(problem, LayerInversion):
+        return _layer(problem, x, y)
+    raise TypeError(
+        f"the papers state no bounds for {type(problem).__name__}; pass a Softmax, Exponential, Rescaled, "
+        "Attention (without rank), TwoLayer or LayerInversion problem"
+    )
+
+
+def _grouped(problem: GroupedProblem, x: Any, y: Any) -> Reading:
+    loss = problem.loss
+    plain, rescaled = isinstance(loss, SquaredExponential), isinstance(loss, SquaredRescaled)
+    function = loss.function if isinstance(loss, SquaredExponential | SquaredRescaled) else "exp"
+    models = ("exponential",) if plain else ("rescaled",) if rescaled else ("softmax",)
+    notes = []
+    first, second = as_point(x, problem.shape, "x"), as_point(y, problem.shape, "y")
+    starts = np.append(problem.groups.starts, problem.n_rows)
+    lengths = np.diff(starts)
+    chosen = np.argsort(-lengths, kind="stable")
+    width = problem.n_unknowns + (problem.offset is not None)
+    chosen = np.sort(chosen[: max(1, ENTRIES // (int(lengths.max()) * width))])
+    if len(chosen) < len(lengths):
+        notes.append(f"of {len(lengths)} groups the {len(chosen)} longest are audited")
+    elif len(lengths) > 1:
+        notes.append(f"{len(lengths)} groups: a bound on one group is evaluated for each, the worst is shown")
+    n = int(lengths[chosen].max())
+    A, b = np.zeros((len(chosen), n, width)), np.zeros((len(chosen), n))
+    mask = np.zeros((len(chosen), n), dtype=bool)
+    for k, g in enumerate(chosen):
+        rows = slice(int(starts[g]), int(starts[g + 1]))
+        count = rows.stop - rows.start
+        A[k, :count, : problem.n_unknowns] = _dense(problem, rows)
+        if problem.offset is not None:
+            A[k, :count, -1] = problem.offset[rows]
+        b[k, :count], mask[k, :count] = problem.b[rows], True
+    if problem.offset is not None:
+        first, second = np.append(first, 1.0), np.append(second, 1.0)
+        notes.append("the offset is a further column of A, with coefficient 1")
+    if problem.weights is not None:
+        notes.append("row weights are left out: the papers' losses have none")
+    _note_penalties(notes, problem.penalty is not None or np.any(problem.ridge))
+    instance = instances.Regression(A, b, first, second, function=function, mask=mask)
+    return Reading([instance], models, function, notes)
+
+
+def _dense(problem: GroupedProblem, rows: slice) -> Array:
+    """Return rows of a group, numbered in group order."""
+    order = problem.groups.order
+    block = problem.design.block(rows if order is None or isinstance(problem, Attention) else order[rows])
+    if isinstance(block, PairRows):
+        pairs = np.einsum("qi,kj->qkij", block.queries, block.keys)
+        flat = pairs.reshape(-1, pairs.shape[2] * pairs.shape[3])
+        flat = flat if block.mask is None else flat[block.mask.reshape(-1)]
+        return np.column_stack([flat, *block.features])
+    return _array(block)
+
+
+def _two_layer(problem: TwoLayer, x: Any, y: Any) -> Reading:
+    notes: list[str] = []
+    first, second = problem.point(x), problem.point(y)
+    inner = problem.logit_map.matrix
+    A1 = np.eye(problem.logit_map.shape[0]) if inner is None else _array(inner)
+    A2 = _array(problem.outer)
+    columns = range(min(problem.n_columns, COLUMNS))
+    if problem.n_columns > 1:
+        notes.append(
+            f"{len(columns)} of {problem.n_columns} right-hand sides are audited, the worst is shown"
+        )
+    if problem.weights is not None:
+        notes.append("row weights are left out: the paper's loss has none")
+    _note_penalties(notes, problem.penalty is not None or problem.ridge != 0.0)
+    if problem.offset is not None:
+        notes.append("the offset is a further column of A1, with coefficient 1")
+    found: list[AnyInstance] = []
+    for j in columns:
+        matrix, start, end = A1, first[:, j], second[:, j]
+        if problem.offset is not None:
+            matrix = np.column_stack([A1, problem.offset[:, min(j, problem.offset.shape[1] - 1)]])
+            start, end = np.append(start, 1.0), np.append(end, 1.0)
+        L_h = None if problem.activation.bounds_known else _probed(problem, A2)
+        found.append(instances.TwoLayer(matrix, A2, problem.b[:, j], start, end, problem.activation, L_h=L_h))
+    if found and not problem.activation.bounds_known:
+        notes.append(
+            "L_h of this activation is the largest |h'|, |h''| on a grid over all that A2 softmax can be"
+        )
+    return Reading(found, ("two_layer",), notes=notes)
+
+
+def _array(matrix: Any) -> Array:
+    return np.asarray(matrix.toarray() if sparse.issparse(matrix) else matrix)
+
+
+def _probed(problem: TwoLayer, A2: Array) -> float:
+    _, slope, curvature = problem.activation.jet(np.linspace(float(A2.min()), float(A2.max()), 1001))
+    return float(max(np.abs(slope).max(), np.abs(curvature).max(), np.finfo(float).tiny))
+
+
+def _layer(problem: LayerInversion, x: Any, y: Any) -> Reading:
+    notes: list[str] = []
+    X, Y = problem.tokens(x), problem.tokens(y)
+    heads = problem.layer.heads
+    C = np.abs(problem.residuals(x))
+    i0, j0 = np.unravel_index(int(np.argmax(C)), C.shape)
+    notes.append(f"bounds on one residual speak of the largest, ({i0}, {j0})")
+    notes.append("the paper's loss is the sum of squares without the factor 0.5")
+    if len(heads) > 1:
+        notes.append(f"{len(heads)} heads: each is audited against B by itself, the worst is shown")
+    if problem.layer.mask is not None:
+        notes.append("the mask is left out: every token of the paper's layer sees every other")
+    if any(np.any(head.c) for head in heads):
+        notes.append("the key bias is left out: the paper's layer has none")
+    _note_penalties(notes, problem.gamma != 0.0)
+    layers: list[AnyInstance] = [
+        instances.Recovery(X, head.M, head.V, problem.B, Y, i0=int(i0), j0=int(j0)) for head in heads
+    ]
+    if len(C) > instances.recovery.QUERIES:
+        notes.append("bounds on the whole loss are evaluated on that of two queries")
+    return Reading(layers, ("layer",), notes=notes)
+
+
+def _note_penalties(notes: list[str], present: Any) -> None:
+    if present:
+        notes.append("penalties are left out: they are quadratic, and known")
