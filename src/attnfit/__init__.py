@@ -4,7 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnfit import certificates, datasets, estimators, inversion, plots, problems, solvers, theory
+    from attnfit import (
+        certificates,
+        datasets,
+        estimators,
+        incontext,
+        inversion,
+        plots,
+        problems,
+        solvers,
+        theory,
+    )
     from attnfit.estimators import (
         AttentionRegressor,
         ExponentialRegressor,
@@ -17,7 +27,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # SciPy and scikit-learn take a second to import: each room is opened when it is first entered.
-_ROOMS = ("certificates", "datasets", "estimators", "inversion", "plots", "problems", "solvers", "theory")
+_ROOMS = (
+    "certificates",
+    "datasets",
+    "estimators",
+    "incontext",
+    "inversion",
+    "plots",
+    "problems",
+    "solvers",
+    "theory",
+)
 _HOMES = {
     "minimize": "solvers",
     "AttentionRegressor": "estimators",
@@ -36,6 +56,7 @@ __all__ = [
     "certificates",
     "datasets",
     "estimators",
+    "incontext",
     "inversion",
     "minimize",
     "plots",

@@ -226,8 +226,8 @@ class Attention(GroupedProblem):
         size = self.design.d1 * self.design.d2
         return flat[:size].reshape(self.design.d1, self.design.d2), flat[size:]
 
-    def _maps(self, values: Array) -> Any:
-        """Arrange one value a pair as a matrix a sequence, zero where masked."""
+    def as_maps(self, values: Array) -> Any:
+        """Arrange one value a pair, shape (n_rows,), as a matrix a sequence, zero where masked."""
         out = []
         for s, block in enumerate(self.design.sequences):
             first, last = self.design.starts[self.design.first_query[[s, s + 1]]]
@@ -262,7 +262,7 @@ class Attention(GroupedProblem):
 
         Raises like `value`, and ValueError where a normaliser is zero (sinh).
         """
-        return self._maps(super().predict(as_point(x, self.shape)))
+        return self.as_maps(super().predict(as_point(x, self.shape)))
 
     def relative_error(self, x: Any) -> float:
         """Return ``||F - B||_F / ||B||_F`` of the fitted maps F over the pairs that are not masked.
