@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnfit import (
+        audit,
         certificates,
         datasets,
         estimators,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 # SciPy and scikit-learn take a second to import: each room is opened when it is first entered.
 _ROOMS = (
+    "audit",
     "certificates",
     "datasets",
     "estimators",
@@ -53,6 +55,7 @@ __all__ = [
     "RescaledSoftmaxRegressor",
     "SoftmaxRegressor",
     "TwoLayerRegressor",
+    "audit",
     "certificates",
     "datasets",
     "estimators",

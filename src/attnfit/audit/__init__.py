@@ -1,0 +1,84 @@
+"""What text does a language model give away? Observe what leaks, invert it, and see what defends."""
+
+from typing import TYPE_CHECKING, Any
+
+from attnfit.audit.errors import (
+    AuditError,
+    MalformedModel,
+    ModelTooLarge,
+    NoRoundTrip,
+    ObservationMismatch,
+    PickleRefused,
+    require,
+)
+
+if TYPE_CHECKING:
+    from attnfit.audit.attention import invert_attention
+    from attnfit.audit.found import Found, Position
+    from attnfit.audit.hidden import invert_hidden
+    from attnfit.audit.inverting import invert
+    from attnfit.audit.logits import invert_logits
+    from attnfit.audit.masked import MaskedFound, recover_masked
+    from attnfit.audit.models import Model, load
+    from attnfit.audit.observation import Observation, observe
+    from attnfit.audit.relaxation import Relaxation, masked_relaxation
+    from attnfit.audit.topk import invert_topk
+    from attnfit.audit.utility import Utility, utility_lost
+
+_HOMES = {
+    "Found": "found",
+    "MaskedFound": "masked",
+    "Model": "models",
+    "Observation": "observation",
+    "Position": "found",
+    "Relaxation": "relaxation",
+    "Utility": "utility",
+    "invert": "inverting",
+    "invert_attention": "attention",
+    "invert_hidden": "hidden",
+    "invert_logits": "logits",
+    "invert_topk": "topk",
+    "load": "models",
+    "masked_relaxation": "relaxation",
+    "observe": "observation",
+    "recover_masked": "masked",
+    "utility_lost": "utility",
+}
+
+__all__ = [
+    "AuditError",
+    "Found",
+    "MalformedModel",
+    "MaskedFound",
+    "Model",
+    "ModelTooLarge",
+    "NoRoundTrip",
+    "Observation",
+    "ObservationMismatch",
+    "PickleRefused",
+    "Position",
+    "Relaxation",
+    "Utility",
+    "invert",
+    "invert_attention",
+    "invert_hidden",
+    "invert_logits",
+    "invert_topk",
+    "load",
+    "masked_relaxation",
+    "observe",
+    "recover_masked",
+    "utility_lost",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'attnfit.audit' has no attribute {name!r}")
+    require("torch")
+    require("transformers")
+    return getattr(require(f"attnfit.audit.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,66 @@
+"""From the output of one attention to the tokens that it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from attnfit.audit.checks import check_budget, check_states
+from attnfit.audit.encoder_attention import invert_encoder_attention
+from attnfit.audit.errors import AuditError
+from attnfit.audit.found import Found
+from attnfit.audit.hidden import HiddenSearch
+from attnfit.audit.models.model import Model
+
+
+def invert_attention(
+    model: Model,
+    output: Any,
+    block: int = 0,
+    *,
+    error: Any = 0.0,
+    known_prefix: Sequence[int] = (),
+    budget: int | None = None,
+) -> Found:
+    """Recover the tokens from the output of a block's self-attention.
+
+    In a causal model row t depends on the tokens up to t: the same search as for hidden states, with the
+    attention in the place of the block, finds one token after the other. In an encoder all tokens see all,
+    and the first block is inverted by the spans of its heads' values.
+
+    Parameters
+    ----------
+    model : Model
+    output : array_like, shape (n, width)
+        What the attention adds, its output projection included.
+    block : int
+        Counted from 0; of an encoder only 0.
+    error : array_like, broadcastable to output
+        Standard deviation of the error of each number.
+    known_prefix : sequence of int
+        Tokens known to come first, of a causal model.
+    budget : int, optional
+        Largest number of candidates at a position, of a causal model.
+
+    Returns
+    -------
+    Found
+
+    Raises
+    ------
+    AuditError
+        If the block is another than the first of an encoder, or the budget is not positive.
+    ObservationMismatch
+        If the output has another width or is not finite.
+    """
+    if model.kind == "encoder":
+        if block != 0:
+            raise AuditError(
+                f"attention:{block} of an encoder cannot be inverted: what enters a block after the first "
+                "is no "
+                "row of a table; observe attention:0"
+            )
+        return invert_encoder_attention(model, output, error=error)
+    observed, likely = check_states(model, output, error)
+    search = HiddenSearch(model, f"attention:{block}", observed, likely, check_budget(budget, model))
+    return search.run(list(known_prefix))

@@ -1,0 +1,1 @@
+"""Forward passes shared by all inversions: a prefix, candidates for its next token, and a prior."""

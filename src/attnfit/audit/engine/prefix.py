@@ -1,0 +1,110 @@
+"""Tokens already known, and what a candidate for the next one would look like after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from attnfit.audit.engine.attention import seeing_only_prefix
+from attnfit.audit.models.blocks import capture
+from attnfit.audit.models.model import Layer, Model, Tokens
+
+# Candidates in one pass: more cost memory and are not faster.
+CHUNK = 1024
+
+
+class _Keys(DynamicCache):
+    """Keys and values of the prefix; while frozen, new ones are used and forgotten."""
+
+    frozen = False
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *rest: Any, **more: Any) -> Any:
+        """Return the keys and values of the prefix and the new tokens."""
+        if not self.frozen:
+            return super().update(key_states, value_states, layer_idx, *rest, **more)
+        if layer_idx >= len(self.layers) or self.layers[layer_idx].keys is None:
+            return key_states, value_states
+        held = self.layers[layer_idx]
+        return torch.cat([held.keys, key_states], -2), torch.cat([held.values, value_states], -2)
+
+    def shorten(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        for held in self.layers:
+            if held.keys is not None:
+                held.keys, held.values = held.keys[..., :length, :], held.values[..., :length, :]
+
+
+class Prefix:
+    """Known tokens with their keys and values up to the deepest layer asked for.
+
+    Attributes
+    ----------
+    tokens : list of int
+    n_candidates : int
+        Candidates evaluated so far: each is a pass of one token through the layers.
+    n_forwards : int
+        Tokens run to extend or verify prefixes.
+
+    Parameters
+    ----------
+    model : Model
+        A causal one.
+    *layers : int or str
+        States are read after these blocks, the deepest last.
+    """
+
+    def __init__(self, model: Model, *layers: Layer) -> None:
+        self.model = model
+        self.tokens: Tokens = []
+        self.n_candidates = self.n_forwards = 0
+        self._parts = [model.part(layer) for layer in layers]
+        self._keys = _Keys(config=model.module.config)
+
+    def extend(self, tokens: Sequence[int]) -> Any:
+        """Append tokens; return their states at the deepest layer, shape (len(tokens), width)."""
+        tokens = [int(token) for token in tokens]
+        places = torch.arange(len(self.tokens), len(self.tokens) + len(tokens))
+        with torch.no_grad():
+            states = self._run({"input_ids": torch.tensor([tokens])}, places)[-1]
+        self.tokens += tokens
+        self.n_forwards += len(tokens)
+        return states
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        if length == 0:
+            self._keys = _Keys(config=self.model.module.config)
+        else:
+            self._keys.shorten(length)
+        del self.tokens[length:]
+
+    def candidates(self, tokens: Any) -> Any:
+        """Return the state of each token at the next position, shape (len(tokens), width)."""
+        return self.embedded(self.model.embeddings[torch.as_tensor(tokens)])
+
+    def embedded(self, vectors: Any) -> Any:
+        """Return the state of each embedding at the next position: any vectors, shape (C, width)."""
+        return self.embedded_at_all(vectors)[-1]
+
+    def embedded_at_all(self, vectors: Any) -> list[Any]:
+        """Return the states of embeddings at the next position for every layer asked for."""
+        place = len(self.tokens)
+        self._keys.frozen = True
+        try:
+            with torch.no_grad(), seeing_only_prefix(self.model.module):
+                parts = [
+                    self._run({"inputs_embeds": part[None]}, torch.full((len(part),), place))
+                    for part in vectors.split(CHUNK)
+                ]
+        finally:
+            self._keys.frozen = False
+        self.n_candidates += len(vectors)
+        return [torch.cat(states) for states in zip(*parts, strict=True)]
+
+    def _run(self, inputs: dict[str, Any], places: Any) -> list[Any]:
+        settings = {"position_ids": places[None], "past_key_values": self._keys, "use_cache": True}
+        states = capture(self.model.base, self._parts, "output", **inputs, **settings)
+        return [state[0] for state in states]

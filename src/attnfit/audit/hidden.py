@@ -1,0 +1,194 @@
+"""From hidden states of a causal model to its input: draft, verify, repair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from attnfit.audit.calibration import calibrate
+from attnfit.audit.checks import check_budget, check_prefix, check_states
+from attnfit.audit.engine.prefix import Prefix
+from attnfit.audit.engine.prior import Prior
+from attnfit.audit.errors import AuditError, ObservationMismatch
+from attnfit.audit.evaluated import Evaluated
+from attnfit.audit.found import Cost, Found, Position, conclude
+from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.position import Clues, PositionSearch
+from attnfit.audit.target import Target
+
+# Tokens of a draft verified at once after a repair; doubled while the draft is right.
+LOOKAHEAD = 2
+
+
+def invert_hidden(
+    model: Model,
+    states: Any,
+    layer: int,
+    *,
+    error: Any = 0.0,
+    known_prefix: Sequence[int] = (),
+    budget: int | None = None,
+) -> Found:
+    """Recover the tokens from the states after one block.
+
+    A linear probe drafts all tokens, one forward pass verifies the draft, and the first wrong token is
+    searched for until its state agrees with the observation; then the rest is verified again.
+
+    Parameters
+    ----------
+    model : Model
+        A causal one, the one that produced the states.
+    states : array_like, shape (n, width)
+        At every position from the first on.
+    layer : int
+        Block after which they were taken, from 1; ``n_layers + 1`` is after the final norm.
+    error : array_like, broadcastable to states
+        Standard deviation of the error of each number. Where it matters, the best candidate is taken instead
+        of the first that agrees.
+    known_prefix : sequence of int
+        Tokens known to come first.
+    budget : int, optional
+        Largest number of candidates at a position; the size of the vocabulary and more unless given.
+
+    Returns
+    -------
+    Found
+
+    Raises
+    ------
+    AuditError
+        If the model is an encoder, or the budget is not positive.
+    ObservationMismatch
+        If the states have another width, are not finite, or are unlike any of this model and layer.
+    """
+    if model.kind != "causal":
+        raise AuditError(f"model {model.name!r} is an encoder: its states depend on all tokens at once")
+    observed, likely = check_states(model, states, error)
+    search = HiddenSearch(model, layer, observed, likely, check_budget(budget, model))
+    return search.run(list(known_prefix))
+
+
+class HiddenSearch:
+    """The inversion of one observation."""
+
+    def __init__(self, model: Model, layer: Layer, states: Any, error: Any, budget: int) -> None:
+        self._began = perf_counter()
+        self._model, self._layer, self._budget = model, layer, budget
+        self._states = states
+        calibration = calibrate(model, [layer])[layer]
+        self._targets = [
+            Target(state, at, calibration.running.scale if place else calibration.first.scale)
+            for place, (state, at) in enumerate(zip(states, error, strict=True))
+        ]
+        noisy = any(target.noisy for target in self._targets)
+        self._rankers = calibration.rankers_under(error) if noisy else calibration.rankers
+        self._prefix, self._prior = Prefix(model, layer), Prior(model)
+        self._positions: list[Position] = []
+        self._n_drafted = 0
+
+    def run(self, known: Tokens) -> Found:
+        """Return everything that could be recovered."""
+        reason = ""
+        try:
+            self._accept_known(known)
+            draft = self._draft()
+            lookahead = len(draft)
+            while len(self._positions) < len(self._states):
+                at = len(self._positions)
+                tried = None
+                if not self._targets[at].noisy:
+                    segment = draft[at : at + lookahead]
+                    tried = self._verify(segment)
+                    if tried is None:
+                        lookahead *= 2
+                        continue
+                    lookahead = LOOKAHEAD
+                reason = self._search(len(self._positions), tried)
+                if reason:
+                    break
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        return self._found(reason)
+
+    def _draft(self) -> Tokens:
+        """Return the probe's best token for every position."""
+        first, running = self._rankers["first"], self._rankers["running"]
+        scores = running.scores(running.probe.estimate(self._states))
+        scores[0] = first.scores(first.probe.estimate(self._states[0]))
+        return [int(token) for token in scores.argmax(-1)]
+
+    def _accept_known(self, tokens: Tokens) -> None:
+        if tokens:
+            check_prefix(tokens, len(self._states), self._model)
+            for at, (token, state) in enumerate(zip(tokens, self._prefix.extend(tokens), strict=True)):
+                target = self._targets[at]
+                if not float(target.misfits(state)) <= target.bound:
+                    raise ObservationMismatch(
+                        f"known_prefix[{at}] is {token}, which the observation contradicts"
+                    )
+                self._note(token, float(target.distances(state)), float("inf"), 0, "known")
+
+    def _note(self, token: int, distance: float, margin: float, n_candidates: int, method: str) -> None:
+        self._positions.append(Position(token, distance, margin, n_candidates, method))
+
+    def _verify(self, draft: Tokens) -> tuple[int, Any] | None:
+        """Accept the draft as far as it is right; return the first wrong token and its state, if any."""
+        start = len(self._positions)
+        states = self._prefix.extend(draft)
+        for place, (token, state) in enumerate(zip(draft, states, strict=True), start):
+            target = self._targets[place]
+            self._n_drafted += 1
+            if not float(target.misfits(state)) <= target.bound:
+                self._prefix.crop(place)
+                return token, state
+            self._note(token, float(target.distances(state)), float("inf"), 1, "draft")
+        return None
+
+    def _search(self, at: int, tried: tuple[int, Any] | None) -> str:
+        """Find one token; return why not, if not."""
+        target, tokens = self._targets[at], self._prefix.tokens
+        evaluated = Evaluated(self._prefix, target)
+        if tried is not None:
+            evaluated.note(*tried)
+        names = ("running", "within") if at else ("first", "first")
+        prior = self._prior.after(tokens)
+        clues = Clues(self._rankers[names[0]], self._rankers[names[1]], prior)
+        search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget)
+        method = search.most_likely() if target.noisy else search.run()
+        count = evaluated.n_candidates + (tried is not None)
+        if method is None:
+            return describe_failure(self._model, at, evaluated)
+        token, distance, margin = evaluated.nearest()
+        self._note(token, distance, margin, count, method)
+        self._prefix.extend([token])
+        return ""
+
+    def _found(self, reason: str) -> Found:
+        tokens = [position.token for position in self._positions]
+        verified = not reason and self._reproduced(tokens)
+        n_forwards = self._prefix.n_forwards + self._prior.n_forwards + len(tokens) * (not reason)
+        cost = Cost(self._prefix.n_candidates + self._n_drafted, n_forwards, perf_counter() - self._began)
+        return conclude(self._model, self._positions, len(self._states), reason, verified, cost)
+
+    def _reproduced(self, tokens: Tokens) -> bool:
+        """Return whether a plain forward pass of the tokens explains every observed state."""
+        states = torch.from_numpy(self._model.states(tokens, self._layer))
+        return all(
+            float(target.misfits(state)) <= target.bound
+            for target, state in zip(self._targets, states, strict=True)
+        )
+
+
+def describe_failure(model: Model, at: int, evaluated: Evaluated) -> str:
+    """Say what is known about a position that was not solved."""
+    token, distance, _ = evaluated.nearest()
+    told = (
+        f"no token explains position {at} after {evaluated.n_candidates} candidates; the nearest, "
+        f"{model.detokenise([token])!r}, is at distance {distance:.2g} (1 is the spread of text in general)"
+    )
+    if at == 0:
+        told += "; the states may come from another model or layer, or lack their first positions"
+    return told

@@ -1,0 +1,206 @@
+"""One language model with everything that an audit asks of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from attnfit.audit.errors import AuditError, NoRoundTrip
+from attnfit.audit.models.blocks import attention_of, capture, final_norm, find_blocks
+
+Tokens = list[int]
+Array = NDArray[np.float32]
+# A number as in `Model.states`, or "attention:BLOCK".
+Layer = int | str
+
+
+@dataclass(eq=False)
+class Model:
+    """A language model of the transformers library, its tokenizer, and one vocabulary for all architectures.
+
+    Attributes
+    ----------
+    name : str
+    module : transformers.PreTrainedModel
+        In float32, in evaluation mode, without gradients.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    kind : {"causal", "encoder"}
+        Whether a token sees only those before it, or all.
+    private_texts : tuple of str
+        Texts that the model is known to have memorised; empty for models from elsewhere.
+    calibrations : dict
+        What was learned about its layers so far.
+    """
+
+    name: str
+    module: Any
+    tokenizer: Any
+    kind: Literal["causal", "encoder"]
+    private_texts: tuple[str, ...] = ()
+    calibrations: dict[Layer, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.module.eval().requires_grad_(False)
+        self.blocks = find_blocks(self.module)
+
+    @property
+    def base(self) -> Any:
+        """The model without its language-modelling head."""
+        return self.module.base_model
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """Length of a hidden state."""
+        return int(self.embeddings.shape[1])
+
+    @property
+    def n_vocabulary(self) -> int:
+        """Number of rows of the embedding table."""
+        return int(self.embeddings.shape[0])
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence that its positions allow."""
+        return int(self.module.config.get_text_config().max_position_embeddings)
+
+    @cached_property
+    def embeddings(self) -> Any:
+        """What each token is to the first block, before positions; shape (n_vocabulary, width)."""
+        table = self.module.get_input_embeddings()
+        if type(table) is torch.nn.Embedding:
+            return table.weight
+        return table(torch.arange(table.weight.shape[0]))
+
+    @property
+    def head(self) -> Any:
+        """The linear map from normed last states to logits."""
+        head = self.module.get_output_embeddings()
+        if head is None or self.kind != "causal":
+            raise AuditError(f"model {self.name!r} has no language-modelling head, so it has no logits")
+        return head
+
+    def unembed(self, states: Any) -> Any:
+        """Return the logits of normed last states, shape (..., n_vocabulary)."""
+        with torch.no_grad():
+            return self.head(states).float()
+
+    @cached_property
+    def final_norm(self) -> Any:
+        """The normalisation between the last block and the logits."""
+        return final_norm(self.base, self.name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the configuration and of a sample of every weight."""
+        config = self.module.config.to_dict()
+        volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+        settled = {key: value for key, value in config.items() if key not in volatile}
+        digest = hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode())
+        for name, weight in self.base.named_parameters():
+            flat = weight.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)]
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def tokenise(self, text: str) -> Tokens:
+        """Return the tokens of a text, special tokens of the tokenizer included.
+
+        Raises
+        ------
+        NoRoundTrip
+            If the tokens do not stand for the text: an unknown token, or a character no token encodes.
+        AuditError
+            If the text is empty.
+        """
+        if not text:
+            raise AuditError("text is empty: there is nothing to observe")
+        try:
+            tokens = [int(token) for token in self.tokenizer(text)["input_ids"]]
+        except (TypeError, UnicodeError) as error:
+            raise NoRoundTrip(f"text is not valid Unicode: {error}") from error
+        unknown = self.tokenizer.unk_token_id
+        # Byte-level tokenizers often name their end-of-text token "unknown" although they have none.
+        if unknown is not None and unknown in tokens and unknown != self.tokenizer.eos_token_id:
+            place = tokens.index(unknown)
+            raise NoRoundTrip(
+                f"token {place} of the text is unknown to the tokenizer of {self.name!r}, after "
+                f"{self.detokenise(tokens[:place])!r}; leave those characters out"
+            )
+        back = self.detokenise(tokens)
+        # Encoders often fold case and accents: what they see must at least be stable.
+        stable = self.kind == "encoder" and self.tokenizer(back)["input_ids"] == tokens
+        if back != text and not stable:
+            raise NoRoundTrip(f"the tokenizer of {self.name!r} turns {text!r} into {back!r}")
+        return tokens
+
+    def detokenise(self, tokens: Sequence[int]) -> str:
+        """Return the text of some tokens without the tokenizer's special tokens."""
+        text = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def states(self, tokens: Sequence[int], layer: Layer) -> Array:
+        """Return the states after block `layer`.
+
+        Layer 0 is what enters the first block, ``n_layers + 1`` the last state after the final norm, and
+        ``"attention:BLOCK"`` what the self-attention of a block (counted from 0) adds, its output projection
+        included.
+
+        Returns
+        -------
+        ndarray, shape (n, width)
+        """
+        if layer == 0:
+            return self._run(tokens, self.blocks[0], "input")
+        return self._run(tokens, self.part(layer), "output")
+
+    def part(self, layer: Layer) -> Any:
+        """Return the module that ends a layer: a block, for ``n_layers + 1`` the final norm, or an attention.
+
+        Raises
+        ------
+        AuditError
+            If the model has no such layer.
+        """
+        if isinstance(layer, str):
+            block = int(layer.removeprefix("attention:"))
+            if not 0 <= block < self.n_layers:
+                raise AuditError(f"block must be 0 to {self.n_layers - 1} for {self.name!r}, not {block}")
+            return attention_of(self.blocks[block], self.name)
+        top = self.n_layers + (self.kind == "causal")
+        if not 1 <= layer <= top:
+            raise AuditError(f"layer must be 1 to {top} for {self.name!r}, not {layer}")
+        return self.final_norm if layer > self.n_layers else self.blocks[layer - 1]
+
+    def logits(self, tokens: Sequence[int]) -> Array:
+        """Return the logits of the next token at every position.
+
+        Returns
+        -------
+        ndarray, shape (n, n_vocabulary)
+        """
+        head = self.head
+        with torch.no_grad():
+            last = torch.from_numpy(self.states(tokens, self.n_layers + 1))
+            return np.asarray(head(last).float().numpy())
+
+    def _run(self, tokens: Sequence[int], module: Any, side: Literal["input", "output"]) -> Array:
+        with torch.no_grad():
+            inputs = {"input_ids": torch.tensor([list(tokens)])}
+            if self.kind == "causal":
+                inputs["use_cache"] = False
+            return np.asarray(capture(self.base, [module], side, **inputs)[0][0].float().numpy())

@@ -1,0 +1,44 @@
+"""Estimate an embedding from the candidates already tried: every failure tells where to look next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnfit.audit.probes import Probe
+
+# Noise of the regression relative to the kernel at distance zero.
+NUGGET = 0.1
+
+
+def regressed_embedding(probe: Probe, state: Any, states: Any, embeddings: Any) -> Any:
+    """Return the embedding that a Gaussian process on the candidates' estimates puts at a state.
+
+    Each candidate c estimates the embedding sought as ``E_c + probe.displacement(state - h_c)``; these
+    estimates err by the curvature of the map, which is smooth in h. Their mean plus a Gaussian process, with
+    a squared exponential kernel in the metric of the probe's residuals, carries them to the observed state.
+
+    Parameters
+    ----------
+    probe : Probe
+        From differences of states to differences of embeddings.
+    state : Tensor, shape (width,)
+        Observed.
+    states, embeddings : Tensor, shape (n, width)
+        Of the candidates tried after the same tokens.
+
+    Returns
+    -------
+    Tensor, shape (width,)
+    """
+    moves = probe.displacement(state - states)
+    estimates = embeddings + moves
+    mean = estimates.mean(0)
+    whitened = moves @ torch.linalg.cholesky(probe.precision)
+    squares = torch.cdist(whitened, whitened).square()
+    length = squares.median().clamp_min(torch.finfo(squares.dtype).tiny)
+    kernel = torch.exp(-0.5 * squares / length)
+    kernel.diagonal().add_(NUGGET)
+    at_state = torch.exp(-0.5 * whitened.square().sum(-1) / length)
+    return mean + torch.linalg.solve(kernel, at_state) @ (estimates - mean)

@@ -1,0 +1,127 @@
+"""Candidates after a shared prefix, compared with plain forward passes of transformers."""
+
+import numpy as np
+import pytest
+from audit_models import audit_cache, tiny  # noqa: F401
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from attnfit.audit.embedding_newton import EmbeddingNewton  # noqa: E402
+from attnfit.audit.engine.prefix import Prefix  # noqa: E402
+from attnfit.audit.engine.prior import Prior  # noqa: E402
+from attnfit.audit.evaluated import Evaluated  # noqa: E402
+from attnfit.audit.models.model import Model  # noqa: E402
+from attnfit.audit.target import Target  # noqa: E402
+
+TOKENS = [3, 700, 41, 41, 9, 260, 12]
+
+
+def new_model(family):
+    """A small random model of one architecture."""
+    torch.manual_seed(1)
+    shape = {"vocab_size": 800, "max_position_embeddings": 64}
+    if family == "gpt2":
+        config = transformers.GPT2Config(vocab_size=800, n_embd=48, n_layer=3, n_head=4, n_positions=64)
+    else:
+        kinds = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
+        config = kinds[family](
+            **shape,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return Model(family, module, None, "causal")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "qwen2"])
+def model(request):
+    return new_model(request.param)
+
+
+@pytest.mark.parametrize("length", [0, 1, 6])
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+def test_candidates_are_plain_forward_passes(model, layer, length):
+    prefix = Prefix(model, layer)
+    if length:
+        extended = prefix.extend(TOKENS[:length])
+        np.testing.assert_allclose(extended, model.states(TOKENS[:length], layer), rtol=1e-5, atol=1e-5)
+    candidates = [5, TOKENS[length], 799, 5]
+    states = prefix.candidates(candidates)
+    for token, state in zip(candidates, states, strict=True):
+        plain = model.states([*TOKENS[:length], token], layer)[-1]
+        np.testing.assert_allclose(state, plain, rtol=1e-5, atol=1e-5)
+    assert prefix.tokens == TOKENS[:length]
+    assert prefix.n_candidates == 4
+
+
+def test_prefixes_grow_and_shrink(model):
+    prefix = Prefix(model, 3)
+    prefix.extend(TOKENS)
+    prefix.crop(2)
+    prefix.candidates([1, 2, 3])
+    rest = prefix.extend(TOKENS[2:])
+    np.testing.assert_allclose(rest, model.states(TOKENS, 3)[2:], rtol=1e-5, atol=1e-5)
+    assert model.module.config._attn_implementation == "sdpa"
+
+
+def test_several_layers_in_one_pass(model):
+    prefix = Prefix(model, 1, 3)
+    prefix.extend(TOKENS[:4])
+    first, third = prefix.embedded_at_all(model.embeddings[[7, 8]])
+    np.testing.assert_allclose(first[1], model.states([*TOKENS[:4], 8], 1)[-1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(third[0], model.states([*TOKENS[:4], 7], 3)[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_prior_is_the_models_own(model):
+    prior = Prior(model)
+    for length in (3, 7, 7, 2, 5):
+        plain = torch.log_softmax(torch.from_numpy(model.logits(TOKENS[:length]))[-1], -1)
+        np.testing.assert_allclose(prior.after(TOKENS[:length]), plain, atol=1e-4)
+    assert float(prior.after([]).std()) == 0.0
+
+
+def test_the_prior_allows_for_a_token_before_the_text(tiny):  # noqa: F811
+    prior = Prior(tiny)
+    end = tiny.tokenizer.eos_token_id
+    tokens = tiny.tokenise(tiny.private_texts[0])
+    opened = torch.softmax(torch.from_numpy(tiny.logits([end, *tokens])), -1)
+    plain = torch.softmax(torch.from_numpy(tiny.logits(tokens)), -1)
+    np.testing.assert_allclose(prior.after([]).exp(), opened[0], atol=1e-5)
+    np.testing.assert_allclose(prior.after(tokens[:2]).exp(), (opened[2] + plain[1]) / 2, atol=1e-5)
+    np.testing.assert_allclose(prior.after(tokens[:6]).exp(), plain[5], atol=1e-5)
+
+
+def test_the_jacobian_is_autodiffs(model):
+    """Forward differences against backward passes through the plain model."""
+    prefix = Prefix(model, 2)
+    prefix.extend(TOKENS[:4])
+    e = model.embeddings[17].clone()
+    target = Target(torch.zeros(48), torch.zeros(48), torch.full((48,), 2.0))
+    search = EmbeddingNewton(Evaluated(prefix, target), model.embeddings, 10**6)
+    found = search._jacobian(e, prefix.embedded(e[None])[0]).matrix
+
+    def plain(vector):
+        vectors = torch.cat([model.embeddings[TOKENS[:4]], vector[None]])
+        out = model.base(inputs_embeds=vectors[None], output_hidden_states=True, use_cache=False)
+        return out.hidden_states[2][0, -1] / 2.0
+
+    exact = torch.autograd.functional.jacobian(plain, e).T
+    assert float((found - exact).norm() / exact.norm()) < 2e-2
+
+
+def test_newton_finds_a_token_it_was_not_told(model):
+    prefix = Prefix(model, 2)
+    prefix.extend(TOKENS[:4])
+    truth = 321
+    state = prefix.candidates([truth])[0]
+    scale = prefix.candidates(range(0, 800, 20)).std(0)
+    evaluated = Evaluated(prefix, Target(state, torch.zeros(48), scale))
+    evaluated.add(list(range(16)))
+    assert EmbeddingNewton(evaluated, model.embeddings, 10**6).search()
+    assert evaluated.nearest()[0] == truth

