@@ -14,6 +14,7 @@ from attnfit.cli.console import problem
 from attnfit.cli.demo import demo
 from attnfit.cli.errors import suggest
 from attnfit.cli.fit import command_for
+from attnfit.cli.invert import invert
 from attnfit.cli.mixture import fit_mixture
 from attnfit.cli.models import OPTIONS
 from attnfit.cli.predict import predict
@@ -62,5 +63,6 @@ fits.command("attention")(fit_attention)
 fits.command("mixture")(fit_mixture)
 app.add_typer(fits, name="fit", help="Fit a model: softmax, exponential, rescaled, attention or mixture.")
 app.command()(predict)
+app.command()(invert)
 app.command()(demo)
 app.command(context_settings={"ignore_unknown_options": True})(bench)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from attnfit.solvers.curvature import MAX_DENSE
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
+Callback = Callable[[float, int], Any]
 
 # Rows of the table that the test of spans leaves at each position.
 CANDIDATES = 64
@@ -51,7 +54,12 @@ class Decoded:
 
 
 def decode(
-    layer: LayerInversion, vocabulary: Vocabulary, precision: float, n_starts: int, rng: np.random.Generator
+    layer: LayerInversion,
+    vocabulary: Vocabulary,
+    precision: float,
+    n_starts: int,
+    rng: np.random.Generator,
+    callback: Callback,
 ) -> Decoded:
     """Return the tokens that give the output, or the nearest found.
 
@@ -67,16 +75,20 @@ def decode(
     n_starts : int
         Largest number of chains of joint decodings.
     rng : numpy.random.Generator
+    callback : callable
+        Called with the tokens or chains done, and their number.
     """
     enough = precision**2 * float(np.sum(layer.B**2))
     small = layer.n_unknowns <= MAX_DENSE
     spans = SpanTest.of(layer, precision)
     if is_sequential(layer):
-        found = _compared(layer, vocabulary, decode_in_order(layer, vocabulary, enough), "in order", 1)
+        found = _compared(
+            layer, vocabulary, decode_in_order(layer, vocabulary, enough, callback), "in order", 1
+        )
     elif spans is not None:
-        return _within_spans(layer, vocabulary, spans, enough, n_starts, rng)
+        return _within_spans(layer, vocabulary, spans, enough, n_starts, rng, callback)
     elif small:
-        return _jointly(layer, vocabulary, enough, n_starts, rng)
+        return _jointly(layer, vocabulary, enough, n_starts, rng, callback)
     else:
         raise ValueError(
             f"{layer.n_unknowns} unknowns are more than the {MAX_DENSE} that are decoded jointly; give known "
@@ -84,7 +96,9 @@ def decode(
         )
     if found.square <= enough or not small:
         return found
-    return min(found, _jointly(layer, vocabulary, enough, n_starts, rng), key=lambda one: one.square)
+    return min(
+        found, _jointly(layer, vocabulary, enough, n_starts, rng, callback), key=lambda one: one.square
+    )
 
 
 def _within_spans(
@@ -94,6 +108,7 @@ def _within_spans(
     enough: float,
     n_starts: int,
     rng: np.random.Generator,
+    callback: Callback,
 ) -> Decoded:
     """Return what is found among the rows that the spans of the heads' values leave."""
     left, rows = [], []
@@ -103,13 +118,16 @@ def _within_spans(
         few = np.argpartition(scores, min(CANDIDATES, len(scores)) - 1)[:CANDIDATES]
         left.append(few[np.argsort(scores[few])])
         rows.append(table[left[-1]])
+        callback(len(rows), len(layer.unknown))
     place = {int(position): i for i, position in enumerate(layer.unknown)}
     narrow = Vocabulary(lambda position: rows[place[position]], layer.d, layer.n)
     numbers = np.stack(left)
-    tokens = improve(layer, narrow, numbers, np.zeros(len(rows), dtype=np.intp))
+    tokens = improve(layer, narrow, numbers, np.zeros(len(rows), dtype=np.intp), enough)
     found = _compared(layer, narrow, tokens, "spans", 1)
     if found.square > enough and layer.n_unknowns <= MAX_DENSE:
-        found = min(found, _jointly(layer, narrow, enough, n_starts, rng), key=lambda one: one.square)
+        found = min(
+            found, _jointly(layer, narrow, enough, n_starts, rng, callback), key=lambda one: one.square
+        )
     every = np.arange(len(numbers))
     return replace(
         found,
@@ -119,7 +137,12 @@ def _within_spans(
 
 
 def _jointly(
-    layer: LayerInversion, vocabulary: Vocabulary, enough: float, n_starts: int, rng: np.random.Generator
+    layer: LayerInversion,
+    vocabulary: Vocabulary,
+    enough: float,
+    n_starts: int,
+    rng: np.random.Generator,
+    callback: Callback,
 ) -> Decoded:
     """Return the best that chains of joint decodings find."""
     joint = JointDecoder(layer, vocabulary)
@@ -132,6 +155,7 @@ def _jointly(
             base = base + move * rng.standard_normal(base.shape)
         found, least, more = joint.chain(base, NOISE[s % len(NOISE)], enough)
         made += more
+        callback(s + 1, n_starts)
         if least < square:
             tokens, square = found, least
         if square <= enough:

@@ -12,7 +12,8 @@ from attnfit.problems.inversion.layer_problem import LayerProblem
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
-# Rows of the table nearest to a chosen one, in the change of the output, that are tried exactly.
+# Rows of the table nearest to a chosen one, to first order in the change of the output, that are tried
+# exactly; of few rows all are, which costs less than a Jacobian.
 RIVALS = 32
 # Numbers of attention held at once.
 BLOCK = 1 << 22
@@ -54,8 +55,11 @@ def _exchanged(layer: AttentionLayer, at: Pass, position: int, rows: Array) -> A
     return total
 
 
-def improve(problem: LayerProblem, vocabulary: Vocabulary, numbers: Index, tokens: Index) -> Index:
-    """Return tokens that no exchange of one of them, nor a swap of two, brings nearer to the output.
+def improve(
+    problem: LayerProblem, vocabulary: Vocabulary, numbers: Index, tokens: Index, enough: float
+) -> Index:
+    """Return tokens that reproduce the output, or that no exchange of one of them, nor a swap of two, brings
+    nearer to it.
 
     Parameters
     ----------
@@ -66,11 +70,13 @@ def improve(problem: LayerProblem, vocabulary: Vocabulary, numbers: Index, token
         Which rows of different positions are of the same token.
     tokens : ndarray of int, shape (n_unknown,)
         Where to start.
+    enough : float
+        Squared residual at which the output counts as reproduced.
     """
     tables = np.stack([vocabulary.rows(int(position)) for position in problem.unknown])
     every = np.arange(len(tokens))
-    tokens, least = _exchanged_singly(problem, tables, tokens)
-    while True:
+    tokens, least = _exchanged_singly(problem, tables, tokens, enough)
+    while least > enough:
         # Swapped neighbours both look right by themselves: their rows differ by the position only.
         trials = []
         for i in every:
@@ -89,15 +95,20 @@ def improve(problem: LayerProblem, vocabulary: Vocabulary, numbers: Index, token
                 best, square = trial, there_square
         if square >= least:
             return tokens
-        tokens, least = _exchanged_singly(problem, tables, best)
+        tokens, least = _exchanged_singly(problem, tables, best, enough)
+    return tokens
 
 
-def _exchanged_singly(problem: LayerProblem, tables: Array, tokens: Index) -> tuple[Index, float]:
-    """Return tokens that no exchange of one of them brings nearer, and their squared residual."""
+def _exchanged_singly(
+    problem: LayerProblem, tables: Array, tokens: Index, enough: float
+) -> tuple[Index, float]:
+    """Return tokens that reproduce the output or that no exchange of one of them brings nearer, and their
+    squared residual.
+    """
     tokens = tokens.copy()
     T = problem.rows_with(tables[np.arange(len(tokens)), tokens])
     least, idle, i = np.inf, 0, 0
-    while idle < len(tokens):
+    while idle < len(tokens) and least > enough:
         position = int(problem.unknown[i])
         squares = exchanged_squares(problem, problem.layer.forward(T), position, tables[i])
         best = int(np.argmin(squares))
@@ -118,11 +129,11 @@ def rivals(problem: LayerProblem, vocabulary: Vocabulary, tokens: Index) -> tupl
     seconds, squares = np.full(len(tokens), -1), np.full(len(tokens), np.inf)
     for i, position in enumerate(problem.unknown):
         table = vocabulary.rows(int(position))
-        J = problem.layer.jacobian(at, problem.unknown[i : i + 1])
-        apart = table - T[position]
-        moved = np.einsum("cl,cl->c", apart @ (J.T @ J), apart)
-        moved[tokens[i]] = np.inf
-        near = np.argsort(moved)[: min(RIVALS, len(table) - 1)]
+        near = np.delete(np.arange(len(table)), tokens[i])
+        if len(near) > 4 * RIVALS:
+            J = problem.layer.jacobian(at, problem.unknown[i : i + 1])
+            apart = table[near] - T[position]
+            near = near[np.argsort(np.einsum("cl,cl->c", apart @ (J.T @ J), apart))[:RIVALS]]
         if len(near):
             tried = exchanged_squares(problem, at, int(position), table[near])
             seconds[i], squares[i] = near[np.argmin(tried)], tried.min()

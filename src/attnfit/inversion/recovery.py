@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,7 @@ def recover(
     n_starts: int | None = None,
     max_iter: int = 100,
     random_state: Any = None,
+    callback: Callable[[float, int], Any] | None = None,
 ) -> Recovery:
     """Recover the input of an attention layer from its output.
 
@@ -110,6 +112,8 @@ def recover(
     max_iter : int
         Largest number of steps from each, without a vocabulary.
     random_state : int, numpy.random.Generator, optional
+    callback : callable, optional
+        Called with the work done and the most there can be, in starts or tokens.
 
     Returns
     -------
@@ -137,15 +141,21 @@ def recover(
     if not 0.0 < precision < 1.0:
         raise ValueError(f"precision must lie between 0 and 1, not {precision!r}; it is relative to B")
     rng = np.random.default_rng(random_state)
+    tell = callback or (lambda done, total: None)
     if vocabulary is None:
-        return _anywhere(layer, precision, n_starts, max_iter, rng)
-    return _in_table(layer, Vocabulary(vocabulary, layer.d, layer.n), precision, n_starts, rng)
+        return _anywhere(layer, precision, n_starts, max_iter, rng, tell)
+    return _in_table(layer, Vocabulary(vocabulary, layer.d, layer.n), precision, n_starts, rng, tell)
 
 
 def _anywhere(
-    layer: LayerInversion, precision: float, n_starts: int, max_iter: int, rng: np.random.Generator
+    layer: LayerInversion,
+    precision: float,
+    n_starts: int,
+    max_iter: int,
+    rng: np.random.Generator,
+    callback: Callable[[float, int], Any],
 ) -> Recovery:
-    found = search(layer, precision, n_starts, max_iter, rng)
+    found = search(layer, precision, n_starts, max_iter, rng, callback)
     report = _report(layer, found.best, found.square, found.n_starts)
     report = replace(report, inputs=[x.reshape(layer.shape) for x in found.inputs])
     verdict, reason = _judge(report, precision)
@@ -153,9 +163,14 @@ def _anywhere(
 
 
 def _in_table(
-    layer: LayerInversion, vocabulary: Vocabulary, precision: float, n_starts: int, rng: np.random.Generator
+    layer: LayerInversion,
+    vocabulary: Vocabulary,
+    precision: float,
+    n_starts: int,
+    rng: np.random.Generator,
+    callback: Callable[[float, int], Any],
 ) -> Recovery:
-    found = decode(layer, vocabulary, precision, n_starts, rng)
+    found = decode(layer, vocabulary, precision, n_starts, rng, callback)
     x = layer.columns(layer.rows_with(found.rows))
     report = _report(layer, x.reshape(-1), found.square, found.n_decodings)
     margins = np.sqrt(found.second_squares / _size(layer))

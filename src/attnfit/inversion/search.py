@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.problems import LayerInversion
 from attnfit.solvers.damped import DampedFits
+from attnfit.solvers.result import Record
 from attnfit.solvers.tracking import Tracker
 
 Array = NDArray[np.float64]
@@ -40,13 +43,23 @@ class Found:
 
 
 def search(
-    layer: LayerInversion, precision: float, n_starts: int, max_iter: int, rng: np.random.Generator
+    layer: LayerInversion,
+    precision: float,
+    n_starts: int,
+    max_iter: int,
+    rng: np.random.Generator,
+    callback: Callable[[float, int], Any],
 ) -> Found:
     """Descend from ``B V^+``, from the moments of the output and from Gaussian tokens.
 
     Where there are more equations than unknowns it ends at the first zero residual; otherwise all starts are
-    used, to find out whether there are several.
+    used, to find out whether there are several. The callback gets the starts done, with the share of the
+    running one, and those planned.
     """
+
+    def tell(record: Record) -> None:
+        callback(done + min(record.iteration / max_iter, 1.0), len(starts))
+
     planned = list(layer.starts(rng).values())[:n_starts]
     starts = np.vstack([*planned, layer.gaussian_starts(n_starts - len(planned), rng)])
     goal = float(np.linalg.norm(layer.gradient(np.zeros(layer.shape))))
@@ -61,7 +74,7 @@ def search(
             1e-10,
             goal,
             max_iter,
-            Tracker(lambda: 0.0),
+            Tracker(lambda: 0.0, tell),
             "recover",
             zero=precision**2,
         )

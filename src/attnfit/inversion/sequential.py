@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +24,12 @@ def is_sequential(problem: LayerProblem) -> bool:
     return mask is not None and not np.triu(mask, 1).any() and bool(np.diag(mask).all())
 
 
-def decode_in_order(problem: LayerProblem, vocabulary: Vocabulary, enough: float) -> Index:
+def decode_in_order(
+    problem: LayerProblem,
+    vocabulary: Vocabulary,
+    enough: float,
+    callback: Callable[[float, int], Any],
+) -> Index:
     """Return the tokens, shape (n_unknown,).
 
     Row i of the output depends on tokens up to i only, so given the beginning every row of the table is tried
@@ -33,6 +41,8 @@ def decode_in_order(problem: LayerProblem, vocabulary: Vocabulary, enough: float
     vocabulary : Vocabulary
     enough : float
         Squared residual of the whole output at which it counts as reproduced.
+    callback : callable
+        Called with the positions done and their number.
     """
     beam: list[tuple[float, list[int], Array]] = [(0.0, [], np.zeros((0, problem.d)))]
     unknown = set(problem.unknown.tolist())
@@ -49,6 +59,7 @@ def decode_in_order(problem: LayerProblem, vocabulary: Vocabulary, enough: float
             ]
         ahead.sort(key=lambda one: one[0])
         beam = [(square, chosen, np.vstack([T, row])) for square, chosen, T, row in ahead[:BEAM]]
+        callback(i + 1, problem.n)
     return np.array(beam[0][1], dtype=np.intp)
 
 

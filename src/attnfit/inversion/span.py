@@ -13,6 +13,8 @@ Array = NDArray[np.float64]
 
 # Singular values of a value map below this share of its largest are zero.
 RANK_TOLERANCE = 1e-10
+# Of a large table, the rows that the most regular heads find nearest are tested by all heads.
+SCREENING_HEADS, SCREENED = 3, 2048
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class SpanTest:
     Attributes
     ----------
     values : list of ndarray, shape (d, rank)
-        ``e -> e V`` of each of these heads.
+        ``e -> e V`` of each of these heads, the one with the most regular attention first.
     outside : list of ndarray, shape (rank, rank)
         Projectors beside the spans.
     floors : list of float
@@ -55,7 +57,7 @@ class SpanTest:
         inverse = np.linalg.pinv(stacked)
         edges = np.cumsum([0, *map(len, bases)])
         error = precision * float(np.sqrt(np.mean(problem.B**2)))
-        test = cls([], [], [])
+        found = []
         for h, head in enumerate(problem.layer.heads):
             part = inverse[:, edges[h] : edges[h + 1]]
             if problem.n >= part.shape[1]:
@@ -63,17 +65,31 @@ class SpanTest:
             _, s, Wt = np.linalg.svd(problem.B @ part, full_matrices=False)
             floor = max(error * float(np.linalg.norm(part)), 1e-14 * float(s[0]))
             inside = (Wt.T * (s**2 / (s**2 + floor**2))) @ Wt
-            test.values.append(head.V @ part)
-            test.outside.append(np.eye(len(inside)) - inside)
-            test.floors.append(floor / float(s[0]))
-        return test if test.values else None
+            regularity = float(s[-1]) / (float(s[0]) + floor)
+            found.append((regularity, head.V @ part, np.eye(len(inside)) - inside, floor / float(s[0])))
+        found.sort(key=lambda one: -one[0])
+        if not found:
+            return None
+        _, values, outside, floors = zip(*found, strict=True)
+        return cls(list(values), list(outside), list(floors))
 
     def scores(self, rows: Array) -> Array:
         """Return the sum over heads of the logarithm of the share of a row's value outside the span, shape
         (N,): a token is at the floor in every head whose attention is regular, wherever it is in others.
+        Rows that are screened out score infinity.
         """
+        if len(rows) <= 2 * SCREENED or len(self.values) <= SCREENING_HEADS:
+            return self._scores(rows, len(self.values))
+        kept = np.argpartition(self._scores(rows, SCREENING_HEADS), SCREENED)[:SCREENED]
+        scores = np.full(len(rows), np.inf)
+        scores[kept] = self._scores(rows[kept], len(self.values))
+        return scores
+
+    def _scores(self, rows: Array, n_heads: int) -> Array:
+        """Return the sum over the first heads."""
         total = np.zeros(len(rows))
-        for value, outside, floor in zip(self.values, self.outside, self.floors, strict=True):
+        heads = zip(self.values[:n_heads], self.outside, self.floors, strict=False)
+        for value, outside, floor in heads:
             values = rows @ value
             sizes = np.maximum(np.linalg.norm(values, axis=1), np.finfo(float).tiny)
             total += np.log(np.linalg.norm(values @ outside, axis=1) / sizes + floor)

@@ -1,0 +1,1 @@
+"""Studies that print the tables of the documentation."""

@@ -1,0 +1,227 @@
+"""``attnfit invert``: the input of an attention layer from its output."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table as PrintedTable
+
+from attnfit.cli.attention import read_array
+from attnfit.cli.console import note, stdout
+from attnfit.cli.errors import Debug, InputError, one_sentence
+from attnfit.cli.output import check_output
+from attnfit.cli.progress import FitProgress
+from attnfit.cli.report import TABLE_BOX, certificate_radius, print_whole
+
+# More tokens than this are for a file, not for a screen.
+MAX_SHOWN = 40
+# 1 is for bad input, as everywhere, and 2 for a wrong command.
+NOT_RECOVERED = 3
+# What rounding leaves of an output, by its number type; the library's defaults are for float64.
+PRECISIONS = {"float16": 1e-3, "float32": 1e-6}
+
+
+class SearchProgress(FitProgress):
+    """The same bar for a search whose starts or tokens can be counted."""
+
+    def __init__(self) -> None:
+        super().__init__(tol=1.0)
+
+    def count(self, done: float, total: int) -> None:
+        """Show how many are done, of the most there can be."""
+        counted = f"{math.floor(done)} of up to {total}"
+        self._progress.update(self._task, completed=done, total=total, reads=counted)
+
+
+@one_sentence
+def invert(
+    layer: Annotated[
+        Path,
+        typer.Argument(help="Weights: W and V, or W_Q, W_K, W_V, W_O (.safetensors).", metavar="LAYER"),
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="Output B of the layer, one row a token (.npy).", metavar="OUTPUT")
+    ],
+    embedding: Annotated[
+        Path | None,
+        typer.Option(
+            help="Vocabulary: the rows that a token may be, N x d (n x N x d: those of each position) (.npy)."
+        ),
+    ] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="Known tokens as columns, d x n, NaN where unknown (.npy).")
+    ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(help="Relative error of the output; by default that of its number type."),
+    ] = None,
+    starts: Annotated[int | None, typer.Option(min=1, help="Largest number of starts.")] = None,
+    mask: Annotated[str | None, typer.Option(help="causal: a token sees no later one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="Write all tokens here, d x n (.npy).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the spectrum of the Jacobian here.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Recover the tokens that gave an attention output. Exit code 0: recovered, 1: bad input, 3: not."""
+    for path, option in ((save, "--save"), (plot, "--plot"), (json_path, "--json")):
+        check_output(path, option)
+    if save is not None and save.suffix.lower() != ".npy":
+        raise InputError(f"--save writes an array; name the file {save.stem}.npy")
+    if mask not in (None, "causal"):
+        raise InputError(f"--mask can be causal only, not {mask!r}; store another mask as tensor in {layer}")
+    if plot is not None:
+        from attnfit.cli.figure import check_plot
+
+        check_plot(plot)
+    if not layer.exists():
+        raise InputError(f"There is no file {layer}; check the path (the current folder is {Path.cwd()})")
+    progress = SearchProgress()
+    with progress:
+        B = read_array(output)
+        given = None if known is None else read_array(known)
+        table = None if embedding is None else read_array(embedding)
+        # A second of imports that --help should not wait for.
+        from attnfit.inversion import recover
+        from attnfit.inversion.layer_files import load_layer
+
+        problem = load_layer(layer, B, known=given, mask=mask)
+        progress.say("searching")
+        began = perf_counter()
+        try:
+            found = recover(
+                problem,
+                vocabulary=table,
+                precision=PRECISIONS.get(str(B.dtype)) if precision is None else precision,
+                n_starts=starts,
+                random_state=seed,
+                callback=progress.count,
+            )
+        except ValueError as error:
+            raise InputError(str(error).replace("vocabulary", "--embedding")) from None
+    report = InversionReport(problem, found, perf_counter() - began)
+    report.show(stdout())
+    if save is not None:
+        np.save(save, problem.tokens(found.x))
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    if plot is not None:
+        _draw(plot, found.identifiability)
+    if found.verdict != "recovered":
+        raise typer.Exit(NOT_RECOVERED)
+
+
+@dataclass(frozen=True)
+class InversionReport:
+    """What is said about a recovery.
+
+    Attributes
+    ----------
+    layer : LayerInversion
+    found : Recovery
+    seconds : float
+    """
+
+    layer: Any
+    found: Any
+    seconds: float
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what was found and how well it is determined, as names and values."""
+        layer, found, at = self.layer, self.found, self.found.identifiability
+        rows = [
+            ("unknown", f"{layer.shape[1]:,} of {layer.n:,} tokens, {layer.d:,} numbers each"),
+            ("output", f"{layer.n:,} x {layer.m:,}: {at.n_equations:,} numbers for {at.n_unknowns:,}"),
+            ("residual", f"{found.residual:.1e} of the output"),
+        ]
+        if at.rank is not None:
+            condition = f"{at.condition:.1e}" if math.isfinite(at.condition) else "infinite"
+            rows += [("rank of the Jacobian", f"{at.rank:,} of {at.n_unknowns:,}"), ("condition", condition)]
+        if found.tokens is None:
+            inputs = f"{len(found.inputs):,} with a zero residual, from {found.n_starts:,} starts"
+            rows.append(("distinct inputs", inputs))
+        if at.value_rank < layer.d:
+            rows.append(("rank of the values", f"{at.value_rank:,} of {layer.d:,}"))
+        if found.residual_floor > 1e-12:
+            rows.append(("outside the values", f"{found.residual_floor:.1e} of the output"))
+        radius = certificate_radius(found.certificate)
+        rows.append(("certificate radius", radius))
+        return rows
+
+    def show(self, console: Console) -> None:
+        """Print the report, the verdict first."""
+        console.print(self.found.message, style="bold", markup=False, soft_wrap=True)
+        table = PrintedTable(
+            box=TABLE_BOX, show_edge=False, show_header=False, padding=(0, 1, 0, 0), pad_edge=False
+        )
+        for name, value in self.rows():
+            table.add_row(name, value)
+        print_whole(console, table)
+        if self.found.tokens is not None:
+            self._show_tokens(console)
+        if self.found.verdict == "recovered" and not self.found.certificate.valid:
+            note(f"No certificate: {self.found.certificate.reason}")
+        console.print(f"{self.seconds:.2f} s", markup=False)
+
+    def _show_tokens(self, console: Console) -> None:
+        """Print the row of each token, and what is left of the output with the best other row."""
+        table = PrintedTable(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+        for name in ("token", "row", "residual with another"):
+            table.add_column(name, justify="right", no_wrap=True)
+        pairs = zip(self.layer.unknown, self.found.tokens, self.found.margins, strict=True)
+        for position, row, margin in list(pairs)[:MAX_SHOWN]:
+            other = f"{margin:.1e}" if math.isfinite(margin) else "-"
+            table.add_row(str(position), str(row), other)
+        print_whole(console, table)
+        hidden = len(self.found.tokens) - MAX_SHOWN
+        if hidden > 0:
+            note(f"{hidden:,} more tokens are not shown; write all of them with --json.")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as plain data; what is not finite becomes None."""
+        found, at = self.found, self.found.identifiability
+        return {
+            "verdict": found.verdict,
+            "message": found.message,
+            "residual": found.residual,
+            "residual_floor": found.residual_floor,
+            "distinct_inputs": len(found.inputs),
+            "starts": found.n_starts,
+            "equations": at.n_equations,
+            "unknowns": at.n_unknowns,
+            "counting": at.counting,
+            "value_rank": at.value_rank,
+            "rank": at.rank,
+            "condition": _finite(at.condition),
+            "certificate": {
+                "valid": found.certificate.valid,
+                "radius": _finite(found.certificate.radius),
+                "reason": found.certificate.reason,
+            },
+            "positions": self.layer.unknown.tolist(),
+            "tokens": None if found.tokens is None else found.tokens.tolist(),
+            "margins": None if found.margins is None else [_finite(float(m)) for m in found.margins],
+            "seconds": self.seconds,
+        }
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _draw(path: Path, at: Any) -> None:
+    """Draw the spectrum, where there is one."""
+    if at.singular_values is None:
+        note(f"No picture: a spectrum of {at.n_unknowns:,} unknowns is too large to compute.")
+        return
+    from attnfit.plots import jacobian_spectrum
+
+    jacobian_spectrum(at).savefig(path)
