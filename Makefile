@@ -26,7 +26,8 @@ test: $(VENV)/.test $(VENV)/smollm2.stamp
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(or $(TABLE),all --quick)
-	$(if $(TABLE),,$(BIN)/python -m benchmarks.attention --quick && $(BIN)/python -m benchmarks.mixture --large 10000)
+	$(if $(TABLE),,$(BIN)/python -m benchmarks.attention --quick && $(BIN)/python -m benchmarks.mixture --large 10000 \
+		&& $(BIN)/python -m benchmarks.inversion --quick)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

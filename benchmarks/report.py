@@ -14,7 +14,19 @@ from typing import Any
 from benchmarks.solvers import OURS, SOLVERS
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("attnfit", "numpy", "scipy", "scikit-learn", "glum", "tabmat", "statsmodels", "xlogit", "numba")
+PACKAGES = (
+    "attnfit",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "glum",
+    "tabmat",
+    "statsmodels",
+    "xlogit",
+    "numba",
+    "torch",
+    "jax",
+)
 Row = dict[str, Any]
 
 # Relative excess of the objective above which a point belongs to another valley, or to none.

@@ -10,7 +10,7 @@ from rich.console import Console
 from test_cli import one_error, run
 
 from attnfit import problems
-from attnfit.cli.invert import SearchProgress
+from attnfit.cli.progress import FitProgress
 from attnfit.inversion.layer_files import save_layer
 
 
@@ -150,7 +150,7 @@ def test_progress_counts_starts(monkeypatch):
     monkeypatch.setattr(
         "attnfit.cli.progress.stderr", lambda: Console(file=screen, force_terminal=True, width=120)
     )
-    progress = SearchProgress()
+    progress = FitProgress()
     monkeypatch.setattr(progress._timer, "interval", 0.0)
     with progress:
         progress._timer.join()

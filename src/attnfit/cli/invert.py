@@ -29,18 +29,6 @@ NOT_RECOVERED = 3
 PRECISIONS = {"float16": 1e-3, "float32": 1e-6}
 
 
-class SearchProgress(FitProgress):
-    """The same bar for a search whose starts or tokens can be counted."""
-
-    def __init__(self) -> None:
-        super().__init__(tol=1.0)
-
-    def count(self, done: float, total: int) -> None:
-        """Show how many are done, of the most there can be."""
-        counted = f"{math.floor(done)} of up to {total}"
-        self._progress.update(self._task, completed=done, total=total, reads=counted)
-
-
 @one_sentence
 def invert(
     layer: Annotated[
@@ -84,14 +72,13 @@ def invert(
         check_plot(plot)
     if not layer.exists():
         raise InputError(f"There is no file {layer}; check the path (the current folder is {Path.cwd()})")
-    progress = SearchProgress()
+    progress = FitProgress()
     with progress:
         B = read_array(output)
         given = None if known is None else read_array(known)
         table = None if embedding is None else read_array(embedding)
         # A second of imports that --help should not wait for.
-        from attnfit.inversion import recover
-        from attnfit.inversion.layer_files import load_layer
+        from attnfit.inversion import load_layer, recover
 
         problem = load_layer(layer, B, known=given, mask=mask)
         progress.say("searching")

@@ -23,12 +23,12 @@ class FitProgress:
     Parameters
     ----------
     tol : float
-        Relative gradient at which the fit ends.
+        Relative gradient at which the fit ends; of no meaning where work is counted.
     delay : float
         Seconds before anything shows.
     """
 
-    def __init__(self, tol: float, delay: float = DELAY) -> None:
+    def __init__(self, tol: float = 1.0, delay: float = DELAY) -> None:
         self._digits = -math.log10(min(max(tol, 1e-16), 0.1))
         self._console = stderr()
         self._progress = Progress(
@@ -87,6 +87,11 @@ class FitProgress:
     def say(self, description: str) -> None:
         """Name what is going on."""
         self._progress.update(self._task, description=description)
+
+    def count(self, done: float, total: int) -> None:
+        """Show how many pieces of work are done, of the most there can be."""
+        counted = f"{math.floor(done)} of up to {total}"
+        self._progress.update(self._task, completed=done, total=total, reads=counted)
 
     def record(self, record: Any) -> None:
         """Show one evaluation of the objective."""
