@@ -8,10 +8,11 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help demo test bench lint docs clean
+.PHONY: help demo audit-demo test bench lint docs clean
 
 help:
 	@echo "make demo   see what attnfit does"
+	@echo "make audit-demo   audit a small model that has memorised secrets: audit.html"
 	@echo "make test   run the tests"
 	@echo "make bench  time attnfit against its peers (TABLE="softmax" for one table at full size)"
 	@echo "make lint   check style and types"
@@ -20,6 +21,9 @@ help:
 
 demo: $(VENV)/.cli,plot
 	$(BIN)/attnfit demo
+
+audit-demo: $(VENV)/.cli,lm
+	$(BIN)/attnfit audit tiny --budget 100 --report audit.html
 
 test: $(VENV)/.test $(VENV)/smollm2.stamp
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup

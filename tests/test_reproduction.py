@@ -86,3 +86,21 @@ def test_unknown_papers_list_close_ones():
     with pytest.raises(ValueError, match="did you mean two-layer"):
         reproduce("twolayer")
     assert len(NAMES) == 5
+
+
+def test_the_command_line_knows_every_page():
+    from attnfit.cli.reproduce import NAMES as SHOWN
+
+    assert SHOWN == NAMES
+
+
+def test_a_page_from_the_shell(tmp_path):
+    from typer.testing import CliRunner
+
+    from attnfit.cli.app import app
+
+    done = CliRunner().invoke(app, ["reproduce", "tensor-trick", "--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "held: claimed: the matrix problem is a softmax regression" in " ".join(done.output.split())
+    assert (tmp_path / "tensor-trick.html").exists()
+    assert json.loads((tmp_path / "tensor-trick.json").read_text())["id"] == "tensor-trick"

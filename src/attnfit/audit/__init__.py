@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from attnfit.audit.models import Model, load
     from attnfit.audit.observation import Observation, observe
     from attnfit.audit.relaxation import Relaxation, masked_relaxation
+    from attnfit.audit.report import Report
+    from attnfit.audit.running import run
     from attnfit.audit.topk import invert_topk
     from attnfit.audit.utility import Utility, utility_lost
 
@@ -32,6 +34,7 @@ _HOMES = {
     "Observation": "observation",
     "Position": "found",
     "Relaxation": "relaxation",
+    "Report": "report",
     "Utility": "utility",
     "invert": "inverting",
     "invert_attention": "attention",
@@ -42,6 +45,7 @@ _HOMES = {
     "masked_relaxation": "relaxation",
     "observe": "observation",
     "recover_masked": "masked",
+    "run": "running",
     "utility_lost": "utility",
 }
 
@@ -58,6 +62,7 @@ __all__ = [
     "PickleRefused",
     "Position",
     "Relaxation",
+    "Report",
     "Utility",
     "invert",
     "invert_attention",
@@ -68,6 +73,7 @@ __all__ = [
     "masked_relaxation",
     "observe",
     "recover_masked",
+    "run",
     "utility_lost",
 ]
 

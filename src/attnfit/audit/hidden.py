@@ -21,6 +21,8 @@ from attnfit.audit.target import Target
 
 # Tokens of a draft verified at once after a repair; doubled while the draft is right.
 LOOKAHEAD = 2
+# Blocks through which the whole vocabulary passes in a second or two.
+CHEAP_DEPTH = 1
 
 
 def invert_hidden(
@@ -86,6 +88,7 @@ class HiddenSearch:
         noisy = any(target.noisy for target in self._targets)
         self._rankers = calibration.rankers_under(error) if noisy else calibration.rankers
         self._prefix, self._prior = Prefix(model, layer), Prior(model)
+        self._depth = 1 + int(layer.removeprefix("attention:")) if isinstance(layer, str) else layer
         self._positions: list[Position] = []
         self._n_drafted = 0
 
@@ -156,7 +159,8 @@ class HiddenSearch:
         names = ("running", "within") if at else ("first", "first")
         prior = self._prior.after(tokens)
         clues = Clues(self._rankers[names[0]], self._rankers[names[1]], prior)
-        search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget)
+        cheap = self._depth <= CHEAP_DEPTH
+        search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget, cheap=cheap)
         method = search.most_likely() if target.noisy else search.run()
         count = evaluated.n_candidates + (tried is not None)
         if method is None:

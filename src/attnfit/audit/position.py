@@ -51,10 +51,13 @@ class PositionSearch:
     table : Tensor, shape (n_vocabulary, width)
     budget : int
         Largest number of candidates.
+    cheap : bool
+        Whether candidates cost so little that all are tried where noise leaves none of the first ones likely.
     """
 
-    def __init__(self, evaluated: Evaluated, clues: Clues, table: Any, budget: int) -> None:
+    def __init__(self, evaluated: Evaluated, clues: Clues, table: Any, budget: int, *, cheap: bool) -> None:
         self._evaluated, self._clues, self._table, self._budget = evaluated, clues, table, budget
+        self._cheap = cheap
 
     def run(self) -> str | None:
         """Return the stage that found a token which explains the observation, None if all of them fail."""
@@ -76,7 +79,8 @@ class PositionSearch:
             if found.solved and found.best == best:
                 break
         method = "shortlist" if found.best < NOISY_SHORTLIST else "regression"
-        method = method if found.solved else "nearest"
+        if not found.solved:
+            method = "scan" if self._cheap and self._scan() else "nearest"
         score = -0.5 * len(found.target.state) * found.misfits.square() + self._clues.prior[found.tokens]
         found.choose(int(score.argmax()))
         return method

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from attnfit import __version__
 from attnfit.cli.attention import fit_attention
+from attnfit.cli.audit import audit
 from attnfit.cli.bench import bench
 from attnfit.cli.console import problem
 from attnfit.cli.demo import demo
@@ -18,6 +19,7 @@ from attnfit.cli.invert import invert
 from attnfit.cli.mixture import fit_mixture
 from attnfit.cli.models import OPTIONS
 from attnfit.cli.predict import predict
+from attnfit.cli.reproduce import reproduce
 
 app = typer.Typer(
     help="Fit, certify and apply models whose output is a softmax or an exponential.",
@@ -64,5 +66,7 @@ fits.command("mixture")(fit_mixture)
 app.add_typer(fits, name="fit", help="Fit a model: softmax, exponential, rescaled, attention or mixture.")
 app.command()(predict)
 app.command()(invert)
+app.command()(audit)
+app.command()(reproduce)
 app.command()(demo)
 app.command(context_settings={"ignore_unknown_options": True})(bench)

@@ -1,0 +1,170 @@
+"""What an audit means, for readers who know no mathematics."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from attnfit.audit.cells import MASKED, NONE
+
+if TYPE_CHECKING:
+    from attnfit.audit.report import Report
+    from attnfit.audit.summary import BreakPoint, Pair
+
+
+def percent(share: float) -> str:
+    """Return a share in percent; only all is 100 %, and only nothing 0 %."""
+    for digits in (0, 1, 2):
+        told = f"{100 * share:.{digits}f}"
+        if share in (0.0, 1.0) or float(told) not in (0.0, 100.0):
+            return f"{told} %"
+    return "< 0.01 %" if share < 0.5 else "> 99.99 %"
+
+
+def describe_access(access: str) -> str:
+    """Return a form of access in words."""
+    kind, _, place = access.partition(":")
+    return {
+        "hidden": f"the hidden states after layer {place}",
+        "attention": f"the attention output of block {place}",
+        "logits": "all next-token scores (logits)",
+        "topk": f"the {place} largest log-probabilities at every position",
+        "masked": "the model itself",
+    }[kind]
+
+
+def verdict(report: Report) -> str:
+    """Return the audit in one line: the worst access without and with the best defence."""
+    name = report.model["name"]
+    told = [f"; {report.coverage}" if report.coverage else ""]
+    bare = _worst(report, NONE)
+    if bare is None:
+        return f"{name}: nothing was tested to its end{told[0]}"
+    line = f"{name}: up to {percent(bare.token_share)} of tokens recovered without a defence ({bare.access})"
+    defended = [(defence, _worst(report, defence)) for defence in report.settings.judged if defence != NONE]
+    tested = [(defence, pair) for defence, pair in defended if pair is not None]
+    if tested:
+        defence, pair = min(tested, key=lambda one: one[1].token_share)
+        line += f"; with {defence}, the best tried, up to {percent(pair.token_share)} ({pair.access})"
+    return line + told[0]
+
+
+def _worst(report: Report, defence: str) -> Pair | None:
+    """Return the access that lets most through, among those that the defence changes."""
+    tested = [pair for pair in report.pairs if pair.defence == defence and pair.tested]
+    return max(tested, key=lambda pair: pair.token_share, default=None)
+
+
+def advise(report: Report, limit: float) -> list[str]:
+    """Return one paragraph for each form of access.
+
+    Parameters
+    ----------
+    report : Report
+    limit : float
+        Share of tokens up to which a defence is called enough.
+    """
+    told = [_of_access(report, access, limit) for access in report.settings.access]
+    told = [one for one in told if one] + _untested(report)
+    claims = sum(control.false_claims for control in report.controls)
+    claims += sum(pair.false_claims for pair in report.pairs)
+    if claims:
+        told.append(
+            f"The attack called {claims} texts certain that were not quite right, as happens where strong "
+            "noise lets several texts explain the same numbers: trust the counts above, not its word."
+        )
+    return told
+
+
+def _of_access(report: Report, access: str, limit: float) -> str:
+    bare = report.pair(access)
+    what = describe_access(access)
+    if bare is None or not bare.tested:
+        return ""
+    share = percent(bare.token_share)
+    if access == MASKED:
+        return _of_masked(bare, limit)
+    if bare.token_share <= limit:
+        return f"{access}: {share} of the tokens come back from {what} even without a defence."
+    told = [f"{access}: whoever sees {what} reads {share} of the tokens."]
+    defended = [p for p in report.pairs if p.access == access and p.defence != NONE]
+    weak = [pair for pair in defended if pair.tested and pair.token_share > limit]
+    enough = [pair for pair in defended if pair.tested and pair.token_share <= limit]
+    if weak:
+        listed = ", ".join(f"{pair.defence} {percent(pair.token_share)}" for pair in weak)
+        told.append(f"These do not protect it, and so much still comes back: {listed}.")
+    if enough:
+        best = min(enough, key=lambda pair: pair.divergence if pair.divergence is not None else 0.0)
+        told.append(
+            f"{best.defence} does, on these texts: {percent(best.token_share)} come back{_cost(best)}."
+        )
+    else:
+        told += _nothing_helps(report, access, weak)
+    return " ".join(told)
+
+
+def _untested(report: Report) -> list[str]:
+    """Return one sentence for each reason why something was not tested."""
+    missing = [pair for pair in report.pairs if not pair.tested]
+    told = []
+    for message in dict.fromkeys(pair.message for pair in missing):
+        same = [pair for pair in missing if pair.message == message]
+        groups = {one.access: [pair.defence for pair in same if pair.access == one.access] for one in same}
+        listed = "; ".join(f"{access} with {', '.join(defences)}" for access, defences in groups.items())
+        told.append(f"Not tested, which is no proof of protection: {listed} ({message}).")
+    return told
+
+
+def _of_masked(bare: Pair, limit: float) -> str:
+    share = percent(bare.token_share)
+    if bare.token_share <= limit:
+        return f"masked: the model completes {share} of hidden beginnings: no sign of memorised texts."
+    return (
+        f"masked: from the model itself and the rest of a text, {share} of hidden first tokens come back: it "
+        "has memorised these texts. No change of outputs helps; remove the texts from the training data or "
+        "train on them fewer times."
+    )
+
+
+def _cost(pair: Pair) -> str:
+    if pair.divergence is None or pair.agreement is None:
+        return ""
+    return (
+        f", at a cost of {pair.divergence:.2g} nats a token: {percent(pair.agreement)} of the model's first "
+        "choices stay the same"
+    )
+
+
+def _nothing_helps(report: Report, access: str, weak: list[Pair]) -> list[str]:
+    told = ["Nothing that was tried is enough: do not let it leave your machines."] if weak else []
+    points = [p for p in report.breakpoints if p.access == access and p.unit == "noise, row RMS"]
+    if points and points[0].predicted is not None:
+        told.append(_needed(points[0]) + _price(report, points[0]))
+    return told
+
+
+def _needed(point: BreakPoint) -> str:
+    size = f"noise of {point.predicted:.2g} times the size of each row"
+    predicted = 0.0 if point.predicted is None else point.predicted
+    if point.kept_at is not None and point.kept_at >= predicted:
+        return (
+            f"By distances alone, {size} should lose half of the tokens; even {point.kept_at:g} does not, "
+            "because the attack also knows which words are likely"
+        )
+    if point.lost_at is not None and point.lost_at < predicted:
+        return (
+            f"This attack loses half of the tokens at {point.lost_at:g} times the size of each row, but the "
+            f"numbers still tell them apart: a better one could read them up to {predicted:.2g}"
+        )
+    return f"By calculation, {size} loses half of the tokens"
+
+
+def _price(report: Report, point: BreakPoint) -> str:
+    """Return what the strongest noise that was tried costs."""
+    pattern = re.compile(r"noise:([0-9.]+)")
+    tried = [p for p in report.pairs if p.access == point.access and p.divergence is not None]
+    sizes = [(float(match[1]), pair) for pair in tried if (match := pattern.fullmatch(pair.defence))]
+    if not sizes:
+        return "."
+    _, strongest = max(sizes, key=lambda one: one[0])
+    return f"; {strongest.defence} costs {strongest.divergence:.2g} nats a token."

@@ -1,0 +1,241 @@
+"""One form of access, one defence, one text: observed and inverted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from attnfit.audit.deadline import Deadline
+from attnfit.audit.errors import AuditError
+from attnfit.audit.inverting import invert
+from attnfit.audit.masked import TABLE, MaskedFound, recover_masked
+from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.observation import Observation, observe
+from attnfit.audit.utility import utility_lost
+
+NONE, MASKED = "none", "masked"
+N_MASKED = 2
+# Tokens that a masked one may be where the vocabulary is too large to try all pairs.
+COMMON = 2048
+# Candidates a position for noise that no text explains: the vocabulary to its end would say no more.
+NOISE_CANDIDATES = 512
+CUT = "the time for this cell ran out"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a cell is about.
+
+    Attributes
+    ----------
+    access, defence : str
+    text : int
+        Index of the text.
+    control : {"", "other text", "noise"}
+        Controls invert what is not the text: any claim to have recovered it is false.
+    """
+
+    access: str
+    defence: str
+    text: int
+    control: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How one inversion went.
+
+    Attributes
+    ----------
+    key : Key
+    status : {"done", "cut", "error"}
+        "cut": time ran out before the end; "error": it cannot be done, and the message says why.
+    message : str
+    n_tokens : int
+        Tokens of the text; with masked access the hidden ones.
+    tokens : list of int
+        Recovered, from the first on.
+    right : list of bool
+        Whether each is the true one at its position.
+    verified : bool
+        Whether the attack claims to know that it is right.
+    failed_at : int or None
+    n_candidates : int
+    seconds : float
+    divergence, agreement : float or None
+        What the defence costs, where predictions go on from what is left.
+    """
+
+    key: Key
+    status: Literal["done", "cut", "error"]
+    message: str
+    n_tokens: int
+    tokens: Tokens
+    right: list[bool]
+    verified: bool = False
+    failed_at: int | None = None
+    n_candidates: int = 0
+    seconds: float = 0.0
+    divergence: float | None = None
+    agreement: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token was recovered."""
+        return len(self.right) == self.n_tokens and all(self.right)
+
+    @property
+    def false_claim(self) -> bool:
+        """Whether the attack claims to be right and is not."""
+        return self.verified and not self.exact
+
+
+class Attack:
+    """Runs cells of one model and some texts.
+
+    Parameters
+    ----------
+    model : Model
+    texts : sequence of str
+    truths : sequence of list of int
+        Their tokens.
+    random_state : int
+        Seed of defences and controls.
+    """
+
+    def __init__(
+        self, model: Model, texts: Sequence[str], truths: Sequence[Tokens], random_state: int
+    ) -> None:
+        self._model, self._texts, self._truths = model, texts, truths
+        self._seed = random_state
+        self._masked: dict[int, MaskedFound] = {}
+
+    def run(self, key: Key, seconds: float) -> Cell:
+        """Observe and invert; at most for so many seconds.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            If it was not the clock.
+        """
+        hidden = key.access == MASKED
+        truth = self._truths[key.text][: N_MASKED if hidden else None]
+        blank = Cell(key, "cut", CUT, len(truth), [], [])
+        deadline, began = Deadline(self._model, seconds), perf_counter()
+        cell = blank
+        try:
+            with deadline:
+                cell = self._hide(blank, truth) if hidden else self._invert(blank, truth)
+        except AuditError as error:
+            cell = replace(blank, status="error", message=str(error))
+        except KeyboardInterrupt:
+            if not deadline.passed:
+                raise
+        if cell.status == "done" and cell.message.endswith("interrupted"):
+            if not deadline.passed:
+                raise KeyboardInterrupt
+            cell = replace(cell, status="cut", message=CUT)
+        return cell if cell.seconds else replace(cell, seconds=perf_counter() - began)
+
+    def _invert(self, blank: Cell, truth: Tokens) -> Cell:
+        key, model = blank.key, self._model
+        text, budget = self._texts[key.text], None
+        if key.control == "other text":
+            text, truth = self._nonsense(key.text)
+        seen = observe(model, text, key.access, _or_none(key.defence), self._seed + key.text)
+        if key.control == "noise":
+            seen, truth, budget = self._noise(seen), [], NOISE_CANDIDATES
+        found = invert(model, seen, budget=budget)
+        cell = replace(
+            blank,
+            status="done",
+            message=found.message,
+            n_tokens=len(truth),
+            tokens=found.tokens,
+            right=[a == b for a, b in zip(found.tokens, truth, strict=False)],
+            # Noise has no text: with nothing to recover, any claim is false.
+            verified=found.verified,
+            failed_at=found.failed_at,
+            n_candidates=found.n_candidates,
+            seconds=found.seconds,
+        )
+        if key.control == "noise":
+            return replace(cell, n_tokens=max(1, len(found.tokens)), right=[False] * len(found.tokens))
+        if key.control or model.kind != "causal" or seen.access.kind not in ("hidden", "logits"):
+            return cell
+        lost = utility_lost(model, text, seen)
+        return replace(cell, divergence=lost.divergence, agreement=lost.agreement)
+
+    def _hide(self, blank: Cell, truth: Tokens) -> Cell:
+        at = blank.key.text
+        if at not in self._masked:
+            # Tables of a small vocabulary are shared by all texts; a large one costs by the text.
+            small = self._model.n_vocabulary <= TABLE // 16
+            which = [i for i in range(len(self._truths)) if small or i == at]
+            which = [i for i in which if len(self._truths[i]) > N_MASKED + 1]
+            if at not in which:
+                raise AuditError(f"text {at} has {len(self._truths[at])} tokens: too few to hide {N_MASKED}")
+            known = [self._truths[i][N_MASKED:] for i in which]
+            allowed = None if small else self.admissible
+            results = recover_masked(self._model, known, N_MASKED, admissible=allowed)
+            self._masked.update(zip(which, results, strict=True))
+        found = self._masked[at]
+        message = f"likeliest beginning, {found.gap:.2f} nats ahead of the next"
+        if self._model.n_vocabulary > TABLE // 16:
+            message += f"; {COMMON:,} common words tried at each place"
+        right = [a == b for a, b in zip(found.tokens, truth, strict=True)]
+        return replace(
+            blank, status="done", message=message, tokens=found.tokens, right=right,
+            n_candidates=found.n_candidates, seconds=found.seconds,
+        )  # fmt: skip
+
+    @cached_property
+    def admissible(self) -> list[list[int]]:
+        """Common words that may stand first, and common words that may follow."""
+        names = [self._model.detokenise([token]) for token in range(self._model.n_vocabulary)]
+        # Tokenizers number their tokens from common to rare.
+        first = [i for i, name in enumerate(names) if name.isalpha() and name[:1].isupper()]
+        later = [i for i, name in enumerate(names) if name[:1] == " " and name[1:].isalpha()]
+        return [first[:COMMON], later[:COMMON]]
+
+    def _nonsense(self, index: int) -> tuple[str, Tokens]:
+        """Return a random text as long as one of the texts."""
+        rng = np.random.default_rng([self._seed, index])
+        model = self._model
+        while True:
+            drawn = rng.integers(model.n_vocabulary, size=8 * len(self._truths[index]))
+            names = [model.detokenise([int(token)]).strip() for token in drawn]
+            words = [name for name in names if name.isascii() and name.isalpha()]
+            text = " ".join(words[: max(2, len(self._truths[index]) // 2)])
+            if text:
+                return text, model.tokenise(text)
+
+    def _noise(self, seen: Observation) -> Observation:
+        """Return numbers with the mean and the spread of each channel, and nothing else of an observation."""
+        rng = np.random.default_rng([self._seed, len(seen.array)])
+        spread = seen.array.std(0) + np.abs(seen.array).mean() * 1e-3
+        array = seen.array.mean(0) + spread * rng.standard_normal(seen.array.shape)
+        if seen.shown is not None:
+            array = -np.sort(np.abs(array), axis=1)
+        return replace(seen, array=array.astype(np.float32))
+
+
+def _or_none(defence: str) -> str | None:
+    return None if defence == NONE else defence
+
+
+def as_record(cell: Cell) -> dict[str, Any]:
+    """Return a cell as plain data with stable names."""
+    plain = {name: value for name, value in vars(cell).items() if name != "key"}
+    return {**vars(cell.key), **plain}
+
+
+def from_record(record: dict[str, Any]) -> Cell:
+    """Return the cell that as_record wrote."""
+    own = {name: record[name] for name in ("access", "defence", "text", "control")}
+    return Cell(Key(**own), **{name: value for name, value in record.items() if name not in own})

@@ -1,0 +1,232 @@
+"""What an audit found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from attnfit.audit.advice import advise, verdict
+from attnfit.audit.breakpoints import BITS, NOISE, Forecast
+from attnfit.audit.cells import MASKED, NONE, Cell, Key, as_record
+from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.settings import Settings
+from attnfit.audit.summary import BreakPoint, Control, Pair, measured_bracket, summarise
+from attnfit.audit.versions import versions
+
+SCHEMA = "attnfit-audit/1"
+# Share of tokens up to which a combination counts as protected where no other limit is given.
+LIMIT = 0.05
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of an audit.
+
+    Attributes
+    ----------
+    model : dict
+        Name, fingerprint and sizes of the model.
+    settings : Settings
+    pairs : tuple of Pair
+        One for each form of access and defence.
+    breakpoints : tuple of BreakPoint
+    controls : tuple of Control
+    cells : tuple of Cell
+    pieces : tuple of tuple of str
+        The tokens of each text as text.
+    n_planned : int
+        Cells; those that are not in `cells` were not reached.
+    interrupted : bool
+    seconds : float
+    command : str
+        What to type to run it again.
+    """
+
+    model: dict[str, Any]
+    settings: Settings
+    pairs: tuple[Pair, ...]
+    breakpoints: tuple[BreakPoint, ...]
+    controls: tuple[Control, ...]
+    cells: tuple[Cell, ...] = field(repr=False)
+    pieces: tuple[tuple[str, ...], ...] = field(repr=False)
+    n_planned: int
+    interrupted: bool
+    seconds: float
+    command: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        settings: Settings,
+        truths: Sequence[Tokens],
+        cells: Mapping[Key, Cell],
+        forecasts: Mapping[str, Forecast],
+        n_planned: int,
+        interrupted: bool,
+        seconds: float,
+    ) -> Report:
+        """Put a report together."""
+        some = list(cells.values())
+        pairs = [
+            summarise(form, defence, some, forecasts.get(form))
+            for form in settings.access
+            for defence in settings.defences
+            if form != MASKED or defence == NONE
+        ]
+        known = {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "kind": model.kind,
+            "layers": model.n_layers,
+            "width": model.width,
+            "vocabulary": model.n_vocabulary,
+        }
+        return cls(
+            known,
+            settings,
+            tuple(pairs),
+            tuple(_breakpoints(forecasts, pairs)),
+            tuple(Control.of(form, some) for form in settings.access if form != MASKED),
+            tuple(some),
+            tuple(_pieces(model, tokens) for tokens in truths),
+            n_planned,
+            interrupted,
+            seconds,
+        )
+
+    def pair(self, access: str, defence: str = NONE) -> Pair | None:
+        """Return the outcome of one combination; None where it was not part of the audit."""
+        same = [pair for pair in self.pairs if (pair.access, pair.defence) == (access, defence)]
+        return same[0] if same else None
+
+    @property
+    def verdict(self) -> str:
+        """The audit in one line."""
+        return verdict(self)
+
+    @property
+    def advice(self) -> list[str]:
+        """What to change, in sentences."""
+        return advise(self, LIMIT)
+
+    @property
+    def coverage(self) -> str:
+        """What was not reached; empty if everything was."""
+        missing = self.n_planned - len(self.cells)
+        cut = sum(cell.status == "cut" for cell in self.cells)
+        why = "stopped" if self.interrupted else "budget"
+        told = [f"{missing} of {self.n_planned} cells not run: {why}"] if missing else []
+        return "; ".join(told + ([f"{cut} cut short"] if cut else []))
+
+    def judged(self) -> list[Pair]:
+        """Return the combinations asked for; masked access always, since no defence of outputs changes it."""
+        return [pair for pair in self.pairs if pair.access == MASKED or pair.defence in self.settings.judged]
+
+    def failures(self, limit: float) -> list[Pair]:
+        """Return the combinations asked for that let more than this share of tokens through, or were not
+        tested.
+
+        Parameters
+        ----------
+        limit : float
+            From 0 to 1.
+        """
+        return [pair for pair in self.judged() if not pair.tested or pair.token_share > limit]
+
+    def as_json(self, redact: bool = False) -> dict[str, Any]:
+        """Return the report as plain data.
+
+        Parameters
+        ----------
+        redact : bool
+            Leave texts and recovered tokens out.
+        """
+        cells = [as_record(cell) for cell in self.cells]
+        if redact:
+            cells = [{**cell, "tokens": None, "message": ""} for cell in cells]
+        settings = vars(self.settings) | {"texts": None if redact else list(self.settings.texts)}
+        plain: dict[str, Any] = _plain(
+            {
+                "schema": SCHEMA,
+                "verdict": self.verdict,
+                "advice": self.advice,
+                "model": self.model,
+                "settings": settings | {"n_texts": len(self.settings.texts)},
+                "coverage": {
+                    "planned": self.n_planned,
+                    "run": len(self.cells),
+                    "cut": sum(cell.status == "cut" for cell in self.cells),
+                    "interrupted": self.interrupted,
+                    "message": self.coverage,
+                },
+                "pairs": [pair.as_json() for pair in self.pairs],
+                "breakpoints": [vars(point) for point in self.breakpoints],
+                "controls": [vars(control) for control in self.controls],
+                "cells": cells,
+                "seconds": self.seconds,
+                "versions": versions(),
+                "command": self.command,
+            }
+        )
+        return plain
+
+    def to_json(self, path: str | PathLike[str], *, redact: bool = False) -> None:
+        """Write the report as JSON.
+
+        Parameters
+        ----------
+        path : path
+        redact : bool
+            Leave texts and recovered tokens out.
+        """
+        text = json.dumps(self.as_json(redact), indent=2, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def to_html(self, path: str | PathLike[str], *, redact: bool = False) -> None:
+        """Write the report as one page that fetches nothing.
+
+        Parameters
+        ----------
+        path : path
+        redact : bool
+            Leave texts out of the file; otherwise the page hides them until it is asked to show them.
+        """
+        from attnfit.audit.report_html import render
+
+        Path(path).write_text(render(self, redact), encoding="utf-8")
+
+    def with_command(self, command: str) -> Report:
+        """Return the same report with another command to run it again."""
+        return replace(self, command=command)
+
+
+def _breakpoints(forecasts: Mapping[str, Forecast], pairs: Sequence[Pair]) -> list[BreakPoint]:
+    points = []
+    for form, one in forecasts.items():
+        mine = [pair for pair in pairs if pair.access == form and pair.tested]
+        for unit, name in (NOISE | BITS).items():
+            predicted = one.noise[unit] if unit in one.noise else one.bits[unit]
+            points.append(BreakPoint(form, unit, predicted, *measured_bracket(mine, name, unit in BITS)))
+    return points
+
+
+def _pieces(model: Model, tokens: Tokens) -> tuple[str, ...]:
+    """Return what each token adds to the text."""
+    grown = [model.detokenise(tokens[:count]) for count in range(len(tokens) + 1)]
+    return tuple(after[len(before) :] for before, after in pairwise(grown))
+
+
+def _plain(value: Any) -> Any:
+    """Return plain data; JSON has no NaN or infinity."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,203 @@
+"""Every form of access, every defence, every text, within a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from time import perf_counter
+
+from attnfit.audit.breakpoints import Forecast, forecast
+from attnfit.audit.calibration import calibrate
+from attnfit.audit.cells import MASKED, NONE, Attack, Key
+from attnfit.audit.checkpoint import Checkpoint
+from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.report import Report
+from attnfit.audit.settings import Settings, check_request, identity, tokenise_all
+
+# Texts for which there are controls too, per form of access.
+N_CONTROLS = 2
+# The largest part of the time left that one cell may take.
+LARGEST_PART = 1 / 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far an audit is.
+
+    Attributes
+    ----------
+    done, total : int
+        Cells.
+    seconds_left : float
+        Until the last cell at the pace so far, and at most what the budget leaves.
+    now : str
+        What is being done.
+    """
+
+    done: int
+    total: int
+    seconds_left: float
+    now: str
+
+
+def run(
+    model: Model,
+    texts: Sequence[str],
+    access: Sequence[str] | None = None,
+    defences: Sequence[str | None] = (None,),
+    budget: float = 120.0,
+    *,
+    checkpoint: str | PathLike[str] | None = None,
+    progress: Callable[[Step], None] | None = None,
+    random_state: int = 0,
+) -> Report:
+    """Audit a model: invert what it gives away about some texts, under every form of access and defence.
+
+    Every text is taken in turn under all combinations, so that a short budget shortens the list of texts
+    first. The undefended output is always measured, to compare with. For the first texts each form of access
+    also inverts another text and noise: claims to have recovered something then count as false.
+
+    Parameters
+    ----------
+    model : Model
+    texts : sequence of str
+        What the model is run on: texts like those to be protected.
+    access : sequence of str, optional
+        As in `attnfit.audit.observe`, and ``"masked"``: the first two tokens of each text are hidden, and
+        guessed from how likely the model finds the rest after them. No defence of outputs changes that, so
+        it is run once. Unless given: states of the first, middle and last layer, the first attention,
+        logits, five log-probabilities and masked; for encoders the first attention.
+    defences : sequence of str or None
+        As in `attnfit.audit.observe`.
+    budget : float
+        Wall time in seconds for everything but the calibration of layers, which is kept on disk. An inversion
+        that takes longer than its part is cut short, and what was not reached is said.
+    checkpoint : path, optional
+        Cells are kept here as they are done; the same audit resumes from it.
+    progress : callable, optional
+        Called with a Step before each cell.
+    random_state : int
+
+    Returns
+    -------
+    Report
+        Also after KeyboardInterrupt, with what was done until then.
+
+    Raises
+    ------
+    NoRoundTrip
+        If the tokenizer cannot represent a text.
+    AuditError
+        If the budget is not positive, an access or a defence is not known or not available from this model,
+        or the checkpoint belongs to another audit.
+    """
+    began = perf_counter()
+    settings = check_request(model, texts, access, defences, budget, random_state)
+    truths = tokenise_all(model, settings.texts)
+    kept = Checkpoint(None if checkpoint is None else Path(checkpoint), identity(model, settings))
+    audit = _Run(model, settings, truths, kept, progress, began)
+    interrupted = audit.all_cells()
+    return Report.of(model, settings, truths, audit.cells, audit.forecasts, audit.n_planned, interrupted,
+                     perf_counter() - began)  # fmt: skip
+
+
+class _Run:
+    """The state of one audit while it runs."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings,
+        truths: list[Tokens],
+        kept: Checkpoint,
+        progress: Callable[[Step], None] | None,
+        began: float,
+    ) -> None:
+        self._model, self._settings, self._kept = model, settings, kept
+        self._truths, self._progress = truths, progress
+        self._end = began + settings.budget
+        self._attack = Attack(model, settings.texts, truths, settings.random_state)
+        self._rounds = _plan(settings)
+        self._started = perf_counter()
+        self._n_run = 0
+        self.n_planned = sum(map(len, self._rounds))
+        self.cells = dict(kept.cells)
+        self.forecasts: dict[str, Forecast] = {}
+
+    def all_cells(self) -> bool:
+        """Run what fits into the budget; return whether it was interrupted."""
+        try:
+            self._tell("calibrating")
+            self._calibrate()
+            # Once per model and layer, and kept: a short budget should not be spent on it each time.
+            self._started = perf_counter()
+            self._end = self._started + self._settings.budget
+            self._tell("predicting break-points")
+            self._forecast()
+            for keys in self._rounds:
+                self._round([key for key in keys if key not in self.cells])
+        except KeyboardInterrupt:
+            return True
+        self._tell("done")
+        return False
+
+    def _round(self, keys: list[Key]) -> None:
+        for place, key in enumerate(keys):
+            left = self._end - perf_counter()
+            if left <= 0:
+                return
+            self._tell(f"{key.access}, {key.defence}")
+            # Each has its part; a slow one may take more, as long as the others still have theirs.
+            cell = self._attack.run(key, left * max(1 / (len(keys) - place), LARGEST_PART))
+            self.cells[key] = cell
+            self._kept.add(cell)
+            self._n_run += 1
+
+    def _calibrate(self) -> None:
+        model, forms = self._model, self._settings.access
+        if model.kind != "causal":
+            return
+        layers: list[Layer] = [int(form.partition(":")[2]) for form in forms if form.startswith("hidden:")]
+        layers += [model.n_layers + 1] if "logits" in forms else []
+        layers += [form for form in forms if form.startswith("attention:")]
+        calibrate(model, list(dict.fromkeys(layers)))
+
+    def _forecast(self) -> None:
+        """Predict what defences should do; a twentieth of the budget is enough for that."""
+        for form in self._settings.access:
+            seconds = self._settings.budget / 20 / len(self._settings.access)
+            if form != MASKED and not form.startswith("topk"):
+                self.forecasts[form] = forecast(
+                    self._model, self._truths, form, self._settings.defences, seconds,
+                    self._settings.random_state,
+                )  # fmt: skip
+
+    def _tell(self, now: str) -> None:
+        if self._progress is not None:
+            passed, budget = perf_counter() - self._started, max(0.0, self._end - perf_counter())
+            missing = self.n_planned - len(self.cells)
+            pace = passed / self._n_run * missing if self._n_run else budget
+            self._progress(Step(len(self.cells), self.n_planned, min(pace, budget), now))
+
+
+def _plan(settings: Settings) -> list[list[Key]]:
+    """Return the cells of each text; controls follow the first texts."""
+    rounds = []
+    for text in range(len(settings.texts)):
+        keys = [
+            Key(form, defence, text)
+            for defence in settings.defences
+            for form in settings.access
+            if form != MASKED or defence == NONE
+        ]
+        if text < N_CONTROLS:
+            keys += [
+                Key(form, NONE, text, control)
+                for form in settings.access
+                for control in ("other text", "noise")
+                if form != MASKED
+            ]
+        rounds.append(keys)
+    return rounds

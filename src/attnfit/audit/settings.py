@@ -1,0 +1,121 @@
+"""What an audit is asked for, checked before any work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attnfit.audit.cells import MASKED, NONE
+from attnfit.audit.defences import apply_defence
+from attnfit.audit.errors import AuditError, NoRoundTrip
+from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.observation import leak, parse_access
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes
+    ----------
+    texts, access : tuple of str
+    defences : tuple of str
+        All that were run, "none" among them.
+    judged : tuple of str
+        Those that were asked for.
+    budget : float
+    random_state : int
+    """
+
+    texts: tuple[str, ...]
+    access: tuple[str, ...]
+    defences: tuple[str, ...]
+    judged: tuple[str, ...]
+    budget: float
+    random_state: int
+
+
+def default_access(model: Model) -> list[str]:
+    """Return the forms of access that a first look at a model should have."""
+    if model.kind != "causal":
+        return ["attention:0"]
+    layers = dict.fromkeys([1, (model.n_layers + 1) // 2, model.n_layers])
+    return [*(f"hidden:{layer}" for layer in layers), "attention:0", "logits", "topk:5", MASKED]
+
+
+def check_request(
+    model: Model,
+    texts: Sequence[str],
+    access: Sequence[str] | None,
+    defences: Sequence[str | None],
+    budget: float,
+    random_state: int,
+) -> Settings:
+    """Return the settings, after every check that needs no forward pass of a text."""
+    if isinstance(texts, str) or not len(texts):
+        raise AuditError("texts must be a list with at least one text")
+    if not budget > 0:
+        raise AuditError(f"budget must be a positive number of seconds, not {budget!r}")
+    forms = default_access(model) if access is None else list(dict.fromkeys(access))
+    if not forms:
+        raise AuditError("access is empty; leave it out for the usual forms")
+    for form in forms:
+        _check_access(model, form)
+    chosen = list(dict.fromkeys(defence or NONE for defence in defences))
+    for defence in chosen:
+        apply_defence(np.ones((2, 2), dtype=np.float32), defence)
+    every = list(dict.fromkeys([NONE, *chosen]))
+    return Settings(
+        tuple(texts), tuple(forms), tuple(every), tuple(chosen or [NONE]), float(budget), random_state
+    )
+
+
+def _check_access(model: Model, form: str) -> None:
+    if form == MASKED:
+        if model.kind != "causal":
+            raise AuditError(f"access 'masked' needs next-token likelihoods; model {model.name!r} has none")
+        return
+    try:
+        parsed = parse_access(form)
+    except AuditError as error:
+        raise AuditError(f"{error}; or 'masked'") from None
+    if parsed.kind == "hidden" and model.kind != "causal":
+        raise AuditError(
+            f"access {form!r}: model {model.name!r} is an encoder, whose states depend on all tokens at "
+            "once; ask for attention:0"
+        )
+    leak(model, [0, 1], parsed)
+
+
+def tokenise_all(model: Model, texts: Sequence[str]) -> list[Tokens]:
+    """Return the tokens of every text; errors name the text."""
+    truths = []
+    for place, text in enumerate(texts):
+        try:
+            tokens = model.tokenise(text)
+        except AuditError as error:
+            kind = NoRoundTrip if isinstance(error, NoRoundTrip) else AuditError
+            raise kind(f"texts[{place}]: {error}") from None
+        if len(tokens) > model.max_length:
+            raise AuditError(
+                f"texts[{place}] has {len(tokens)} tokens; {model.name!r} takes {model.max_length}: shorten "
+                "it"
+            )
+        truths.append(tokens)
+    return truths
+
+
+def identity(model: Model, settings: Settings) -> dict[str, Any]:
+    """Return what must agree for kept cells to be of use."""
+    texts = hashlib.sha256("\0".join(settings.texts).encode()).hexdigest()
+    return {
+        "model": model.fingerprint,
+        "texts": texts,
+        "access": list(settings.access),
+        "defences": list(settings.defences),
+        "random_state": settings.random_state,
+    }

@@ -1,0 +1,199 @@
+"""Counts over texts: what came back, how sure that is, and what it cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attnfit.audit.breakpoints import HALF, Forecast
+from attnfit.audit.cells import Cell
+from attnfit.audit.intervals import wilson
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One form of access under one defence.
+
+    Attributes
+    ----------
+    access, defence : str
+    n_texts, n_cut, n_errors : int
+        Inversions that ended, that time cut short, and that cannot be done. Only the first count below.
+    tokens_right, tokens : int
+    sentences_exact : int
+    verified, false_claims : int
+        Inversions that claim to be right, and those of them that are wrong.
+    divergence, agreement : float or None
+        Mean KL divergence of the next-token distributions in nats, and share of likeliest tokens kept.
+    predicted : float or None
+        Share of tokens expected from the distances between candidates.
+    seconds : float
+        Mean of an inversion.
+    message : str
+        Why nothing was tested, if so.
+    """
+
+    access: str
+    defence: str
+    n_texts: int
+    n_cut: int
+    n_errors: int
+    tokens_right: int
+    tokens: int
+    sentences_exact: int
+    verified: int
+    false_claims: int
+    divergence: float | None
+    agreement: float | None
+    predicted: float | None
+    seconds: float
+    message: str
+
+    @property
+    def tested(self) -> bool:
+        """Whether any inversion ran to its end."""
+        return self.n_texts > 0
+
+    @property
+    def token_share(self) -> float:
+        """Share of tokens that are right at their positions."""
+        return self.tokens_right / self.tokens if self.tokens else 0.0
+
+    @property
+    def sentence_share(self) -> float:
+        """Share of texts recovered to the last token."""
+        return self.sentences_exact / self.n_texts if self.n_texts else 0.0
+
+    @property
+    def token_interval(self) -> tuple[float, float]:
+        """Wilson interval of the share of tokens, as if they were independent."""
+        return wilson(self.tokens_right, self.tokens)
+
+    @property
+    def sentence_interval(self) -> tuple[float, float]:
+        """Wilson interval of the share of texts."""
+        return wilson(self.sentences_exact, self.n_texts)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return counts, shares and intervals as plain data; no shares where nothing was tested."""
+        shares = {
+            "tested": self.tested,
+            "token_share": self.token_share if self.tested else None,
+            "token_interval": list(self.token_interval),
+            "sentence_share": self.sentence_share if self.tested else None,
+            "sentence_interval": list(self.sentence_interval),
+        }
+        return vars(self) | shares
+
+
+def summarise(access: str, defence: str, cells: Sequence[Cell], forecast: Forecast | None) -> Pair:
+    """Return the outcome of one combination over all texts."""
+    mine = [c for c in cells if (c.key.access, c.key.defence, c.key.control) == (access, defence, "")]
+    done = [cell for cell in mine if cell.status == "done"]
+    failed = [cell for cell in mine if cell.status == "error"]
+    cut = len(mine) - len(done) - len(failed)
+    message = ""
+    if not done:
+        message = failed[0].message if failed else "no inversion ended within the budget"
+    return Pair(
+        access=access,
+        defence=defence,
+        n_texts=len(done),
+        n_cut=cut,
+        n_errors=len(failed),
+        tokens_right=sum(sum(cell.right) for cell in done),
+        tokens=sum(cell.n_tokens for cell in done),
+        sentences_exact=sum(cell.exact for cell in done),
+        verified=sum(cell.verified for cell in done),
+        false_claims=sum(cell.false_claim for cell in done),
+        divergence=_mean([cell.divergence for cell in done]),
+        agreement=_mean([cell.agreement for cell in done]),
+        predicted=None if forecast is None else forecast.shares.get(defence),
+        seconds=_mean([cell.seconds for cell in done]) or 0.0,
+        message=message,
+    )
+
+
+@dataclass(frozen=True)
+class Control:
+    """Inversions of one form of access that have nothing to find.
+
+    Attributes
+    ----------
+    access : str
+    other_texts, noise : int
+        Runs on random texts, and on noise.
+    other_texts_exact : int
+        Random texts recovered: the attack does not depend on what the text is about.
+    claims, false_claims : int
+        Claims to be right, and wrong ones among them.
+    """
+
+    access: str
+    other_texts: int
+    other_texts_exact: int
+    noise: int
+    claims: int
+    false_claims: int
+
+    @classmethod
+    def of(cls, access: str, cells: Sequence[Cell]) -> Control:
+        """Count the controls of one form of access."""
+        mine = [cell for cell in cells if cell.key.access == access and cell.key.control]
+        texts = [cell for cell in mine if cell.key.control == "other text"]
+        return cls(
+            access,
+            len(texts),
+            sum(cell.exact for cell in texts),
+            len(mine) - len(texts),
+            sum(cell.verified for cell in mine),
+            sum(cell.false_claim for cell in mine),
+        )
+
+
+@dataclass(frozen=True)
+class BreakPoint:
+    """Where half of the tokens are lost.
+
+    Attributes
+    ----------
+    access, unit : str
+    predicted : float or None
+        From distances between candidates. None: no number of bits from 2 on is few enough.
+    kept_at, lost_at : float or None
+        The strongest member of the family at which half of the tokens still came back, and the weakest at
+        which they did not.
+    """
+
+    access: str
+    unit: str
+    predicted: float | None
+    kept_at: float | None
+    lost_at: float | None
+
+
+def measured_bracket(pairs: Sequence[Pair], name: str, falling: bool) -> tuple[float | None, float | None]:
+    """Return the strongest member of a family that keeps half of the tokens, and the weakest that does not.
+
+    Parameters
+    ----------
+    pairs : sequence of Pair
+        Tested ones of one form of access.
+    name : str
+        How members are written, with ``{}`` for their size.
+    falling : bool
+        Whether smaller members are stronger.
+    """
+    pattern = re.compile(re.escape(name).replace(r"\{\}", "([0-9.e-]+)"))
+    sizes = [(float(match[1]), pair) for pair in pairs if (match := pattern.fullmatch(pair.defence))]
+    kept = [size for size, pair in sizes if pair.token_share >= HALF]
+    lost = [size for size, pair in sizes if pair.token_share < HALF]
+    strongest, weakest = (min, max) if falling else (max, min)
+    return strongest(kept, default=None), weakest(lost, default=None)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

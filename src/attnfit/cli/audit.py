@@ -1,0 +1,250 @@
+"""``attnfit audit``: what text a language model gives away, and what protects it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as PrintedTable
+
+from attnfit.cli.console import note, problem, stdout
+from attnfit.cli.errors import Debug, InputError, in_options, one_sentence
+from attnfit.cli.output import check_output
+from attnfit.cli.progress import FitProgress
+from attnfit.cli.report import TABLE_BOX, print_whole
+
+# 1 is for a gate that is not passed, 130 for Ctrl-C.
+BAD_INPUT = 2
+STANDARD = "none,float16,int8,int4,noise:0.3,noise:1.0"
+EVERYTHING = (
+    "none,float16,bfloat16,int8,int8:channel,int4,int4:channel,noise:0.1,noise:0.3,noise:1.0,noise:2.0,"
+    "noise:0.1std,noise:0.3std,noise:1.0std,noise:2.0std,round:2,round:1,round:0,drop0"
+)
+# Texts that a model with known private texts is audited on unless others are given.
+N_OWN = 8
+# Combinations that a failed gate names.
+MAX_NAMED = 5
+
+
+class AuditProgress(FitProgress):
+    """The same bar, with cells and the time left."""
+
+    def __init__(self) -> None:
+        super().__init__(tol=1.0)
+
+    def count(self, done: float, total: int) -> None:
+        """Show how many are done."""
+        self._progress.update(self._task, completed=done, total=total, reads=f"{done:.0f} of {total}")
+
+    def step(self, step: Any) -> None:
+        """Show how far the audit is."""
+        left = f"{step.done} of {step.total} cells, {step.seconds_left:.0f} s left"
+        self._progress.update(
+            self._task, description=step.now, completed=step.done, total=step.total, reads=left
+        )
+
+
+@contextmanager
+def bad_input(debug: bool) -> Iterator[None]:
+    """Turn what is wrong with the request into one sentence and exit code 2."""
+    from attnfit.audit.errors import AuditError
+
+    try:
+        yield
+    except (AuditError, InputError, FileNotFoundError, ModuleNotFoundError) as error:
+        if debug:
+            raise
+        problem(str(error) if isinstance(error, InputError) else in_options(str(error)))
+        raise typer.Exit(BAD_INPUT) from None
+
+
+@one_sentence
+def audit(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="tiny, smollm2, minilm, a directory or a .gguf file.", metavar="MODEL"),
+    ] = None,
+    access: Annotated[
+        str | None,
+        typer.Option(help="What is seen: hidden:LAYER, attention:BLOCK, logits, topk:COUNT, masked."),
+    ] = None,
+    texts: Annotated[Path | None, typer.Option(help="Texts to audit with, one a line (UTF-8).")] = None,
+    defences: Annotated[
+        str, typer.Option(help="What is done to it before; 'all' for every kind.")
+    ] = STANDARD,
+    budget: Annotated[
+        float, typer.Option(help="Seconds, after a calibration that a model needs once.")
+    ] = 120.0,
+    report: Annotated[Path | None, typer.Option(help="Write the report here (.html).")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here (.json).")] = None,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Leave texts and recovered tokens out of both files.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Keep finished cells here, and go on from there.")
+    ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Exit with 1 if an access with a defence asked for gives away a larger share of tokens.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of noise and controls.")] = 0,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run any code.")
+    ] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Check every form of access on the model tiny, and stop.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Recover texts from what a model gives away. Exit code 0: fine, 1: above --fail-above, 2: bad input."""
+    if self_test:
+        _self_test(debug)
+        return
+    with bad_input(debug):
+        if model is None:
+            raise InputError("MODEL is missing: tiny, smollm2, minilm, a directory or a .gguf file")
+        for path, option in ((report, "--report"), (json_path, "--json"), (checkpoint, "--checkpoint")):
+            check_output(path, option)
+        given = None if texts is None else read_texts(texts)
+        asked = (EVERYTHING if defences == "all" else defences).split(",")
+        forms = None if access is None else [form.strip() for form in access.split(",")]
+        progress = AuditProgress()
+        with progress:
+            progress.say("loading the model")
+            found = _run(model, given, forms, asked, budget, checkpoint, seed, allow_pickle, progress)
+    settings = {"--texts": texts, "--report": report, "--json": json_path, "--fail-above": fail_above}
+    found = found.with_command(_command(model, found.settings, defences, settings, redact))
+    show(stdout(), found)
+    if report is not None:
+        found.to_html(report, redact=redact)
+    if json_path is not None:
+        found.to_json(json_path, redact=redact)
+    if found.interrupted:
+        problem("Stopped before the end; what was done until then is in the report.")
+        raise typer.Exit(130)
+    if fail_above is not None:
+        _gate(found, fail_above)
+
+
+def _run(
+    name: str, given: Any, forms: Any, defences: list[str], budget: float, checkpoint: Path | None, seed: int,
+    allow_pickle: bool, progress: AuditProgress,
+) -> Any:  # fmt: skip
+    """Load the model and audit it."""
+    # Seconds of imports that --help should not wait for.
+    from attnfit.audit import AuditError, load
+    from attnfit.audit.running import run
+
+    if not budget > 0:
+        raise InputError(f"--budget must be a positive number of seconds, not {budget:g}")
+    loaded = load(name, allow_pickle=allow_pickle)
+    own = dict(enumerate(loaded.private_texts[:N_OWN]))
+    lines = own if given is None else given
+    if not lines:
+        raise InputError("--texts is missing: a file with one text a line, like those to be protected")
+    try:
+        return run(
+            loaded, list(lines.values()), forms, [defence.strip() for defence in defences], budget,
+            checkpoint=checkpoint, progress=progress.step, random_state=seed,
+        )  # fmt: skip
+    except AuditError as error:
+        numbers = list(lines)
+        told = re.sub(r"^texts\[(\d+)\]", lambda match: f"line {numbers[int(match[1])]}", str(error))
+        raise InputError(told) from error
+
+
+def read_texts(path: Path) -> dict[int, str]:
+    """Return the lines of a file that are not blank, by their numbers.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or no text in it.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}; check the path (the current folder is {Path.cwd()})")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not text in UTF-8 (byte {error.start}); save it again as UTF-8"
+        ) from None
+    found = {number: line for number, line in enumerate(lines, 1) if line.strip()}
+    if not found:
+        raise InputError(f"{path} holds no text: one text a line is expected")
+    return found
+
+
+def show(console: Console, found: Any) -> None:
+    """Print the verdict, the share of tokens recovered for every combination, and what to change."""
+    from attnfit.audit.advice import percent
+
+    console.print(found.verdict, style="bold", markup=False, soft_wrap=True)
+    table = PrintedTable(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("access", *found.settings.defences):
+        table.add_column(name, justify="left" if name == "access" else "right", no_wrap=True)
+    for access in found.settings.access:
+        pairs = [found.pair(access, defence) for defence in found.settings.defences]
+        shares = ["=" if p is None else percent(p.token_share) if p.tested else "?" for p in pairs]
+        table.add_row(access, *shares)
+    print_whole(console, table)
+    legend = "Share of tokens recovered; ?: not tested, =: no defence of outputs changes it."
+    console.print(legend, style="dim")
+    for sentence in found.advice:
+        console.print(f"\n{sentence}", markup=False, soft_wrap=True)
+    console.print(f"\n{found.seconds:.0f} s", markup=False)
+
+
+def _gate(found: Any, limit: float) -> None:
+    """Exit with 1 unless every combination asked for was tested and lets little enough through."""
+    from attnfit.audit.advice import percent
+
+    failures = found.failures(limit)
+    if failures:
+        failures = sorted(failures, key=lambda pair: -pair.token_share)
+        told = [
+            f"{p.access} with {p.defence} {percent(p.token_share) if p.tested else 'not tested'}"
+            for p in failures[:MAX_NAMED]
+        ]
+        told += [f"{len(failures) - MAX_NAMED} more"] if len(failures) > MAX_NAMED else []
+        problem(f"Above {percent(limit)} of tokens: {', '.join(told)}")
+        raise typer.Exit(1)
+    note(f"No access with a defence asked for gives away more than {percent(limit)} of the tokens.")
+
+
+def _command(model: str | None, settings: Any, defences: str, others: dict[str, Any], redact: bool) -> str:
+    words = ["attnfit", "audit", str(model), "--access", ",".join(settings.access), "--defences", defences]
+    words += ["--budget", f"{settings.budget:g}"]
+    for option, value in others.items():
+        words += [] if value is None else [option, str(value)]
+    words += ["--seed", str(settings.random_state)] if settings.random_state else []
+    return shlex.join(words + (["--redact"] if redact else []))
+
+
+def _self_test(debug: bool) -> None:
+    progress = AuditProgress()
+    with bad_input(debug), progress:
+        progress.say("loading the model")
+        from attnfit.audit.self_test import self_test
+
+        checks = self_test(progress.say)
+    console = stdout()
+    for check in checks:
+        style, mark = ("green", "pass") if check.passed else ("bold red", "FAIL")
+        console.print(f"{mark}  {check}", style=style, markup=False, soft_wrap=True)
+    failed = [check.name for check in checks if not check.passed]
+    seconds = sum(check.seconds for check in checks)
+    if failed:
+        problem(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+        raise typer.Exit(1)
+    console.print(f"All {len(checks)} checks passed in {seconds:.1f} s.")

@@ -1,0 +1,131 @@
+"""``attnfit reproduce``: the experiments of the papers again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as PrintedTable
+
+from attnfit.cli.audit import AuditProgress, bad_input, read_texts
+from attnfit.cli.console import stdout
+from attnfit.cli.errors import Debug, InputError, one_sentence, suggest
+from attnfit.cli.report import TABLE_BOX, print_whole
+
+Options = dict[str, Any]
+# Those of `attnfit.reproduction`, whose imports --help should not wait for.
+NAMES = ("rescaled-hyperbolic", "weight-shifting", "tensor-trick", "two-layer", "layer-recovery")
+
+
+@one_sentence
+def reproduce(
+    paper: Annotated[
+        str, typer.Argument(help=f"{', '.join(NAMES)}, data-recovery, or all.", metavar="PAPER")
+    ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute instead of a quarter of an hour: larger steps.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write JSON, figures and a page into this folder.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Another causal model that has memorised --texts: a directory.")
+    ] = "tiny",
+    texts: Annotated[Path | None, typer.Option(help="Texts it has memorised, one a line.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Run a paper's experiment again, and say which of its claims hold. Exit code 2: bad input."""
+    with bad_input(debug):
+        if paper not in (*PAPERS, "all"):
+            raise InputError(f"There is no paper {paper!r}{suggest(paper, [*PAPERS, 'all'])}")
+        if out is not None and out.exists() and not out.is_dir():
+            raise InputError(f"--out: {out} is a file; name a folder")
+        options = {"quick": quick, "out": out, "model": model, "texts": texts, "seed": seed}
+        for name in PAPERS if paper == "all" else [paper]:
+            PAPERS[name](options)
+
+
+def data_recovery(options: Options) -> None:
+    """Table 1 and figure 3 of the recovery of masked tokens."""
+    given = None if options["texts"] is None else list(read_texts(options["texts"]).values())
+    progress = AuditProgress()
+    with progress:
+        progress.say("loading the model")
+        # Seconds of imports that --help should not wait for.
+        from attnfit.audit import load
+        from attnfit.audit.reproduction import reproduce_data_recovery
+
+        loaded = load(options["model"])
+        progress.say("descending")
+        found = reproduce_data_recovery(
+            loaded, given, quick=options["quick"], random_state=options["seed"], progress=progress.count
+        )
+    show_data_recovery(stdout(), found)
+    if options["out"] is not None:
+        _write(options["out"], found)
+
+
+def page_of(paper: str, options: Options) -> None:
+    """Show and write what a paper claims, what was measured and whether it held."""
+    progress = AuditProgress()
+    with progress:
+        progress.say(f"measuring {paper}")
+        from attnfit.reproduction import reproduce as measure
+
+        page = measure(paper, quick=options["quick"])
+    console = stdout()
+    console.print(f"{paper}: {page.paper}", style="bold", markup=False, soft_wrap=True)
+    for claim in page.claims:
+        style, mark = {True: ("green", "held"), False: ("red", "not held"), None: ("yellow", "open")}[
+            claim.held
+        ]
+        told = f"{mark}: claimed: {claim.claimed}; measured: {claim.measured}"
+        console.print(told, style=style, markup=False, soft_wrap=True)
+    console.print(f"{page.seconds:.0f} s", markup=False)
+    if options["out"] is not None:
+        options["out"].mkdir(parents=True, exist_ok=True)
+        page.to_json(options["out"] / f"{paper}.json")
+        quick = " --quick" if options["quick"] else ""
+        page.to_html(options["out"] / f"{paper}.html", f"attnfit reproduce {paper}{quick}")
+
+
+# One function a paper: it runs, prints and writes.
+PAPERS: dict[str, Callable[[Options], None]] = {
+    **{name: partial(page_of, name) for name in NAMES},
+    "data-recovery": data_recovery,
+}
+
+
+def show_data_recovery(console: Console, found: Any) -> None:
+    """Print the claims, and the table of the paper."""
+    runs = f"{found.losses.shape[1]} runs of {found.steps_taken:,} steps of size {found.step_size:g}"
+    head = f"data-recovery on {found.model}: {runs}"
+    console.print(head, style="bold", markup=False, soft_wrap=True)
+    for claim in found.claims:
+        style, mark = ("green", "held") if claim.held else ("red", "not held")
+        told = f"{mark}: {claim.what}: claimed {claim.claimed}; measured {claim.measured}"
+        console.print(told, style=style, markup=False, soft_wrap=True)
+    table = PrintedTable(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("step", "loss a position", "success"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("text of the run that ends best", no_wrap=True)
+    success = dict(zip(found.steps.tolist(), found.success.tolist(), strict=True))
+    for step, text, loss in found.table:
+        table.add_row(f"{step:,}", f"{loss:.2f}", f"{success[step]:.2f}", text)
+    print_whole(console, table)
+    ours = f"recover_masked: {found.n_found} of {len(found.found)} texts"
+    console.print(f"{ours}; {found.seconds:.0f} s in all", markup=False)
+
+
+def _write(folder: Path, found: Any) -> None:
+    from attnfit.audit.reproduction_html import STYLE, figures, render
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data-recovery.json").write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+    (folder / "data-recovery.html").write_text(render(found), encoding="utf-8")
+    for name, chart in zip(("loss", "success"), figures(found), strict=True):
+        (folder / f"data-recovery-{name}.svg").write_text(chart.svg(STYLE), encoding="utf-8")

@@ -1,0 +1,140 @@
+"""``attnfit audit`` and ``attnfit reproduce`` on the packaged model, good and bad."""
+
+import json
+
+import pytest
+from audit_models import audit_cache, tiny  # noqa: F401
+from test_cli import run
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+FAST = ("--access", "hidden:1,topk:5", "--defences", "none,int8,noise:4.0", "--budget", 60)
+
+
+@pytest.fixture
+def texts(tiny, tmp_path):  # noqa: F811
+    path = tmp_path / "texts.txt"
+    path.write_text(f"{tiny.private_texts[0]}\n\n{tiny.private_texts[1]}\n")
+    return path
+
+
+def refused(result):
+    """The only sentence on stderr, which came with exit code 2."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    (sentence,) = [line for line in result.stderr.splitlines() if not line.startswith("Note: ")]
+    return sentence
+
+
+def test_audit_writes_everything(texts, tmp_path):
+    page, told = tmp_path / "out.html", tmp_path / "out.json"
+    result = run("audit", "tiny", "--texts", texts, *FAST, "--report", page, "--json", told)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("tiny: up to 100 % of tokens recovered without a defence (hidden:1)")
+    assert lines[1].split() == ["access", "none", "int8", "noise:4.0"]
+    content = json.loads(told.read_text())
+    assert content["settings"]["n_texts"] == 2
+    assert {pair["access"] for pair in content["pairs"]} == {"hidden:1", "topk:5"}
+    assert "attnfit audit tiny --access hidden:1,topk:5" in content["command"]
+    assert "<h1>What tiny gives away</h1>" in page.read_text()
+
+
+def test_the_gate_sets_the_exit_code(texts):
+    open_gate = run("audit", "tiny", "--texts", texts, *FAST, "--fail-above", 1)
+    assert open_gate.exit_code == 0, open_gate.output
+    assert "No access with a defence asked for gives away more than 100 %" in open_gate.stderr
+    closed = run("audit", "tiny", "--texts", texts, *FAST, "--fail-above", 0.05)
+    assert closed.exit_code == 1
+    assert "Error: Above 5 % of tokens: hidden:1 with none 100 %" in closed.stderr
+
+
+def test_checkpoints_are_resumed(texts, tmp_path):
+    kept = ("--checkpoint", tmp_path / "cells.jsonl")
+    first = run("audit", "tiny", "--texts", texts, *FAST, *kept)
+    assert first.exit_code == 0, first.output
+    size = (tmp_path / "cells.jsonl").stat().st_size
+    again = run("audit", "tiny", "--texts", texts, *FAST, *kept)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "cells.jsonl").stat().st_size == size
+    assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
+    other = run("audit", "tiny", "--texts", texts, "--access", "hidden:2", *kept)
+    assert "is of another audit: access, defences differ" in refused(other)
+
+
+def test_redacted(texts, tmp_path):
+    told = tmp_path / "out.json"
+    result = run("audit", "tiny", "--texts", texts, *FAST, "--json", told, "--redact")
+    assert result.exit_code == 0, result.output
+    assert texts.read_text().splitlines()[0] not in told.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "MODEL is missing: tiny, smollm2, minilm"),
+        (["nowhere"], "nowhere does not exist; give a path or one of tiny, smollm2, minilm"),
+        (["tiny", "--texts", "nowhere.txt"], "There is no file nowhere.txt; check the path"),
+        (["tiny", "--access", "hidden:15"], "layer must be 1 to 5 for 'tiny', not 15"),
+        (["tiny", "--access", "weights"], "or 'masked'"),
+        (["tiny", "--defences", "rot13"], "defence 'rot13' is not known"),
+        (["tiny", "--budget", "0"], "--budget must be a positive number of seconds, not 0"),
+        (["tiny", "--report", "no/where/out.html"], "--report: there is no folder no/where; make it first"),
+    ],
+)
+def test_bad_input(tiny, arguments, expected):  # noqa: F811
+    assert expected in refused(run("audit", *arguments))
+
+
+def test_bad_texts_are_named_by_their_lines(tiny, tmp_path):  # noqa: F811
+    path = tmp_path / "texts.txt"
+    path.write_text("A train.\n\n" + 300 * "a" + "\n")
+    assert "line 3 has 150 tokens; 'tiny' takes 128: shorten it" in refused(
+        run("audit", "tiny", "--texts", path)
+    )
+    path.write_text("\n \n")
+    assert "holds no text: one text a line" in refused(run("audit", "tiny", "--texts", path))
+    path.write_bytes(b"caf\xe9\n")
+    assert "is not text in UTF-8 (byte 3)" in refused(run("audit", "tiny", "--texts", path))
+
+
+def test_self_test_names_every_access(tiny):  # noqa: F811
+    result = run("audit", "--self-test")
+    for name in ("hidden:1", "attention:0", "logits", "topk:5", "masked", "states of another layer"):
+        assert f"pass  {name}" in result.stdout, result.output
+    assert result.exit_code == 0
+
+
+# ---- reproduce ---------------------------------------------------------------------------------------------
+
+
+def test_reproduce_data_recovery(tiny, tmp_path, monkeypatch):  # noqa: F811
+    from attnfit.audit import reproduction
+
+    monkeypatch.setattr(reproduction, "QUICK_STEPS", 30)
+    monkeypatch.setattr(reproduction, "N_TEXTS", 2)
+    monkeypatch.setattr(reproduction, "N_REPEATS", 4)
+    result = run("reproduce", "data-recovery", "--quick", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "not held: share of runs that end with the hidden tokens: claimed 0.92" in result.stdout
+    assert "recover_masked: 2 of 2 texts" in result.stdout
+    told = json.loads((tmp_path / "out" / "data-recovery.json").read_text())
+    assert told["recover_masked"]["right"] == 2
+    assert len(told["figure_3"]["step"]) == len(told["figure_3"]["mean_loss"]) > 10
+    assert [row["step"] for row in told["table_1"]][-1] == 30
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "data-recovery.json", "data-recovery.html", "data-recovery-loss.svg", "data-recovery-success.svg",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data-recovry"], "There is no paper 'data-recovry'; did you mean 'data-recovery'"),
+        (["data-recovery", "--model", "nowhere"], "nowhere does not exist"),
+        (["data-recovery", "--texts", "nowhere.txt"], "There is no file nowhere.txt"),
+    ],
+)
+def test_reproduce_bad_input(tiny, arguments, expected):  # noqa: F811
+    assert expected in refused(run("reproduce", *arguments))
