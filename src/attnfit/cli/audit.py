@@ -35,13 +35,6 @@ MAX_NAMED = 5
 class AuditProgress(FitProgress):
     """The same bar, with cells and the time left."""
 
-    def __init__(self) -> None:
-        super().__init__(tol=1.0)
-
-    def count(self, done: float, total: int) -> None:
-        """Show how many are done."""
-        self._progress.update(self._task, completed=done, total=total, reads=f"{done:.0f} of {total}")
-
     def step(self, step: Any) -> None:
         """Show how far the audit is."""
         left = f"{step.done} of {step.total} cells, {step.seconds_left:.0f} s left"

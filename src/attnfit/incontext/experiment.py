@@ -58,7 +58,10 @@ class Cell:
     slack : ndarray, shape (count,)
         Decimal logarithm of the published bound ``n^1.5 exp(10 R^2) |dx|`` over ``|d_GD|``.
     curves : dict of ndarray, shape (steps, 4)
-        By kind of move: step size and quantiles 5, 50, 95 % of the cosine.
+        By kind of move: step size and quantiles 5, 50, 95 % of the cosine with a gradient step of that size.
+    losses : dict of ndarray, shape (steps, 4)
+        By kind of move that has a step size: step size and quantiles of the loss after it, relative to
+        before.
     trajectories : dict of ndarray, shape (steps + 1, 2)
         By kind of move, repeated: median relative loss, and median cosine of the total shift with that of
         gradient descent.
@@ -72,6 +75,7 @@ class Cell:
     at_small: dict[str, Comparison]
     slack: Array
     curves: dict[str, Array]
+    losses: dict[str, Array]
     trajectories: dict[str, Array]
 
 
@@ -123,6 +127,7 @@ def measure(
         at_small=_compared(batch, _steps_of(batch, small, small, rng)),
         slack=_slack(batch, steps),
         curves=_curves(batch, data_steps, attention),
+        losses=_losses(batch),
         trajectories=_trajectories(batch, steps, data_steps, attention),
     )
 
@@ -196,6 +201,16 @@ def _curves(batch: Batch, data_steps: Array, attention: TrainedAttention) -> dic
         for name, other in others.items():
             rows[name].append([step, *np.quantile(_cosines(gradient, other), QUANTILES)])
     return {name: np.array(values) for name, values in rows.items()}
+
+
+def _losses(batch: Batch) -> dict[str, Array]:
+    """Return quantiles of the relative loss after a step of either kind against its size."""
+    start = batch.loss()
+    found = {}
+    for name, direction in (("gradient step", batch.descent), ("data step", batch.data_descent)):
+        rows = [[s, *np.quantile(batch.loss(s * direction) / start, QUANTILES)] for s in STEP_SIZES]
+        found[name] = np.array(rows)
+    return found
 
 
 def _trajectories(

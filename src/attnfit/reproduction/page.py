@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,16 @@ class Curve:
     lines : dict of (x, y)
     log : tuple of bool
         Of the x and of the y axis.
+    points : bool
+        Marks without lines between them.
     """
 
     title: str
     x_label: str
     y_label: str
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]]
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     log: tuple[bool, bool] = (False, True)
+    points: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def _drawn(curve: Curve) -> str:
 
     axes: Any = new_axes(None, 7.0, 4.0)
     for name, (x, y) in curve.lines.items():
-        axes.plot(x, y, marker="o", markersize=3, label=name)
+        axes.plot(x, y, "o" if curve.points else "o-", markersize=3, label=name)
     axes.set(xlabel=curve.x_label, ylabel=curve.y_label)
     axes.set(xscale="log" if curve.log[0] else "linear", yscale="log" if curve.log[1] else "linear")
     axes.legend(frameon=False)

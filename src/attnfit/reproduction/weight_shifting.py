@@ -5,10 +5,13 @@ closeness.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnfit.incontext.experiment import SHAPES, Cell, measure, verdict
 from attnfit.reproduction.page import Claim, Curve, Page, Table
 from attnfit.theory import PAPERS, search
+
+Array = NDArray[np.float64]
 
 QUICK_SHAPES = ((12, 4), (12, 12), (40, 13))
 
@@ -45,7 +48,11 @@ def run(quick: bool) -> Page:
         "close to it unless the rows are nearly orthogonal."
     )
     return Page(
-        "weight-shifting", PAPERS["WS"], summary, claims, [_table(cells), _curve(cells), _repeated(cells)]
+        "weight-shifting",
+        PAPERS["WS"],
+        summary,
+        claims,
+        [_table(cells), *_curves(cells[0]), _decreases(cells), _slack(cells), _repeated(cells)],
     )
 
 
@@ -71,13 +78,53 @@ def _table(cells: list[Cell]) -> Table:
     return Table("Shifts beside that of the gradient step, each at its best step size", head, rows)
 
 
-def _curve(cells: list[Cell]) -> Curve:
+def _curves(cell: Cell) -> list[Table | Curve]:
+    """Draw cosine and loss against the step size, medians with the band of 5 to 95 %."""
+    size = f"n = {cell.n}, d = {cell.d}"
+    return [
+        Curve(
+            f"Cosine with the gradient step, {size}",
+            "step size",
+            "cosine",
+            _bands(cell.curves),
+            (True, False),
+        ),
+        Curve(f"Loss after the step, {size}", "step size", "loss / start", _bands(cell.losses), (True, True)),
+    ]
+
+
+def _bands(quantiles: dict[str, Array]) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        f"{name}, {told}": (rows[:, 0].tolist(), rows[:, k].tolist())
+        for name, rows in quantiles.items()
+        for k, told in ((1, "5 %"), (2, "median"), (3, "95 %"))
+    }
+
+
+def _decreases(cells: list[Cell]) -> Curve:
+    """Draw what one trained attention layer does to the loss of each instance beside a gradient step."""
+    points = {
+        f"n = {cell.n}, d = {cell.d}": (
+            cell.at_best["gradient step"].losses.tolist(), cell.at_best["trained attention"].losses.tolist()
+        )
+        for cell in cells if not cell.planted
+    }  # fmt: skip
+    title = "Loss / start of every instance: a gradient step across, trained attention up"
+    return Curve(title, "gradient step", "trained attention", points, (False, False), points=True)
+
+
+def _slack(cells: list[Cell]) -> Curve:
+    """Draw the histogram of how far the published bound is above the shift."""
     lines = {}
     for cell in cells:
         if not cell.planted:
-            for name, curve in cell.curves.items():
-                lines[f"{name}, n = {cell.n}, d = {cell.d}"] = (curve[:, 0].tolist(), curve[:, 2].tolist())
-    return Curve("Median cosine against the step size", "step size", "cosine", lines, (True, False))
+            counts, edges = np.histogram(cell.slack, 15)
+            lines[f"n = {cell.n}, d = {cell.d}"] = (
+                (0.5 * (edges[1:] + edges[:-1])).tolist(),
+                counts.tolist(),
+            )
+    title = "Powers of ten between the published bound and the shift"
+    return Curve(title, "powers of ten", "instances", lines, (False, False))
 
 
 def _repeated(cells: list[Cell]) -> Table:
