@@ -211,8 +211,27 @@ def test_bad_arguments():
     layer, table, _ = table_layer()
     with pytest.raises(ValueError, match="precision must lie between 0 and 1, not 2"):
         inversion.recover(layer, vocabulary=table, precision=2)
+    with pytest.raises(ValueError, match="precision must lie between 0 and 1, not 'x'"):
+        inversion.recover(layer, precision="x")
+    with pytest.raises(ValueError, match=r"n_starts must be at least 1, an integer, not 2\.5"):
+        inversion.recover(layer, n_starts=2.5)
     with pytest.raises(ValueError, match="B has 5 rows but the layer has 16 tokens"):
         inversion.recover(layer, np.ones((5, 8)), vocabulary=table)
     large, rows, _ = table_layer(n=400, d=8, size=50)
     with pytest.raises(ValueError, match="3200 unknowns are more than the 3000 that are decoded jointly"):
         inversion.recover(large, vocabulary=rows)
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+def test_outputs_whose_squares_overflow_are_never_called_recovered(with_table):
+    layer, table, _ = table_layer(n=6, d=4, size=50)
+    with pytest.raises(ValueError, match="B is so large that its squares overflow"):
+        inversion.recover(layer, 1e200 * layer.B, vocabulary=table if with_table else None)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_and_two_tokens(n):
+    layer, table, tokens = table_layer(n=n, d=4, size=50)
+    found = inversion.recover(layer, vocabulary=table, random_state=0)
+    assert found.verdict == "recovered"
+    assert np.array_equal(found.tokens, tokens)

@@ -135,11 +135,14 @@ def recover(
     if layer.gamma != 0.0:
         raise ValueError(f"layer has gamma={layer.gamma:g}, which draws the tokens to zero; pass gamma=0")
     n_starts = (STARTS if vocabulary is None else STARTS_ROWS) if n_starts is None else n_starts
-    if n_starts < 1:
-        raise ValueError(f"n_starts must be at least 1, not {n_starts!r}")
+    if not isinstance(n_starts, int | np.integer) or n_starts < 1:
+        raise ValueError(f"n_starts must be at least 1, an integer, not {n_starts!r}")
     precision = (EXACT if vocabulary is None else EXACT_ROWS) if precision is None else precision
-    if not 0.0 < precision < 1.0:
+    if not isinstance(precision, float | int | np.number) or not 0.0 < precision < 1.0:
         raise ValueError(f"precision must lie between 0 and 1, not {precision!r}; it is relative to B")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.sum(layer.B**2)):
+            raise ValueError("B is so large that its squares overflow; divide B and the values V by its size")
     rng = np.random.default_rng(random_state)
     tell = callback or (lambda done, total: None)
     if vocabulary is None:
@@ -175,7 +178,8 @@ def _in_table(
     report = _report(layer, x.reshape(-1), found.square, found.n_decodings)
     margins = np.sqrt(found.second_squares / _size(layer))
     report = replace(report, tokens=found.tokens, margins=margins)
-    if report.residual > precision:
+    # A residual that is not a number is none that counts as zero.
+    if not report.residual <= precision:
         return replace(
             report,
             message=f"not recovered: no rows of the vocabulary found reproduce the output (the nearest leave "
