@@ -1,0 +1,507 @@
+"""Data files that are damaged or hostile: a named error, never code, a crash or a giant allocation."""
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from attnfit.designs.sources import FileFormatError, open_source
+
+A = np.round(np.random.default_rng(0).standard_normal((60, 5)), 1)
+
+
+def write_npy(at):
+    np.save(at / "a.npy", A)
+    return at / "a.npy"
+
+
+def write_npz(at):
+    sparse.save_npz(at / "a.npz", sparse.csr_array(np.where(A > 0, A, 0.0)), compressed=False)
+    return at / "a.npz"
+
+
+def write_compressed(at):
+    sparse.save_npz(at / "a.npz", sparse.csr_array(np.where(A > 0, A, 0.0)))
+    return at / "a.npz"
+
+
+def write_parquet(at):
+    pq.write_table(pa.table({f"x{j}": A[:, j] for j in range(5)}), at / "a.parquet", row_group_size=25)
+    return at / "a.parquet"
+
+
+def write_zarr(at, **options):
+    shutil.rmtree(at / "a.zarr", ignore_errors=True)
+    zarr.create_array(at / "a.zarr", shape=A.shape, dtype=A.dtype, **{"chunks": (25, 5)} | options)[:] = A
+    return at / "a.zarr"
+
+
+FORMATS = {
+    "npy": write_npy,
+    "npz": write_npz,
+    "compressed": write_compressed,
+    "parquet": write_parquet,
+    "zarr": write_zarr,
+}
+
+
+def read_all(path):
+    """Return the message of the error that a file gives; None where it can be read."""
+    try:
+        source = open_source(path)
+        rows = source.read(0, min(source.shape[0], 10**6))
+        source.take(np.array([0, source.shape[0] - 1]))
+        source.close()
+    except FileFormatError as error:
+        assert Path(path).stem in str(error)
+        return str(error)
+    if sparse.issparse(rows):
+        # What the compiled loops index with.
+        assert rows.indptr[0] == 0 and (np.diff(rows.indptr) >= 0).all() and rows.indptr[-1] == rows.nnz
+        assert rows.nnz == 0 or 0 <= rows.indices.min() <= rows.indices.max() < rows.shape[1]
+        assert len(rows.indptr) == rows.shape[0] + 1 and len(rows.indices) == len(rows.data) == rows.nnz
+    return None
+
+
+class Bomb:
+    """Leaves a file behind wherever it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    mark = tmp_path / "exploded"
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists()
+    mark.unlink()
+    yield Bomb(mark)
+    assert not mark.exists()
+
+
+# ------------------------------------------------------------------------------------------------ any format
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_cut_off_anywhere(name, tmp_path):
+    path = FORMATS[name](tmp_path)
+    target = path / "c" / "1" / "0" if path.is_dir() else path
+    whole = target.read_bytes()
+    lengths = {*range(200), *range(0, len(whole), 37), *range(len(whole) - 60, len(whole))}
+    for length in sorted(length for length in lengths if 0 <= length < len(whole)):
+        target.write_bytes(whole[:length])
+        assert read_all(path) is not None, length
+    target.write_bytes(whole)
+    assert read_all(path) is None
+
+
+@given(
+    data=st.binary(max_size=400),
+    suffix=st.sampled_from([".npy", ".npz", ".parquet", ".zip"]),
+    head=st.booleans(),
+)
+def test_random_bytes(tmp_path_factory, data, suffix, head):
+    path = tmp_path_factory.mktemp("random") / f"a{suffix}"
+    magic = {".npy": b"\x93NUMPY\x01\x00", ".parquet": b"PAR1"}.get(suffix, b"PK\x03\x04")
+    path.write_bytes(magic + data + magic if head else data)
+    assert read_all(path) is not None
+
+
+@pytest.mark.parametrize("name", ["npy", "npz", "compressed"])
+@given(data=st.data())
+@settings(max_examples=150)
+def test_changed_bytes(name, tmp_path_factory, data):
+    at = tmp_path_factory.mktemp("changed")
+    path = FORMATS[name](at)
+    contents = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        contents[data.draw(st.integers(0, len(contents) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(contents)
+    read_all(path)
+    shutil.rmtree(at)
+
+
+CHANGE = """
+import resource, sys, warnings
+sys.path.insert(0, {tests!r})
+warnings.simplefilter("ignore")
+import numpy as np
+from pathlib import Path
+import test_hostile_files as hostile
+path, target = Path(sys.argv[1]), Path(sys.argv[2])
+whole, rng, refused = target.read_bytes(), np.random.default_rng(int(sys.argv[3])), 0
+hostile.read_all(path)
+for k in range(int(sys.argv[4])):
+    contents = bytearray(whole)
+    # Every byte of what describes the data, one after another; then several anywhere.
+    places = [len(whole) - 1 - k] if k < len(whole) and k % 2 else rng.integers(0, len(whole), 3)
+    for place in places:
+        contents[place] = rng.choice([0, 1, 127, 128, 255, int(rng.integers(256))])
+    target.write_bytes(contents)
+    refused += hostile.read_all(path) is not None
+target.write_bytes(whole)
+assert hostile.read_all(path) is None
+print(refused, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "rounds"),
+    [
+        ("parquet", ".", 500),
+        ("zarr", "c/1/0", 120),
+        ("zarr", "zarr.json", 300),
+        ("gzip", "c/1/0", 60),
+        ("shards", "c/0/0", 100),
+    ],
+)
+def test_changed_bytes_do_not_crash(name, part, rounds, tmp_path):
+    """Compiled decoders read these: a crash is one of another process."""
+    options = {
+        "zarr": {},
+        "gzip": {"compressors": zarr.codecs.GzipCodec()},
+        "shards": {"chunks": (10, 5), "shards": (30, 5)},
+    }
+    path = write_zarr(tmp_path, **options[name]) if name in options else FORMATS[name](tmp_path)
+    script = CHANGE.format(tests=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", script, path, path / part if part != "." else path, "0", str(rounds)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, peak = map(int, done.stdout.split())
+    assert refused > rounds / 20
+    assert peak < 1 << 20, f"{peak} KiB"
+
+
+# ------------------------------------------------------------------------------------------------ npy
+
+
+def npy(path, header, body=b"\0" * 4096):
+    text = header.encode("latin1")
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + body)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "message"),
+    [
+        ("'<f8'", "(4611686018427387904, 4)", "truncated"),
+        ("'<f8'", "(2, 4611686018427387904)", "a row does not fit"),
+        ("'<f8'", "(99999999999999999999999, 3)", "truncated"),
+        ("'<f8'", "(-1, 4)", "impossible shape"),
+        ("'<f8'", "(-4611686018427387904, -4)", "impossible shape"),
+        ("'<f8'", "(10**9, 4)", "not a readable"),
+        ("'<f8'", "(1.5, 4)", "not a readable"),
+        ("'<f8'", "[3, 4]", "not a readable"),
+        ("'<f8'", "None", "not a readable"),
+        ("'|O'", "(3, 4)", "Python objects"),
+        ("[('a', '<f8'), ('b', '|O')]", "(3, 4)", "Python objects"),
+        ("[('a', '<f8')]", "(3, 4)", "dtype"),
+        ("('<f8', (3,))", "(3, 4)", "dtype|not a readable"),
+        ("'|V8'", "(3, 4)", "dtype"),
+        ("'<U0'", "(3,)", "dtype"),
+        ("'|S999999999'", "(3,)", "truncated"),
+        ("'nonsense'", "(3, 4)", "not a readable"),
+        ("__import__('os').abort()", "(3, 4)", "not a readable"),
+        ("'<f8'", "(" * 3000, "not a readable"),
+        ("'<f8'", "-" * 3000 + "1", "not a readable"),
+        ("'<f8'", " " * 50000 + "(3, 4)", "not a readable"),
+    ],
+)
+def test_npy_headers(descr, shape, message, tmp_path):
+    path = npy(tmp_path / "a.npy", f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n")
+    assert message.replace("|", "") and any(part in read_all(path) for part in message.split("|"))
+
+
+def test_npy_with_pickled_objects(tmp_path, bomb):
+    np.save(tmp_path / "a.npy", np.array([bomb, bomb], dtype=object), allow_pickle=True)
+    assert "holds Python objects" in read_all(tmp_path / "a.npy")
+
+
+def test_npy_that_is_mostly_a_hole(tmp_path):
+    path = npy(tmp_path / "a.npy", "{'descr': '<f8', 'fortran_order': False, 'shape': (2000000000, 16), }\n")
+    os.truncate(path, 128 + 2 * 10**9 * 128)
+    source = open_source(path)
+    assert source.read(10**9, 10**9 + 3).shape == (3, 16) and len(source.edges) < 1 << 21
+    source.close()
+
+
+# ------------------------------------------------------------------------------------------------ npz
+
+
+def shard(path, compression=zipfile.ZIP_STORED, **members):
+    """Write the members of a CSR matrix of 3 rows and 4 columns, some of them replaced."""
+    parts = {
+        "format": np.array(b"csr"),
+        "shape": np.array([3, 4]),
+        "indptr": np.array([0, 1, 2, 3], np.int32),
+        "indices": np.array([0, 1, 3], np.int32),
+        "data": np.ones(3),
+    } | members
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, value in parts.items():
+            if value is not None:
+                file = io.BytesIO()
+                np.lib.format.write_array(file, np.asarray(value), allow_pickle=True)
+                archive.writestr(f"{name}.npy", value if isinstance(value, bytes) else file.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"indptr": None}, "no member 'indptr'"),
+        ({"format": None}, "no member 'format'"),
+        ({"format": np.array(b"csc")}, "not a CSR matrix"),
+        ({"format": np.array(7)}, "not a CSR matrix"),
+        ({"shape": np.array([3, 4, 5])}, "number of rows and columns"),
+        ({"shape": np.array([3.0, 4.0])}, "number of rows and columns"),
+        ({"shape": np.array([-3, 4])}, "number of rows and columns"),
+        ({"shape": np.array([2**62, 4])}, "number of rows and columns"),
+        ({"shape": np.array([2**61, 4])}, "rows but indptr has shape"),
+        ({"shape": np.array([3, 2**40])}, "at most"),
+        ({"shape": np.array([2, 4])}, "rows but indptr has shape"),
+        ({"indptr": np.array([0, 2, 1, 3])}, "malformed indptr"),
+        ({"indptr": np.array([1, 1, 2, 3])}, "malformed indptr"),
+        ({"indptr": np.array([-1, 1, 2, 3])}, "malformed indptr"),
+        ({"indptr": np.array([0, 2**63 - 1, -(2**63), 3])}, "malformed indptr"),
+        ({"indptr": np.array([0, 1, 2, 2**40])}, "cut off"),
+        ({"indptr": np.array([0.0, 1.0, 2.0, 3.0])}, "wrong type"),
+        ({"indptr": np.array([[0], [1], [2], [3]])}, "indptr has shape"),
+        ({"indices": np.array([0, 1, 4])}, "row 2, has an entry in column 4"),
+        ({"indices": np.array([0, -1, 3])}, "row 1, has an entry in column -1"),
+        ({"indices": np.array([0, 1])}, "cut off"),
+        ({"indices": np.array([[0, 1, 3]])}, "wrong type"),
+        ({"indices": np.array([0, 1, 2**63], np.uint64)}, "wrong type"),
+        ({"data": np.ones(2)}, "cut off"),
+        ({"data": np.ones((3, 1))}, "wrong type"),
+        ({"data": np.array(["a", "b", "c"])}, "dtype"),
+        ({"data": np.ones(3, complex)}, "dtype"),
+        ({"data": b"\x93NUMPY\x01\x00"}, "not a readable .npy"),
+        ({"data": b""}, "not a readable .npy"),
+    ],
+)
+def test_npz_members(members, message, tmp_path):
+    assert message in read_all(shard(tmp_path / "a.npz", **members))
+
+
+def test_npz_with_pickled_objects(tmp_path, bomb):
+    objects = np.array([bomb] * 3, dtype=object)
+    for name in ("format", "shape", "indptr", "indices", "data"):
+        assert "Python objects" in read_all(shard(tmp_path / "a.npz", **{name: objects}))
+
+
+def test_npz_bombs(tmp_path):
+    """A megabyte of zeros of zeros, and members that promise what they do not hold."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = shard(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, data=np.zeros(2 * 10**7, np.uint8))
+    assert read_all(path) is None
+    n = 2**33
+    head = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({n},), }}".ljust(117) + "\n"
+    with zipfile.ZipFile(path, "r") as archive:
+        names = {name: archive.read(name) for name in archive.namelist() if name != "data.npy"}
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    piece = bytes(1 << 20)
+    start = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode()
+    packed = deflate.compress(start) + b"".join(deflate.compress(piece) for _ in range(64)) + deflate.flush()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, contents in names.items():
+            archive.writestr(name, contents)
+        archive.writestr("data.npy", packed)
+    # The directory says what the header says, so that only the size of the file speaks against both.
+    contents = bytearray(path.read_bytes())
+    at = contents.rfind(b"PK\x01\x02")
+    contents[at + 10 : at + 12] = (8).to_bytes(2, "little")
+    for claim in (2**32 - 2, 1 << 26):
+        contents[at + 24 : at + 28] = claim.to_bytes(4, "little")
+        path.write_bytes(contents)
+        assert read_all(path) is not None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+def test_npz_members_in_unusual_codings(tmp_path):
+    for compression in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        assert "unusual way" in read_all(shard(tmp_path / "a.npz", compression))
+    path = shard(tmp_path / "a.npz")
+    contents = bytearray(path.read_bytes())
+    at = contents.find(b"PK\x01\x02")
+    contents[at + 8] |= 1
+    path.write_bytes(contents)
+    assert "encrypted" in read_all(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../data.npy", b"")
+    assert "no member" in read_all(path)
+
+
+# ------------------------------------------------------------------------------------------------ zarr
+
+NONSENSE = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    2**70,
+    "",
+    "nonsense",
+    [],
+    [-1],
+    [0, 0],
+    [1, 2, 3],
+    ["a", "b"],
+    {},
+    {"name": 1},
+]
+
+
+def paths_within(document, at=()):
+    """Return the places of all entries of a JSON document."""
+    items = (
+        document.items()
+        if isinstance(document, dict)
+        else enumerate(document)
+        if isinstance(document, list)
+        else ()
+    )
+    return [place for key, value in items for place in ((*at, key), *paths_within(value, (*at, key)))]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_zarr_metadata_of_wrong_types(version, tmp_path):
+    path = write_zarr(tmp_path, zarr_format=version)
+    file = path / {2: ".zarray", 3: "zarr.json"}[version]
+    whole = json.loads(file.read_text())
+    refused = 0
+    for place in paths_within(whole):
+        for value in NONSENSE:
+            document = json.loads(json.dumps(whole))
+            entry = document
+            for key in place[:-1]:
+                entry = entry[key]
+            entry[place[-1]] = value
+            file.write_text(json.dumps(document))
+            refused += read_all(path) is not None
+    assert refused > 100
+    for text in (
+        "",
+        "[]",
+        "7",
+        "null",
+        "{",
+        "[" * 100_000,
+        '{"shape": NaN}',
+        "\xff\xfe",
+        json.dumps({"node_type": "array"}),
+    ):
+        file.write_text(text, encoding="latin1")
+        assert read_all(path) is not None
+
+
+def change(path, **entries):
+    file = path / "zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    return path
+
+
+def test_zarr_absurd_shapes(tmp_path):
+    grid = {"name": "regular", "configuration": {"chunk_shape": [2**61, 5]}}
+    assert "at most 2 GiB" in read_all(change(write_zarr(tmp_path), shape=[2**62, 5], chunk_grid=grid))
+    assert "larger chunks" in read_all(change(write_zarr(tmp_path), shape=[2**62, 5]))
+    assert "a row does not fit" in read_all(change(write_zarr(tmp_path), shape=[50, 2**60]))
+    assert read_all(change(write_zarr(tmp_path), shape=[-50, 5])) is not None
+    assert "larger than the metadata" in read_all(
+        change(write_zarr(tmp_path), attributes={"a": "x" * (1 << 24)})
+    )
+
+
+def test_zarr_codecs(tmp_path):
+    codecs = json.loads((write_zarr(tmp_path) / "zarr.json").read_text())["codecs"]
+    for name in ("nonsense", "pickle", "numcodecs.pickle", "vlen-utf8"):
+        made = change(write_zarr(tmp_path), codecs=[*codecs, {"name": name, "configuration": {}}])
+        assert f"encoded with {name!r}, which is not read" in read_all(made)
+        hidden = {
+            "name": "sharding_indexed",
+            "configuration": {"chunk_shape": [5, 5], "codecs": [{"name": name}]},
+        }
+        assert name in read_all(change(write_zarr(tmp_path), codecs=[hidden]))
+
+
+def test_zarr_chunks_with_pickled_objects(tmp_path, bomb):
+    for dtype in ("<f8", "|O"):
+        for where in (
+            {"filters": [{"id": "pickle", "protocol": 5}]},
+            {"compressor": {"id": "pickle", "protocol": 5}},
+        ):
+            path = write_zarr(tmp_path, zarr_format=2)
+            document = json.loads((path / ".zarray").read_text()) | {
+                "dtype": dtype,
+                "filters": None,
+                "compressor": None,
+            }
+            (path / ".zarray").write_text(json.dumps(document | where))
+            for chunk in path.glob("[0-9]*"):
+                chunk.write_bytes(pickle.dumps(bomb))
+            assert "encoded with 'pickle'" in read_all(path)
+            archive = shutil.make_archive(str(tmp_path / "a"), "zip", path)
+            assert "encoded with 'pickle'" in read_all(archive)
+
+
+def test_zarr_arrays_in_hand_are_checked_too(tmp_path):
+    path = write_zarr(tmp_path, zarr_format=2)
+    document = json.loads((path / ".zarray").read_text()) | {"filters": [{"id": "base64"}]}
+    (path / ".zarray").write_text(json.dumps(document))
+    store = zarr.storage.MemoryStore()
+    for file in (".zarray", ".zattrs"):
+        zarr.core.sync.sync(
+            store.set(file, zarr.core.buffer.cpu.Buffer.from_bytes((path / file).read_bytes()))
+        )
+    with pytest.raises(FileFormatError, match="encoded with 'base64', which is not read"):
+        open_source(zarr.open_array(store, mode="r"))
+
+
+# ------------------------------------------------------------------------------------------------ Parquet
+
+
+def test_parquet_row_groups_that_cannot_be(tmp_path):
+    """A million rows of one repeated value are honest and small, two thousand million are not believed."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": np.zeros(10**6)}), path)
+    assert read_all(path) is None
+    contents = path.read_bytes()
+    # Row counts are varints: a million becomes 2e9 with one more byte.
+    small, large = varint(2 * 10**6), varint(4 * 10**9)
+    footer = int.from_bytes(contents[-8:-4], "little")
+    described = contents[-8 - footer : -8].replace(small, large)
+    path.write_bytes(contents[: -8 - footer] + described + len(described).to_bytes(4, "little") + b"PAR1")
+    assert "takes 16000000000 bytes of memory according to a file of" in read_all(path)
+
+
+def varint(n):
+    parts = []
+    while n > 127:
+        parts.append(n & 127 | 128)
+        n >>= 7
+    return bytes([*parts, n])
