@@ -123,11 +123,29 @@ def test_memory_map_is_fitted_in_place(tmp_path):
     X.tofile(tmp_path / "X.bin")
     on_disk = np.memmap(tmp_path / "X.bin", dtype=np.float64, mode="r+", shape=X.shape)
     model = SoftmaxRegressor().fit(on_disk, y, groups=groups)
-    assert model.result_.problem.design.array is on_disk
+    assert model.result_.problem.design.on_disk
     np.testing.assert_allclose(model.coef_, SoftmaxRegressor().fit(X, y, groups=groups).coef_, rtol=1e-6)
+    np.testing.assert_allclose(model.predict(on_disk, groups=groups), model.predict(X, groups=groups))
+    outside = SoftmaxRegressor(outside_good=True)
+    np.testing.assert_allclose(
+        outside.fit(on_disk, 0.5 * y, groups=groups).coef_,
+        outside.fit(X, 0.5 * y, groups=groups).coef_,
+        rtol=1e-6,
+    )
     on_disk[3, 1] = np.nan
-    with pytest.raises(ValueError, match="X contains NaN at row 3, column 1"):
+    with pytest.raises(ValueError, match=r"X contains NaN at row 3, column 1 \(.*X\.bin, block 0\)"):
         model.predict(on_disk)
+
+
+def test_sources_are_features(tmp_path):
+    from attnfit.designs import open_source
+
+    X, y, groups = make_shares(np.random.default_rng(1))
+    np.save(tmp_path / "X.npy", X)
+    expected = SoftmaxRegressor().fit(X, y, groups=groups)
+    model = SoftmaxRegressor().fit(open_source(tmp_path / "X.npy"), y, groups=groups)
+    np.testing.assert_allclose(model.coef_, expected.coef_, rtol=1e-6)
+    assert model.n_features_in_ == X.shape[1]
 
 
 def test_works_in_pipelines_and_cross_validation():

@@ -55,9 +55,8 @@ def test_sampled_sums_are_unbiased():
 def test_the_mass_is_corrected_after_a_read():
     sampler = RowSampler(4, 2.0, np.zeros((1, 1)), 1.0, np.random.default_rng(0))
     sampler.draw(np.array([1.0, 2.0]))
-    sampler.draw(np.array([3.0, 4.0]))
     assert not sampler.has_leverage
-    sampler.finish()
+    sampler.finish(10.0)
     assert sampler.mass == 10.0
     assert sampler.has_leverage
 
@@ -76,7 +75,8 @@ def sampler_at(problem, x, budget, rng):
 
 
 def rows_of(sample):
-    return sum(len(chunk.multiplier) for chunk in sample)
+    assert sample.n_rows == sum(len(chunk.multiplier) for chunk in sample.chunks)
+    return sample.n_rows
 
 
 @pytest.mark.parametrize("sizes", [(20_000,), [3, 5, 4] * 2_000], ids=["long group", "short groups"])

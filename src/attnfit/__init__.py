@@ -3,11 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from attnfit.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from attnfit import (
         audit,
         certificates,
         datasets,
+        designs,
         estimators,
         incontext,
         inversion,
@@ -25,13 +28,12 @@ if TYPE_CHECKING:
     )
     from attnfit.solvers import minimize
 
-__version__ = "0.1.0"
-
 # SciPy and scikit-learn take a second to import: each room is opened when it is first entered.
 _ROOMS = (
     "audit",
     "certificates",
     "datasets",
+    "designs",
     "estimators",
     "incontext",
     "inversion",
@@ -58,6 +60,7 @@ __all__ = [
     "audit",
     "certificates",
     "datasets",
+    "designs",
     "estimators",
     "incontext",
     "inversion",

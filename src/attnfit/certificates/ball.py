@@ -71,10 +71,10 @@ class Rows:
         self.whitener = whitener
         self.segments = Segments(problem.groups.starts, problem.n_rows)
         self.z = np.empty(problem.n_rows)
-        for chunk in problem.chunks:
+        for chunk in problem.ahead(problem.chunks):
             _, self.z[chunk.rows] = problem.logits(chunk, at.x)
-        self.b = problem.b
-        self.w = np.ones(problem.n_rows) if problem.weights is None else problem.weights
+        self.b = np.asarray(problem.b)
+        self.w = np.ones(problem.n_rows) if problem.weights is None else np.asarray(problem.weights)
 
     def norms(self, *, centred: bool) -> Array:
         """Return the norm of each whitened row, ``|T^T a_i|`` or ``|T^T (a_i - mu_g)|``, shape (n,)."""
@@ -151,7 +151,7 @@ class Rows:
 
     def _chunks(self, centred: bool) -> Any:
         """Yield each chunk with its block and, if centred, the dense centres of its groups."""
-        for chunk in self.problem.chunks:
+        for chunk in self.problem.ahead(self.problem.chunks):
             block, z = self.problem.logits(chunk, self.at.x)
             yield chunk, block, self._centres(chunk, block, z) if centred else None
 

@@ -25,6 +25,9 @@ Array = NDArray[np.float64]
 
 # Attention problems are certified up to this many entries of the matrix that is otherwise never formed.
 DENSE_ENTRIES = 1 << 27
+# Rows on disk are certified where what is kept of them fits into this, or into the limit of the fit.
+ROW_BYTES = 12 * 8
+LARGEST_PROOF = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,18 @@ def certify(problem: Any, x: Any) -> Certificate:
             "result.local_values of several starts"
         )
     grouped: GroupedProblem = problem
+    if not grouped.is_whole:
+        return refused(
+            "a proof takes some ten numbers of every row in one place, and these are on several workers; "
+            "certify the fit of a sample, or judge the gradient by the standard errors"
+        )
+    room = LARGEST_PROOF if grouped.memory_limit is None else grouped.memory_limit
+    if grouped.design.on_disk and ROW_BYTES * grouped.n_rows > room:
+        size = ROW_BYTES * grouped.n_rows
+        return refused(
+            f"a proof takes some ten numbers of every row, {size / 1e9:.3g} GB, more than "
+            f"{room / 1e9:.3g} GB; certify the fit of a sample, or raise memory_limit"
+        )
     at = grouped.evaluate(as_point(x, grouped.shape))
     return newton_kantorovich(grouped, at, lambda whitener: RowBall(Rows(grouped, at, whitener)))
 
@@ -229,7 +244,7 @@ class RowBall:
         problem, at = rows.problem, rows.at
         norms = rows.norms(centred=False)
         total = 0.0
-        for chunk in problem.chunks:
+        for chunk in problem.ahead(problem.chunks):
             z = rows.z[chunk.rows]
             b, w, _ = problem.targets(chunk)
             state = problem.row_state(chunk, z, at)

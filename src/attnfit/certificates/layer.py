@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
+from attnfit.problems.base import MAX_DENSE
 from attnfit.problems.inputs import as_point
 from attnfit.problems.inversion.layer import HeadState
 from attnfit.problems.inversion.layer_problem import LayerEvaluation, LayerProblem
-from attnfit.solvers.curvature import MAX_DENSE
 
 Array = NDArray[np.float64]
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from attnfit import __version__
 from attnfit.cli.attention import fit_attention
 from attnfit.cli.audit import audit
 from attnfit.cli.bench import bench
@@ -20,6 +19,7 @@ from attnfit.cli.mixture import fit_mixture
 from attnfit.cli.models import OPTIONS
 from attnfit.cli.predict import predict
 from attnfit.cli.reproduce import reproduce
+from attnfit.version import __version__
 
 app = typer.Typer(
     help="Fit, certify and apply models whose output is a softmax or an exponential.",

@@ -17,6 +17,10 @@ Rows = slice | NDArray[np.intp]
 # A dense block of this size stays in the second-level cache between the product that reads it and the
 # transposed one.
 BLOCK_BYTES = 1 << 20
+# An exact Gram is the remedy for a coarse model if it costs no more evaluations than this.
+GRAM_PAYS = 4.0
+# Blocks that one call runs over: few enough that Ctrl-C is heard.
+RUN_BLOCKS = 64
 
 
 class Design(LinearOperator):
@@ -27,6 +31,8 @@ class Design(LinearOperator):
     """
 
     rows_read: int
+    # Whether rows are read from disk, a run of neighbouring blocks at a time.
+    on_disk: bool = False
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__(np.float64, shape)
@@ -45,6 +51,11 @@ class Design(LinearOperator):
     @abstractmethod
     def gram_cost(self) -> float:
         """Time of a weighted Gram over that of a value and gradient, roughly."""
+
+    @property
+    def gram_pays(self) -> bool:
+        """Whether an exact Gram costs no more evaluations than a model too coarse would."""
+        return self.gram_cost < GRAM_PAYS
 
     @property
     @abstractmethod
@@ -74,6 +85,18 @@ class Design(LinearOperator):
     def gram(self) -> Any:
         """Return an empty accumulator of weighted Grams over blocks of this design."""
         return Gram(int(self.shape[1]))
+
+    @property
+    def run_rows(self) -> int:
+        """Number of rows to read or to go over in one call."""
+        return RUN_BLOCKS * self.block_rows
+
+    def load(self, rows: slice) -> None:
+        """Read these rows and keep them for a while: of use on disk."""
+
+    def locate(self, row: int) -> str:
+        """Return where a row is stored, for messages; nothing in memory."""
+        return ""
 
     def block(self, rows: Rows) -> Any:
         """Return these rows as a float64 ndarray or CSR array, shape (n_rows, d)."""

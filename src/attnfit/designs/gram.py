@@ -108,6 +108,12 @@ class Gram:
         _, nu, kappa = self._cross.get(group, (mu, 0.0, 0.0))
         self._cross[group] = (mu, nu + combine_rows(tr * q, block), kappa + float(np.sum(t * q * q)))
 
+    def merge(self, other: Gram) -> Gram:
+        """Return the sum of both."""
+        both = Gram(len(self._total))
+        both._total = self.result() + other.result()
+        return both
+
     def _parts(self, n_rows: int) -> Iterator[slice]:
         """Cut a block so that its centred and weighted copies stay in the cache."""
         step = max(32, PART_BYTES // (8 * len(self._total)))

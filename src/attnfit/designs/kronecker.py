@@ -131,6 +131,11 @@ class KroneckerDesign(Design):
         return BLOCK_PAIRS
 
     @property
+    def run_rows(self) -> int:
+        # Targets of so many pairs are read from disk at a time.
+        return 8 * BLOCK_PAIRS
+
+    @property
     def gram_cost(self) -> float:
         return float(self.d1 * self.d2)
 
@@ -155,7 +160,7 @@ class KroneckerDesign(Design):
             rows = slice(int(self.starts[first]), int(self.starts[last]))
             yield rows, self.block(rows)
 
-    def locate(self, rows: slice) -> tuple[int, slice]:
+    def find_queries(self, rows: slice) -> tuple[int, slice]:
         """Return the sequence of these rows and their queries within it."""
         first, last = np.searchsorted(self.starts, [rows.start, rows.stop])
         s = int(np.searchsorted(self.first_query, first, side="right")) - 1
@@ -163,7 +168,7 @@ class KroneckerDesign(Design):
 
     def _fetch(self, rows: Rows) -> PairRows:
         assert isinstance(rows, slice)
-        s, queries = self.locate(rows)
+        s, queries = self.find_queries(rows)
         block = self.sequences[s]
         mask = None if block.mask is None else block.mask[queries]
         features = []

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import column_or_1d, validate_data
 
 from attnfit.designs import DenseDesign, Design, SparseDesign
-from attnfit.problems.inputs import as_design, as_vector, require_finite_matrix
+from attnfit.designs.on_disk import stored_source
+from attnfit.problems.inputs import as_design, as_vector, require_finite_rows
 from attnfit.problems.rows.partition import Groups
 
 Array = NDArray[np.float64]
@@ -27,8 +28,8 @@ def read_features(estimator: Any, X: Any, *, reset: bool) -> Design:
         If X is not a finite numeric matrix, or does not fit the training data.
     """
     with _spelling():
-        # Frames keep their column names for the message, memory maps are not read before the fit.
-        if nw.dependencies.is_into_dataframe(X) or isinstance(X, np.memmap):
+        # Frames keep their column names for the message, what is on disk is not read before the fit.
+        if nw.dependencies.is_into_dataframe(X) or stored_source(X, "X") is not None:
             design = as_design(X, "X")
             validate_data(estimator, X, reset=reset, skip_check_array=True)
             return design
@@ -90,19 +91,17 @@ def linear_predictor(design: Design, coef: Array, offset: Array | None) -> Array
     with np.errstate(over="ignore", invalid="ignore"):
         z = np.asarray(design @ coef)
     if not np.isfinite(z).all():
-        if isinstance(design, DenseDesign):
-            with _spelling():
-                require_finite_matrix(design.array, "X")
+        with _spelling():
+            for rows, block in design.blocks():
+                require_finite_rows(block, rows, "X", design.locate)
         raise OverflowError("X coef_ overflows float64; X lies far outside the range of the training data")
     return z if offset is None else z + offset
 
 
 def take_rows(design: Design, keep: NDArray[np.bool_]) -> Design:
     """Return the design with these rows only."""
-    if isinstance(design, SparseDesign):
-        return SparseDesign(design.matrix[np.flatnonzero(keep)])
-    assert isinstance(design, DenseDesign)
-    return DenseDesign(design.array[keep])
+    kept = design.block(np.flatnonzero(keep))
+    return SparseDesign(kept) if isinstance(design, SparseDesign) else DenseDesign(kept)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from attnfit.solvers.curvature import MAX_DENSE
+from attnfit.problems.base import MAX_DENSE
 
 Array = NDArray[np.float64]
 HALF_WIDTH = float(ndtri(0.975))

@@ -15,7 +15,7 @@ from attnfit.inversion.sequential import decode_in_order, is_sequential
 from attnfit.inversion.span import SpanTest
 from attnfit.inversion.vocabulary import Vocabulary
 from attnfit.problems import LayerInversion
-from attnfit.solvers.curvature import MAX_DENSE
+from attnfit.problems.base import MAX_DENSE
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

@@ -15,7 +15,7 @@ from attnfit.inversion.identifiable import Identifiability, identifiable
 from attnfit.inversion.search import search
 from attnfit.inversion.vocabulary import Vocabulary
 from attnfit.problems import LayerInversion
-from attnfit.solvers.curvature import MAX_DENSE
+from attnfit.problems.base import MAX_DENSE
 
 Array = NDArray[np.float64]
 
@@ -88,6 +88,7 @@ def recover(
     max_iter: int = 100,
     random_state: Any = None,
     callback: Callable[[float, int], Any] | None = None,
+    client: Any = None,
 ) -> Recovery:
     """Recover the input of an attention layer from its output.
 
@@ -114,6 +115,9 @@ def recover(
     random_state : int, numpy.random.Generator, optional
     callback : callable, optional
         Called with the work done and the most there can be, in starts or tokens.
+    client : distributed.Client, optional
+        Starts run on its workers, with the same result; decoding with a vocabulary, where each start follows
+        from the one before, does not use it.
 
     Returns
     -------
@@ -146,7 +150,7 @@ def recover(
     rng = np.random.default_rng(random_state)
     tell = callback or (lambda done, total: None)
     if vocabulary is None:
-        return _anywhere(layer, precision, n_starts, max_iter, rng, tell)
+        return _anywhere(layer, precision, n_starts, max_iter, rng, tell, client)
     return _in_table(layer, Vocabulary(vocabulary, layer.d, layer.n), precision, n_starts, rng, tell)
 
 
@@ -157,8 +161,9 @@ def _anywhere(
     max_iter: int,
     rng: np.random.Generator,
     callback: Callable[[float, int], Any],
+    client: Any,
 ) -> Recovery:
-    found = search(layer, precision, n_starts, max_iter, rng, callback)
+    found = search(layer, precision, n_starts, max_iter, rng, callback, client)
     report = _report(layer, found.best, found.square, found.n_starts)
     report = replace(report, inputs=[x.reshape(layer.shape) for x in found.inputs])
     verdict, reason = _judge(report, precision)

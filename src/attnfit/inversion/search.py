@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,43 +51,75 @@ def search(
     max_iter: int,
     rng: np.random.Generator,
     callback: Callable[[float, int], Any],
+    client: Any = None,
 ) -> Found:
     """Descend from ``B V^+``, from the moments of the output and from Gaussian tokens.
 
     Where there are more equations than unknowns it ends at the first zero residual; otherwise all starts are
     used, to find out whether there are several. The callback gets the starts done, with the share of the
-    running one, and those planned.
+    running one, and those planned. With a Dask client the starts run on its workers, with the same result.
     """
-
-    def tell(record: Record) -> None:
-        callback(done + min(record.iteration / max_iter, 1.0), len(starts))
-
     planned = list(layer.starts(rng).values())[:n_starts]
     starts = np.vstack([*planned, layer.gaussian_starts(n_starts - len(planned), rng)])
     goal = float(np.linalg.norm(layer.gradient(np.zeros(layer.shape))))
+    descend = partial(_descend, layer=layer, goal=goal, max_iter=max_iter, zero=precision**2)
     enough = precision**2 * float(np.sum(layer.B**2))
     same = max(SAME, SAME_ERRORS * precision)
     best, least, done = starts[0], np.inf, 0
     inputs: list[Array] = []
-    for start in starts:
-        fit = DampedFits(
-            layer,
-            start[None].copy(),
-            1e-10,
-            goal,
-            max_iter,
-            Tracker(lambda: 0.0, tell),
-            "recover",
-            zero=precision**2,
-        )
-        fit.descend()
-        done += 1
-        x, square = fit.x[0], float(fit.squares[0])
-        if square < least:
-            best, least = x, square
-        if square <= enough:
-            if not any(np.linalg.norm(other - x) <= same * np.linalg.norm(other) for other in inputs):
-                inputs.append(x)
-            if layer.B.size > layer.n_unknowns:
-                break
+    ends = (
+        _here(descend, starts, callback) if client is None else _elsewhere(descend, starts, callback, client)
+    )
+    with closing(ends):
+        for x, square in ends:
+            done += 1
+            if square < least:
+                best, least = x, square
+            if square <= enough:
+                if not any(np.linalg.norm(other - x) <= same * np.linalg.norm(other) for other in inputs):
+                    inputs.append(x)
+                if layer.B.size > layer.n_unknowns:
+                    break
     return Found(best, least, inputs, done)
+
+
+Ends = Generator[tuple[Array, float], None, None]
+
+
+def _here(descend: Callable[..., Any], starts: Array, callback: Callable[[float, int], Any]) -> Ends:
+    for done, start in enumerate(starts):
+        yield descend(start, tell=lambda share, done=done: callback(done + share, len(starts)))
+
+
+def _elsewhere(
+    descend: Callable[..., Any], starts: Array, callback: Callable[[float, int], Any], client: Any
+) -> Ends:
+    """Yield the ends in the order of the starts; those no longer wanted are called off."""
+    running = client.map(descend, list(starts), pure=False)
+    try:
+        for done, future in enumerate(running):
+            yield future.result()
+            callback(done + 1, len(starts))
+    finally:
+        client.cancel(running)
+
+
+def _descend(
+    start: Array,
+    *,
+    layer: LayerInversion,
+    goal: float,
+    max_iter: int,
+    zero: float,
+    tell: Callable[[float], Any] | None = None,
+) -> tuple[Array, float]:
+    """Return where a descent ends, and its squared residual."""
+
+    def share(record: Record) -> None:
+        if tell is not None:
+            tell(min(record.iteration / max_iter, 1.0))
+
+    tracker = Tracker(lambda: 0.0, share)
+    fit = DampedFits(layer, start[None].copy(), 1e-10, goal, max_iter, tracker, "recover", zero=zero)
+    fit.descend()
+    return fit.x[0], float(fit.squares[0])

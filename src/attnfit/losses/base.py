@@ -59,13 +59,15 @@ class Loss(ABC):
     ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in z.
     ``logarithmic`` says that the normaliser is the logarithm of a sum over the group, rather than the sum.
     ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then those
-    of ``exp(z - reference)`` are one, and the rest play no part.
+    of ``exp(z - reference)`` are one, and the rest play no part. ``shares`` names a loss that takes no
+    negative targets.
     """
 
     coupled: bool = True
     convex: bool = False
     logarithmic: bool = False
     exact_sums: tuple[int, ...] = ()
+    shares: str = ""
 
     # (z, reference) to the two functions of the logit on which `moments` is built: z - reference and its
     # exponential for a softmax, u(z) and its derivative for a hyperbolic function.

@@ -126,6 +126,7 @@ class CrossEntropy(SoftmaxLoss):
     """``-sum w b log f``: convex; its gradient is ``sigma f - w b`` with ``sigma = sum w b``."""
 
     convex = True
+    shares = "cross_entropy"
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         return segments.sum(w * b)
@@ -162,6 +163,8 @@ class CrossEntropy(SoftmaxLoss):
 
 class KullbackLeibler(CrossEntropy):
     """``sum w b (log b - log f)``, with ``0 log 0 = 0``."""
+
+    shares = "kl"
 
     @staticmethod
     def moments(

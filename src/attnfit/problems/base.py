@@ -5,16 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
+from attnfit.problems.memory import CURVATURE, HELD, WORKING, MemoryEstimate, held_now
 
 Array = NDArray[np.float64]
 T = TypeVar("T", float, Array)
+
+# d x d arrays beyond this size cost more than the products that replace them.
+MAX_DENSE = 3_000
+# Arrays of that size at a time: the Hessian, scaled, its factors or eigenvectors, and what LAPACK works in.
+DENSE_COPIES = 6
+# Blocks that are worked on, and the code that is compiled for it.
+WORK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,27 @@ class Problem(ABC):
     def false_optimum(self, at: Evaluation) -> str | None:
         """Return why a point without gradient is no minimum, None if nothing speaks against it."""
         return None
+
+    # ---- what a fit takes
+
+    def memory_estimate(self) -> MemoryEstimate:
+        """Return the memory that a fit of this problem by the default solver takes at its peak, in bytes by
+        purpose; ``print`` shows a table.
+        """
+        d = self.n_unknowns
+        dense = d if d <= MAX_DENSE else 0
+        return MemoryEstimate({HELD: held_now(), CURVATURE: DENSE_COPIES * 8 * dense**2, WORKING: WORK_BYTES})
+
+    def within(self, limit: int) -> Self:
+        """Return the problem, read in such pieces that a fit takes at most so many bytes.
+
+        Raises
+        ------
+        MemoryError
+            If that cannot be; the message names what takes most, and the remedy.
+        """
+        self.memory_estimate().require(limit)
+        return self
 
     # ---- what the solvers use; points are flat
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.designs import DenseDesign, Design, SparseDesign
+from attnfit.designs import Column, DenseDesign, Design, SparseDesign
+from attnfit.designs.column import pieces
+from attnfit.designs.on_disk import open_design, stored_source
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 
 def as_design(A: Any, name: str = "A") -> Design:
-    """Wrap A, an array, sparse matrix or data frame of shape (n, d), as a design.
+    """Wrap A, an array, sparse matrix, data frame or anything stored on disk, of shape (n, d), as a design.
 
     Raises
     ------
@@ -24,6 +27,11 @@ def as_design(A: Any, name: str = "A") -> Design:
     """
     if isinstance(A, Design):
         return A
+    source = stored_source(A, name)
+    if source is not None:
+        _require_numeric(source.dtype, name)
+        _require_shape(source.shape, name)
+        return open_design(source)
     if sparse.issparse(A):
         _require_numeric(A.dtype, name)
         _require_shape(A.shape, name)
@@ -33,9 +41,7 @@ def as_design(A: Any, name: str = "A") -> Design:
     array = _unmasked(A if isinstance(A, np.ndarray) else _frame_to_array(A, name), name)
     _require_numeric(array.dtype, name)
     _require_shape(array.shape, name)
-    # A memory map may be larger than memory: it is checked block by block during the first read.
-    if not isinstance(array, np.memmap):
-        require_finite_matrix(array, name)
+    require_finite_matrix(array, name)
     return DenseDesign(array)
 
 
@@ -54,22 +60,50 @@ def require_finite_matrix(array: NDArray[Any], name: str = "A", first_row: int =
             raise _not_finite(name, block[i, j], f"row {first_row + start + i}, column {j}")
 
 
-def require_finite_rows(block: Any, rows: slice | Index, name: str) -> None:
+def require_finite_rows(
+    block: Any, rows: slice | Index, name: str, locate: Callable[[int], str] | None = None
+) -> None:
     """Raise ValueError naming the user's row and the column of the first entry of a block that is not
-    finite.
+    finite, and where it is stored.
     """
     if not sparse.issparse(block):
         bad = np.argwhere(~np.isfinite(block))
         entry = (int(bad[0][0]), int(bad[0][1])) if len(bad) else None
     else:
-        where = np.flatnonzero(~np.isfinite(block.data))
+        stored = np.flatnonzero(~np.isfinite(block.data))
         entry = None
-        if len(where):
-            row = int(np.searchsorted(block.indptr, where[0], side="right")) - 1
-            entry = (row, int(block.indices[where[0]]))
+        if len(stored):
+            row = int(np.searchsorted(block.indptr, stored[0], side="right")) - 1
+            entry = (row, int(block.indices[stored[0]]))
     if entry is not None:
         row = rows.start + entry[0] if isinstance(rows, slice) else int(rows[entry[0]])
-        raise _not_finite(name, block[entry], f"row {row}, column {entry[1]}")
+        place = "" if locate is None else locate(row)
+        where = f"row {row}, column {entry[1]}{f' ({place})' if place else ''}"
+        raise _not_finite(name, block[entry], where)
+
+
+def as_column(
+    values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False
+) -> Array | Column:
+    """Return ``values``, one a row of A, as `as_vector` does, but as a `Column` where they are on disk."""
+    source = values.source if isinstance(values, Column) else stored_source(values, name)
+    if source is None:
+        return as_vector(values, n, name, non_negative=non_negative, scalar=scalar)
+    column = values if isinstance(values, Column) else Column(source)
+    _require_numeric(source.dtype, name)
+    if len(column) != n or int(np.prod(source.shape)) != n:
+        raise ValueError(
+            f"{name} has shape {source.shape} but A has {n} rows; pass one value a row, shape ({n},)"
+        )
+    for rows, piece in pieces(column):
+        bad = np.flatnonzero(~np.isfinite(piece))
+        if len(bad):
+            k = rows.start + int(bad[0])
+            raise _not_finite(name, piece[bad[0]], f"index {k} ({source.locate(k)})")
+        if non_negative and (piece < 0).any():
+            k = rows.start + int(np.flatnonzero(piece < 0)[0])
+            raise _negative(name, k, piece[k - rows.start])
+    return column
 
 
 def as_vector(
@@ -97,10 +131,7 @@ def as_vector(
         raise _not_finite(name, array.reshape(-1)[bad[0]], f"index {bad[0]}")
     if non_negative and (array < 0).any():
         k = int(np.flatnonzero(array < 0)[0])
-        raise ValueError(
-            f"{name} is negative at index {k} ({array.reshape(-1)[k]:g}); use values >= 0, with 0 to leave "
-            f"a row out"
-        )
+        raise _negative(name, k, array.reshape(-1)[k])
     return array
 
 
@@ -138,6 +169,12 @@ def choose(value: Any, options: Any, name: str) -> Any:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, not {value!r}")
     return options[value]
+
+
+def _negative(name: str, k: int, value: float) -> ValueError:
+    return ValueError(
+        f"{name} is negative at index {k} ({value:g}); use values >= 0, with 0 to leave a row out"
+    )
 
 
 def _not_finite(name: str, value: Any, where: str) -> ValueError:

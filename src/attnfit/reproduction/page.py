@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from attnfit import __version__
+from attnfit.version import __version__
 
 
 @dataclass(frozen=True)

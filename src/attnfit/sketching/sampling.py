@@ -30,11 +30,12 @@ class RowSampler:
 
     The score of a row is its curvature weight times its approximate leverage; a kept unit is weighted by the
     inverse of its probability, so every sampled sum is unbiased whatever the scores. Leverages are computed
-    during the first read and kept (four bytes a row).
+    during the first read and kept (four bytes a row) unless the rows are in other places or too many.
 
     Parameters
     ----------
     n_rows : int
+        Number of rows whose leverages are kept; zero for none.
     budget : float
         Expected number of sampled rows.
     sketch : ndarray, shape (d, k)
@@ -42,29 +43,46 @@ class RowSampler:
     mass : float
         An estimate of the sum of all scores; after a read it is replaced by the true sum.
     rng : numpy.random.Generator
+    most : float
+        The budget is never larger.
     """
 
     def __init__(
-        self, n_rows: int, budget: float, sketch: Array, mass: float, rng: np.random.Generator
+        self,
+        n_rows: int,
+        budget: float,
+        sketch: Array,
+        mass: float,
+        rng: np.random.Generator,
+        most: float = np.inf,
     ) -> None:
+        self.most = most
         self.budget = budget
         self.sketch = sketch
         self.mass = mass
         self.rng = rng
-        self.leverage: NDArray[np.float32] = np.empty(n_rows, dtype=np.float32)
+        self.leverage: NDArray[np.float32] | None = np.empty(n_rows, dtype=np.float32) if n_rows else None
         self.has_leverage = False
-        self._total = 0.0
 
     def draw(self, scores: Array, rows_per_unit: float = 1.0) -> tuple[NDArray[np.intp], Array]:
         """Return the kept units and their inverse probabilities."""
-        self._total += float(scores.sum())
         probability = np.minimum(1.0, scores * (self.budget / (self.mass * rows_per_unit)))
         kept = np.flatnonzero(self.rng.random(len(scores)) < probability)
         return kept, 1.0 / probability[kept]
 
-    def finish(self) -> None:
+    def double(self) -> None:
+        """Draw twice as many rows from now on."""
+        self.budget = min(2.0 * self.budget, self.most)
+
+    def finish(self, total: float) -> None:
         """End a read: the true mass of the scores is known now."""
         self.has_leverage = True
-        if np.isfinite(self._total) and self._total > 0.0:
-            self.mass = self._total
-        self._total = 0.0
+        if np.isfinite(total) and total > 0.0:
+            self.mass = total
+
+    def split(self, n_parts: int) -> list[RowSampler]:
+        """Return a sampler for each of several places, with random numbers of its own."""
+        seeds = self.rng.integers(2**63, size=n_parts)
+        return [
+            RowSampler(0, self.budget, self.sketch, self.mass, np.random.default_rng(seed)) for seed in seeds
+        ]

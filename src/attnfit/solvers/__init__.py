@@ -2,6 +2,7 @@
 
 from attnfit.solvers.batched import BatchedNewton
 from attnfit.solvers.gradient_descent import GradientDescent
+from attnfit.solvers.journal import CheckpointError
 from attnfit.solvers.levenberg_marquardt import LevenbergMarquardt
 from attnfit.solvers.minimize import minimize
 from attnfit.solvers.newton import Newton
@@ -13,6 +14,7 @@ from attnfit.solvers.tracking import StopFit
 __all__ = [
     "ActiveSet",
     "BatchedNewton",
+    "CheckpointError",
     "GradientDescent",
     "History",
     "LevenbergMarquardt",

@@ -23,8 +23,6 @@ SMALL = 128
 # Beyond this many unknowns an indefinite model costs less by conjugate gradients on a sample than by
 # eigenvectors.
 MEDIUM = 500
-# d x d arrays beyond this size cost more than the products that replace them.
-MAX_DENSE = 3_000
 # An exact Hessian that shrinks the gradient this much a step is kept: the next one would cost more than it
 # saves.
 KEEP = 0.02
@@ -158,7 +156,7 @@ class Sampled(Corrected):
     def request(self, contraction: float | None) -> dict[str, Any]:
         """Ask for a draw unless the present model works, twice as large where it was far off."""
         if contraction is not None and contraction > COARSE:
-            self.sampler.budget *= 2.0
+            self.sampler.double()
         works = contraction is not None and contraction <= SLOW
         return {} if works and not self.fresh else {"sampler": self.sampler}
 
@@ -167,9 +165,8 @@ class Sampled(Corrected):
         corrected = self._corrected(at, scale, last)
         if at.sample is None and corrected is not None:
             return corrected
-        n_drawn = sum(chunk.matrix.shape[0] for chunk in at.sample or [])
         # A draw smaller than the number of unknowns is no model.
-        rows = at.sample if n_drawn > len(scale) else None
+        rows = at.sample if at.sample is not None and at.sample.n_rows > len(scale) else None
         return SecantModel(dense_model(problem.hessian_at(at, rows), scale))
 
 
@@ -215,7 +212,7 @@ class MatrixFree:
     def request(self, contraction: float | None) -> dict[str, Any]:
         """Ask for a draw, twice as large where the last one was too coarse."""
         if self.sampler is not None and contraction is not None and contraction > COARSE:
-            self.sampler.budget *= 2.0
+            self.sampler.double()
         return {"sampler": self.sampler}
 
     def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from attnfit.problems.base import MAX_DENSE
 from attnfit.problems.inversion.layer_problem import LayerProblem, Points
-from attnfit.solvers.curvature import MAX_DENSE
 from attnfit.solvers.descent import MAX_REJECTIONS, NOISE
 from attnfit.solvers.tracking import StopFit, Tracker
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
+from attnfit.problems.base import MAX_DENSE, Problem
 from attnfit.problems.evaluation import Evaluation
-from attnfit.solvers.curvature import MAX_DENSE, Model, Strategy, dense_model
+from attnfit.solvers.curvature import Model, Strategy, dense_model
 from attnfit.solvers.tracking import StopFit, Tracker
 
 Array = NDArray[np.float64]

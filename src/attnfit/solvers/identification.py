@@ -4,6 +4,8 @@ minimum.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,8 @@ from attnfit.losses.softmax import CrossEntropy
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
 from attnfit.solvers.curvature import Exact, Model
 from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.tracking import Tracker
@@ -81,22 +85,61 @@ def recession_direction(problem: Problem, candidates: list[Array]) -> Array | No
     if np.any(problem.ridge) or problem.penalty is not None:
         return None
     directions = np.stack(candidates, axis=1)
-    top = np.full((len(problem.groups), directions.shape[1]), -np.inf)
-    bottom_positive = np.full_like(top, np.inf)
-    bottom = np.full_like(top, np.inf)
-    for chunk in problem.chunks:
-        along = problem.design.block(chunk.index) @ directions
-        b, w, _ = problem.targets(chunk)
-        starts = chunk.segments.starts
-        positive = np.where((w * b > 0)[:, None], along, np.inf)
-        groups = chunk.groups
-        top[groups] = np.maximum(top[groups], np.maximum.reduceat(along, starts))
-        bottom[groups] = np.minimum(bottom[groups], np.minimum.reduceat(along, starts))
-        bottom_positive[groups] = np.minimum(bottom_positive[groups], np.minimum.reduceat(positive, starts))
-    spread = np.where(problem.constants[:, None] > 0, top - bottom, 0.0)
-    slack = np.where(problem.constants[:, None] > 0, top - bottom_positive, 0.0)
+    extents: _Extents = problem.reduce(_extents_of, directions)
+    spread, slack = extents.close(problem.long_constants)
     for k in range(directions.shape[1]):
-        widest = float(spread[:, k].max())
-        if widest > 0 and float(slack[:, k].max()) <= 1e-6 * widest:
+        if spread[k] > 0 and slack[k] <= 1e-6 * spread[k]:
             return directions[:, k]
     return None
+
+
+@dataclass
+class _Extents:
+    """The widest group along each direction, and how far a positive target is from its top at most.
+
+    ``long`` holds, by number, the top, the bottom and the lowest positive target of groups seen in part.
+    """
+
+    spread: Array
+    slack: Array
+    long: dict[int, Array]
+
+    def merge(self, other: _Extents) -> _Extents:
+        """Return the extents over both parts of the data."""
+        long = dict(self.long)
+        for number, found in other.long.items():
+            long[number] = _join(long[number], found) if number in long else found
+        return _Extents(np.maximum(self.spread, other.spread), np.maximum(self.slack, other.slack), long)
+
+    def close(self, constants: Array) -> tuple[Array, Array]:
+        """Return spread and slack over all groups that have a target."""
+        spread, slack = self.spread, self.slack
+        for number, (top, bottom, positive) in self.long.items():
+            if constants[number] > 0:
+                spread = np.maximum(spread, top - bottom)
+                slack = np.maximum(slack, top - positive)
+        return spread, slack
+
+
+def _join(one: Array, other: Array) -> Array:
+    return np.stack([np.maximum(one[0], other[0]), *np.minimum(one[1:], other[1:])])
+
+
+def _extents_of(part: StoredProblem, chunks: list[Chunk], directions: Array) -> _Extents:
+    zero = np.zeros(directions.shape[1])
+    extents = _Extents(zero, zero, {})
+    for chunk in part.ahead(chunks):
+        along = part.fetch(chunk) @ directions
+        b, w, constants = part.targets(chunk)
+        starts = chunk.segments.starts
+        positive = np.where((w * b > 0)[:, None], along, np.inf)
+        top = np.maximum.reduceat(along, starts)
+        bottoms = np.minimum.reduceat(along, starts), np.minimum.reduceat(positive, starts)
+        if chunk.long >= 0:
+            found = _Extents(zero, zero, {chunk.long: np.stack([top, *bottoms])[:, 0]})
+        else:
+            with_target = constants > 0
+            spread, slack = ((top - bottom)[with_target] for bottom in bottoms)
+            found = _Extents(spread.max(axis=0, initial=0.0), slack.max(axis=0, initial=0.0), {})
+        extents = extents.merge(found)
+    return extents

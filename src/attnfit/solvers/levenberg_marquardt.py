@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.problems.base import MAX_DENSE
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inversion.layer_inversion import LayerInversion
-from attnfit.solvers.curvature import MAX_DENSE
 from attnfit.solvers.damped import DampedFits
 from attnfit.solvers.descent import Descent
 from attnfit.solvers.newton import Outcome

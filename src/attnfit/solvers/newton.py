@@ -8,11 +8,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
+from attnfit.problems.base import MAX_DENSE, Problem
 from attnfit.problems.inputs import choose
 from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.problems.rows.sample_sizes import rows_to_draw
 from attnfit.sketching import RowSampler, leverage_sketch
-from attnfit.solvers.curvature import MAX_DENSE, Exact, FromSample, Kept, MatrixFree, Sampled, Strategy
+from attnfit.solvers.curvature import Exact, FromSample, Kept, MatrixFree, Sampled, Strategy
 from attnfit.solvers.descent import Descent, descend, reference_norm
 from attnfit.solvers.sampled_jacobian import SampledJacobian
 from attnfit.solvers.start import Start, same_minimum
@@ -21,9 +22,6 @@ from attnfit.solvers.tracking import Interrupted, Tracker
 Array = NDArray[np.float64]
 
 HESSIANS = ("auto", "exact", "sampled", "matrix_free")
-# Where a sample's curvature is too coarse, an exact Gram is the remedy if it costs no more
-# evaluations than this.
-GRAM_PAYS = 4.0
 # Johnson-Lindenstrauss columns: leverages within a factor of two are all that sampling needs.
 N_PROBES = 8
 
@@ -153,10 +151,10 @@ class Newton:
             return SampledJacobian(float(self.sample_rows or 4.0 * len(scale)), rng)
         n, d = start.full.n_rows, len(scale)
         rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
-        budget = float(self.sample_rows or max(0.05 * n, rows_per_unknown * d))
+        most = start.full.most_drawn
+        budget = min(most, float(self.sample_rows or rows_to_draw(n, d, rows_per_unknown)))
         if kind == "corrected_sample":
-            pays = start.full.design.gram_cost < GRAM_PAYS
-            other = "exact" if pays else "sampled"
+            other = "exact" if start.full.design.gram_pays else "sampled"
             return FromSample(start.sample.problem, lambda: self._strategy(other, start, x, scale, rng))
         if kind == "matrix_free" and budget >= 0.5 * n:
             return MatrixFree()
@@ -168,7 +166,7 @@ class Newton:
         else:
             sketch = leverage_sketch(small.hessian_at(at, absolute=True), N_PROBES, rng)
         # Exact scores would sum to d; the first read replaces this guess.
-        sampler = RowSampler(n, budget, sketch, 1.3 * d, rng)
+        sampler = RowSampler(start.full.n_leverages, budget, sketch, 1.3 * d, rng, most)
         if kind == "matrix_free":
             return MatrixFree(sampler)
         return Sampled(sampler, fresh=self.globalisation == "none")

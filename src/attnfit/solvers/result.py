@@ -100,11 +100,13 @@ class Result:
     converged : bool
     status : {"converged", "max_iter", "precision", "separable", "false_optimum", "interrupted", "overflow"}
     message : str
-        The status in a sentence, with the remedy where there is one.
+        The status in a sentence, with the remedy where there is one; where the fit was resumed, from which
+        checkpoint and after how many reads.
     n_iter : int
         Steps taken on the full data.
     n_passes : float
-        Reads of the data, sampled rows as fractions.
+        Reads of the data, sampled rows as fractions; those before a fit was resumed are included, as in
+        ``seconds``.
     history : History
     seconds : float
     local_values : dict of str to float

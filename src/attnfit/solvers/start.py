@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.sample_sizes import sample_sizes
 from attnfit.problems.rows.thinning import draw_rows
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
 from attnfit.solvers.descent import Descent, descend
@@ -18,16 +19,6 @@ from attnfit.solvers.tracking import Interrupted, Tracker
 
 Array = NDArray[np.float64]
 
-# Starts are searched on the small sample and polished on the large one, whose answer is about one per cent
-# off.
-SCOUT_ROWS = 4_000
-SAMPLE_ROWS = 20_000
-# Rows per unknown: fewer than the first and an answer means little; the second give a Hessian to within
-# three per cent.
-SCOUT_RATIO = 10
-SAMPLE_RATIO = 1000
-# A sample larger than this share of the data costs more than it saves.
-MAX_SHARE = 0.1
 SAMPLE_TOL = 1e-3
 
 
@@ -40,12 +31,14 @@ class Sample:
     ----------
     share : float
         Its rows over those of the full problem.
+    is_full : bool
+        Whether it is the full problem itself.
     """
 
     problem: Any
     convex: Any
     share: float
-    is_full: bool
+    is_full: bool = True
 
     @property
     def n_passes(self) -> float:
@@ -57,15 +50,33 @@ class Sample:
         )
 
 
-def draw_sample(problem: GroupedProblem, convex: Any, n_rows: int, rng: np.random.Generator) -> Sample:
+def whole(problem: Problem) -> Sample:
+    """Return the problem itself with its convex neighbour."""
+    return Sample(problem, None if problem.convex else problem.convex_neighbour(), 1.0)
+
+
+def draw_sample(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) -> Sample:
     """Return an importance-weighted sample of about ``n_rows`` rows of a problem and its convex neighbour."""
+    small_enough = problem.n_rows <= n_rows and problem.is_whole
+    draw = None if small_enough else draw_rows(problem, n_rows, rng)
+    if draw is None:
+        return whole(problem)
+    small = draw.problem(problem.loss, problem.ridge)
+    convex = None if problem.convex else draw.convex_neighbour(problem.loss, problem.ridge)
+    return Sample(small, convex, small.n_rows / problem.n_rows, is_full=False)
+
+
+def draw_scout(sample: Sample, n_rows: int, rng: np.random.Generator) -> Sample:
+    """Return a sample of a sample: the same rows of both its problems."""
+    problem, convex = sample.problem, sample.convex
     draw = draw_rows(problem, n_rows, rng) if problem.n_rows > n_rows else None
-    if draw is None or (problem.weights is not None and not problem.weights[draw.rows].any()):
-        return Sample(problem, convex, 1.0, True)
-    block = draw.fetch(problem)
-    small = draw.restrict(problem, block)
-    thin_convex = None if convex is None else draw.restrict(convex, block)
-    return Sample(small, thin_convex, small.n_rows / problem.n_rows, False)
+    if draw is None:
+        return sample
+    small = draw.problem(problem.loss, problem.ridge)
+    if convex is not None:
+        beside = draw.with_targets(*(v[draw.rows] for v in (convex.b, convex.weights, convex.offset)))
+        convex = beside.problem(convex.loss, convex.ridge)
+    return Sample(small, convex, sample.share * small.n_rows / problem.n_rows, is_full=False)
 
 
 @dataclass(frozen=True)
@@ -79,21 +90,14 @@ class Start:
     @classmethod
     def draw(cls, problem: Problem, rng: np.random.Generator) -> Start:
         """Draw both samples; large problems whose rows can be drawn only."""
-        convex = None if problem.convex else problem.convex_neighbour()
         if not isinstance(problem, GroupedProblem) or not problem.rows_can_be_drawn:
-            whole = Sample(problem, convex, 1.0, True)
-            return cls(problem, whole, whole)
-        n, d = problem.n_rows, problem.n_unknowns
-        scout_rows = max(SCOUT_ROWS, SCOUT_RATIO * d)
-        n_rows = SAMPLE_ROWS
-        if n > SAMPLE_ROWS:
-            affordable = max(int(MAX_SHARE * n), min(SAMPLE_ROWS, n // 4))
-            n_rows = max(scout_rows, min(max(SAMPLE_ROWS, SAMPLE_RATIO * d), affordable))
-        sample = draw_sample(problem, convex, n_rows, rng)
+            itself = whole(problem)
+            return cls(problem, itself, itself)
+        scout_rows, n_rows = sample_sizes(problem.n_rows, problem.n_unknowns)
+        sample = draw_sample(problem, n_rows, rng)
         if sample.is_full or n_rows == scout_rows:
             return cls(problem, sample, sample)
-        scout = draw_sample(sample.problem, sample.convex, scout_rows, rng)
-        return cls(problem, replace(scout, share=scout.share * sample.share), sample)
+        return cls(problem, draw_scout(sample, scout_rows, rng), sample)
 
     @property
     def n_passes(self) -> float:
@@ -148,13 +152,15 @@ class Start:
 
     def transfer(self, x: Array) -> Evaluation | None:
         """Predict the states of the full problem's long groups at x from the sample."""
-        if self.sample.is_full or not len(self.full.long_groups):
+        if self.sample.is_full or not self.full.n_long:
             return None
-        long_groups = self.full.long_groups
         small = self.sample.problem
+        # The sample's groups carry the full problem's labels, in increasing order.
+        labels = self.full.long_labels
+        numbers = np.searchsorted(small.groups.labels, labels)
+        if numbers.max() >= small.n_groups or (small.groups.labels[numbers] != labels).any():
+            return None
         at = small.evaluate(x)
-        # The sample's groups carry the full problem's numbers as labels.
-        numbers = np.searchsorted(small.groups.labels, long_groups)
         states, centres = zip(*(small.group_summary(int(g), at) for g in numbers), strict=True)
         return Evaluation(x, at.value, at.gradient, np.array(states).T, np.array(centres))
 

@@ -33,23 +33,31 @@ class Tracker:
         Reads of the data so far.
     callback : callable, optional
         Called with each record. A true return value ends the fit.
+    clock : callable
+        The time in seconds.
     """
 
-    def __init__(self, n_passes: Callable[[], float], callback: Callback | None = None) -> None:
+    def __init__(
+        self,
+        n_passes: Callable[[], float],
+        callback: Callback | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.n_passes = n_passes
         self.history = History()
-        self.began = time.perf_counter()
+        self.clock = clock
+        self.began = clock()
         self._callback = callback
         self._seconds = {"model": 0.0, "step": 0.0, "evaluate": 0.0}
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Add the time spent inside to one part of the next record."""
-        began = time.perf_counter()
+        began = self.clock()
         try:
             yield
         finally:
-            self._seconds[part] += time.perf_counter() - began
+            self._seconds[part] += self.clock() - began
 
     def record(
         self,
@@ -80,4 +88,4 @@ class Tracker:
 
     def seconds(self) -> float:
         """Return the time since the fit began."""
-        return time.perf_counter() - self.began
+        return self.clock() - self.began

@@ -6,7 +6,6 @@ from copy import copy
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attnfit.designs.kronecker import KroneckerDesign
 from attnfit.losses.base import Loss
@@ -18,9 +17,11 @@ from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
 from attnfit.problems.base import Reduction
 from attnfit.problems.inputs import as_point, as_ridge, choose
 from attnfit.problems.maps.pairs import read_pairs
+from attnfit.problems.maps.targets import first_negative, smallest_normal, smallest_positive
 from attnfit.problems.maps.whitening import Whitening
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.problems.rows.partition import Chunk, Groups
+from attnfit.problems.rows.stored import DERIVED, StoredProblem
 
 # Singular values below this share of the largest are rounding.
 RANK = 1e-12
@@ -71,8 +72,10 @@ class Attention(GroupedProblem):
         Queries. A list means several sequences, of any lengths, that share X.
     A2 : array_like, shape (n2, d2), or a list of them
         Keys. May be A1 itself.
-    B : array_like, shape (n1, n2), or a list of them
-        Maps, in any precision, which is kept; zeros are data. None where the loss has no target.
+    B : array_like or source on disk, shape (n1, n2), or a list of them
+        Maps, in any precision, which is kept; zeros are data. On disk (a memory map, a zarr array, what
+        `attnfit.designs.open_source` returns) they are read by blocks of queries. None where the loss has no
+        target.
     loss : str
     mask : "causal", or array_like of bool, shape (n1, n2), or a list, optional
         True where a query attends to a key. A causal mask lets the last query see every key.
@@ -157,7 +160,7 @@ class Attention(GroupedProblem):
         self.b = np.broadcast_to(np.zeros(1), n) if pairs.target is None else pairs.target
         self.weights, self.offset, self.penalty = pairs.weights, pairs.offset, pairs.penalty
         self.ridge = as_ridge(ridge)
-        self._smallest_normal = _smallest_normal(self.b)
+        self._smallest_normal = smallest_normal(self.b)
         # The function may be odd only where outputs are not shares.
         if function != "sinh" and loss not in ("exponential", "entropy", "sparse"):
             self._require_shares()
@@ -183,13 +186,11 @@ class Attention(GroupedProblem):
         return Chunk(rows, rows, segments, slice(first, last))
 
     def _require_shares(self) -> None:
-        negative = np.flatnonzero(self.b < 0)
-        if len(negative):
-            s, i, k = self._where(int(negative[0]))
+        pair, value = first_negative(self.b)
+        if pair >= 0:
+            s, i, k = self._where(pair)
             name = "B" if len(self.design.sequences) == 1 else f"B[{s}]"
-            raise ValueError(
-                f"{name} is negative at row {i}, column {k} ({self.b[negative[0]]:g}); maps are shares >= 0"
-            )
+            raise ValueError(f"{name} is negative at row {i}, column {k} ({value:g}); maps are shares >= 0")
 
     def _where(self, pair: int) -> tuple[int, int, int]:
         """Return sequence, query and key of a pair."""
@@ -203,6 +204,8 @@ class Attention(GroupedProblem):
     def with_loss(self, loss: Loss, b: Array, weights: Array | None) -> Self:
         """Return a problem on the same pairs with another loss, target and weights, one a pair."""
         other = copy(self)
+        for name in DERIVED:
+            other.__dict__.pop(name, None)
         other.b, other.weights = b, weights
         other._set_loss(loss)
         return other
@@ -271,7 +274,7 @@ class Attention(GroupedProblem):
         """
         squared = total = 0.0
 
-        def add(chunk: Chunk, z: Array, state: list[Array]) -> Array:
+        def add(_: StoredProblem, chunk: Chunk, z: Array, state: list[Array]) -> Array:
             nonlocal squared, total
             b = np.asarray(self.b[chunk.rows], dtype=np.float64)
             squared += float(np.sum((self.loss.fitted(z, state) - b) ** 2))
@@ -291,7 +294,7 @@ class Attention(GroupedProblem):
         X, _ = self.split(x)
         by_query = [np.empty_like(block.queries) for block in self.design.sequences]
         by_key = [np.zeros_like(block.keys) for block in self.design.sequences]
-        for chunk in self.chunks:
+        for chunk in self.ahead(self.chunks):
             block, z = self.logits(chunk, at.x)
             b, w, _ = self.targets(chunk)
             slope = self.loss.slope(z, b, w, self.row_state(chunk, z, at))
@@ -299,7 +302,7 @@ class Attention(GroupedProblem):
             if penalty is not None:
                 slope = slope + penalty * (z - self.shift(chunk))
             assert isinstance(chunk.index, slice)
-            s, queries = self.design.locate(chunk.index)
+            s, queries = self.design.find_queries(chunk.index)
             S = block.matrix(slope)
             by_query[s][queries] = (S @ block.keys) @ X.T
             by_key[s] += S.T @ (block.queries @ X)
@@ -358,8 +361,8 @@ class Attention(GroupedProblem):
 
     def zeros_are_rounded(self) -> bool:
         """Whether entries below the format's normal numbers show that zeros, if any, are smaller ones yet."""
-        positive = self.b[self.b > 0]
-        return len(positive) == len(self.b) or bool(len(positive) and positive.min() < self._smallest_normal)
+        smallest, has_zeros = smallest_positive(self.b)
+        return not has_zeros or smallest < self._smallest_normal
 
     def _has_closed_form(self) -> bool:
         """Whether log B is known for every pair, up to a constant a row where outputs are normalised."""
@@ -369,7 +372,7 @@ class Attention(GroupedProblem):
             return False
         if len(design.sequences) > 1 or design.n_features or design.sequences[0].mask is not None:
             return False
-        return bool((self.b > 0).all())
+        return not smallest_positive(self.b)[1]
 
     def _closed_form(self) -> Array:
         """Return ``A1^+ (log B - offset) A2^+^T``, shape (d1, d2), which reproduces an exact map."""
@@ -379,10 +382,10 @@ class Attention(GroupedProblem):
             keys = keys - keys.mean(axis=0)
         inverse = np.linalg.pinv(keys, rcond=RANK)
         half = np.empty((len(queries), design.d2))
-        for chunk in self.chunks:
+        for chunk in self.ahead(self.chunks):
             assert isinstance(chunk.index, slice)
             logs = np.log(np.asarray(self.b[chunk.rows], dtype=np.float64)) - self.shift(chunk)
-            half[design.locate(chunk.index)[1]] = logs.reshape(-1, len(keys)) @ inverse.T
+            half[design.find_queries(chunk.index)[1]] = logs.reshape(-1, len(keys)) @ inverse.T
         return np.asarray(np.linalg.pinv(queries, rcond=RANK) @ half)
 
     @property
@@ -403,11 +406,12 @@ class Attention(GroupedProblem):
             block = self.fetch(chunk)
             rows.append(block @ np.eye(self.n_unknowns))
             b[chunk.rows], w[chunk.rows], _ = self.targets(chunk)
-        return GroupedProblem(
+        formed: GroupedProblem = GroupedProblem(
             np.concatenate(rows), b, loss=self.loss, groups=self.design.starts, weights=w,
             offset=self.offset, row_penalty=0.0 if self.penalty is None else np.sqrt(self.penalty),
             ridge=self.ridge,
         )  # fmt: skip
+        return formed
 
     def reduction(self) -> Reduction | None:
         """Return the problem in whitened variables, in which only identified directions are left."""
@@ -428,12 +432,3 @@ def _loss(name: str, function: str) -> Loss:
     if name == "log_ratio":
         return LogRatio()
     return Total() if name == "sparse" else LOSSES[name]
-
-
-def _smallest_normal(b: NDArray[Any]) -> float:
-    """Return the smallest normal number of the narrowest format that holds every entry."""
-    for kind in (np.float16, np.float32):
-        with np.errstate(over="ignore", under="ignore"):
-            if b.dtype.itemsize <= np.dtype(kind).itemsize or (b.astype(kind) == b).all():
-                return float(np.finfo(kind).tiny)
-    return float(np.finfo(np.float64).tiny)

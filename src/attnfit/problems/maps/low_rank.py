@@ -13,7 +13,7 @@ from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge
 from attnfit.problems.maps.attention import Attention
 from attnfit.problems.maps.whitening import Whitening
-from attnfit.problems.rows.grouped import KEPT_ROWS, change_of_slope
+from attnfit.problems.rows.sums import change_of_slope
 
 
 class LowRankAttention(Problem):
@@ -128,7 +128,7 @@ class LowRankAttention(Problem):
         G = inner.gradient[:size].reshape(d.d1, d.d2)
         U, V, _ = self.factors(at.x)
         projected = [(s.queries @ U, s.keys @ V) for s in d.sequences]
-        prepared = list(full.curvature(inner)) if full.n_rows <= KEPT_ROWS else None
+        prepared = list(full.curvature(inner)) if full.keeps_row_weights else None
 
         def product(v: Array) -> Array:
             dU, dV, dc = self.factors(v)
@@ -138,7 +138,7 @@ class LowRankAttention(Problem):
             for chunk, terms, weights in prepared or full.curvature(inner):
                 assert isinstance(chunk.index, slice)
                 block = full.fetch(chunk)
-                s, queries = d.locate(chunk.index)
+                s, queries = d.find_queries(chunk.index)
                 left, right = projected[s][0][queries], projected[s][1]
                 z = (block.queries @ dU) @ right.T + left @ moved[s].T
                 along = z.reshape(-1) if block.mask is None else z[block.mask]

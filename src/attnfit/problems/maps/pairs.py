@@ -10,9 +10,15 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.designs.kronecker import Block, KroneckerDesign
-from attnfit.problems.inputs import as_design, as_vector, require_finite_matrix
+from attnfit.designs.on_disk import stored_source
+from attnfit.designs.pair_column import PairColumn
+from attnfit.designs.sources import Source
+from attnfit.problems.inputs import as_design, as_vector, require_finite_matrix, require_finite_rows
 
 Array = NDArray[np.float64]
+
+# Entries of a map on disk that are checked at a time.
+CHECKED = 1 << 22
 
 
 def per_sequence(values: Any, n: int | None, name: str) -> list[Any]:
@@ -20,11 +26,15 @@ def per_sequence(values: Any, n: int | None, name: str) -> list[Any]:
 
     A list or tuple of matrices means several sequences; ``n`` is the number expected, None for any.
     """
-    several = isinstance(values, list | tuple) and len(values) > 0 and np.ndim(values[0]) == 2
+    several = isinstance(values, list | tuple) and len(values) > 0 and _ndim(values[0]) == 2
     entries = list(values) if several else [values]
     if n is not None and len(entries) != n:
         raise ValueError(f"{name} has {len(entries)} sequences but A1 has {n}; pass one matrix a sequence")
     return entries
+
+
+def _ndim(matrix: Any) -> int:
+    return len(matrix.shape) if hasattr(matrix, "shape") else np.ndim(matrix)
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,9 @@ class Pairs:
     """
 
     design: KroneckerDesign
-    target: NDArray[Any] | None
+    target: Any
     weights: Array | None
-    offset: NDArray[Any] | None
+    offset: Any
     penalty: Array | None
 
 
@@ -70,10 +80,12 @@ def read_pairs(
     parts = zip(queries, keys, masks, features, strict=True)
     design = KroneckerDesign([Block(q, k, m, f) for q, k, m, f in parts])
 
-    def by_pair(values: Any, name: str, **options: Any) -> NDArray[Any] | None:
+    def by_pair(values: Any, name: str, **options: Any) -> Any:
         if values is None:
             return None
         read = [_cells(v, shape, label, **options) for (v, label), shape in _with(values, shapes, name)]
+        if any(isinstance(v, Source) for v in read):
+            return PairColumn(design, read)
         flat = [v.reshape(-1) if m is None else v[m] for v, m in zip(read, masks, strict=True)]
         return flat[0] if n == 1 else np.concatenate(flat)
 
@@ -135,22 +147,34 @@ def _mask(mask: Any, shape: tuple[int, int], name: str) -> NDArray[np.bool_] | N
     return None if array.all() else array
 
 
-def _cells(values: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
-    """Return an (n1, n2) matrix of finite real numbers in its own floating precision."""
+def _cells(values: Any, shape: tuple[int, int], name: str) -> Any:
+    """Return an (n1, n2) matrix of finite real numbers in its own floating precision, or on disk."""
+    source = stored_source(values, name)
+    if source is not None:
+        _require_cells(source, shape, name)
+        step = max(1, CHECKED // shape[1])
+        for first in range(0, shape[0], step):
+            rows = source.read(first, min(first + step, shape[0]))
+            require_finite_rows(rows, slice(first, first + len(rows)), name, source.locate)
+        return source
     try:
         array = values if isinstance(values, np.ndarray) else np.asarray(values)
     except ValueError as error:
         raise ValueError(f"{name} cannot be read as a matrix: {error}; pass shape {shape}") from error
-    if array.shape != shape:
-        raise ValueError(
-            f"{name} has shape {array.shape}; expected (queries, keys) = {shape}, the rows of A1 and of A2"
-        )
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name} has dtype {array.dtype}; convert it to real numbers")
+    _require_cells(array, shape, name)
     if array.dtype.kind == "f":
         _require_finite(array, name)
         return array
     return array.astype(np.float64)
+
+
+def _require_cells(matrix: Any, shape: tuple[int, int], name: str) -> None:
+    if matrix.shape != shape:
+        raise ValueError(
+            f"{name} has shape {matrix.shape}; expected (queries, keys) = {shape}, the rows of A1 and of A2"
+        )
+    if matrix.dtype.kind not in "fiub":
+        raise ValueError(f"{name} has dtype {matrix.dtype}; convert it to real numbers")
 
 
 def _require_finite(array: NDArray[Any], name: str) -> None:

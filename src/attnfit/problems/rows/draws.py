@@ -30,8 +30,8 @@ class Draws:
         z: Array,
         state: list[Array],
         centre: Array | None,
-    ) -> None:
-        """Offer the rows of a chunk to the sampler."""
+    ) -> float:
+        """Offer the rows of a chunk to the sampler; return the sum of their scores."""
         assert isinstance(chunk.rows, slice)
         scores = _scores(sampler, problem, chunk, block, z, state, centre)
         first = chunk.rows.start
@@ -40,12 +40,13 @@ class Draws:
             kept, inverse = sampler.draw(chunk.segments.sum(scores), problem.rows_per_short_group)
         else:
             kept, inverse = sampler.draw(scores)
+        total = float(scores.sum())
         if len(kept) == 0:
-            return
+            return total
         if not whole_groups:
             self._pieces.setdefault(chunk.long, []).append((block[kept], kept + first, inverse))
             self._long_group[chunk.long] = chunk.groups
-            return
+            return total
         sizes = chunk.segments.sizes[kept]
         starts = np.cumsum(sizes) - sizes
         inside = np.arange(sizes.sum()) - np.repeat(starts - chunk.segments.starts[kept], sizes)
@@ -53,6 +54,7 @@ class Draws:
         self._short.append(
             (block[inside], inside + first, np.repeat(inverse, sizes), sizes, kept + chunk.groups.start)
         )
+        return total
 
     def chunks(self) -> list[Chunk]:
         """Return the sample: one chunk for all whole groups, one for each long group."""
@@ -104,7 +106,7 @@ def _scores(
     b, w, _ = problem.targets(chunk)
     terms, weights = problem.loss.gram_terms(z, b, w, state)
     penalty = problem.row_penalties(chunk)
-    if sampler.has_leverage and terms[0].r is None:
+    if sampler.leverage is not None and sampler.has_leverage and terms[0].r is None:
         leverage = sampler.leverage[chunk.rows]
         scores = problem.loss.importance(z, b, w, state) * leverage
         return scores if penalty is None else scores + penalty * leverage
@@ -122,7 +124,8 @@ def _scores(
         leverage = np.einsum("ij,ij->i", rows, rows)
         weight = np.abs(t) if len(terms) > 1 else problem.loss.importance(z, b, w, state)
         scores += weight * leverage
-    sampler.leverage[chunk.rows] = leverage
+    if sampler.leverage is not None:
+        sampler.leverage[chunk.rows] = leverage
     if penalty is not None:
         scores += penalty * np.einsum("ij,ij->i", probe, probe)
     return scores

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from attnfit.designs.kernels import STORAGES
+from attnfit.designs.threads import available_threads, in_order
 from attnfit.losses.base import Moments
 from attnfit.losses.segments import Array
 from attnfit.problems.rows.loops import compile_loop, pieces, whole_groups
@@ -16,40 +17,41 @@ from attnfit.problems.rows.partition import Chunk, Rows
 from attnfit.problems.rows.stored import StoredProblem
 from attnfit.problems.rows.totals import Totals
 
-# Chunks that one call runs over: few enough that Ctrl-C is heard.
-SPAN = 64
 NONE = np.zeros(0)
 
 
-def sum_up(problem: StoredProblem, x: Array, reference: Array, origin_states: Array | None) -> Totals | None:
-    """Read once; None where a logit is not finite."""
-    totals = Totals.zero(problem.n_unknowns)
-    for span in _spans(problem):
-        if not _add_span(problem, span, np.ascontiguousarray(x), reference, origin_states, totals):
-            return None
-    return totals
-
-
-def _spans(problem: StoredProblem) -> Iterator[list[Chunk]]:
-    """Yield runs of neighbouring chunks that are pieces of one group, or made of whole groups."""
-    run: list[Chunk] = []
-    for chunk in problem.chunks:
-        if run and (len(run) == SPAN or chunk.long != run[0].long or problem.groups.order is not None):
-            yield run
-            run = []
-        run.append(chunk)
-    yield run
-
-
-def _add_span(
+def sum_up(
     problem: StoredProblem,
-    span: list[Chunk],
+    chunks: list[Chunk],
     x: Array,
     reference: Array,
     origin_states: Array | None,
-    totals: Totals,
-) -> bool:
-    """Add a run of chunks to the totals; False where a logit is not finite."""
+) -> Totals | None:
+    """Read once; None where a logit is not finite."""
+    x = np.ascontiguousarray(x)
+
+    def work(item: tuple[list[Chunk], tuple[Any, int]]) -> Totals | None:
+        return _sum_up_run(problem, *item, x, reference, origin_states)
+
+    # What is read is counted here: threads would lose some of it.
+    items = ((run, problem.design.parts(_join([c.index for c in run]))) for run in problem.runs_ahead(chunks))
+    totals = Totals.zero(problem.n_unknowns)
+    for found in in_order(work, items, available_threads()):
+        if found is None:
+            return None
+        totals = totals.merge(found)
+    return totals
+
+
+def _sum_up_run(
+    problem: StoredProblem,
+    span: list[Chunk],
+    parts: tuple[Any, int],
+    x: Array,
+    reference: Array,
+    origin_states: Array | None,
+) -> Totals | None:
+    """Return the totals of a run of chunks; None where a logit is not finite."""
     storage = problem.design.storage
     assert storage is not None
     loss, long, d = problem.loss, span[0].long, problem.n_unknowns
@@ -59,9 +61,9 @@ def _add_span(
     vectors += [NONE if v is None else v[rows] for v in (problem.weights, problem.offset, problem.penalty)]
     beside = NONE
     if origin_states is not None:
-        parts = [problem.origin_slope(c, *problem.targets(c)[:2], origin_states) for c in span]
+        slopes = [problem.origin_slope(c, *problem.targets(c)[:2], origin_states) for c in span]
         beside = np.concatenate(
-            [np.broadcast_to(p, c.segments.n_rows) for p, c in zip(parts, span, strict=True)]
+            [np.broadcast_to(s, c.segments.n_rows) for s, c in zip(slopes, span, strict=True)]
         )
     groups = _join([chunk.groups for chunk in span])
     constants = problem.constants[groups]
@@ -82,12 +84,12 @@ def _add_span(
         loss.close,
         loss.logarithmic,
     )
-    index = _join([chunk.index for chunk in span])
     # Several short groups at a time: one alone ends in loops too short to pay.
     step = STORAGES[storage].step * (4 if by_group else 1)
-    kernel(*problem.design.parts(index), x, *vectors, beside, *shared, step, n_columns, out, sums)
+    kernel(*parts, x, *vectors, beside, *shared, step, n_columns, out, sums)
     if sums[-1] != 0.0:
-        return False
+        return None
+    totals = Totals.zero(d)
     totals.value += float(sums[-2])
     if by_group:
         totals.gradient += out[0]
@@ -100,7 +102,7 @@ def _add_span(
         totals.gradient += out[n_columns]
     if len(beside):
         totals.origin_gradient += out[-1]
-    return True
+    return totals
 
 
 def _join(rows: list[Rows]) -> Rows:

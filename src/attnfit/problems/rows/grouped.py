@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from attnfit.designs import Design
 from attnfit.losses.base import GramTerm
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
-from attnfit.problems.evaluation import Evaluation
+from attnfit.problems.evaluation import Drawn, Evaluation
 from attnfit.problems.inputs import as_point
+from attnfit.problems.rows.budget import BudgetedProblem
+from attnfit.problems.rows.distributed import distributed, is_dask
 from attnfit.problems.rows.neighbour import convex_neighbour
-from attnfit.problems.rows.normalisers import find_normalisers, guess_normalisers
+from attnfit.problems.rows.normalisers import guess_normalisers, normaliser_sums
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.reading import read
 from attnfit.problems.rows.stored import StoredProblem
+from attnfit.problems.rows.sums import chunk_product, diagonal_sum, hessian_sum, product_sum, score_sum
 from attnfit.sketching import RowSampler
 
-# Row weights for products with the Hessian are kept up to this many rows, else computed in each product.
-KEPT_ROWS = 1 << 25
 
-
-class GroupedProblem(StoredProblem):
+class GroupedProblem(BudgetedProblem):
     """``L(x) = sum_g phi_g(A_g x + offset_g) + 0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``.
 
     Subclasses choose the loss and document it; everything else is here. `attnfit.losses.base` states the two
@@ -33,6 +33,11 @@ class GroupedProblem(StoredProblem):
 
     rows_can_be_drawn = True
     best_hessian = "exact"
+
+    def __new__(cls, A: Any = None, *args: Any, **options: Any) -> Any:
+        """Return a problem that is read where its rows are, for a Dask array or data frame."""
+        # Copies are made without arguments.
+        return super().__new__(distributed(cls) if is_dask(A) else cls)
 
     @property
     def convex(self) -> bool:
@@ -54,33 +59,15 @@ class GroupedProblem(StoredProblem):
         ValueError
             If the normaliser alpha of a group is zero, which can happen for sinh.
         """
-
-        def fitted(chunk: Chunk, z: Array, state: list[Array]) -> Array:
-            if isinstance(self.loss, SquaredRescaled) and (state[0] == 0.0).any():
-                row = int(np.flatnonzero(np.broadcast_to(state[0], z.shape) == 0.0)[0])
-                group = int(np.searchsorted(chunk.segments.starts, row, side="right")) - 1
-                label = self.groups.labels[chunk.groups][group]
-                raise ValueError(
-                    f"the normaliser of group {label!r} is zero at this x: its shares are not defined"
-                )
-            return self.loss.fitted(z, state)
-
-        return self.by_row(self._evaluate_checked(x), fitted)
+        return self.by_row(self._evaluate_checked(x), _fitted)
 
     def data_gradient(self, x: Any) -> tuple[Array, Array]:
         """Return the factors s, shape (n,), and x, shape (d,), of ``dL/dA = s x^T``."""
-
-        def slope(chunk: Chunk, z: Array, state: list[Array]) -> Array:
-            b, w, _ = self.targets(chunk)
-            s = self.loss.slope(z, b, w, state)
-            penalty = self.row_penalties(chunk)
-            return s if penalty is None else s + penalty * (z - self.shift(chunk))
-
         at = self._evaluate_checked(x)
-        return self.by_row(at, slope), at.x
+        return self.by_row(at, _slope), at.x
 
     def _overflow_message(self, at: Evaluation) -> str:
-        top = max(float(np.abs(self.design.product(block, at.x)).max()) for _, block in self.design.blocks())
+        top = max(self.collect(_largest_product, at.x))
         return (
             f"the loss or a derivative overflows float64 at this x: the largest |Ax| is {top:.4g}, while "
             "squares of exp, cosh and sinh overflow beyond 354; scale the columns of A or move x towards zero"
@@ -112,7 +99,7 @@ class GroupedProblem(StoredProblem):
             enough.
         """
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            if not len(self.long_groups):
+            if not self.n_long:
                 return read(self, x, np.zeros(0), None, sampler, origin=origin, hessian=hessian)
             if near is not None:
                 reference = near.predict_reference(x)
@@ -120,11 +107,11 @@ class GroupedProblem(StoredProblem):
                 if not self.loss.reference_failed(reference, warm.state):
                     return warm
             at = None
-            guess = guess_normalisers(self, x) if near is None else None
+            guess = guess_normalisers(self, x) if near is None and self.is_whole else None
             if guess is not None:
                 at = read(self, x, guess, None, None, origin=origin, hessian=False)
             if at is None or guess is None or self.loss.reference_failed(guess, at.state):
-                found = find_normalisers(self, x)
+                found = self.reduce(normaliser_sums, x).in_order()
                 at = read(self, x, found, None, None, origin=origin, hessian=False)
             if sampler is None and not hessian:
                 return at
@@ -151,7 +138,7 @@ class GroupedProblem(StoredProblem):
     def hessian_at(
         self,
         at: Evaluation,
-        sample: list[Chunk] | None = None,
+        sample: Drawn | None = None,
         *,
         absolute: bool = False,
         gauss_newton: bool = False,
@@ -161,20 +148,14 @@ class GroupedProblem(StoredProblem):
         Parameters
         ----------
         at : Evaluation
-        sample : list of Chunk, optional
+        sample : Drawn, optional
             Use these rows (with their inverse probabilities) in place of all rows.
         absolute : bool
             Take the row weights by absolute value: a positive semidefinite majorant, the metric for leverage.
         gauss_newton : bool
             Leave out the curvature of the residuals.
         """
-        gram = self.design.gram()
-        for chunk in self.chunks if sample is None else sample:
-            block, z = self.logits(chunk, at.x)
-            state = self.row_state(chunk, z, at)
-            self.add_to_gram(
-                gram, chunk, block, z, state, at.centre, absolute=absolute, gauss_newton=gauss_newton
-            )
+        gram = self.reduce(hessian_sum, at.bare(), absolute, gauss_newton, drawn=sample)
         hessian: Array = gram.result()
         hessian[np.diag_indices(self.n_unknowns)] += self.ridge
         return hessian
@@ -188,24 +169,8 @@ class GroupedProblem(StoredProblem):
         the row's own term of the loss.
         """
         at = self._evaluate_checked(x)
-        gram = self.design.gram()
-        long_scores = np.zeros((len(self.long_groups), self.n_unknowns))
-        by_group = self.loss.coupled and len(self.groups) > 1
-        for chunk in self.chunks:
-            block, z = self.logits(chunk, at.x)
-            b, w, _ = self.targets(chunk)
-            state = self.row_state(chunk, z, at)
-            if not by_group:
-                weights = self.loss.gram_terms(z, b, w, state)[1]
-                term = self.loss.score_term(z, b, w, state)
-                self.add_term(gram, chunk, block, term, weights, at.centre)
-                continue
-            slope = self.loss.slope(z, b, w, state)
-            if chunk.long >= 0:
-                long_scores[chunk.long] += self.design.combine(slope[None, :], block)[0]
-            else:
-                scores = self.design.group_rows(block, slope, chunk.segments.starts)
-                gram.add(scores, np.ones(scores.shape[0]))
+        by_group = self.loss.coupled and self.n_groups > 1
+        gram, long_scores = self.reduce(score_sum, at.bare(), by_group)
         return np.asarray(gram.result() + long_scores.T @ long_scores)
 
     def diagonal_at(self, at: Evaluation) -> Array:
@@ -215,102 +180,65 @@ class GroupedProblem(StoredProblem):
         Row weights enter by absolute value and rows are centred at their common weighted mean, not group by
         group.
         """
-        first, second, total = np.zeros(self.n_unknowns), np.zeros(self.n_unknowns), 0.0
-        uncentred = np.zeros(self.n_unknowns)
-        for chunk in self.chunks:
-            block, z = self.logits(chunk, at.x)
-            for t, r, q in self.gram_rows(chunk, z, self.row_state(chunk, z, at))[0]:
-                weight = np.abs(t) if r is None else np.abs(t) * r * r
-                squares = self.design.combine(weight[None, :], self.design.squares(block))[0]
-                if q is None:
-                    uncentred += squares
-                else:
-                    second += squares
-                    first += self.design.combine(weight[None, :], block)[0]
-                    total += float(weight.sum())
+        uncentred, second, first, total = self.reduce(diagonal_sum, at.bare())
         if total > 0.0:
             centred = second - first * first / total
             # A constant column has no variance but rounding: its own size keeps it from being scaled up to
             # matter.
             second = np.where(centred > 1e-10 * second, centred, second)
-        return second + uncentred + self.ridge
+        return np.asarray(second + uncentred + self.ridge)
 
     def hvp_at(self, at: Evaluation, v: Array, *, gauss_newton: bool = False) -> Array:
         """Return the Hessian, or the Gauss-Newton matrix, at an evaluated point times v, shape (d,), in one
         read.
         """
-        out = self.ridge * v
-        for chunk in self.chunks:
-            block, z = self.logits(chunk, at.x)
-            state = self.row_state(chunk, z, at)
-            terms, weights = self.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
-            out += _product(self.design, chunk, block, terms, weights, at.centre, v)
-        return out
+        return np.asarray(self.ridge * v + self.reduce(product_sum, at.bare(), v, gauss_newton))
 
-    def curvature(
-        self, at: Evaluation, sample: list[Chunk] | None = None
-    ) -> Iterator[tuple[Chunk, list[GramTerm], Array | None]]:
+    def curvature(self, at: Evaluation) -> Iterator[tuple[Chunk, list[GramTerm], Array | None]]:
         """Yield each chunk with its terms of the Hessian and the weights of its centres: one read."""
-        for chunk in self.chunks if sample is None else sample:
+        for chunk in self.ahead(self.chunks):
             _, z = self.logits(chunk, at.x)
             yield chunk, *self.gram_rows(chunk, z, self.row_state(chunk, z, at))
 
-    def hessian_operator(self, at: Evaluation, sample: list[Chunk] | None = None) -> Callable[[Array], Array]:
+    def hessian_operator(self, at: Evaluation, sample: Drawn | None = None) -> Callable[[Array], Array]:
         """Return v -> H v at an evaluated point, over all rows or a sample; it keeps the row weights (a few
-        numbers a row) unless they are too many.
+        numbers a row) unless they are too many, or the rows in other places.
 
         One read prepares it, each product is one read more (of the sample if given).
         """
-        if sample is None and self.n_rows > KEPT_ROWS:
-            return lambda v: self.hvp_at(at, v)
-        prepared = list(self.curvature(at, sample))
+        bare = at.bare()
+        if (sample is None and not self.keeps_row_weights) or not self.is_whole:
+            products = partial(self.reduce, product_sum, bare, drawn=sample)
+            return lambda v: np.asarray(self.ridge * v + products(v, False))
+        prepared = []
+        for chunk in self.ahead(self.chunks if sample is None else sample.chunks):
+            _, z = self.logits(chunk, at.x)
+            prepared.append((chunk, *self.gram_rows(chunk, z, self.row_state(chunk, z, at))))
 
         def product(v: Array) -> Array:
             out = self.ridge * v
             for chunk, terms, weights in prepared:
-                out += _product(self.design, chunk, self.fetch(chunk), terms, weights, at.centre, v)
+                out += chunk_product(self.design, chunk, self.fetch(chunk), terms, weights, at.centre, v)
             return out
 
         return product
 
 
-def _product(
-    design: Design,
-    chunk: Chunk,
-    block: Any,
-    terms: list[GramTerm],
-    weights: Array | None,
-    centres: Array,
-    v: Array,
-) -> Array:
-    """Return a chunk's part of the Hessian times v."""
-    along = design.product(block, v)
-    if chunk.long < 0:
-        return np.asarray(design.combine(change_of_slope(chunk, terms, weights, along)[None, :], block)[0])
-    rows, beside = np.zeros_like(along), np.zeros_like(v)
-    for t, r, q in terms:
-        y = along if r is None else r * along
-        part = t * y
-        if q is not None:
-            part -= t * (q * (centres[chunk.long] @ v))
-            beside -= centres[chunk.long] * float(np.sum(q * part))
-        rows += part if r is None else r * part
-    return np.asarray(design.combine(rows[None, :], block)[0] + beside)
+def _fitted(part: StoredProblem, chunk: Chunk, z: Array, state: list[Array]) -> Array:
+    if isinstance(part.loss, SquaredRescaled) and (state[0] == 0.0).any():
+        row = int(np.flatnonzero(np.broadcast_to(state[0], z.shape) == 0.0)[0])
+        group = int(np.searchsorted(chunk.segments.starts, row, side="right")) - 1
+        label = part.groups.labels[chunk.groups][group]
+        raise ValueError(f"the normaliser of group {label!r} is zero at this x: its shares are not defined")
+    return part.loss.fitted(z, state)
 
 
-def change_of_slope(chunk: Chunk, terms: list[GramTerm], weights: Array | None, along: Array) -> Array:
-    """Return the change of the gradient in the logits where these change by ``along``; a chunk of whole
-    groups.
-    """
-    spread, total = chunk.segments.spread, chunk.segments.sum
-    rows = np.zeros_like(along)
-    for t, r, q in terms:
-        y = along if r is None else r * along
-        if q is None:
-            part = t * y
-        else:
-            assert weights is not None
-            part = t * (y - q * spread(total(weights * along)))
-            rows -= weights * spread(total(q * part))
-        rows += part if r is None else r * part
-    return rows
+def _slope(part: StoredProblem, chunk: Chunk, z: Array, state: list[Array]) -> Array:
+    b, w, _ = part.targets(chunk)
+    s = part.loss.slope(z, b, w, state)
+    penalty = part.row_penalties(chunk)
+    return s if penalty is None else s + penalty * (z - part.shift(chunk))
+
+
+def _largest_product(part: StoredProblem, chunks: list[Chunk], x: Array) -> float:
+    return max(float(np.abs(part.design.product(part.fetch(c), x)).max()) for c in part.ahead(chunks))

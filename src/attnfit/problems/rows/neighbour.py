@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
+from attnfit.designs.column import Column, pieces
+from attnfit.losses.base import Loss
 from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.segments import Array, Index, Segments
 from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
 from attnfit.problems.rows.stored import StoredProblem
 
@@ -15,33 +19,59 @@ T = TypeVar("T", bound=StoredProblem)
 
 
 def convex_neighbour(problem: T) -> T | None:
-    """Return a convex problem on the same data whose minimiser is a good start; None where there is none.
+    """Return a convex problem on the same data whose minimiser is a good start; None where there is none."""
+    segments = Segments(problem.groups.starts, problem.n_rows)
+    sizes = np.repeat(segments.sizes, segments.sizes)
+    found = neighbouring_targets(problem.loss, problem.b, problem.weights, segments, sizes)
+    return None if found is None else problem.with_loss(*found)
+
+
+def neighbouring_targets(
+    loss: Loss, b: Any, w: Any, segments: Segments, sizes: Array | Index, multiplicity: Array | float = 1.0
+) -> tuple[Loss, Any, Any] | None:
+    """Return loss, target and weights of the convex neighbour.
 
     Cross entropy for losses of a softmax with a target, the Poisson likelihood for exp, least squares on the
     inverse function of the target for sinh and cosh (rescaled: of the target times the size of the group).
+
+    Parameters
+    ----------
+    loss : Loss
+    b, w : ndarray or Column, shape (n,)
+        Target and weights; these may be None.
+    segments : Segments
+        The groups of these rows.
+    sizes : ndarray, shape (n,)
+        The size of each row's whole group.
+    multiplicity : ndarray, shape (n,)
+        How many rows each one stands for.
     """
-    loss, b, w = problem.loss, problem.b, problem.weights
     exponential = isinstance(loss, SquaredRescaled) and loss.function == "exp"
     if exponential or (isinstance(loss, SoftmaxLoss) and not isinstance(loss, Entropy)):
-        b = np.maximum(b, 0.0)
+        b = _mapped(_positive_part, b)
         if w is not None:
             # Weights that differ within a group would move the minimiser of cross entropy away from f = b.
-            starts = problem.groups.starts
-            mass = np.add.reduceat(b, starts)
-            mean = np.add.reduceat(w * b, starts) / np.where(mass > 0, mass, 1.0)
-            w = np.repeat(mean, np.diff(starts, append=problem.n_rows))
-        return problem.with_loss(LOSSES["cross_entropy"], b, w) if b.any() else None
+            mass = segments.sum(multiplicity * np.asarray(b))
+            mean = segments.sum(multiplicity * np.asarray(w) * np.asarray(b)) / np.where(mass > 0, mass, 1.0)
+            w = segments.spread(mean) + np.zeros(segments.n_rows)
+        return (LOSSES["cross_entropy"], b, w) if any(v.any() for _, v in pieces(b)) else None
     if isinstance(loss, SquaredExponential) and loss.function == "exp":
-        return problem.with_loss(PoissonDeviance(), np.maximum(b, 0.0), w)
+        return PoissonDeviance(), _mapped(_positive_part, b), w
     if not isinstance(loss, SquaredExponential | SquaredRescaled):
         return None
-    unit = np.ones(len(b)) if w is None else w
+    b = np.asarray(b)
+    unit = np.ones(len(b)) if w is None else np.asarray(w)
     if isinstance(loss, SquaredRescaled):
-        sizes = np.diff(problem.groups.starts, append=problem.n_rows)
-        b = b * np.repeat(sizes, sizes)
+        b = b * sizes
     # Near the fit an error dz in the logit costs w v^2 dz^2, with v = cosh(z) for sinh and sinh(z) for cosh.
     if loss.function == "sinh":
-        return problem.with_loss(LeastSquares(), np.arcsinh(b), unit * (1.0 + b * b))
-    return problem.with_loss(
-        LeastSquares(), np.arccosh(np.maximum(b, 1.0)), unit * np.maximum(b * b - 1.0, 1e-3)
-    )
+        return LeastSquares(), np.arcsinh(b), unit * (1.0 + b * b)
+    return LeastSquares(), np.arccosh(np.maximum(b, 1.0)), unit * np.maximum(b * b - 1.0, 1e-3)
+
+
+def _positive_part(b: Array) -> Array:
+    return np.maximum(b, 0.0)
+
+
+def _mapped(function: Callable[[Array], Array], values: Any) -> Any:
+    return values.mapped(function) if isinstance(values, Column) else function(values)

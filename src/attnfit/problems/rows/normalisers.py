@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from attnfit.losses.base import Loss
 from attnfit.losses.segments import Array, Segments
 from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.stored import StoredProblem
+
+if TYPE_CHECKING:
+    from attnfit.problems.rows.stored import StoredProblem
 
 # Rows of a group that predict its normaliser to a few per cent.
 GUESS_ROWS = 1000
 
 
-def find_normalisers(problem: StoredProblem, x: Array) -> Array:
-    """Compute the normalisers of the long groups in a read of their own, shape (n_long,)."""
-    found: dict[int, Array] = {}
-    for chunk in problem.chunks:
-        if chunk.long < 0:
-            continue
-        _, z = problem.logits(chunk, x)
-        part = problem.loss.reference(z, chunk.segments)
-        merged = problem.loss.merge_references(found[chunk.long], part) if chunk.long in found else part
-        found[chunk.long] = merged
-    return np.array([found[number][0] for number in range(len(problem.long_groups))])
+@dataclass
+class Normalisers:
+    """Normalisers of long groups by number, over the rows seen so far."""
+
+    loss: Loss
+    found: dict[int, Array] = field(default_factory=dict)
+
+    def add(self, number: int, part: Array) -> None:
+        """Add rows of a group."""
+        known = self.found.get(number)
+        self.found[number] = part if known is None else self.loss.merge_references(known, part)
+
+    def merge(self, other: Normalisers) -> Normalisers:
+        """Return the normalisers over the rows of both."""
+        both = Normalisers(self.loss, dict(self.found))
+        for number, part in other.found.items():
+            both.add(number, part)
+        return both
+
+    def in_order(self) -> Array:
+        """Return them, shape (n_long,)."""
+        return np.array([self.found[number][0] for number in range(len(self.found))])
+
+
+def normaliser_sums(part: StoredProblem, chunks: list[Chunk], x: Array | None) -> Normalisers:
+    """Return the normalisers at x; at zero, where A is not needed, for None."""
+    sums = Normalisers(part.loss)
+    long = [chunk for chunk in chunks if chunk.long >= 0]
+    for chunk in part.ahead(long) if x is not None and long else long:
+        z = part.origin_logits(chunk) if x is None else part.logits(chunk, x)[1]
+        sums.add(chunk.long, part.loss.reference(z, chunk.segments))
+    return sums
 
 
 def guess_normalisers(problem: StoredProblem, x: Array) -> Array | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.designs.column import PIECE_ROWS
+from attnfit.designs.on_disk import stored_source
+from attnfit.designs.sources import Source
 from attnfit.losses.segments import Array, Index, Segments
 
 Rows = slice | Index
@@ -34,9 +38,9 @@ class Groups:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def sort(self, rows: Array) -> Array:
-        """Bring one value a row into group order."""
-        return rows if self.order is None else rows[self.order]
+    def sort(self, rows: Any) -> Any:
+        """Bring one value a row, in memory or on disk, into group order."""
+        return rows if self.order is None else np.asarray(rows)[self.order]
 
     def unsort(self, rows: Array) -> Array:
         """Undo `sort`."""
@@ -60,6 +64,13 @@ def parse_groups(groups: Any, n: int) -> Groups:
     """
     if groups is None:
         return Groups(np.zeros(1, dtype=np.intp), None, np.zeros(1, dtype=np.intp))
+    source = stored_source(groups, "groups")
+    if source is not None:
+        if source.shape == (n,):
+            found = _stored_groups(source)
+            if found is not None:
+                return found
+        groups = source.read(0, int(source.shape[0]))
     array = np.asarray(groups)
     if array.ndim != 1:
         raise ValueError(f"groups must be one-dimensional, not shape {array.shape}; pass one label a row")
@@ -83,6 +94,31 @@ def parse_groups(groups: Any, n: int) -> Groups:
     return Groups(np.cumsum(sizes) - sizes, np.argsort(ids, kind="stable"), labels[by_appearance])
 
 
+def _stored_groups(source: Source) -> Groups | None:
+    """Read labels from disk piece by piece; None unless the rows of every group are next to each other."""
+    n = int(source.shape[0])
+    starts: list[Index] = [np.zeros(1, dtype=np.intp)]
+    labels: list[NDArray[Any]] = [source.read(0, 1)]
+    last = labels[0]
+    for start in range(0, n, PIECE_ROWS):
+        piece = source.read(start, min(start + PIECE_ROWS, n))
+        missing = np.flatnonzero(piece != piece)
+        if len(missing):
+            k = start + int(missing[0])
+            raise ValueError(
+                f"groups has no label at index {k} ({source.locate(k)}); give every row a label or drop the "
+                "row"
+            )
+        changes = np.flatnonzero(piece != np.concatenate([last, piece[:-1]]))
+        starts.append(changes + start)
+        labels.append(piece[changes])
+        last = piece[-1:]
+    found = np.concatenate(labels)
+    if len(np.unique(found)) < len(found):
+        return None
+    return Groups(np.concatenate(starts).astype(np.intp), None, found)
+
+
 def _offsets(array: NDArray[Any], n: int) -> Index:
     if array.dtype.kind not in "iu" or len(array) < 2 or array[0] != 0 or array[-1] != n:
         raise ValueError(
@@ -95,6 +131,21 @@ def _offsets(array: NDArray[Any], n: int) -> Index:
             f"groups: group {empty[0]} is empty (offsets {array[empty[0]]} to {array[empty[0] + 1]}); drop it"
         )
     return array[:-1].astype(np.intp)
+
+
+def runs(chunks: list[Chunk], max_rows: int) -> Iterator[list[Chunk]]:
+    """Yield runs of neighbouring chunks, all pieces of one group or all made of whole groups."""
+    run: list[Chunk] = []
+    n_rows = 0
+    for chunk in chunks:
+        size = chunk.segments.n_rows
+        apart = not isinstance(chunk.index, slice)
+        if run and (n_rows + size > max_rows or chunk.long != run[0].long or apart):
+            yield run
+            run, n_rows = [], 0
+        run.append(chunk)
+        n_rows += size
+    yield run
 
 
 @dataclass(frozen=True)
@@ -128,10 +179,13 @@ class Chunk:
     multiplier: Array | None = None
 
 
-def partition(groups: Groups, n: int, block_rows: int, *, coupled: bool) -> tuple[list[Chunk], Index]:
+def partition(
+    groups: Groups, n: int, block_rows: int, *, coupled: bool, shared: Index | None = None
+) -> tuple[list[Chunk], Index]:
     """Cut the rows into chunks of about ``block_rows``; return them and the numbers of the long groups.
 
-    A group longer than a chunk is long: its normaliser is known only after all its pieces.
+    A group longer than a chunk is long: its normaliser is known only after all its pieces. So is a group of
+    which other rows are stored elsewhere (``shared``).
     """
 
     def chunk(start: int, stop: int, starts: Index, numbers: slice, long: int = -1) -> Chunk:
@@ -145,6 +199,8 @@ def partition(groups: Groups, n: int, block_rows: int, *, coupled: bool) -> tupl
         return [chunk(a, b, zero, slice(0, 1)) for a, b in pieces], np.zeros(0, dtype=np.intp)
     bounds = np.append(groups.starts, n)
     is_long = np.diff(bounds) > block_rows
+    if shared is not None:
+        is_long[shared] = True
     long_groups = np.flatnonzero(is_long)
     chunks: list[Chunk] = []
     g = 0

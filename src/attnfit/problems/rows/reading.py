@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,34 @@ import numpy as np
 from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.rows.draws import Draws
+from attnfit.problems.rows.merging import merged
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.stored import StoredProblem
 from attnfit.problems.rows.totals import Totals
 from attnfit.sketching import RowSampler
+
+
+@dataclass
+class Sums:
+    """What one read sums up; sums of parts of the data merge by addition.
+
+    Attributes
+    ----------
+    weights : ndarray, shape (n_long,)
+        Sums of the absolute row weights of the Hessian over each long group.
+    scores : float
+        Sum of what rows were drawn by.
+    """
+
+    totals: Totals
+    weights: Array
+    gram: Any
+    scores: float
+    rows: int
+
+    def merge(self, other: Sums) -> Sums:
+        """Return the sums over both parts."""
+        return Sums(*(merged(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
 def read(
@@ -26,70 +51,75 @@ def read(
     hessian: bool,
 ) -> Evaluation:
     """Evaluate at x in one read; ``reference`` holds the predicted normalisers of the long groups."""
-    origin_states = problem.long_states_without_data() if origin else None
-    sample = total_hessian = totals = None
-    if sampler is None and not hessian:
-        totals = _compiled(problem, x, reference, origin_states)
-    if totals is None:
-        draws = None if sampler is None else Draws()
-        gram = problem.design.gram() if hessian else None
-        totals, weight = _by_chunks(problem, x, reference, near, sampler, draws, gram, origin_states)
-    states, centres = totals.close(problem, reference)
+    arguments = (
+        x,
+        reference,
+        None if near is None else near.bare(),
+        None if sampler is None else problem.share_out(sampler),
+        problem.origin_states if origin else None,
+        hessian,
+    )
+    sample = total_hessian = None
+    if sampler is None:
+        sums: Sums = problem.reduce(_read_part, *arguments)
+    else:
+        sums, sample = problem.reduce_and_draw(_read_and_draw_part, *arguments)
+        sampler.finish(sums.scores)
+    totals = sums.totals
+    states, centres = totals.close(problem.loss, reference, problem.long_constants)
     value = totals.value + 0.5 * float(np.sum(problem.ridge * x * x))
     gradient = totals.gradient + problem.ridge * x
-    if sampler is not None and draws is not None:
-        sampler.finish()
-        sample = draws.chunks()
     value = value if np.isfinite(value) and np.isfinite(gradient).all() else np.inf
-    if hessian and gram is not None and (near is None or _trustworthy(reference, near.state, states, weight)):
-        total_hessian = gram.result()
+    if hessian and (near is None or _trustworthy(reference, near.state, states, sums.weights)):
+        total_hessian = sums.gram.result()
         total_hessian[np.diag_indices(problem.n_unknowns)] += problem.ridge
     origin_gradient = totals.origin_gradient if origin else None
     return Evaluation(x, value, gradient, states, centres, origin_gradient, sample, total_hessian)
 
 
-def _compiled(
-    problem: StoredProblem, x: Array, reference: Array, origin_states: Array | None
-) -> Totals | None:
-    """Sum up in compiled loops; None where the data are small, or a logit is not finite and must be named."""
-    if problem.design.storage is None:
-        return None
-    # Numba takes a third of a second to import.
-    from attnfit.problems.rows.fused import sum_up
-
-    return sum_up(problem, x, reference, origin_states)
+def _read_part(part: StoredProblem, chunks: list[Chunk], *arguments: Any) -> Sums:
+    return _read_and_draw_part(part, chunks, *arguments)[0]
 
 
-def _by_chunks(
-    problem: StoredProblem,
+def _read_and_draw_part(
+    part: StoredProblem,
+    chunks: list[Chunk],
     x: Array,
     reference: Array,
     near: Evaluation | None,
     sampler: RowSampler | None,
-    draws: Draws | None,
-    gram: Any,
     origin_states: Array | None,
-) -> tuple[Totals, Array]:
-    """Sum up chunk by chunk, with what else is asked for; return also the row weights' sums of the long
-    groups.
-    """
-    totals = Totals.zero(problem.n_unknowns)
-    weight = np.zeros(len(problem.long_groups))
-    for chunk in problem.chunks:
-        block, z = problem.logits(chunk, x)
-        state = _add_chunk(problem, chunk, block, z, reference, origin_states, totals)
+    hessian: bool,
+) -> tuple[Sums, list[Chunk]]:
+    """Read one part of the data; return its sums and the rows drawn from it."""
+    sums = Sums(Totals.zero(part.n_unknowns), np.zeros(part.n_long), None, 0.0, part.n_rows)
+    if sampler is None and not hessian and part.design.storage is not None:
+        # Numba takes a third of a second to import.
+        from attnfit.problems.rows.fused import sum_up
+
+        # Where a logit is not finite it must be named: the chunks do that.
+        totals = sum_up(part, chunks, x, reference, origin_states)
+        if totals is not None:
+            sums.totals = totals
+            return sums, []
+    sums.gram = part.design.gram() if hessian else None
+    draws = Draws()
+    for chunk in part.ahead(chunks):
+        block, z = part.logits(chunk, x)
+        state = _add_chunk(part, chunk, block, z, reference, origin_states, sums.totals)
         if chunk.long >= 0:
             state = [] if near is None else [reference[chunk.long], *near.state[1:, chunk.long]]
-        elif sampler is not None or gram is not None:
+        elif sampler is not None or hessian:
             state = [chunk.segments.spread(s) for s in state]
-        if sampler is not None and draws is not None:
+        if sampler is not None:
             centre = None if near is None or chunk.long < 0 else near.centre[chunk.long]
-            draws.visit(sampler, problem, chunk, block, z, state, centre)
-        if gram is not None:
-            mass = problem.add_to_gram(gram, chunk, block, z, state, None if near is None else near.centre)
+            sums.scores += draws.visit(sampler, part, chunk, block, z, state, centre)
+        if hessian:
+            centres = None if near is None else near.centre
+            mass = part.add_to_gram(sums.gram, chunk, block, z, state, centres)
             if chunk.long >= 0:
-                weight[chunk.long] += mass
-    return totals, weight
+                sums.weights[chunk.long] += mass
+    return sums, draws.chunks()
 
 
 def _add_chunk(

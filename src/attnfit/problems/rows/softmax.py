@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from attnfit.losses.softmax import LOSSES
 from attnfit.problems.inputs import choose
 from attnfit.problems.rows.grouped import GroupedProblem
@@ -89,11 +87,6 @@ class Softmax(GroupedProblem):
             row_penalty=row_penalty,
             ridge=ridge,
         )
-        if loss in ("cross_entropy", "kl") and (self.b < 0).any():
-            k = int(np.flatnonzero(self.groups.unsort(self.b) < 0)[0])
-            raise ValueError(
-                f"b is negative at index {k}; {loss} needs shares >= 0 (squared loss takes any target)"
-            )
 
     @property
     def zero_is_stationary(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import cached_property
 from typing import Any, Self
@@ -10,16 +10,32 @@ from typing import Any, Self
 import numpy as np
 from scipy import sparse
 
+from attnfit.designs.column import Column, pieces
+from attnfit.designs.read_ahead import read_ahead
 from attnfit.losses.base import Closed, GramTerm, Loss
-from attnfit.losses.segments import Array, Segments
+from attnfit.losses.segments import Array, Index
 from attnfit.problems.base import Problem
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.inputs import as_design, as_ridge, as_vector, require_finite_rows
-from attnfit.problems.rows.partition import Chunk, parse_groups, partition
+from attnfit.problems.evaluation import Drawn, Evaluation
+from attnfit.problems.inputs import as_column, as_design, as_ridge, require_finite_rows
+from attnfit.problems.rows.origin import origin_states
+from attnfit.problems.rows.partition import Chunk, parse_groups, partition, runs
+from attnfit.sketching import RowSampler
+
+# What is computed from the loss and the target, and not kept where these are replaced.
+DERIVED = ("rows_per_short_group", "origin_states")
 
 
 class StoredProblem(Problem):
-    """Data, loss and regulariser; reads them chunk by chunk."""
+    """Data, loss and regulariser; reads them chunk by chunk.
+
+    Attributes
+    ----------
+    b, weights, offset, penalty : ndarray or Column, shape (n,)
+        In group order; the last three may be None.
+    chunks : list of Chunk
+    long_groups : ndarray of int, shape (n_long,)
+        The groups longer than a chunk.
+    """
 
     def __init__(
         self,
@@ -33,49 +49,158 @@ class StoredProblem(Problem):
         row_penalty: Any = 0.0,
         ridge: Any = 0.0,
     ) -> None:
+        self.loss = loss
+        self.ridge: float | Array = as_ridge(ridge)
+        self._store(A, b, groups, weights, offset, row_penalty)
+
+    def _store(self, A: Any, b: Any, groups: Any, weights: Any, offset: Any, row_penalty: Any) -> None:
+        """Check the data, bring them into group order and cut them into chunks."""
         self.design = as_design(A)
         n = int(self.design.shape[0])
-        self.loss = loss
         self.groups = parse_groups(groups, n)
         sort = self.groups.sort
-        self.b = sort(as_vector(b, n, "b"))
+        self.b: Any = sort(as_column(b, n, "b"))
+        self._refuse_negative_targets()
         self.weights = None if weights is None else sort(self._row_weights(weights, n))
-        self.offset = None if offset is None else sort(as_vector(offset, n, "offset"))
-        penalty = as_vector(row_penalty, n, "row_penalty", scalar=True) ** 2
-        self.penalty = None if not penalty.any() else sort(np.broadcast_to(penalty, n))
-        self.ridge: float | Array = as_ridge(ridge)
+        self.offset = None if offset is None else sort(as_column(offset, n, "offset"))
+        penalty: Any = as_column(row_penalty, n, "row_penalty", scalar=True)
+        penalty = penalty.mapped(np.square) if isinstance(penalty, Column) else penalty**2
+        self.penalty = None
+        if isinstance(penalty, Column) or penalty.any():
+            self.penalty = sort(penalty if len(penalty.shape) else np.broadcast_to(penalty, n))
+        self._cut()
+
+    def _cut(self, shared: Any = None) -> None:
+        """Cut the rows into chunks and sum up what the loss needs of every group's target."""
+        n, loss = self.n_rows, self.loss
         self.chunks, self.long_groups = partition(
-            self.groups, n, self.design.block_rows, coupled=loss.coupled
+            self.groups, n, self.design.block_rows, coupled=loss.coupled, shared=shared
         )
-        self.constants = np.zeros(1)
-        if loss.coupled:
-            weight = np.ones(1) if self.weights is None else self.weights
-            self.constants = loss.constants(self.b, weight, Segments(self.groups.starts, n))
+        self.constants = np.zeros(len(self.groups) if loss.coupled else 1)
+        for chunk in self.chunks if loss.coupled else []:
+            w = np.ones(1) if self.weights is None else self.weights[chunk.rows]
+            self.constants[chunk.groups] += loss.constants(self.b[chunk.rows], w, chunk.segments)
 
     def with_loss(self, loss: Loss, b: Array, weights: Array | None) -> Self:
         """Return a problem on the same data with another loss; ``b``, ``weights`` in group order."""
         other = copy(self)
+        for name in DERIVED:
+            other.__dict__.pop(name, None)
         other.loss, other.b, other.weights = loss, b, weights
-        if loss.coupled != self.loss.coupled:
-            other.chunks, other.long_groups = partition(
-                self.groups, self.n_rows, self.design.block_rows, coupled=loss.coupled
-            )
-            other.constants = np.zeros(1)
-        if loss.coupled:
-            weight = np.ones(1) if weights is None else weights
-            other.constants = loss.constants(b, weight, Segments(self.groups.starts, self.n_rows))
+        other._cut()
         return other
 
-    def _row_weights(self, weights: Any, n: int) -> Array:
+    def _refuse_negative_targets(self) -> None:
+        """Refuse negative targets where the loss takes none."""
+        if not self.loss.shares:
+            return
+        for chunk_rows, b in pieces(self.b):
+            if (b < 0).any():
+                row = chunk_rows.start + int(np.flatnonzero(b < 0)[0])
+                k = row if self.groups.order is None else int(self.groups.order[row])
+                raise ValueError(
+                    f"b is negative at index {k}; {self.loss.shares} needs shares >= 0 (squared loss takes "
+                    "any target)"
+                )
+
+    def _row_weights(self, weights: Any, n: int) -> Any:
         n_groups = len(self.groups)
         if np.shape(weights) == (n_groups,) and n_groups != n:
-            per_group = as_vector(weights, n_groups, "weights", non_negative=True)
-            rows = self.groups.unsort(np.repeat(per_group, np.diff(self.groups.starts, append=n)))
+            per_group = as_column(weights, n_groups, "weights", non_negative=True)
+            rows: Any = self.groups.unsort(np.repeat(per_group, np.diff(self.groups.starts, append=n)))
         else:
-            rows = as_vector(weights, n, "weights", non_negative=True)
-        if not rows.any():
+            rows = as_column(weights, n, "weights", non_negative=True)
+        if not any(w.any() for _, w in pieces(rows)):
             raise ValueError("weights are all zero; give at least one row a positive weight")
         return rows
+
+    # ---- who iterates over the data
+
+    def reduce(self, work: Callable[..., Any], *args: Any, drawn: Drawn | None = None) -> Any:
+        """Return ``work(part, chunks, *args)`` over all the data, or over rows drawn from them.
+
+        Work returns what `merged` adds up: on data in several places it runs where they are, and only its
+        sums travel.
+        """
+        return work(self, self.chunks if drawn is None else drawn.chunks, *args)
+
+    def reduce_and_draw(self, work: Callable[..., Any], *args: Any) -> tuple[Any, Drawn]:
+        """Return the first result of ``work``, and the chunks that it drew, which stay where they are."""
+        sums, chunks = work(self, self.chunks, *args)
+        return sums, Drawn(chunks, sum(chunk.matrix.shape[0] for chunk in chunks))
+
+    def share_out(self, source: RowSampler | np.random.Generator) -> Any:
+        """Return the sampler or generator, or one for each part of the data."""
+        return source
+
+    def collect(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return ``work(part, chunks, *args)`` of each part of the data, in order."""
+        return [work(self, self.chunks, *args)]
+
+    def ahead(self, chunks: list[Chunk]) -> Iterator[Chunk]:
+        """Yield the chunks; what is stored on disk is read ahead of their use."""
+        for run in self.runs_ahead(chunks):
+            yield from run
+
+    def runs_ahead(self, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
+        """Yield the chunks in runs of neighbours, read ahead where they are stored on disk."""
+        columns = (self.b, self.weights, self.offset, self.penalty)
+        stored: list[Any] = [column for column in columns if isinstance(column, Column)]
+        if self.design.on_disk:
+            stored.append(self.design)
+        found = runs(chunks, self.design.run_rows)
+        if not stored or self.groups.order is not None or chunks[0].matrix is not None:
+            yield from found
+            return
+
+        def load(run: list[Chunk]) -> None:
+            first, last = run[0].index, run[-1].index
+            assert isinstance(first, slice) and isinstance(last, slice)
+            for values in stored:
+                values.load(slice(first.start, last.stop))
+
+        yield from read_ahead(load, found)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows are here."""
+        return True
+
+    @property
+    def long_numbers(self) -> Index:
+        """The number by which each of the long groups here is known."""
+        return np.arange(len(self.long_groups))
+
+    @property
+    def group_labels(self) -> Index:
+        """The label of each group in a sample of the data."""
+        return np.arange(len(self.groups))
+
+    @property
+    def long_labels(self) -> Index:
+        """The label of each long group in a sample of the data."""
+        return self.long_groups
+
+    @property
+    def largest_group(self) -> int:
+        """Size of the largest group that is no long one."""
+        sizes = np.delete(np.diff(self.groups.starts, append=self.n_rows), self.long_groups)
+        return int(sizes.max(initial=0))
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return len(self.groups)
+
+    @property
+    def n_long(self) -> int:
+        """Number of long groups."""
+        return len(self.long_groups)
+
+    @property
+    def long_constants(self) -> Array:
+        """Constants of the long groups, shape (n_long,)."""
+        return self.constants[self.long_groups]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,8 +234,8 @@ class StoredProblem(Problem):
         """
         if not self.zero_is_stationary:
             return np.zeros(self.n_unknowns)
-        rows = self.design.block(np.arange(0, self.n_rows, max(1, self.n_rows // 1000)))
-        squares = np.asarray((rows * rows).mean(axis=0)).reshape(-1)
+        total, n = self.reduce(_squares_of_some)
+        squares = total / n
         rng = np.random.default_rng(random_state)
         direction = rng.standard_normal(self.n_unknowns)
         return np.asarray(0.1 * direction / np.sqrt(np.where(squares > 0, squares, 1.0) * self.n_unknowns))
@@ -127,7 +252,7 @@ class StoredProblem(Problem):
         block = self.fetch(chunk)
         z = self.design.product(block, x)
         if not np.isfinite(z).all():
-            require_finite_rows(block, chunk.index, "A")
+            require_finite_rows(block, chunk.index, "A", self.design.locate)
             raise OverflowError("A x overflows float64; scale the columns of A")
         if self.offset is not None:
             z = z + self.offset[chunk.rows]
@@ -167,16 +292,10 @@ class StoredProblem(Problem):
         sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
         return loss.close(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
 
-    def long_states_without_data(self) -> Array:
-        """Return the states of the long groups at x = 0, for which A is not needed."""
-        states = np.zeros((2 if self.loss.coupled else 0, len(self.long_groups)))
-        bounds = np.append(self.groups.starts, self.n_rows)
-        for number, g in enumerate(self.long_groups):
-            rows = slice(bounds[g], bounds[g + 1])
-            segments = Segments(np.zeros(1, dtype=np.intp), bounds[g + 1] - bounds[g])
-            group = Chunk(rows, rows, segments, slice(g, g + 1))
-            states[:, number] = [s[0] for s in self.row_state(group, self.origin_logits(group), _NOWHERE)]
-        return states
+    @cached_property
+    def origin_states(self) -> Array:
+        """States of the long groups at x = 0, for which A is not needed, shape (n_states, n_long)."""
+        return origin_states(self)
 
     def origin_logits(self, chunk: Chunk) -> Array:
         """Return the logits at x = 0."""
@@ -207,13 +326,11 @@ class StoredProblem(Problem):
         mu = self.design.group_rows(block, weights, chunk.segments.starts)[[g - chunk.groups.start]]  # type: ignore[union-attr]
         return state, np.asarray(mu.toarray() if sparse.issparse(mu) else mu)[0]
 
-    def by_row(self, at: Evaluation, formula: Callable[[Chunk, Array, list[Array]], Array]) -> Array:
+    def by_row(
+        self, at: Evaluation, formula: Callable[[StoredProblem, Chunk, Array, list[Array]], Array]
+    ) -> Array:
         """Apply a formula to the logits and states of every row; return shape (n,) in the user's order."""
-        out = np.empty(self.n_rows)
-        for chunk in self.chunks:
-            _, z = self.logits(chunk, at.x)
-            out[chunk.rows] = formula(chunk, z, self.row_state(chunk, z, at))
-        return self.groups.unsort(out)
+        return np.concatenate(self.collect(_row_values, at.bare(), formula))
 
     def gram_rows(
         self, chunk: Chunk, z: Array, state: list[Array], *, gauss_newton: bool = False
@@ -273,6 +390,20 @@ class StoredProblem(Problem):
             assert weights is not None
             starts = chunk.segments.starts
             gram.add_centred(block, t, r, q, self.design.group_rows(block, weights, starts), starts)
+
+
+def _squares_of_some(part: StoredProblem, chunks: list[Chunk]) -> tuple[Array, int]:
+    """Return the sum of squares of a thousand rows at equal distances, shape (d,), and their number."""
+    rows = part.design.block(np.arange(0, part.n_rows, max(1, part.n_rows // 1000)))
+    return np.asarray((rows * rows).sum(axis=0)).reshape(-1), rows.shape[0]
+
+
+def _row_values(part: StoredProblem, chunks: list[Chunk], at: Evaluation, formula: Any) -> Array:
+    out = np.empty(part.n_rows)
+    for chunk in part.ahead(chunks):
+        _, z = part.logits(chunk, at.x)
+        out[chunk.rows] = formula(part, chunk, z, part.row_state(chunk, z, at))
+    return part.groups.unsort(out)
 
 
 _NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))

@@ -2,41 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
-from attnfit.losses.segments import Array, Index
+from attnfit.losses.base import Loss
+from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.inputs import require_finite_rows
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.neighbour import neighbouring_targets
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
+
+# Rows of a long group offered at a time.
+PIECE_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Rows kept, increasing and in group order, and the probability with which each was kept."""
+    """Rows kept, group by group, and what is known of each.
+
+    Attributes
+    ----------
+    rows : ndarray of int
+        Their places in the part of the data they were drawn from.
+    block : ndarray or csr_array, shape (n_kept, d)
+    b, weights, offset, penalty : ndarray, shape (n_kept,)
+        Of these rows; the last three may be None.
+    inclusion : ndarray
+        The probability with which each was kept.
+    in_long_group : ndarray of bool
+        Whether rows of its group were drawn one by one.
+    labels, sizes : ndarray of int
+        Label and size of each row's group.
+    """
 
     rows: Index
+    block: Any
+    b: Array
+    weights: Array | None
+    offset: Array | None
+    penalty: Array | None
     inclusion: Array
     in_long_group: NDArray[np.bool_]
+    labels: Index
+    sizes: Index
 
-    def fetch(self, problem: GroupedProblem) -> Any:
-        """Return the rows themselves, shape (n_kept, d)."""
-        order = problem.groups.order
-        at = self.rows if order is None else order[self.rows]
-        block = problem.design.block(at)
-        require_finite_rows(block, at, "A")
-        return block
+    def merge(self, other: Draw) -> Draw:
+        """Return the rows of both."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        joined: list[Any] = [_joined(one, two) for one, two in pairs]
+        return Draw(*joined)
 
-    def restrict(self, problem: GroupedProblem, block: Any) -> GroupedProblem:
-        """Return the problem on these rows, which `fetch` returned, unbiased in every sum."""
-        loss, pi = problem.loss, self.inclusion
-        ids = np.searchsorted(problem.groups.starts, self.rows, side="right") - 1
-        b = problem.b[self.rows]
-        w = np.ones(len(b)) if problem.weights is None else problem.weights[self.rows]
-        offset = np.zeros(len(b)) if problem.offset is None else problem.offset[self.rows]
-        penalty = 0.0 if problem.penalty is None else np.sqrt(problem.penalty[self.rows] / pi)
+    def by_group(self) -> Draw:
+        """Return the rows with those of one group next to each other."""
+        if (np.diff(self.labels) >= 0).all():
+            return self
+        order = np.argsort(self.labels, kind="stable")
+        sorted_rows: list[Any] = [None if v is None else v[order] for v in vars(self).values()]
+        return Draw(*sorted_rows)
+
+    def with_targets(self, b: Array, weights: Array | None, offset: Array | None) -> Draw:
+        """Return the same rows with other targets, weights and offsets."""
+        return replace(self, b=b, weights=weights, offset=offset)
+
+    def problem(self, loss: Loss, ridge: float | Array) -> GroupedProblem:
+        """Return the problem on these rows, unbiased in every sum."""
+        b, pi = self.b, self.inclusion
+        w = np.ones(len(b)) if self.weights is None else self.weights
+        offset = np.zeros(len(b)) if self.offset is None else self.offset
         if loss.coupled:
             thinned = loss.thin(b, w, pi)
             long_b, long_w = (b, w) if thinned is None else thinned
@@ -44,64 +81,165 @@ class Draw:
             offset = offset - np.where(self.in_long_group, np.log(pi), 0.0)
         else:
             w = w / pi
-        return GroupedProblem(
-            block,
+        problem: GroupedProblem = GroupedProblem(
+            self.block,
             b,
             loss=loss,
-            groups=ids if loss.coupled else None,
+            groups=self.labels if loss.coupled else None,
             weights=w,
             offset=offset,
-            row_penalty=penalty,
-            ridge=problem.ridge,
+            row_penalty=0.0 if self.penalty is None else np.sqrt(self.penalty / pi),
+            ridge=ridge,
         )
+        return problem
+
+    def convex_neighbour(self, loss: Loss, ridge: float | Array) -> GroupedProblem | None:
+        """Return the convex neighbour of the problem on these rows."""
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(self.labels)) + 1])
+        segments = Segments(starts, len(self.labels))
+        found = neighbouring_targets(loss, self.b, self.weights, segments, self.sizes, 1.0 / self.inclusion)
+        if found is None:
+            return None
+        neighbour, b, w = found
+        return self.with_targets(b, w, self.offset).problem(neighbour, ridge)
 
 
-def draw_rows(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) -> Draw | None:
-    """Draw about ``n_rows`` rows; None where the loss has no form on a part of a long group.
+def draw_rows(problem: StoredProblem, n_rows: int, rng: np.random.Generator) -> Draw | None:
+    """Draw about ``n_rows`` rows; None where the loss has no form on a part of a long group, or no row drawn
+    has a weight.
 
     Whole groups are drawn uniformly. Rows of a group larger than ``n_rows / 4`` are drawn with probabilities
     proportional to the target and uniform in equal parts; a kept row's logit gets the offset
     ``-log(probability)``, so that the group's normaliser stays the same in expectation.
     """
-    loss, n = problem.loss, problem.n_rows
-    starts = problem.groups.starts if loss.coupled else np.zeros(1, dtype=np.intp)
-    sizes = np.diff(starts, append=n)
-    is_long = sizes > n_rows / 4 if loss.coupled else np.ones(1, dtype=bool)
-    unit = np.ones(1)
-    if loss.coupled and is_long.any() and loss.thin(unit, unit, unit) is None:
-        return None
-    rows, inclusion = _draw(problem, starts, sizes, is_long, n_rows / n, rng)
-    return Draw(rows, inclusion, is_long[np.searchsorted(starts, rows, side="right") - 1])
+    share, limit = min(1.0, n_rows / problem.n_rows), n_rows / 4
+    masses = problem.reduce(_target_masses) if problem.loss.coupled else {}
+    known = {number: tuple(map(float, mass)) for number, mass in masses.items()}
+    if problem.loss.coupled and share < 1.0:
+        one = np.ones(1)
+        largest = max([problem.largest_group, *(mass[0] for mass in known.values())])
+        if largest > limit and problem.loss.thin(one, one, one) is None:
+            return None
+    kept = {number for number, mass in known.items() if mass[0] <= limit and rng.random() < share}
+    drawn: Draw = problem.reduce(_draw, share, limit, known, kept, problem.share_out(rng))
+    drawn = drawn.by_group()
+    return None if drawn.weights is not None and not drawn.weights.any() else drawn
+
+
+def _target_masses(part: StoredProblem, chunks: list[Chunk]) -> dict[int, Array]:
+    """Return size and sums of |w b| and its square of each long group."""
+    found: dict[int, Array] = {}
+    for chunk in chunks:
+        if chunk.long >= 0:
+            target = _targets(part, chunk.rows)
+            sums = np.array([len(target), target.sum(), (target * target).sum()])
+            found[chunk.long] = found.get(chunk.long, 0.0) + sums
+    return found
+
+
+def _targets(part: StoredProblem, rows: Any) -> Array:
+    target: Array = np.abs(part.b[rows])
+    return target if part.weights is None else np.asarray(target * part.weights[rows])
 
 
 def _draw(
-    problem: GroupedProblem, starts: Index, sizes: Index, is_long: Any, share: float, rng: np.random.Generator
-) -> tuple[Index, Array]:
-    """Return the kept rows, increasing, and their inclusion probabilities."""
-    rows: list[Index] = []
-    inclusion: list[Array] = []
-    short = np.flatnonzero(~is_long)
+    part: StoredProblem,
+    chunks: list[Chunk],
+    share: float,
+    limit: float,
+    known: dict[int, tuple[float, float, float]],
+    kept_groups: set[int],
+    rng: np.random.Generator,
+) -> Draw:
+    """Draw from one part of the data; ``known`` holds size and sums of the targets of its long groups."""
+    n, coupled = part.n_rows, part.loss.coupled
+    starts = part.groups.starts if coupled else np.zeros(1, dtype=np.intp)
+    sizes = np.diff(starts, append=n)
+    totals = sizes.copy()
+    number_of = dict(zip(part.long_groups.tolist(), part.long_numbers.tolist(), strict=True))
+    for g, number in number_of.items():
+        totals[g] = int(known[number][0])
+    is_long = (totals > limit) if coupled else np.ones(1, dtype=bool)
+    rows: list[Index] = [np.zeros(0, dtype=np.intp)]
+    inclusion: list[Array] = [np.zeros(0)]
+    local = np.ones(len(starts), dtype=bool)
+    local[list(number_of)] = False
+    short = np.flatnonzero(~is_long & local)
     if len(short):
-        count = max(1, round(len(short) * share))
-        kept = np.sort(rng.choice(short, count, replace=False))
-        offsets = np.cumsum(sizes[kept]) - sizes[kept]
-        rows.append(np.arange(sizes[kept].sum()) + np.repeat(starts[kept] - offsets, sizes[kept]))
-        inclusion.append(np.full(len(rows[0]), count / len(short)))
+        count = min(len(short), max(1, round(len(short) * share)))
+        chosen = np.sort(rng.choice(short, count, replace=False))
+        rows.append(_rows_of(chosen, starts, sizes))
+        inclusion.append(np.full(len(rows[-1]), count / len(short)))
+    # Short groups whose rows are in several places are kept in all of them or in none.
+    shared = [g for g, number in number_of.items() if not is_long[g] and number in kept_groups]
+    if shared:
+        rows.append(_rows_of(np.array(shared), starts, sizes))
+        inclusion.append(np.full(len(rows[-1]), share))
     for g in np.flatnonzero(is_long):
-        inside = slice(starts[g], starts[g] + sizes[g])
-        target = np.abs(problem.b[inside])
-        if problem.weights is not None:
-            target = target * problem.weights[inside]
-        mass = np.ones(sizes[g])
-        for size in (target, target * target):
-            total = float(size.sum())
-            mass += size * (sizes[g] / total) if total > 0 else 1.0
-        probability = np.minimum(1.0, share / 3.0 * mass)
-        hit = rng.random(len(probability)) < probability
-        # Two certain rows keep the group alive whatever the draw.
-        probability[:2], hit[:2] = 1.0, True
-        rows.append(np.flatnonzero(hit) + starts[g])
-        inclusion.append(probability[hit])
+        first, last = int(starts[g]), int(starts[g] + sizes[g])
+        sums = known[number_of[g]] if g in number_of else _sums(part, first, last)
+        for start in range(first, last, PIECE_ROWS):
+            kept, pi = _draw_piece(part, slice(start, min(start + PIECE_ROWS, last)), sums, share, rng)
+            if start == first:
+                # Two certain rows keep the group alive whatever the draw.
+                certain = np.arange(first, min(first + 2, last))
+                kept, pi = (
+                    np.append(certain, kept[kept >= first + 2]),
+                    np.append(np.ones(len(certain)), pi[kept >= first + 2]),
+                )
+            rows.append(kept)
+            inclusion.append(pi)
     index, pi = np.concatenate(rows), np.concatenate(inclusion)
     ascending = np.argsort(index, kind="stable")
-    return index[ascending], pi[ascending]
+    index, pi = index[ascending], pi[ascending]
+    group = np.searchsorted(starts, index, side="right") - 1
+    order = part.groups.order
+    at = index if order is None else order[index]
+    block = part.design.block(at)
+    require_finite_rows(block, at, "A", part.design.locate)
+    weights, offset, penalty = (
+        None if v is None else v[index] for v in (part.weights, part.offset, part.penalty)
+    )
+    labels = part.group_labels[group]
+    return Draw(
+        index, block, part.b[index], weights, offset, penalty, pi, is_long[group], labels, totals[group]
+    )
+
+
+def _rows_of(groups: Index, starts: Index, sizes: Index) -> Index:
+    """Return the rows of whole groups."""
+    lengths = sizes[groups]
+    offsets = np.cumsum(lengths) - lengths
+    return np.asarray(np.arange(lengths.sum()) + np.repeat(starts[groups] - offsets, lengths))
+
+
+def _sums(part: StoredProblem, first: int, last: int) -> tuple[float, float, float]:
+    total = np.zeros(2)
+    for start in range(first, last, PIECE_ROWS):
+        target = _targets(part, slice(start, min(start + PIECE_ROWS, last)))
+        total += target.sum(), (target * target).sum()
+    return float(last - first), float(total[0]), float(total[1])
+
+
+def _draw_piece(
+    part: StoredProblem,
+    rows: slice,
+    sums: tuple[float, float, float],
+    share: float,
+    rng: np.random.Generator,
+) -> tuple[Index, Array]:
+    """Draw rows of a long group one by one; return them and their inclusion probabilities."""
+    size, *totals = sums
+    target = _targets(part, rows)
+    mass = np.ones(len(target))
+    for values, total in zip((target, target * target), totals, strict=True):
+        mass += values * (size / total) if total > 0 else 1.0
+    probability = np.minimum(1.0, share / 3.0 * mass) if share < 1.0 else np.ones(len(target))
+    hit = np.flatnonzero(rng.random(len(probability)) < probability)
+    return hit + rows.start, probability[hit]
+
+
+def _joined(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return None
+    return sparse.vstack([one, other], format="csr") if sparse.issparse(one) else np.concatenate([one, other])

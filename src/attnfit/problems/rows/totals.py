@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from attnfit.losses.base import Loss
 from attnfit.losses.segments import Array
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.problems.rows.merging import merged
 
 
 @dataclass
@@ -17,6 +18,12 @@ class LongSums:
     products: Array
     columns: Array
     extras: Array
+
+    def merge(self, other: LongSums) -> LongSums:
+        """Return the sums over both pieces."""
+        return LongSums(
+            self.products + other.products, self.columns + other.columns, self.extras + other.extras
+        )
 
 
 @dataclass
@@ -43,21 +50,23 @@ class Totals:
 
     def add_piece(self, number: int, products: Array, columns: Array, extras: Array) -> None:
         """Add a piece of a long group."""
-        if number not in self.long:
-            self.long[number] = LongSums(products, columns, extras)
-            return
-        sums = self.long[number]
-        sums.products = sums.products + products
-        sums.columns = sums.columns + columns
-        sums.extras = sums.extras + extras
+        self.long[number] = merged(self.long.get(number), LongSums(products, columns, extras))
 
-    def close(self, problem: StoredProblem, reference: Array) -> tuple[Array, Array]:
+    def merge(self, other: Totals) -> Totals:
+        """Return the sums over both parts of the data."""
+        return Totals(
+            self.value + other.value,
+            self.gradient + other.gradient,
+            self.origin_gradient + other.origin_gradient,
+            merged(self.long, other.long),
+        )
+
+    def close(self, loss: Loss, reference: Array, constants: Array) -> tuple[Array, Array]:
         """Add the long groups; return their states and centres."""
-        states = np.zeros((2 if problem.loss.coupled else 0, len(problem.long_groups)))
-        centres = np.zeros((len(problem.long_groups), problem.n_unknowns))
+        states = np.zeros((2 if loss.coupled else 0, len(constants)))
+        centres = np.zeros((len(constants), len(self.gradient)))
         for number, sums in self.long.items():
-            constant = problem.constants[problem.long_groups[number]]
-            closed = problem.loss.close(list(sums.columns), list(sums.extras), reference[number], constant)
+            closed = loss.close(list(sums.columns), list(sums.extras), reference[number], constants[number])
             self.value += float(closed.value)
             self.gradient += np.array(closed.coefficients) @ sums.products
             states[:, number] = closed.state

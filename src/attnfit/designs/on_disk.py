@@ -1,0 +1,189 @@
+"""Matrices on disk, dense or sparse: read in runs of rows, a run ahead of their use."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from attnfit.designs import dense, sparse
+from attnfit.designs.base import Array, Design, Rows
+from attnfit.designs.dense import DenseDesign
+from attnfit.designs.read_ahead import Recent
+from attnfit.designs.sources import Source, open_source
+from attnfit.designs.sparse import BLOCK_ENTRIES, SparseDesign, row_view
+
+# Large enough that a disk reads at full speed, small enough that three of them are nothing.
+RUN_BYTES = 1 << 25
+# Objects of other libraries that are no more than a place on disk.
+STORED = {("zarr", "Array"), ("pyarrow", "FileSystemDataset")}
+# Rows from which the number of entries a row is estimated.
+PROBED_ROWS = 1000
+
+
+def open_design(source: Source) -> Design:
+    """Return the design of a source of shape (n, d)."""
+    return SparseOnDisk(source) if source.sparse else DenseOnDisk(source)
+
+
+def stored_source(values: Any, name: str) -> Source | None:
+    """Return the source of what is stored on disk; None of what is in memory."""
+    if isinstance(values, Source):
+        return values
+    if isinstance(values, str | PathLike):
+        raise ValueError(f"{name} is a path; pass attnfit.designs.open_source({str(values)!r})")
+    if isinstance(values, np.memmap):
+        try:
+            return open_source(values)
+        except (TypeError, OSError):
+            # A map of something else than a plain region of a file that still exists.
+            return None
+    kind = type(values)
+    if (kind.__module__.partition(".")[0], kind.__name__) in STORED:
+        return open_source(values)
+    return None
+
+
+class DenseOnDisk(DenseDesign):
+    """Rows of a dense matrix on disk."""
+
+    on_disk = True
+
+    def __init__(self, source: Source) -> None:
+        Design.__init__(self, (int(source.shape[0]), int(source.shape[1])))
+        self.source = source
+        self.run_bytes = RUN_BYTES
+        self._compiled = int(self.shape[0]) * int(self.shape[1]) >= dense.COMPILED_ENTRIES
+        self._recent = Recent()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was read stays behind.
+        return self.__dict__ | {"_recent": Recent()}
+
+    @property
+    def block_rows(self) -> int:
+        # Whole blocks of the source are compared with earlier reads.
+        step, fitting = int(self.source.edges[1]), super().block_rows
+        return max(1, fitting // step) * step if step <= fitting else fitting
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row as it is stored."""
+        return int(self.shape[1]) * self.source.dtype.itemsize
+
+    @property
+    def run_rows(self) -> int:
+        return max(1, self.run_bytes // (self.row_bytes * self.block_rows)) * self.block_rows
+
+    @property
+    def storage(self) -> str | None:
+        native = self.source.dtype in (np.float64, np.float32) and self.source.dtype.isnative
+        return "rows" if self._compiled and native else None
+
+    def locate(self, row: int) -> str:
+        return self.source.locate(row)
+
+    def load(self, rows: slice) -> None:
+        if self._recent.renew(rows):
+            return
+        # Fresh memory costs as much as the read: the oldest piece makes room.
+        oldest = self._recent.make_room()
+        size = (rows.stop - rows.start) * self.row_bytes
+        memory = np.empty(size, dtype=np.uint8) if oldest is None or len(oldest[1]) < size else oldest[1]
+        self._recent.keep(rows.start, rows.stop, (self.source.read(rows.start, rows.stop, memory), memory))
+
+    def parts(self, rows: Rows) -> tuple[Any, int]:
+        if not isinstance(rows, slice):
+            self.rows_read += len(rows)
+            return self.source.take(rows), 0
+        self.rows_read += rows.stop - rows.start
+        self.load(rows)
+        known = self._recent.find(rows)
+        assert known is not None
+        first, (piece, _) = known
+        return piece, rows.start - first
+
+    def _fetch(self, rows: Rows) -> Array:
+        if not isinstance(rows, slice):
+            return np.asarray(self.source.take(rows), dtype=np.float64)
+        start, stop, _ = rows.indices(int(self.shape[0]))
+        if start >= stop:
+            return np.empty((0, int(self.shape[1])))
+        known = self._recent.find(slice(start, stop))
+        if known is None:
+            return np.asarray(self.source.read(start, stop), dtype=np.float64)
+        first, (piece, _) = known
+        return np.asarray(piece[start - first : stop - first], dtype=np.float64)
+
+
+class SparseOnDisk(SparseDesign):
+    """Rows of a CSR matrix on disk."""
+
+    on_disk = True
+
+    def __init__(self, source: Source) -> None:
+        Design.__init__(self, (int(source.shape[0]), int(source.shape[1])))
+        self.source = source
+        self.run_bytes = RUN_BYTES
+        probed = min(PROBED_ROWS, int(source.shape[0]))
+        self._entries_per_row = max(1.0, source.read(0, probed).nnz / probed)
+        self._recent = Recent()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": Recent()}
+
+    @property
+    def block_rows(self) -> int:
+        return max(64, int(BLOCK_ENTRIES / self._entries_per_row))
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row as it is stored, on average."""
+        return int(self._entries_per_row * (4 + self.source.dtype.itemsize)) + 4
+
+    @property
+    def run_rows(self) -> int:
+        return max(1, self.run_bytes // (self.row_bytes * self.block_rows)) * self.block_rows
+
+    @property
+    def gram_cost(self) -> float:
+        return float((self._entries_per_row / 4.0) ** 2)
+
+    @property
+    def storage(self) -> str | None:
+        large = self._entries_per_row * self.shape[0] >= sparse.COMPILED_ENTRIES
+        return "csr" if large and self.source.dtype in (np.float64, np.float32) else None
+
+    def locate(self, row: int) -> str:
+        return self.source.locate(row)
+
+    def load(self, rows: slice) -> None:
+        if not self._recent.renew(rows):
+            self._recent.make_room()
+            self._recent.keep(rows.start, rows.stop, self.source.read(rows.start, rows.stop))
+
+    def parts(self, rows: Rows) -> tuple[Any, int]:
+        first = 0
+        if isinstance(rows, slice):
+            self.rows_read += rows.stop - rows.start
+            self.load(rows)
+            known = self._recent.find(rows)
+            assert known is not None
+            first, matrix = rows.start - known[0], known[1]
+        else:
+            self.rows_read += len(rows)
+            matrix = self.source.take(rows)
+        return (matrix.indptr, matrix.indices, matrix.data), first
+
+    def _fetch(self, rows: Rows) -> Any:
+        if not isinstance(rows, slice):
+            block = self.source.take(rows)
+        else:
+            start, stop, _ = rows.indices(int(self.shape[0]))
+            known = self._recent.find(slice(start, stop))
+            if known is None:
+                block = self.source.read(start, stop)
+            else:
+                block = row_view(known[1], start - known[0], stop - known[0])
+        return block if block.dtype == np.float64 else block.astype(np.float64)

@@ -1,0 +1,79 @@
+"""The memory that a fit of rows takes, and how it is kept within a limit."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Self
+
+from attnfit.designs.column import Column
+from attnfit.designs.on_disk import RUN_BYTES, DenseOnDisk, SparseOnDisk
+from attnfit.designs.read_ahead import KEPT
+from attnfit.problems.base import MAX_DENSE
+from attnfit.problems.memory import DRAWN, READING, SAMPLES, STORED, WORKING, MemoryEstimate
+from attnfit.problems.rows.sample_sizes import rows_to_draw, sample_sizes
+from attnfit.problems.rows.stored import StoredProblem
+
+# Row weights for products with the Hessian are kept up to this many rows, else computed in each product.
+KEPT_ROWS = 1 << 25
+# Arrays the size of drawn rows at a time: as fetched, as kept, and what the formulas make of them.
+COPIES = 3
+# Reading less at a time costs more in calls than in memory.
+SMALLEST_RUN = 1 << 20
+
+
+class BudgetedProblem(StoredProblem):
+    """Counts what a fit keeps in memory; with a limit it keeps less, and reads in smaller pieces."""
+
+    memory_limit: int | None = None
+
+    def memory_estimate(self) -> MemoryEstimate:
+        """Return the memory that a fit of this problem by the default solver takes at its peak, in bytes by
+        purpose; ``print`` shows a table.
+        """
+        n, d, design = self.n_rows, self.n_unknowns, self.design
+        parts = dict(super().memory_estimate().parts)
+        if self.rows_can_be_drawn:
+            parts[SAMPLES] = COPIES * 8 * (d + 5) * min(n, sample_sizes(n, d)[1])
+        parts[WORKING] += COPIES * 8 * design.block_rows * (d + 12)
+        if isinstance(design, DenseOnDisk | SparseOnDisk):
+            columns = sum(isinstance(v, Column) for v in (self.b, self.weights, self.offset, self.penalty))
+            run_bytes = design.run_rows * (design.row_bytes + 8 * columns)
+            parts[READING] = KEPT * run_bytes
+            if design.source.stored_rows > 1:
+                parts[STORED] = 2 * design.source.stored_rows * design.row_bytes
+        if not design.gram_pays and d <= MAX_DENSE and self.rows_can_be_drawn:
+            drawn = min(self.most_drawn, rows_to_draw(n, d))
+            parts[DRAWN] = int(COPIES * 8 * drawn * (d + 5)) + 4 * self.n_leverages
+        return MemoryEstimate({name: size for name, size in parts.items() if size})
+
+    def within(self, limit: int) -> Self:
+        """Return the problem, read in such pieces that a fit takes at most so many bytes. Raises like that of
+        the base class.
+        """
+        bounded = copy(self)
+        bounded.memory_limit = limit
+        if bounded.design.on_disk:
+            bounded.design = copy(bounded.design)
+            # A function of the limit alone: a resumed fit must add up in the same order.
+            bounded.design.run_bytes = min(RUN_BYTES, max(SMALLEST_RUN, limit // 32))
+        bounded.memory_estimate().require(limit)
+        return bounded
+
+    @property
+    def n_leverages(self) -> int:
+        """Number of leverages to keep between reads: one a row where there is room."""
+        keep = self.is_whole and (self.memory_limit is None or 4 * self.n_rows <= self.memory_limit // 8)
+        return self.n_rows if keep else 0
+
+    @property
+    def most_drawn(self) -> float:
+        """Largest number of rows that may be drawn in a read."""
+        if self.memory_limit is None:
+            return float("inf")
+        return self.memory_limit / (4 * COPIES * 8 * (self.n_unknowns + 5))
+
+    @property
+    def keeps_row_weights(self) -> bool:
+        """Whether there is room for the row weights of the Hessian, some five numbers a row."""
+        room = KEPT_ROWS if self.memory_limit is None else min(KEPT_ROWS, self.memory_limit // 160)
+        return self.is_whole and self.n_rows <= room

@@ -1,0 +1,131 @@
+"""What other reads than the first-order one sum up: curvature, products, scales, scores.
+
+Each function goes over chunks of one part of the data and returns what `merged` adds up over the parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attnfit.designs import Design
+from attnfit.losses.base import GramTerm
+from attnfit.losses.segments import Array
+from attnfit.problems.evaluation import Evaluation
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
+
+
+def hessian_sum(
+    part: StoredProblem, chunks: list[Chunk], at: Evaluation, absolute: bool, gauss_newton: bool
+) -> Any:
+    """Return the Gram that is the Hessian of the data term."""
+    gram = part.design.gram()
+    for chunk in part.ahead(chunks):
+        block, z = part.logits(chunk, at.x)
+        state = part.row_state(chunk, z, at)
+        part.add_to_gram(
+            gram, chunk, block, z, state, at.centre, absolute=absolute, gauss_newton=gauss_newton
+        )
+    return gram
+
+
+def product_sum(
+    part: StoredProblem, chunks: list[Chunk], at: Evaluation, v: Array, gauss_newton: bool
+) -> Array:
+    """Return the Hessian of the data term times v, shape (d,)."""
+    out = np.zeros_like(v)
+    for chunk in part.ahead(chunks):
+        block, z = part.logits(chunk, at.x)
+        state = part.row_state(chunk, z, at)
+        terms, weights = part.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
+        out += chunk_product(part.design, chunk, block, terms, weights, at.centre, v)
+    return out
+
+
+def diagonal_sum(
+    part: StoredProblem, chunks: list[Chunk], at: Evaluation
+) -> tuple[Array, Array, Array, float]:
+    """Return absolutely weighted sums of the squares of rows that are not centred, of the squares of those
+    that are, of these rows, and of their weights.
+    """
+    uncentred, second, first = np.zeros((3, part.n_unknowns))
+    total = 0.0
+    for chunk in part.ahead(chunks):
+        block, z = part.logits(chunk, at.x)
+        for t, r, q in part.gram_rows(chunk, z, part.row_state(chunk, z, at))[0]:
+            weight = np.abs(t) if r is None else np.abs(t) * r * r
+            squares = part.design.combine(weight[None, :], part.design.squares(block))[0]
+            if q is None:
+                uncentred += squares
+            else:
+                second += squares
+                first += part.design.combine(weight[None, :], block)[0]
+                total += float(weight.sum())
+    return uncentred, second, first, total
+
+
+def score_sum(part: StoredProblem, chunks: list[Chunk], at: Evaluation, by_group: bool) -> tuple[Any, Array]:
+    """Return the Gram of the scores of rows, or of whole groups, and the scores of long groups, shape
+    (n_long, d).
+    """
+    gram = part.design.gram()
+    long_scores = np.zeros((part.n_long, part.n_unknowns))
+    for chunk in part.ahead(chunks):
+        block, z = part.logits(chunk, at.x)
+        b, w, _ = part.targets(chunk)
+        state = part.row_state(chunk, z, at)
+        if not by_group:
+            weights = part.loss.gram_terms(z, b, w, state)[1]
+            part.add_term(gram, chunk, block, part.loss.score_term(z, b, w, state), weights, at.centre)
+            continue
+        slope = part.loss.slope(z, b, w, state)
+        if chunk.long >= 0:
+            long_scores[chunk.long] += part.design.combine(slope[None, :], block)[0]
+        else:
+            scores = part.design.group_rows(block, slope, chunk.segments.starts)
+            gram.add(scores, np.ones(scores.shape[0]))
+    return gram, long_scores
+
+
+def chunk_product(
+    design: Design,
+    chunk: Chunk,
+    block: Any,
+    terms: list[GramTerm],
+    weights: Array | None,
+    centres: Array,
+    v: Array,
+) -> Array:
+    """Return a chunk's part of the Hessian times v."""
+    along = design.product(block, v)
+    if chunk.long < 0:
+        return np.asarray(design.combine(change_of_slope(chunk, terms, weights, along)[None, :], block)[0])
+    rows, beside = np.zeros_like(along), np.zeros_like(v)
+    for t, r, q in terms:
+        y = along if r is None else r * along
+        part = t * y
+        if q is not None:
+            part -= t * (q * (centres[chunk.long] @ v))
+            beside -= centres[chunk.long] * float(np.sum(q * part))
+        rows += part if r is None else r * part
+    return np.asarray(design.combine(rows[None, :], block)[0] + beside)
+
+
+def change_of_slope(chunk: Chunk, terms: list[GramTerm], weights: Array | None, along: Array) -> Array:
+    """Return the change of the gradient in the logits where these change by ``along``; a chunk of whole
+    groups.
+    """
+    spread, total = chunk.segments.spread, chunk.segments.sum
+    rows = np.zeros_like(along)
+    for t, r, q in terms:
+        y = along if r is None else r * along
+        if q is None:
+            part = t * y
+        else:
+            assert weights is not None
+            part = t * (y - q * spread(total(weights * along)))
+            rows -= weights * spread(total(q * part))
+        rows += part if r is None else r * part
+    return rows

@@ -1,0 +1,249 @@
+"""A fit that survives its process: what it has read is kept in a file, from which the same call goes on."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import asdict, fields, is_dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.problems.base import Problem
+from attnfit.solvers.checkpoint_file import clean_up, read, write
+from attnfit.solvers.fingerprint import fingerprint
+from attnfit.solvers.journal import CheckpointError, Draw, Entry, Journal, digest
+from attnfit.solvers.result import History, Record, Result
+from attnfit.solvers.tracking import Callback, StopFit
+from attnfit.version import __version__
+
+FORMAT_VERSION = 1
+# The status of a fit that has not ended.
+RUNNING = "running"
+# The file is written again after this many times the last writing: it takes a tenth of the time at most.
+PAUSE = 9.0
+GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+
+
+class Checkpoint:
+    """The journal of a fit in a file.
+
+    Parameters
+    ----------
+    path : str or path-like
+    problem, solver, x0, random_state
+        What the fit is a function of; it must be that of the file. With ``random_state=None`` the file's is
+        taken.
+    tol, max_iter
+        May differ from those of the file.
+    resume : bool
+        Without it a file is overwritten.
+
+    Attributes
+    ----------
+    journal : Journal
+    rng : numpy.random.Generator
+        At the start of the fit.
+    resumed : bool
+        Whether there was a file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is none of this fit.
+    OSError
+        If it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        problem: Problem,
+        solver: Any,
+        x0: NDArray[np.float64] | None,
+        random_state: Any,
+        *,
+        tol: float,
+        max_iter: int,
+        resume: bool,
+    ) -> None:
+        # A link stays one: what it points to is replaced.
+        self.path = Path(os.path.realpath(path))
+        if self.path.exists() and not self.path.is_file():
+            raise CheckpointError(f"checkpoint {self.path} is not a file; name a file")
+        self.rng = np.random.default_rng(random_state)
+        self._fit = {
+            **fingerprint(problem),
+            "solver": repr(solver) if is_dataclass(solver) else type(solver).__qualname__,
+            "x0": "none" if x0 is None else digest(x0),
+        }
+        self._goal = {"tol": float(tol), "max_iter": int(max_iter)}
+        self._history = History()
+        self.resumed = resume and self.path.exists()
+        clean_up(self.path)
+        if self.resumed:
+            arrays, header = read(self.path)
+            try:
+                self._adopt(header, arrays, seeded=random_state is not None)
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(
+                    f"{self._name} is malformed ({type(error).__name__}: {error}); pass resume=False to "
+                    "start afresh"
+                ) from None
+        else:
+            self.journal = Journal([], self._name)
+        self._random = deepcopy(self.rng.bit_generator.state)
+        self.journal.on_add = self._write_in_time
+        self._written, self._cost, self._pending = time.perf_counter(), 0.0, False
+        if not self.resumed:
+            # Whether the file can be written shows before the first read.
+            self._write(RUNNING)
+
+    @property
+    def _name(self) -> str:
+        return f"checkpoint {self.path}"
+
+    def _adopt(self, header: dict[str, Any], arrays: dict[str, NDArray[Any]], *, seeded: bool) -> None:
+        """Take over the journal of a file, if it is one of this fit."""
+        version = header["format_version"]
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise self._refusal(f"has format version {version!r}, this attnfit reads {FORMAT_VERSION}")
+        if header["attnfit_version"] != __version__:
+            raise self._refusal(f"was written by attnfit {header['attnfit_version']}, this is {__version__}")
+        there, here = dict(header["fit"]), self._fit
+        names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+        if "problem" in names:
+            raise self._refusal(f"is of another problem: {there.get('problem')}, not {here['problem']}")
+        if "solver" in names:
+            raise self._refusal(f"is of another solver: {there.get('solver')}, not {here['solver']}")
+        if names:
+            raise self._refusal(f"is of another fit: it differs in {' and '.join(names)}")
+        stored = _generator(header["random_state"])
+        if seeded and not _same_state(stored, self.rng):
+            raise self._refusal("is of another random_state; leave it out to go on with the stored one")
+        self.rng = stored
+        may_differ = header["status"] == "interrupted" or self._goal != header["goal"]
+        entries = [_entry(k, record, arrays) for k, record in enumerate(header["entries"])]
+        self.journal = Journal(entries, self._name, may_differ=may_differ)
+
+    def _refusal(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._name} {reason}; name another file, or pass resume=False to start afresh"
+        )
+
+    # ---- during the fit
+
+    def hearing(self, callback: Callback | None) -> Callback:
+        """Return a callback that keeps the records, and ends the journal where the given one ends the fit."""
+
+        def hear(record: Record) -> Any:
+            self._history.append(record)
+            if callback is None:
+                return False
+            try:
+                stop = callback(record)
+            except (KeyboardInterrupt, StopFit):
+                self.journal.seal()
+                raise
+            if stop:
+                self.journal.seal()
+            return stop
+
+        return hear
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._pending:
+            # The error that ends the fit is the one to be told.
+            with suppress(OSError):
+                self._write("interrupted" if isinstance(error, KeyboardInterrupt) else RUNNING)
+
+    def finish(self, result: Result) -> Result:
+        """Write the file a last time; return the result with a word on where it was resumed."""
+        try:
+            self._write(result.status)
+        except OSError as error:
+            # The answer is worth more than the way to it.
+            warnings.warn(str(error), stacklevel=3)
+        if not self.resumed:
+            return result
+        reads = f"{self.journal.reads_saved:.3g} reads"
+        return replace(result, message=f"{result.message}; resumed from {self.path} after {reads}")
+
+    def _write_in_time(self) -> None:
+        self._pending = True
+        if time.perf_counter() - self._written >= PAUSE * self._cost:
+            self._write(RUNNING)
+
+    def _write(self, status: str) -> None:
+        began = time.perf_counter()
+        header = {
+            "format_version": FORMAT_VERSION,
+            "attnfit_version": __version__,
+            "fit": self._fit,
+            "goal": self._goal,
+            "random_state": self._random,
+            "status": status,
+            "last": asdict(self._history[-1]) if len(self._history) else {},
+            "history": self._history.columns(),
+            "entries": [_record(entry) for entry in self.journal.entries],
+        }
+        arrays = {
+            f"{k}.{name}": array
+            for k, entry in enumerate(self.journal.entries)
+            for name, array in entry.arrays.items()
+        }
+        if self.journal.at is not None:
+            # Nobody reads these but people who look into the file, nor the history.
+            arrays |= {name: np.array(getattr(self.journal.at, name)) for name in ("x", "gradient")}
+        write(self.path, arrays, header)
+        self._written, self._pending = time.perf_counter(), False
+        self._cost = self._written - began
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    """Return an entry as JSON; its arrays are stored by number and name."""
+    record = {field.name: getattr(entry, field.name) for field in fields(entry)}
+    return record | {"arrays": list(entry.arrays), "draw": None if entry.draw is None else asdict(entry.draw)}
+
+
+def _entry(k: int, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Entry:
+    """Return entry k of a file."""
+    draw = record["draw"]
+    if draw is not None:
+        state = _generator(draw["random"]).bit_generator.state
+        n_rows = None if draw["n_rows"] is None else int(draw["n_rows"])
+        draw = Draw(state, float(draw["mass"]), bool(draw["has_leverage"]), n_rows)
+    overflow = record["overflow"]
+    return Entry(
+        str(record["call"]),
+        str(record["digest"]),
+        float(record["n_passes"]),
+        float(record["seconds"]),
+        {str(name): arrays[f"{k}.{name}"] for name in record["arrays"]},
+        draw,
+        None if overflow is None else str(overflow),
+    )
+
+
+def _generator(state: dict[str, Any]) -> np.random.Generator:
+    """Return the generator in a state."""
+    if state["bit_generator"] not in GENERATORS:
+        raise ValueError(f"unknown generator {state['bit_generator']!r}")
+    generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
+    generator.bit_generator.state = state
+    return generator
+
+
+def _same_state(one: np.random.Generator, other: np.random.Generator) -> bool:
+    return repr(one.bit_generator.state) == repr(other.bit_generator.state)

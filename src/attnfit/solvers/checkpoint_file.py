@@ -1,0 +1,162 @@
+"""Files that are replaced as a whole and executed by nobody: arrays in safetensors, the rest as JSON in its
+metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+
+from attnfit.solvers.journal import CheckpointError
+
+HEADER, DIGEST = "attnfit_checkpoint", "sha256"
+Arrays = dict[str, NDArray[Any]]
+
+
+def write(path: Path, arrays: Arrays, header: dict[str, Any]) -> None:
+    """Replace the file in one step, so that whatever happens it is the last one or this one.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; the last one is intact then.
+    """
+    text = json.dumps(_finite(header), allow_nan=False, default=_plain)
+    data = to_bytes(arrays, metadata={HEADER: text, DIGEST: _digest(arrays, text)})
+    try:
+        _replace(path, data)
+    except OSError as error:
+        left = "the one before is intact" if path.exists() else "there is none yet"
+        raise OSError(
+            error.errno,
+            f"checkpoint {path} cannot be written ({error.strerror or error}) and {left}; make room or allow "
+            "writing there, and make the same call again, or name another file",
+        ) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path) + f"{os.getpid()}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        # mkstemp keeps the file to its owner; a checkpoint is as readable as any other file the user writes.
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":
+        # The new name lasts only once the directory is on disk.
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.{socket.gethostname()}-"
+
+
+def clean_up(path: Path) -> None:
+    """Remove what processes of this machine that were killed while they wrote the file left behind."""
+    for left in _siblings(path):
+        process = left.name.removeprefix(_prefix(path)).split("-")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            with suppress(OSError):
+                left.unlink()
+
+
+def _siblings(path: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from (p for p in list(path.parent.iterdir()) if p.name.startswith(_prefix(path)))
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def read(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Return arrays and header of a file whose digest is right.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no such file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            # Copies, since arrays in a buffer may lie askew.
+            arrays = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is not a readable safetensors file ({error}); name another file, or pass "
+            "resume=False to start afresh"
+        ) from None
+    if HEADER not in metadata or DIGEST not in metadata:
+        raise CheckpointError(f"{path} is a safetensors file but not a checkpoint; name another file")
+    if _digest(arrays, metadata[HEADER]) != metadata[DIGEST]:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: its contents do not match its checksum; restore it from a copy, "
+            "or pass resume=False to start afresh"
+        )
+    try:
+        header = json.loads(metadata[HEADER], parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path} has a header that is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"checkpoint {path} has a header that is not a JSON object")
+    return arrays, header
+
+
+def _digest(arrays: Arrays, header: str) -> str:
+    """Guard against damage, not against forgery: whoever writes a file can write its digest."""
+    digest = hashlib.sha256(header.encode("utf-8", "surrogatepass"))
+    for name in sorted(arrays):
+        digest.update(f"\n{name} {arrays[name].dtype.str} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    """Return None for numbers that JSON has no form for."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")

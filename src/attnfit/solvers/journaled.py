@@ -1,0 +1,280 @@
+"""A problem whose answers are entered in a journal, and taken from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import copy, deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.problems.base import Problem
+from attnfit.problems.evaluation import Drawn, Evaluation
+from attnfit.problems.layers.evaluation import LayeredEvaluation
+from attnfit.solvers.journal import CheckpointError, Draw, Entry, Journal, digest
+
+Array = NDArray[np.float64]
+
+# Evaluations made of arrays, or of what can be computed again from x, and their parts beside value and
+# gradient.
+KINDS = (Evaluation, LayeredEvaluation)
+PARTS = ("state", "centre", "origin_gradient", "hessian", "column_values")
+
+
+@dataclass(frozen=True)
+class Unread(Drawn):
+    """Rows drawn in an earlier run: their number is known, and ``read`` draws them again."""
+
+    read: Callable[[], Evaluation] = field(kw_only=True, repr=False)
+
+
+class Journaled(Problem):
+    """What `journaled` puts before the class of a problem.
+
+    Calls that read the data go through the journal; any other call works on the data as ever, so nothing
+    depends on which calls these are but the time a resumed fit takes.
+    """
+
+    _journal: Journal
+
+    @property
+    def n_passes(self) -> float:
+        """Reads of the data, those of the earlier run included."""
+        return float(self._inherited("n_passes")) + self._journal.reads_saved
+
+    def convex_neighbour(self) -> Problem | None:
+        """Return the convex neighbour, journaled."""
+        neighbour = super().convex_neighbour()
+        return None if neighbour is None else journaled(neighbour, self._journal)
+
+    def evaluate(
+        self,
+        x: Array,
+        near: Evaluation | None = None,
+        sampler: Any = None,
+        *,
+        origin: bool = False,
+        hessian: bool = False,
+    ) -> Evaluation:
+        """Return value and gradient at x, and what else is asked for."""
+        journal = self._journal
+        own = self._inherited("evaluate")
+
+        def ask() -> Evaluation:
+            if sampler is not None:
+                journal.renew(sampler)
+            at: Evaluation = own(x, near, sampler, origin=origin, hessian=hessian)
+            return at
+
+        def enter(at: Evaluation | None) -> dict[str, Any]:
+            draw = None
+            if sampler is not None:
+                state = deepcopy(sampler.rng.bit_generator.state)
+                n_rows = None if at is None or at.sample is None else at.sample.n_rows
+                draw = Draw(state, float(sampler.mass), sampler.has_leverage, n_rows)
+            if at is None:
+                return {"draw": draw}
+            journal.at = at
+            return {"arrays": _parts(at), "draw": draw}
+
+        def answer(entry: Entry) -> Evaluation:
+            # What an evaluation is near to may hold much that is not needed to repeat it.
+            bare = None if near is None else near.bare()
+            again = self._again(lambda s: own(x, bare, s, origin=origin, hessian=hessian), sampler)
+            sample = None
+            if sampler is not None and entry.draw is not None:
+                sampler.rng.bit_generator.state = entry.draw.random
+                sampler.mass, sampler.has_leverage = entry.draw.mass, entry.draw.has_leverage
+                if entry.draw.n_rows is not None:
+                    sample = Unread(None, entry.draw.n_rows, read=again)
+            if entry.overflow is not None:
+                raise OverflowError(entry.overflow)
+            known = journal.at = _evaluation(entry, x, sample)
+            journal.expect(known, again)
+            return again() if _is_bare(entry) else known
+
+        key = digest(type(self).__name__, x, origin, hessian, near is None, sampler is None)
+        found: Evaluation = self._through("evaluate", key, ask, enter, answer)
+        return found
+
+    def _again(self, read: Callable[..., Evaluation], sampler: Any) -> Callable[[], Evaluation]:
+        """Return how to repeat a read later on, rows drawn included; it is repeated once."""
+        journal, before = self._journal, None if sampler is None else _twin(sampler)
+
+        @cache
+        def again() -> Evaluation:
+            with journal.aside():
+                if before is None:
+                    return read(None)
+                if before.has_leverage:
+                    journal.renew(before)
+                return read(_twin(before))
+
+        if before is not None and not before.has_leverage:
+            journal.leverage_from(before, again)
+        return again
+
+    def hessian_at(self, at: Evaluation, sample: Any = None, **options: Any) -> Array:
+        """Return the Hessian at an evaluated point."""
+        call = self._inherited("hessian_at")
+        key = digest(at.x, sample is None, sorted(options.items()))
+        return self._array("hessian_at", key, lambda: call(at, _drawn(sample), **options), 2 * at.x.shape)
+
+    def diagonal_at(self, at: Evaluation) -> Array:
+        """Return the diagonal of a positive majorant of the Hessian."""
+        call = self._inherited("diagonal_at")
+        return self._array("diagonal_at", digest(at.x), lambda: call(at), at.x.shape)
+
+    def hvp_at(self, at: Evaluation, v: Array, **options: Any) -> Array:
+        """Return the Hessian at an evaluated point times v."""
+        call = self._inherited("hvp_at")
+        key = digest(at.x, v, sorted(options.items()))
+        return self._array("hvp_at", key, lambda: call(at, v, **options), at.x.shape)
+
+    def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
+        """Return v -> H v; the read that prepares it is made when the first product is."""
+        call = self._inherited("hessian_operator")
+        prepared = cache(lambda: call(at, _drawn(sample)))
+
+        def product(v: Array) -> Array:
+            key = digest(at.x, v, sample is None)
+            return self._array("product", key, lambda: prepared()(v), at.x.shape)
+
+        return product
+
+    # ---- through the journal
+
+    def _inherited(self, name: str) -> Any:
+        """Return the method of the problem itself."""
+        return getattr(super(), name)
+
+    def _array(self, call: str, key: str, ask: Callable[[], Array], shape: tuple[int, ...]) -> Array:
+        def enter(found: Array | None) -> dict[str, Any]:
+            return {} if found is None else {"arrays": {"answer": np.array(found)}}
+
+        def answer(entry: Entry) -> Array:
+            if entry.overflow is not None:
+                raise OverflowError(entry.overflow)
+            return _part(entry, "answer", shape)
+
+        found: Array = self._through(call, key, ask, enter, answer)
+        return found
+
+    def _through(
+        self,
+        call: str,
+        key: str,
+        ask: Callable[[], Any],
+        enter: Callable[[Any], dict[str, Any]],
+        answer: Callable[[Entry], Any],
+    ) -> Any:
+        """Return the answer that the journal has, or ask for it and enter it: None where it overflows."""
+        journal = self._journal
+        if journal.silent:
+            return ask()
+        try:
+            entry = journal.take(call, key)
+            if entry is None:
+                return self._entered(call, key, ask, enter)
+        except KeyboardInterrupt:
+            journal.seal()
+            raise
+        return answer(entry)
+
+    def _entered(
+        self, call: str, key: str, ask: Callable[[], Any], enter: Callable[[Any], dict[str, Any]]
+    ) -> Any:
+        """Return the answer of the problem itself, and enter it."""
+        journal, reads, began = self._journal, self.n_passes, time.perf_counter()
+
+        def add(**parts: Any) -> None:
+            journal.add(Entry(call, key, self.n_passes - reads, time.perf_counter() - began, **parts))
+
+        try:
+            with journal.aside():
+                found = ask()
+        except OverflowError as error:
+            # A solver rejects such a step and goes on.
+            add(**enter(None), overflow=str(error))
+            raise
+        add(**enter(found))
+        return found
+
+
+def journaled(problem: Problem, journal: Journal) -> Problem:
+    """Return a problem on the same data, of a class derived from the problem's own, that uses a journal."""
+    if isinstance(problem, Journaled):
+        return problem
+    own = type(problem)
+    other = copy(problem)
+    other.__class__ = type(own.__name__, (Journaled, own), {"__module__": own.__module__})
+    assert isinstance(other, Journaled)
+    other._journal = journal
+    return other
+
+
+def _twin(sampler: Any) -> Any:
+    """Return a sampler that draws the same rows; the leverages are shared."""
+    twin = copy(sampler)
+    twin.rng = deepcopy(sampler.rng)
+    return twin
+
+
+def _drawn(sample: Any) -> Any:
+    """Return drawn rows, drawn again where they are of an earlier run."""
+    return sample.read().sample if isinstance(sample, Unread) else sample
+
+
+def _parts(at: Evaluation) -> dict[str, NDArray[Any]]:
+    """Return an evaluation as arrays that nobody else changes.
+
+    Of one that holds more than arrays, such as all that passed through a layer, value and gradient must do:
+    it is repeated.
+    """
+    arrays = {"value": np.array(at.value), "gradient": np.array(at.gradient)}
+    if type(at) not in KINDS:
+        return arrays
+    for name in PARTS:
+        if getattr(at, name, None) is not None:
+            arrays[name] = np.array(getattr(at, name))
+    if at.inner is not None:
+        arrays["inner.x"] = np.array(at.inner.x)
+        arrays |= {f"inner.{name}": array for name, array in _parts(at.inner).items()}
+    return arrays
+
+
+def _is_bare(entry: Entry) -> bool:
+    return "state" not in entry.arrays
+
+
+def _evaluation(entry: Entry, x: Array, sample: Drawn | None, prefix: str = "") -> Evaluation:
+    """Return the evaluation that an entry holds."""
+
+    def part(name: str, *shape: int) -> Array:
+        return _part(entry, prefix + name, shape)
+
+    d = len(x)
+    shapes = {"origin_gradient": (d,), "hessian": (d, d)}
+    given: dict[str, Any] = {
+        name: _part(entry, prefix + name, shapes.get(name)) for name in PARTS if prefix + name in entry.arrays
+    }
+    if f"{prefix}inner.x" in entry.arrays:
+        inner = _part(entry, f"{prefix}inner.x", None)
+        given["inner"] = _evaluation(entry, inner, None, f"{prefix}inner.")
+    kind = LayeredEvaluation if "column_values" in given else Evaluation
+    return kind(x, float(part("value")), part("gradient", d), sample=sample, **given)
+
+
+def _part(entry: Entry, name: str, shape: tuple[int, ...] | None) -> Array:
+    """Return an array of an entry."""
+    array = entry.arrays.get(name)
+    if array is None or (shape is not None and array.shape != shape):
+        raise CheckpointError(
+            f"the checkpoint is malformed: {name} of {entry.call} is missing or has another shape than the "
+            "fit's; pass resume=False to start afresh"
+        )
+    return array.copy()

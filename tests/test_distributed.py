@@ -1,0 +1,144 @@
+"""Fits on the workers of a Dask cluster: the same answers, whatever happens to a worker."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from instances import instance, relative
+from scipy import sparse
+
+from attnfit import inversion, minimize, problems
+from attnfit.problems.rows.merging import merged
+
+da = pytest.importorskip("dask.array")
+distributed = pytest.importorskip("distributed")
+
+pytestmark = [
+    pytest.mark.xdist_group("cluster"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+SIZES = tuple(1 + (7 * k) % 9 for k in range(5000))
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+def both(loss="cross_entropy", sizes=SIZES, d=6, pieces=7):
+    """A problem in memory and the same in pieces."""
+    inst, _ = instance("Softmax", loss, sizes=sizes, d=d, seed=1)
+    n = len(inst.b)
+    A = da.from_array(inst.A, chunks=(-(-n // pieces), d))
+    columns = [da.from_array(v, chunks=(-(-n // pieces),)) for v in (inst.b, inst.ids)]
+    groups = inst.groups if len(sizes) > 1 else None
+    return (
+        problems.Softmax(inst.A, inst.b, groups, loss=loss),
+        problems.Softmax(A, columns[0], None if groups is None else columns[1], loss=loss),
+    )
+
+
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+@pytest.mark.parametrize("sizes", [SIZES, (25000,)], ids=["groups", "one group"])
+def test_the_answer_is_that_of_one_machine(client, loss, sizes):
+    memory, cluster = both(loss, sizes)
+    expected, found = (minimize(p, tol=1e-12, random_state=0) for p in (memory, cluster))
+    assert found.converged
+    assert relative(found.x, expected.x) < 1e-10
+    assert found.n_passes < 12
+
+
+def test_a_dead_worker_changes_nothing(client):
+    _, cluster = both()
+    expected = minimize(cluster, tol=1e-12, random_state=0)
+    pids = list(client.run(os.getpid).values())
+    killed = []
+
+    def kill(record):
+        if record.phase.startswith("fit") and record.iteration == 1 and not killed:
+            os.kill(pids[0], signal.SIGKILL)
+            killed.append(pids[0])
+
+    found = minimize(cluster, tol=1e-12, random_state=0, callback=kill)
+    assert killed
+    assert found.converged
+    assert relative(found.x, expected.x) < 1e-10
+    client.wait_for_workers(2, timeout=60)
+
+
+def test_only_sums_travel(client):
+    _, cluster = both(pieces=4)
+    x = np.zeros(6)
+    cluster.value(x)
+
+    def bytes_sent():
+        counts = client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total)
+        return sum(counts.values())
+
+    before = bytes_sent()
+    cluster.value_and_gradient(x + 0.1)
+    # A gradient of 6 numbers, its companions and the envelopes of a few messages; the data are 1 MB.
+    assert bytes_sent() - before < 20_000
+
+
+def test_starts_of_a_recovery_run_on_the_workers(client):
+    rng = np.random.default_rng(0)
+    W, V = rng.standard_normal((4, 4)), rng.standard_normal((4, 7))
+    X = 0.5 * rng.standard_normal((4, 6))
+    z = X.T @ W @ X
+    B = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) @ X.T @ V
+    layer = problems.LayerInversion(W, V, B)
+    here, there = (inversion.recover(layer, random_state=0, client=c) for c in (None, client))
+    assert here.verdict == there.verdict == "recovered"
+    assert np.array_equal(here.x, there.x)
+    assert here.n_starts == there.n_starts
+
+
+def test_without_a_cluster_the_threads_of_this_process_serve():
+    memory, pieces = both(sizes=(30, 40, 50), pieces=3)
+    x = np.full(6, 0.1)
+    assert relative(pieces.gradient(x), memory.gradient(x)) < 1e-12
+
+
+def test_faults_are_named():
+    A, b = np.ones((10, 2)), np.full(10, 0.1)
+    lazy = da.from_array(A, chunks=(5, 2))
+    with pytest.raises(ValueError, match=r"b has shape \(9,\) but A has 10 rows"):
+        problems.Softmax(lazy, b[:9])
+    with pytest.raises(ValueError, match="b has 2 partitions but A has"):
+        import dask.dataframe as dd
+        import pandas as pd
+
+        frame = dd.from_pandas(pd.DataFrame(A), npartitions=1)
+        problems.Softmax(frame, dd.from_pandas(pd.Series(b), npartitions=2))
+    with pytest.raises(ValueError, match="weights are all zero"):
+        problems.Softmax(lazy, b, weights=np.zeros(10))
+    with pytest.raises(ValueError, match="partition 1: A contains NaN at row 2, column 0"):
+        bad = A.copy()
+        bad[7, 0] = np.nan
+        problems.Softmax(da.from_array(bad, chunks=(5, 2)), b)
+    with pytest.raises(TypeError, match="on the workers"):
+        _ = problems.Softmax(lazy, b).chunks
+
+
+def test_parts_without_rows_are_left_out():
+    lazy = da.concatenate([da.zeros((0, 2)), da.from_array(np.eye(2), chunks=(1, 2))])
+    problem = problems.Softmax(lazy, np.array([0.25, 0.75]))
+    assert problem.shape == (2,)
+    assert problem.value(np.zeros(2)) == pytest.approx(0.0625)
+
+
+def test_sums_of_partial_results():
+    one = {"a": np.ones(2)}, 1.0, None
+    other = {"a": np.ones(2), "b": 2.0}, 2.0, 3
+    sums = merged(one, other)
+    assert np.array_equal(sums[0]["a"], [2.0, 2.0])
+    assert sums[0]["b"] == 2.0
+    assert sums[1:] == (3.0, 3)
+    assert sparse.issparse(merged(sparse.csr_array(np.eye(2)), sparse.csr_array(np.eye(2))))
