@@ -51,6 +51,7 @@ def in_options(sentence: str) -> str:
     """Rewrite the library's arguments as options of the command line."""
     sentence = sentence.replace("set outside_good=False", "leave --outside-good out")
     sentence = sentence.replace("outside_good=True", "--outside-good").replace("sample_weight", "--weight")
+    sentence = sentence.replace("memory_limit", "--memory-limit").replace("resume=False", "--afresh")
     return re.sub(r"\b(loss|function|max_iter)(?:='?(\w+)'?)", _option, sentence)
 
 
@@ -73,6 +74,8 @@ def _describe(error: Exception) -> str:
     # The library's own messages already name argument, index and remedy.
     if isinstance(error, InputError | ValueError | OverflowError):
         return str(error) if isinstance(error, InputError) else in_options(str(error))
+    if isinstance(error, MemoryError) and "memory_limit" in str(error):
+        return in_options(str(error))
     if isinstance(error, MemoryError):
         return "Not enough memory for this file; keep only the columns you need, or use parquet."
     if isinstance(error, OSError) and error.strerror:

@@ -15,7 +15,8 @@ import typer
 from attnfit.cli import columns
 from attnfit.cli.columns import Roles
 from attnfit.cli.console import note, problem, stdout
-from attnfit.cli.errors import Debug, one_sentence
+from attnfit.cli.errors import Debug, InputError, one_sentence
+from attnfit.cli.large import Scale, fit_large
 from attnfit.cli.models import CONSTANT, FUNCTIONS, LOSSES, check_options, fit_named, new_model
 from attnfit.cli.output import check_output
 from attnfit.cli.progress import FitProgress
@@ -72,6 +73,20 @@ def fit(
     tol: Annotated[float, typer.Option(help="Relative gradient at which to stop.")] = 1e-8,
     max_iter: Annotated[int, typer.Option(help="Largest number of steps.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the row samples on large data.")] = 0,
+    dask: Annotated[
+        str | None,
+        typer.Option(help="Fit on a Dask cluster: the address of its scheduler (tcp://...), or local."),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Take no more memory than this, such as 1GB; parquet is read in pieces."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Keep the state of the fit here; the same command goes on from it.")
+    ] = None,
+    afresh: Annotated[
+        bool, typer.Option("--afresh", help="Start anew although the checkpoint exists.")
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Write the model here (.safetensors).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the fit here (.png, .pdf, .svg).")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
@@ -82,21 +97,30 @@ def fit(
     check_options(model, given)
     for path, option in ((save, "--save"), (plot, "--plot"), (json_path, "--json")):
         check_output(path, option)
+    scale = Scale(dask, memory_limit, checkpoint, resume=not afresh)
+    if scale.is_large and (plot is not None or constant):
+        option = "--plot" if plot is not None else "--constant"
+        raise InputError(f"{option} needs the whole table; leave out --dask, --memory-limit and --checkpoint")
     if plot is not None:
         from attnfit.cli.figure import check_plot
 
         check_plot(plot)
     names = None if features is None else tuple(name.strip() for name in features.split(",") if name.strip())
     roles = Roles(target, names, group, weight, offset)
+    own = {key: value for key, value in given.items() if value is not None and key != "group"}
+    parameters = own | {"ridge": ridge, "tol": tol, "max_iter": max_iter, "random_state": seed}
     with FitProgress(tol) as progress:
-        table = read_table(data, as_text=() if group is None else (group,))
-        X, inputs, used = read_inputs(table, roles, model, loss, outside_good=outside_good, constant=constant)
-        progress.say("fitting")
-        own = {key: value for key, value in given.items() if value is not None and key != "group"}
-        numeric = {"ridge": ridge, "tol": tol, "max_iter": max_iter, "random_state": seed}
-        estimator = new_model(model, own | numeric)
-        progress.watch(estimator)
-        fit_named(estimator, X, used, inputs)
+        if scale.is_large:
+            estimator = fit_large(model, data, roles, parameters, scale, progress)
+        else:
+            table = read_table(data, as_text=() if group is None else (group,))
+            X, inputs, used = read_inputs(
+                table, roles, model, loss, outside_good=outside_good, constant=constant
+            )
+            progress.say("fitting")
+            estimator = new_model(model, parameters)
+            progress.watch(estimator)
+            fit_named(estimator, X, used, inputs)
         progress.say("standard errors and certificate")
         report = make_report(estimator, model, target)
     report.show(stdout())
