@@ -233,3 +233,27 @@ print(result.status, result.n_passes, peak, result.problem.memory_estimate().tot
     # The features alone are 160 MB, the interpreter with its libraries some 200 MB.
     assert float(peak) < 400e6
     assert 0.5 < float(peak) / float(estimate) < 1.1
+
+
+def test_threads_that_share_a_problem_do_not_disturb_each_other(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr("attnfit.designs.on_disk.RUN_BYTES", 1 << 15)
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((60_000, 4)), np.full(60_000, 1 / 60_000)
+    disk = problems.Softmax(**saved(tmp_path, A=A, b=b))
+    points = [np.full(4, 0.1 * k) for k in range(8)]
+    expected = [disk.gradient(x) for x in points]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(disk.gradient, points * 3))
+    assert all(np.array_equal(f, e) for f, e in zip(found, expected * 3, strict=True))
+
+
+def test_a_problem_on_disk_can_be_pickled(tmp_path):
+    import pickle
+
+    rng = np.random.default_rng(0)
+    disk = problems.Softmax(**saved(tmp_path, A=rng.standard_normal((300, 4)), b=np.full(300, 1 / 300)))
+    x = np.full(4, 0.3)
+    expected = disk.gradient(x)
+    assert np.array_equal(pickle.loads(pickle.dumps(disk)).gradient(x), expected)

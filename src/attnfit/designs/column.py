@@ -34,7 +34,7 @@ class Column:
         self.source = source
         self.shape = (int(source.shape[0]),)
         self._function = function
-        self._recent = Recent()
+        self.recent = Recent()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -45,7 +45,7 @@ class Column:
         start, stop, step = rows.indices(len(self))
         if step != 1:
             return self._numbers(self.source.take(np.arange(start, stop, step)))
-        known = self._recent.find(slice(start, stop))
+        known = self.recent.find(slice(start, stop))
         if known is None:
             return self._numbers(self.source.read(start, stop))
         first, piece = known
@@ -66,9 +66,9 @@ class Column:
 
     def load(self, rows: slice) -> None:
         """Read these rows and keep them for a while."""
-        if not self._recent.renew(rows):
-            self._recent.make_room()
-            self._recent.keep(rows.start, rows.stop, self._numbers(self.source.read(rows.start, rows.stop)))
+        if not self.recent.renew(rows):
+            self.recent.make_room()
+            self.recent.keep(rows.start, rows.stop, self._numbers(self.source.read(rows.start, rows.stop)))
 
     def mapped(self, function: Callable[[Array], Array]) -> Column:
         """Return the column whose entries are a function of this one's."""

@@ -55,11 +55,7 @@ class DenseOnDisk(DenseDesign):
         self.source = source
         self.run_bytes = RUN_BYTES
         self._compiled = int(self.shape[0]) * int(self.shape[1]) >= dense.COMPILED_ENTRIES
-        self._recent = Recent()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What was read stays behind.
-        return self.__dict__ | {"_recent": Recent()}
+        self.recent = Recent()
 
     @property
     def block_rows(self) -> int:
@@ -85,13 +81,13 @@ class DenseOnDisk(DenseDesign):
         return self.source.locate(row)
 
     def load(self, rows: slice) -> None:
-        if self._recent.renew(rows):
+        if self.recent.renew(rows):
             return
         # Fresh memory costs as much as the read: the oldest piece makes room.
-        oldest = self._recent.make_room()
+        oldest = self.recent.make_room()
         size = (rows.stop - rows.start) * self.row_bytes
         memory = np.empty(size, dtype=np.uint8) if oldest is None or len(oldest[1]) < size else oldest[1]
-        self._recent.keep(rows.start, rows.stop, (self.source.read(rows.start, rows.stop, memory), memory))
+        self.recent.keep(rows.start, rows.stop, (self.source.read(rows.start, rows.stop, memory), memory))
 
     def parts(self, rows: Rows) -> tuple[Any, int]:
         if not isinstance(rows, slice):
@@ -99,7 +95,7 @@ class DenseOnDisk(DenseDesign):
             return self.source.take(rows), 0
         self.rows_read += rows.stop - rows.start
         self.load(rows)
-        known = self._recent.find(rows)
+        known = self.recent.find(rows)
         assert known is not None
         first, (piece, _) = known
         return piece, rows.start - first
@@ -110,7 +106,7 @@ class DenseOnDisk(DenseDesign):
         start, stop, _ = rows.indices(int(self.shape[0]))
         if start >= stop:
             return np.empty((0, int(self.shape[1])))
-        known = self._recent.find(slice(start, stop))
+        known = self.recent.find(slice(start, stop))
         if known is None:
             return np.asarray(self.source.read(start, stop), dtype=np.float64)
         first, (piece, _) = known
@@ -128,10 +124,7 @@ class SparseOnDisk(SparseDesign):
         self.run_bytes = RUN_BYTES
         probed = min(PROBED_ROWS, int(source.shape[0]))
         self._entries_per_row = max(1.0, source.read(0, probed).nnz / probed)
-        self._recent = Recent()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_recent": Recent()}
+        self.recent = Recent()
 
     @property
     def block_rows(self) -> int:
@@ -159,16 +152,16 @@ class SparseOnDisk(SparseDesign):
         return self.source.locate(row)
 
     def load(self, rows: slice) -> None:
-        if not self._recent.renew(rows):
-            self._recent.make_room()
-            self._recent.keep(rows.start, rows.stop, self.source.read(rows.start, rows.stop))
+        if not self.recent.renew(rows):
+            self.recent.make_room()
+            self.recent.keep(rows.start, rows.stop, self.source.read(rows.start, rows.stop))
 
     def parts(self, rows: Rows) -> tuple[Any, int]:
         first = 0
         if isinstance(rows, slice):
             self.rows_read += rows.stop - rows.start
             self.load(rows)
-            known = self._recent.find(rows)
+            known = self.recent.find(rows)
             assert known is not None
             first, matrix = rows.start - known[0], known[1]
         else:
@@ -181,7 +174,7 @@ class SparseOnDisk(SparseDesign):
             block = self.source.take(rows)
         else:
             start, stop, _ = rows.indices(int(self.shape[0]))
-            known = self._recent.find(slice(start, stop))
+            known = self.recent.find(slice(start, stop))
             if known is None:
                 block = self.source.read(start, stop)
             else:

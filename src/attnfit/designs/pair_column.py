@@ -36,7 +36,7 @@ class PairColumn(Column):
     ) -> None:
         self._design, self._matrices, self._function = design, matrices, function
         self.shape = (int(design.shape[0]),)
-        self._recent = Recent()
+        self.recent = Recent()
 
     @property
     def stored_dtype(self) -> np.dtype[Any]:
@@ -56,13 +56,13 @@ class PairColumn(Column):
     def __getitem__(self, rows: Rows) -> Array:
         assert isinstance(rows, slice)
         start, stop, _ = rows.indices(len(self))
-        known = self._recent.find(slice(start, stop))
+        known = self.recent.find(slice(start, stop))
         return self._read(start, stop) if known is None else known[1][start - known[0] : stop - known[0]]
 
     def load(self, rows: slice) -> None:
-        if not self._recent.renew(rows):
-            self._recent.make_room()
-            self._recent.keep(rows.start, rows.stop, self._read(rows.start, rows.stop))
+        if not self.recent.renew(rows):
+            self.recent.make_room()
+            self.recent.keep(rows.start, rows.stop, self._read(rows.start, rows.stop))
 
     def _read(self, start: int, stop: int) -> Array:
         design, parts = self._design, []

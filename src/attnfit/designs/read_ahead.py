@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import RLock
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,10 +27,21 @@ def read_ahead(load: Callable[[T], Any], items: Iterable[T]) -> Iterator[T]:
 
 
 class Recent:
-    """The pieces read last, by their rows."""
+    """The pieces read last, by their rows.
+
+    Attributes
+    ----------
+    lock : RLock
+        Held by whoever goes over the rows: another thread would write over the pieces in use.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[tuple[int, int, Any]] = []
+        self.lock = RLock()
+
+    def __reduce__(self) -> tuple[type[Recent], tuple[()]]:
+        # What was read stays behind.
+        return Recent, ()
 
     def find(self, rows: slice) -> tuple[int, Any] | None:
         """Return the first row of the piece that holds these rows, and the piece."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from copy import copy
 from functools import cached_property
 from typing import Any, Self
@@ -159,7 +160,10 @@ class StoredProblem(Problem):
             for values in stored:
                 values.load(slice(first.start, last.stop))
 
-        yield from read_ahead(load, found)
+        with ExitStack() as held:
+            for values in sorted(stored, key=id):
+                held.enter_context(values.recent.lock)
+            yield from read_ahead(load, found)
 
     @property
     def is_whole(self) -> bool:
