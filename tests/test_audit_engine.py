@@ -10,7 +10,11 @@ transformers = pytest.importorskip("transformers")
 from attnfit.audit.embedding_newton import EmbeddingNewton  # noqa: E402
 from attnfit.audit.engine.prefix import Prefix  # noqa: E402
 from attnfit.audit.engine.prior import Prior  # noqa: E402
+from attnfit.audit.errors import AuditError  # noqa: E402
 from attnfit.audit.evaluated import Evaluated  # noqa: E402
+from attnfit.audit.logits import last_states  # noqa: E402
+from attnfit.audit.models.blocks import capture  # noqa: E402
+from attnfit.audit.models.directory import attention_for  # noqa: E402
 from attnfit.audit.models.model import Model  # noqa: E402
 from attnfit.audit.target import Target  # noqa: E402
 
@@ -23,6 +27,12 @@ def new_model(family):
     shape = {"vocab_size": 800, "max_position_embeddings": 64}
     if family == "gpt2":
         config = transformers.GPT2Config(vocab_size=800, n_embd=48, n_layer=3, n_head=4, n_positions=64)
+    elif family == "gemma2":
+        config = transformers.Gemma2Config(
+            **shape, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=12, query_pre_attn_scalar=12, attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        )  # fmt: skip
     else:
         kinds = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
         config = kinds[family](
@@ -33,13 +43,13 @@ def new_model(family):
             num_attention_heads=4,
             num_key_value_heads=2,
         )
-    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config))
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     return Model(family, module, None, "causal")
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "qwen2"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "qwen2", "gemma2"])
 def model(request):
     return new_model(request.param)
 
@@ -67,7 +77,7 @@ def test_prefixes_grow_and_shrink(model):
     prefix.candidates([1, 2, 3])
     rest = prefix.extend(TOKENS[2:])
     np.testing.assert_allclose(rest, model.states(TOKENS, 3)[2:], rtol=1e-5, atol=1e-5)
-    assert model.module.config._attn_implementation == "sdpa"
+    assert model.module.config._attn_implementation == attention_for(model.module.config)
 
 
 def test_several_layers_in_one_pass(model):
@@ -125,3 +135,62 @@ def test_newton_finds_a_token_it_was_not_told(model):
     evaluated.add(list(range(16)))
     assert EmbeddingNewton(evaluated, model.embeddings, 10**6).search()
     assert evaluated.nearest()[0] == truth
+
+
+# ---- logits that are not plain -----------------------------------------------------------------------------
+
+
+def test_logits_are_the_models_own(model):
+    with torch.no_grad():
+        own = model.module(torch.tensor([TOKENS])).logits[0]
+    np.testing.assert_allclose(model.logits(TOKENS), own, rtol=1e-4, atol=1e-4)
+
+
+def test_capped_logits_are_uncapped():
+    capped = new_model("gemma2")
+    assert capped.softcap == 3.0
+    logits = capped.logits(TOKENS)
+    assert 2.0 < np.abs(logits).max() < 3.0
+    states, _ = last_states(capped, logits)
+    truth = torch.from_numpy(capped.states(TOKENS, 4))
+    assert float((states - truth).norm() / truth.norm()) < 1e-2
+
+
+def test_logits_that_the_head_alone_does_not_give_are_refused():
+    config = transformers.CohereConfig(
+        vocab_size=800, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, logit_scale=0.25, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    scaled = Model("scaled", transformers.AutoModelForCausalLM.from_config(config), None, "causal")
+    with pytest.raises(AuditError, match="'scaled' are not its head's output"):
+        scaled.logits(TOKENS)
+    assert scaled.states(TOKENS, 2).shape == (7, 48)
+
+
+# ---- hooks -------------------------------------------------------------------------------------------------
+
+
+def n_hooks(model):
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.module.modules())
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_no_hook_outlives_an_interruption(side):
+    llama = new_model("llama")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = llama.blocks[1].register_forward_pre_hook(stop)
+    before = n_hooks(llama)
+    with pytest.raises(KeyboardInterrupt):
+        capture(llama.base, [llama.blocks[2]], side, input_ids=torch.tensor([TOKENS]))
+    assert n_hooks(llama) == before
+    handle.remove()
+
+
+def test_no_hook_outlives_one_that_cannot_be_set():
+    llama = new_model("llama")
+    with pytest.raises(AttributeError):
+        capture(llama.base, [llama.blocks[0], None], "output", input_ids=torch.tensor([TOKENS]))
+    assert n_hooks(llama) == 0

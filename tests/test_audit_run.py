@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from attnfit import audit  # noqa: E402
-from attnfit.audit import breakpoints, cells, running  # noqa: E402
+from attnfit.audit import breakpoints, cells, deadline, running  # noqa: E402
 from attnfit.audit.breakpoints import forecast  # noqa: E402
 from attnfit.audit.intervals import wilson  # noqa: E402
 from attnfit.audit.running import run  # noqa: E402
@@ -56,7 +56,7 @@ def test_controls_claim_nothing_false(found):
 
 def test_the_verdict_and_the_advice_name_numbers(found):
     assert found.verdict.startswith("tiny: up to 100 % of tokens recovered without a defence (hidden:1)")
-    assert "noise:4.0" in found.verdict
+    assert "the best tried" in found.verdict
     advice = "\n".join(found.advice)
     assert "int8 100 %" in advice
     assert "memorised" in advice
@@ -75,10 +75,10 @@ def test_only_defences_asked_for_are_judged(tiny):  # noqa: F811
 
 
 def test_untested_combinations_fail_the_gate(tiny):  # noqa: F811
-    report = run(tiny, tiny.private_texts[:1], ["hidden:1"], ["drop0"], budget=60)
-    pair = report.pair("hidden:1", "drop0")
+    report = run(tiny, tiny.private_texts[:1], ["topk:5"], ["drop0"], budget=60)
+    pair = report.pair("topk:5", "drop0")
     assert not pair.tested
-    assert "withheld" in pair.message
+    assert "the first position was withheld" in pair.message
     assert report.failures(1.0) == [pair]
     assert any("no proof of protection" in sentence for sentence in report.advice)
 
@@ -100,6 +100,35 @@ def test_a_cell_is_cut_when_its_time_is_over(tiny):  # noqa: F811
         assert cell.status == "cut", access
         assert not cell.exact
     assert attack.run(cells.Key("hidden:4", "none", 0), 60.0).exact
+
+
+def test_what_is_too_slow_does_not_take_the_time_of_the_rest(tiny, monkeypatch):  # noqa: F811
+    """Once logits were cut, cells of them that would have less time are not begun."""
+    begun = []
+
+    def run_cell(self, key, seconds):
+        begun.append(key)
+        slow = key.access == "logits"
+        status = "cut" if slow else "done"
+        return cells.Cell(key, status, "told", 4, [1, 2], [True, slow], seconds=1.0)
+
+    monkeypatch.setattr(cells.Attack, "run", run_cell)
+    report = run(tiny, tiny.private_texts[:1], ["logits", "hidden:1"], [None, "int8", "int4"], budget=60)
+    assert sum(key.access == "logits" for key in begun) < 3
+    assert sum(key.access == "hidden:1" for key in begun) == 5
+    assert "came back until it was cut" in report.pair("logits").message
+    assert "cut short" in report.coverage
+
+
+def test_a_cut_inversion_says_how_far_it_came(tiny, monkeypatch):  # noqa: F811
+    text = tiny.private_texts[0]
+    attack = cells.Attack(tiny, [text], [tiny.tokenise(text)], 0)
+    clock = iter(np.arange(0.0, 1e6, 1.0))
+    monkeypatch.setattr(deadline, "perf_counter", lambda: float(next(clock)))
+    cell = attack.run(cells.Key("topk:5", "none", 0), 12.0)
+    assert cell.status == "cut"
+    assert 0 < sum(cell.right) < cell.n_tokens
+    assert f"{sum(cell.right)} of {cell.n_tokens} tokens were recovered until then" in cell.message
 
 
 def test_checkpoints_are_resumed(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -161,11 +190,10 @@ def test_bad_requests_are_refused_before_any_work(tiny, change, message):  # noq
         run(tiny, **request)
 
 
-def test_encoders_have_no_likelihoods(tiny, monkeypatch):  # noqa: F811
+def test_what_does_not_apply_to_encoders_is_named(tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(tiny, "kind", "encoder")
-    for access in ("masked", "hidden:1"):
-        with pytest.raises(audit.AuditError, match=access):
-            run(tiny, ["A train."], [access])
+    with pytest.raises(audit.AuditError, match="'hidden:1', 'logits', 'topk:5', 'masked' does not apply"):
+        run(tiny, ["A train."], ["hidden:1", "attention:0", "logits", "topk:5", "masked"])
 
 
 def test_too_short_to_hide_a_beginning(tiny):  # noqa: F811

@@ -70,4 +70,10 @@ def test_logits_are_linear_in_the_last_state(smollm2):
     tokens = smollm2.tokenise(SENTENCES[1])
     states, _ = last_states(smollm2, smollm2.logits(tokens))
     truth = smollm2.states(tokens, 31)
-    assert np.linalg.norm(states - truth) < 1e-4 * np.linalg.norm(truth)
+    assert np.linalg.norm(states.numpy() - truth) < 1e-4 * np.linalg.norm(truth)
+
+
+def test_loading_draws_no_bars(smollm2, capfd):
+    audit.load("smollm2")
+    written = capfd.readouterr()
+    assert written.out == written.err == ""

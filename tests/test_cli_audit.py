@@ -63,6 +63,21 @@ def test_checkpoints_are_resumed(texts, tmp_path):
     assert "is of another audit: access, defences differ" in refused(other)
 
 
+def test_what_was_cut_can_be_gone_on_with(texts, tmp_path, monkeypatch):
+    from attnfit.audit import running
+
+    clock = iter(range(0, 10_000, 10))
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "perf_counter", lambda: float(next(clock)))
+        short = run("audit", "tiny", "--texts", texts, *FAST, "--checkpoint", tmp_path / "cells.jsonl")
+    assert short.exit_code == 0, short.output
+    assert "cells not run: budget" in short.stderr
+    assert "The same command with a larger --budget goes on from" in short.stderr
+    whole = run("audit", "tiny", "--texts", texts, *FAST, "--checkpoint", tmp_path / "cells.jsonl")
+    assert whole.exit_code == 0, whole.output
+    assert "larger --budget" not in whole.stderr
+
+
 def test_redacted(texts, tmp_path):
     told = tmp_path / "out.json"
     result = run("audit", "tiny", "--texts", texts, *FAST, "--json", told, "--redact")

@@ -70,8 +70,13 @@ def advise(report: Report, limit: float) -> list[str]:
     claims += sum(pair.false_claims for pair in report.pairs)
     if claims:
         told.append(
-            f"The attack called {claims} texts certain that were not quite right, as happens where strong "
-            "noise lets several texts explain the same numbers: trust the counts above, not its word."
+            f"The attack called {claims} texts certain that were not quite right, as happens where some "
+            "tokens are all but the same to the model: trust the counts above, not its word."
+        )
+    if report.model["kind"] == "encoder":
+        told.append(
+            f"{report.model['name']} is an encoder: logits, topk and masked do not apply to it, and there is "
+            "no attack here on its hidden states or on attention after the first block."
         )
     return told
 

@@ -19,6 +19,7 @@ def invert_attention(
     block: int = 0,
     *,
     error: Any = 0.0,
+    reach: Any = None,
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
 ) -> Found:
@@ -37,6 +38,8 @@ def invert_attention(
         Counted from 0; of an encoder only 0.
     error : array_like, broadcastable to output
         Standard deviation of the error of each number.
+    reach : array_like, broadcastable to output, optional
+        The largest error of each number, of a causal model.
     known_prefix : sequence of int
         Tokens known to come first, of a causal model.
     budget : int, optional
@@ -61,6 +64,6 @@ def invert_attention(
                 "row of a table; observe attention:0"
             )
         return invert_encoder_attention(model, output, error=error)
-    observed, likely = check_states(model, output, error)
-    search = HiddenSearch(model, f"attention:{block}", observed, likely, check_budget(budget, model))
+    observed, uncertainty = check_states(model, output, error, reach)
+    search = HiddenSearch(model, f"attention:{block}", observed, uncertainty, check_budget(budget, model))
     return search.run(list(known_prefix))

@@ -17,6 +17,7 @@ from attnfit.audit.models.model import Layer, Model
 from attnfit.audit.models.sampling import sample
 from attnfit.audit.probes import Probe, Ranker, fit_probe
 from attnfit.audit.storage import cache_directory, write_atomically
+from attnfit.audit.uncertainty import Uncertainty
 
 # Changes when calibrations on disk would no longer mean the same.
 VERSION = 1
@@ -55,13 +56,14 @@ class Calibration:
         """One ranker for each probe."""
         return {name: Ranker(getattr(self, name), self.table) for name in PROBES}
 
-    def rankers_under(self, error: Any) -> dict[str, Ranker]:
-        """Return rankers for states with errors of these standard deviations, shape (n, width).
+    def rankers_under(self, uncertainty: Uncertainty) -> dict[str, Ranker]:
+        """Return rankers for states with such errors.
 
         The ranking counts on the typical error of each channel, at position 0 apart from the others.
         """
-        later = error[1:] if len(error) > 1 else error
-        typical = {name: later.square().mean(0).sqrt() for name in PROBES} | {"first": error[0]}
+        first = uncertainty.typical(slice(1))
+        later = uncertainty.typical(slice(1, None)) if len(uncertainty.error) > 1 else first
+        typical = dict.fromkeys(PROBES, later) | {"first": first}
         return {
             name: Ranker(getattr(self, name).under_noise(size), self.table) for name, size in typical.items()
         }

@@ -13,15 +13,13 @@ import numpy as np
 from attnfit.audit.deadline import Deadline
 from attnfit.audit.errors import AuditError
 from attnfit.audit.inverting import invert
-from attnfit.audit.masked import TABLE, MaskedFound, recover_masked
+from attnfit.audit.masked import COMMON, MaskedFound, common_words, recover_masked
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.observation import Observation, observe
 from attnfit.audit.utility import utility_lost
 
 NONE, MASKED = "none", "masked"
 N_MASKED = 2
-# Tokens that a masked one may be where the vocabulary is too large to try all pairs.
-COMMON = 2048
 # Candidates a position for noise that no text explains: the vocabulary to its end would say no more.
 NOISE_CANDIDATES = 512
 CUT = "the time for this cell ran out"
@@ -139,7 +137,8 @@ class Attack:
         if cell.status == "done" and cell.message.endswith("interrupted"):
             if not deadline.passed:
                 raise KeyboardInterrupt
-            cell = replace(cell, status="cut", message=CUT)
+            told = f"{CUT}: {sum(cell.right)} of {cell.n_tokens} tokens were recovered until then"
+            cell = replace(cell, status="cut", message=told)
         return cell if cell.seconds else replace(cell, seconds=perf_counter() - began)
 
     def _invert(self, blank: Cell, truth: Tokens) -> Cell:
@@ -166,7 +165,7 @@ class Attack:
         )
         if key.control == "noise":
             return replace(cell, n_tokens=max(1, len(found.tokens)), right=[False] * len(found.tokens))
-        if key.control or model.kind != "causal" or seen.access.kind not in ("hidden", "logits"):
+        if key.control or model.kind != "causal" or seen.access.kind == "topk":
             return cell
         lost = utility_lost(model, text, seen)
         return replace(cell, divergence=lost.divergence, agreement=lost.agreement)
@@ -175,18 +174,17 @@ class Attack:
         at = blank.key.text
         if at not in self._masked:
             # Tables of a small vocabulary are shared by all texts; a large one costs by the text.
-            small = self._model.n_vocabulary <= TABLE // 16
+            small = self._words is None
             which = [i for i in range(len(self._truths)) if small or i == at]
             which = [i for i in which if len(self._truths[i]) > N_MASKED + 1]
             if at not in which:
                 raise AuditError(f"text {at} has {len(self._truths[at])} tokens: too few to hide {N_MASKED}")
             known = [self._truths[i][N_MASKED:] for i in which]
-            allowed = None if small else self.admissible
-            results = recover_masked(self._model, known, N_MASKED, admissible=allowed)
+            results = recover_masked(self._model, known, N_MASKED, admissible=self._words)
             self._masked.update(zip(which, results, strict=True))
         found = self._masked[at]
         message = f"likeliest beginning, {found.gap:.2f} nats ahead of the next"
-        if self._model.n_vocabulary > TABLE // 16:
+        if self._words is not None:
             message += f"; {COMMON:,} common words tried at each place"
         right = [a == b for a, b in zip(found.tokens, truth, strict=True)]
         return replace(
@@ -195,13 +193,8 @@ class Attack:
         )  # fmt: skip
 
     @cached_property
-    def admissible(self) -> list[list[int]]:
-        """Common words that may stand first, and common words that may follow."""
-        names = [self._model.detokenise([token]) for token in range(self._model.n_vocabulary)]
-        # Tokenizers number their tokens from common to rare.
-        first = [i for i, name in enumerate(names) if name.isalpha() and name[:1].isupper()]
-        later = [i for i, name in enumerate(names) if name[:1] == " " and name[1:].isalpha()]
-        return [first[:COMMON], later[:COMMON]]
+    def _words(self) -> list[list[int]] | None:
+        return common_words(self._model)
 
     def _nonsense(self, index: int) -> tuple[str, Tokens]:
         """Return a random text as long as one of the texts."""
@@ -220,9 +213,11 @@ class Attack:
         rng = np.random.default_rng([self._seed, len(seen.array)])
         spread = seen.array.std(0) + np.abs(seen.array).mean() * 1e-3
         array = seen.array.mean(0) + spread * rng.standard_normal(seen.array.shape)
-        if seen.shown is not None:
+        shown = seen.shown
+        if shown is not None:
             array = -np.sort(np.abs(array), axis=1)
-        return replace(seen, array=array.astype(np.float32))
+            shown = rng.random((len(array), self._model.n_vocabulary)).argsort(axis=1)[:, : shown.shape[1]]
+        return replace(seen, array=array.astype(np.float32), shown=shown)
 
 
 def _or_none(defence: str) -> str | None:

@@ -9,13 +9,14 @@ import torch
 
 from attnfit.audit.errors import AuditError, ObservationMismatch
 from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.uncertainty import Uncertainty
 
 # A position may cost this many times the vocabulary: everything once, and the searches before that.
 EVERYTHING = 2
 
 
-def check_states(model: Model, states: Any, error: Any) -> tuple[Any, Any]:
-    """Return states and the likely error of each number as float32 tensors of shape (n, width)."""
+def check_states(model: Model, states: Any, error: Any, reach: Any = None) -> tuple[Any, Uncertainty]:
+    """Return states as a float32 tensor of shape (n, width), and what is known about their errors."""
     array = np.asarray(states, dtype=np.float32)
     if array.ndim != 2 or array.shape[1] != model.width or not len(array):
         raise ObservationMismatch(
@@ -27,8 +28,11 @@ def check_states(model: Model, states: Any, error: Any) -> tuple[Any, Any]:
         raise ObservationMismatch(
             f"states[{row}, {channel}] is {array[row, channel]}: observations must be finite"
         )
-    likely = np.broadcast_to(np.asarray(error, dtype=np.float32), array.shape)
-    return torch.from_numpy(array.copy()), torch.from_numpy(likely.copy())
+    likely, largest = (
+        None if one is None else torch.from_numpy(np.broadcast_to(one, array.shape).astype(np.float32))
+        for one in (error, reach)
+    )
+    return torch.from_numpy(array.copy()), Uncertainty(likely, reach=largest)
 
 
 def check_budget(budget: int | None, model: Model) -> int:

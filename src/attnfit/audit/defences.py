@@ -32,12 +32,15 @@ class Defended:
     error : ndarray, shape (n, width)
         Standard deviation of what was added to each number, as an attacker who knows the defence estimates
         it.
+    reach : ndarray, shape (n, width)
+        The largest error that each number can have; infinite where noise was added.
     dropped : tuple of int
         Positions that were withheld.
     """
 
     array: Array
     error: Array
+    reach: Array
     dropped: tuple[int, ...] = ()
 
 
@@ -62,15 +65,19 @@ def apply_defence(array: Array, defence: str | None, random_state: int = 0) -> D
     """
     rng = np.random.default_rng(random_state)
     array = np.asarray(array, dtype=np.float32)
-    squares = np.zeros_like(array)
+    squares, reach = np.zeros_like(array), np.zeros_like(array)
     dropped: tuple[int, ...] = ()
-    for name in (defence or "none").split("+"):
-        if name.strip() == "drop0":
-            array, squares, dropped = array[1:], squares[1:], (0,)
+    for name in map(str.strip, (defence or "none").split("+")):
+        if name == "drop0":
+            if len(array) < 2:
+                raise AuditError("drop0 leaves nothing of one position")
+            array, squares, reach, dropped = array[1:], squares[1:], reach[1:], (0,)
             continue
-        array, error = _step(name.strip())(array, rng)
+        array, error = _step(name)(array, rng)
         squares = squares + np.square(error)
-    return Defended(array, np.sqrt(squares), dropped)
+        # Rounding of every kind errs by half a step at most, and uniformly within it.
+        reach = reach + (np.inf if name.startswith("noise:") else error / UNIFORM / 2)
+    return Defended(array, np.sqrt(squares), reach.astype(np.float32), dropped)
 
 
 def _step(name: str) -> Step:

@@ -50,10 +50,10 @@ def invert_encoder_attention(model: Model, output: Any, *, error: Any = 0.0) -> 
         If the output has another width or is not finite.
     """
     began = perf_counter()
-    observed, likely = check_states(model, output, error)
+    observed, uncertainty = check_states(model, output, error)
     B = observed.double().numpy()
     size = float(np.sqrt(np.mean(B**2)))
-    noise = float(likely.square().mean().sqrt()) / max(size, float(np.finfo(float).tiny))
+    noise = float(uncertainty.error.square().mean().sqrt()) / max(size, float(np.finfo(float).tiny))
     precision = min(SLACK * float(np.hypot(noise, ROUNDING)), 0.5)
     layer = first_attention(model, B)
     found = recover(

@@ -27,6 +27,8 @@ class Evaluated:
         self.seen: set[int] = set()
         self.states = torch.empty(0, len(target.state))
         self.misfits = torch.empty(0)
+        # Whether all tokens were tried that the errors could hide.
+        self.exhausted = True
         self._chosen: int | None = None
         self._before = prefix.n_candidates
 
@@ -65,6 +67,23 @@ class Evaluated:
     def solved(self) -> bool:
         """Whether a token explains the observation."""
         return len(self.tokens) > 0 and float(self.misfits.min()) <= self.target.bound
+
+    @property
+    def apart(self) -> float:
+        """The squared distance from the best token's state to the next one, in units of the error."""
+        squares = self.target.separations(self.states, self.states[self.best])
+        squares[self.best] = torch.inf
+        return float(squares.min())
+
+    @property
+    def lead(self) -> float:
+        """By how many nats the observation prefers the best token to all others tried together."""
+        likely = self.target.likelihoods(self.states)
+        others = torch.cat([likely[: self.best], likely[self.best + 1 :]])
+        # Where errors are small, a candidate that agrees needs no rival; elsewhere it proves nothing.
+        if not len(others) or not self.exhausted:
+            return 0.0 if self.target.noisy else float("inf")
+        return float(likely[self.best] - others.logsumexp(0))
 
     def nearest(self) -> tuple[int, float, float]:
         """Return the best token, its distance and by how much the runner-up's is larger."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from attnfit.audit.models.model import Model, Tokens
+
+# The chance of a wrong token that a verified text may have, were all tokens alike before the observation.
+DOUBT = 0.01
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,12 @@ class Position:
         Distance of the nearest other candidate minus this one's; infinite where no other was tried.
     n_candidates : int
         Candidates evaluated for this position.
-    method : {"known", "draft", "shortlist", "regression", "newton", "scan", "nearest"}
-        The stage that found it; "nearest" is a best guess that the noise does not explain.
+    method : {"known", "draft", "shortlist", "regression", "newton", "scan", "joint", "nearest"}
+        The stage that found it; "joint" with all later positions, as its own was withheld; "nearest" is a
+        best guess that the noise does not explain.
+    lead : float
+        Its log odds against all others that the errors could hide: by how many nats the observation prefers
+        it to them together.
     """
 
     token: int
@@ -30,6 +38,7 @@ class Position:
     margin: float
     n_candidates: int
     method: str
+    lead: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Found:
         All, or those before the position at which the search failed.
     verified : bool
         Whether one forward pass of exactly these tokens reproduces the whole observation within its
-        precision.
+        precision, and no other token tried at any position comes near it.
     positions : tuple of Position
         One for each token.
     failed_at : int or None
@@ -87,6 +96,11 @@ class Found:
         return [position.margin for position in self.positions]
 
     @property
+    def leads(self) -> list[float]:
+        """By how many nats the observation prefers each token to all others together."""
+        return [position.lead for position in self.positions]
+
+    @property
     def methods(self) -> list[str]:
         """The stage that found each token."""
         return [position.method for position in self.positions]
@@ -95,8 +109,13 @@ class Found:
         return self.message
 
 
+def certain_lead(length: int) -> float:
+    """Return the lead in nats at which no token of a text of some length is in doubt."""
+    return math.log(max(1, length) / DOUBT)
+
+
 def conclude(
-    model: Model, positions: list[Position], expected: int, reason: str, verified: bool, cost: Cost
+    model: Model, positions: list[Position], expected: int, reason: str, consistent: bool, cost: Cost
 ) -> Found:
     """Put a result together.
 
@@ -109,21 +128,31 @@ def conclude(
         Positions observed.
     reason : str
         Why it ended early; empty where it did not.
-    verified : bool
+    consistent : bool
+        Whether one forward pass of all tokens gives the observation.
     cost : Cost
     """
     tokens = [position.token for position in positions]
     guessed = [place for place, position in enumerate(positions) if position.method == "nearest"]
+    doubtful = min(range(len(positions)), key=lambda place: positions[place].lead, default=0)
+    sure = bool(positions) and positions[doubtful].lead >= certain_lead(expected)
     if reason:
         message = f"{len(tokens)} of {expected} tokens recovered: {reason}"
-    elif verified:
-        message = (
-            f"{expected} of {expected} tokens recovered: one forward pass of the text gives the observation"
-        )
-    else:
+    elif not consistent:
         message = f"{expected} tokens guessed: one forward pass of the text does not give the observation"
         if guessed:
             message += f", from position {guessed[0]} on, where the nearest token does not explain it"
+    elif not sure:
+        message = f"{expected} tokens guessed: they give the observation, but so would others"
+        lead = positions[doubtful].lead
+        message += f" (at position {doubtful} other tokens are " + (
+            f"only {lead:.1f} nats less likely)" if lead > 0 else "no less likely)"
+        )
+    else:
+        message = (
+            f"{expected} of {expected} tokens recovered: one forward pass of the text gives the observation"
+        )
     failed = len(tokens) if reason else None
     text = model.detokenise(tokens)
+    verified = not reason and consistent and sure
     return Found(text, tokens, verified, tuple(positions), failed, message, **vars(cost))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -14,15 +15,15 @@ from attnfit.audit.engine.prefix import Prefix
 from attnfit.audit.engine.prior import Prior
 from attnfit.audit.errors import AuditError, ObservationMismatch
 from attnfit.audit.evaluated import Evaluated
-from attnfit.audit.found import Cost, Found, Position, conclude
+from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.position import Clues, PositionSearch
-from attnfit.audit.target import Target
+from attnfit.audit.uncertainty import Uncertainty
 
 # Tokens of a draft verified at once after a repair; doubled while the draft is right.
 LOOKAHEAD = 2
-# Blocks through which the whole vocabulary passes in a second or two.
-CHEAP_DEPTH = 1
+# Passes of one token through one block that take a second or two: the whole vocabulary where this suffices.
+CHEAP = 1 << 16
 
 
 def invert_hidden(
@@ -31,6 +32,7 @@ def invert_hidden(
     layer: int,
     *,
     error: Any = 0.0,
+    reach: Any = None,
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
 ) -> Found:
@@ -50,6 +52,9 @@ def invert_hidden(
     error : array_like, broadcastable to states
         Standard deviation of the error of each number. Where it matters, the best candidate is taken instead
         of the first that agrees.
+    reach : array_like, broadcastable to states, optional
+        The largest error of each number, as half a step where numbers were rounded: a candidate must then lie
+        within it.
     known_prefix : sequence of int
         Tokens known to come first.
     budget : int, optional
@@ -68,27 +73,30 @@ def invert_hidden(
     """
     if model.kind != "causal":
         raise AuditError(f"model {model.name!r} is an encoder: its states depend on all tokens at once")
-    observed, likely = check_states(model, states, error)
-    search = HiddenSearch(model, layer, observed, likely, check_budget(budget, model))
+    observed, uncertainty = check_states(model, states, error, reach)
+    search = HiddenSearch(model, layer, observed, uncertainty, check_budget(budget, model))
     return search.run(list(known_prefix))
 
 
 class HiddenSearch:
     """The inversion of one observation."""
 
-    def __init__(self, model: Model, layer: Layer, states: Any, error: Any, budget: int) -> None:
+    def __init__(
+        self, model: Model, layer: Layer, states: Any, uncertainty: Uncertainty, budget: int
+    ) -> None:
         self._began = perf_counter()
         self._model, self._layer, self._budget = model, layer, budget
         self._states = states
         calibration = calibrate(model, [layer])[layer]
         self._targets = [
-            Target(state, at, calibration.running.scale if place else calibration.first.scale)
-            for place, (state, at) in enumerate(zip(states, error, strict=True))
+            uncertainty.target(place, state, calibration.running.scale if place else calibration.first.scale)
+            for place, state in enumerate(states)
         ]
         noisy = any(target.noisy for target in self._targets)
-        self._rankers = calibration.rankers_under(error) if noisy else calibration.rankers
+        self._rankers = calibration.rankers_under(uncertainty) if noisy else calibration.rankers
         self._prefix, self._prior = Prefix(model, layer), Prior(model)
-        self._depth = 1 + int(layer.removeprefix("attention:")) if isinstance(layer, str) else layer
+        depth = 1 + int(layer.removeprefix("attention:")) if isinstance(layer, str) else layer
+        self._cheap = depth * model.n_vocabulary <= CHEAP
         self._positions: list[Position] = []
         self._n_drafted = 0
 
@@ -132,10 +140,12 @@ class HiddenSearch:
                     raise ObservationMismatch(
                         f"known_prefix[{at}] is {token}, which the observation contradicts"
                     )
-                self._note(token, float(target.distances(state)), float("inf"), 0, "known")
+                self._note(token, float(target.distances(state)), inf, 0, "known")
 
-    def _note(self, token: int, distance: float, margin: float, n_candidates: int, method: str) -> None:
-        self._positions.append(Position(token, distance, margin, n_candidates, method))
+    def _note(
+        self, token: int, distance: float, margin: float, n_candidates: int, method: str, lead: float = inf
+    ) -> None:
+        self._positions.append(Position(token, distance, margin, n_candidates, method, lead))
 
     def _verify(self, draft: Tokens) -> tuple[int, Any] | None:
         """Accept the draft as far as it is right; return the first wrong token and its state, if any."""
@@ -147,7 +157,7 @@ class HiddenSearch:
             if not float(target.misfits(state)) <= target.bound:
                 self._prefix.crop(place)
                 return token, state
-            self._note(token, float(target.distances(state)), float("inf"), 1, "draft")
+            self._note(token, float(target.distances(state)), inf, 1, "draft")
         return None
 
     def _search(self, at: int, tried: tuple[int, Any] | None) -> str:
@@ -159,29 +169,35 @@ class HiddenSearch:
         names = ("running", "within") if at else ("first", "first")
         prior = self._prior.after(tokens)
         clues = Clues(self._rankers[names[0]], self._rankers[names[1]], prior)
-        cheap = self._depth <= CHEAP_DEPTH
-        search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget, cheap=cheap)
-        method = search.most_likely() if target.noisy else search.run()
+        search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget)
+        method: str | None
+        if target.noisy:
+            certain = certain_lead(len(self._states))
+            # After a wrong token nothing agrees: the whole vocabulary would be tried in vain.
+            lost = any(position.method == "nearest" for position in self._positions)
+            method = search.most_likely(certain, cheap=self._cheap, thorough=target.bounded and not lost)
+        else:
+            method = search.run()
         count = evaluated.n_candidates + (tried is not None)
         if method is None:
             return describe_failure(self._model, at, evaluated)
         token, distance, margin = evaluated.nearest()
-        self._note(token, distance, margin, count, method)
+        self._note(token, distance, margin, count, method, evaluated.lead)
         self._prefix.extend([token])
         return ""
 
     def _found(self, reason: str) -> Found:
         tokens = [position.token for position in self._positions]
-        verified = not reason and self._reproduced(tokens)
+        consistent = not reason and self._reproduced(tokens)
         n_forwards = self._prefix.n_forwards + self._prior.n_forwards + len(tokens) * (not reason)
         cost = Cost(self._prefix.n_candidates + self._n_drafted, n_forwards, perf_counter() - self._began)
-        return conclude(self._model, self._positions, len(self._states), reason, verified, cost)
+        return conclude(self._model, self._positions, len(self._states), reason, consistent, cost)
 
     def _reproduced(self, tokens: Tokens) -> bool:
         """Return whether a plain forward pass of the tokens explains every observed state."""
         states = torch.from_numpy(self._model.states(tokens, self._layer))
         return all(
-            float(target.misfits(state)) <= target.bound
+            float(target.misfits(state)) <= target.limit
             for target, state in zip(self._targets, states, strict=True)
         )
 

@@ -8,13 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from attnfit.audit.checks import check_budget
 from attnfit.audit.errors import ObservationMismatch
 from attnfit.audit.found import Found
-from attnfit.audit.hidden import invert_hidden
+from attnfit.audit.hidden import HiddenSearch
+from attnfit.audit.logit_target import LogitUncertainty
 from attnfit.audit.models.model import Model
+from attnfit.audit.target import SLACK
+from attnfit.audit.uncertainty import Uncertainty
 
-# Share of the logits that no state may explain: more means that another model wrote them.
+# Share of the logits, beyond their error, that no state may explain: above it, another model wrote them.
 MAX_UNEXPLAINED = 0.3
+# Directions of the head smaller than this, relative to the largest, do not show.
+RANK = 1e-12
+# Shares of a cap on logits beyond this tell no more.
+SATURATED = 0.9999
 
 
 def invert_logits(
@@ -22,6 +30,7 @@ def invert_logits(
     logits: Any,
     *,
     error: Any = 0.0,
+    reach: Any = None,
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
 ) -> Found:
@@ -37,6 +46,8 @@ def invert_logits(
     logits : array_like, shape (n, n_vocabulary)
     error : array_like, broadcastable to logits
         Standard deviation of the error of each number.
+    reach : array_like, broadcastable to logits, optional
+        The largest error of each number, as half a step where they were rounded.
     known_prefix : sequence of int
         Tokens known to come first.
     budget : int, optional
@@ -51,14 +62,30 @@ def invert_logits(
     ObservationMismatch
         If the logits have another width, are not finite, or no states of this model explain them.
     """
-    states, likely = last_states(model, logits, error)
-    return invert_hidden(
-        model, states, model.n_layers + 1, error=likely, known_prefix=known_prefix, budget=budget
-    )
+    states, uncertainty = logit_states(model, logits, error, reach)
+    search = HiddenSearch(model, model.n_layers + 1, states, uncertainty, check_budget(budget, model))
+    return search.run(list(known_prefix))
 
 
-def last_states(model: Model, logits: Any, error: Any = 0.0) -> tuple[Any, Any]:
-    """Return the normed last states behind some logits, and the standard deviation of their errors.
+def logit_states(model: Model, logits: Any, error: Any, reach: Any) -> tuple[Any, Uncertainty]:
+    """Return the normed last states behind some logits, to be compared by logits where these were rounded."""
+    states, uncertainty = last_states(model, logits, error)
+    if reach is not None:
+        uncertainty = LogitUncertainty(
+            uncertainty.error,
+            uncertainty.basis,
+            model=model,
+            logits=torch.from_numpy(np.array(logits, dtype=np.float32)),
+            widths=torch.from_numpy(np.broadcast_to(reach, np.shape(logits)).astype(np.float32)),
+        )
+    return states, uncertainty
+
+
+def last_states(model: Model, logits: Any, error: Any = 0.0) -> tuple[Any, Uncertainty]:
+    """Return the normed last states behind some logits, and what is known about their errors.
+
+    Weighted least squares: many more logits than channels, so that their errors average out, along each
+    principal direction of the head as its size allows.
 
     Parameters
     ----------
@@ -68,34 +95,66 @@ def last_states(model: Model, logits: Any, error: Any = 0.0) -> tuple[Any, Any]:
 
     Returns
     -------
-    states, error : ndarray, shape (n, width)
+    states : Tensor, shape (n, width)
+    uncertainty : Uncertainty
     """
     U = model.head.weight.double()
-    given = np.asarray(logits)
-    if given.ndim != 2 or given.shape[1] != len(U) or not len(given):
+    observed = _checked(model, logits)
+    likely = torch.from_numpy(np.broadcast_to(error, observed.shape).astype(np.float64))
+    if model.softcap is not None:
+        observed, likely = _uncapped(observed, likely, model.softcap)
+    weights = _weights(likely)
+    if model.head.bias is not None:
+        observed = observed - model.head.bias
+    # Weighted means are the constants that the logits were shifted by.
+    observed = (observed - (observed @ weights)[:, None] / weights.sum()) * weights.sqrt()
+    U = (U - weights @ U / weights.sum()) * weights.sqrt()[:, None]
+    values, vectors = torch.linalg.eigh(U.T @ U)
+    kept = values > RANK * values[-1]
+    values, basis = values[kept], vectors[:, kept]
+    states = ((observed @ U) @ basis / values) @ basis.T
+    missed = (observed - states @ U.T).square().mean(1).sqrt()
+    noise = (likely.square() @ weights / len(weights)).sqrt()
+    _check_explained(model, missed, noise, observed.square().mean(1).sqrt())
+    along = torch.maximum(noise, missed)[:, None] / values.sqrt()
+    return states.float(), Uncertainty(along.float(), basis.float())
+
+
+def _checked(model: Model, logits: Any) -> Any:
+    given, expected = np.asarray(logits), model.n_vocabulary
+    if given.ndim != 2 or given.shape[1] != expected or not len(given):
         raise ObservationMismatch(
-            f"logits must have shape (n, {len(U)}) for {model.name!r}, not {given.shape}"
+            f"logits must have shape (n, {expected}) for {model.name!r}, not {given.shape}"
         )
     if not np.isfinite(given).all():
         row, token = np.argwhere(~np.isfinite(given))[0]
         raise ObservationMismatch(
             f"logits[{row}, {token}] is {given[row, token]}: observations must be finite"
         )
-    observed = torch.from_numpy(given.astype(np.float64))
-    if model.head.bias is not None:
-        observed = observed - model.head.bias
-    observed = observed - observed.mean(1, keepdim=True)
-    centred = U - U.mean(0)
-    inverse = torch.linalg.pinv(centred.T @ centred, hermitian=True)
-    states = observed @ centred @ inverse
-    missed = (observed - states @ centred.T).square().mean(1).sqrt()
-    size = observed.square().mean(1).sqrt()
-    if float((missed / size).median()) > MAX_UNEXPLAINED:
+    return torch.from_numpy(given.astype(np.float64))
+
+
+def _uncapped(observed: Any, likely: Any, cap: float) -> tuple[Any, Any]:
+    """Return what a tanh was applied to, and the errors of that; beyond the cap there is only its sign."""
+    shares = (observed / cap).clamp(-SATURATED, SATURATED)
+    return cap * torch.atanh(shares), likely / (1.0 - shares.square())
+
+
+def _weights(likely: Any) -> Any:
+    """Return the weight of each column, one on average: the inverse of its mean squared error."""
+    squares = likely.square().mean(0)
+    if not squares.any():
+        return torch.ones_like(squares)
+    weights = 1.0 / squares.clamp_min(1e-6 * float(squares.mean()))
+    return weights / weights.mean()
+
+
+def _check_explained(model: Model, missed: Any, noise: Any, size: Any) -> None:
+    """Raise ObservationMismatch if more of the logits lies outside the head's range than their error."""
+    beyond = (missed.square() - (SLACK * noise).square()).clamp_min(0.0).sqrt()
+    share = float((beyond / size.clamp_min(torch.finfo(size.dtype).tiny)).median())
+    if share > MAX_UNEXPLAINED:
         raise ObservationMismatch(
-            f"no states of {model.name!r} explain the logits: a share "
-            f"{float((missed / size).median()):.2f} of them "
-            "lies outside what its head produces"
+            f"no states of {model.name!r} explain the logits: a share {share:.2f} of them lies outside what "
+            "its head produces, beyond the error that was stated"
         )
-    per_row = np.sqrt(np.mean(np.square(np.broadcast_to(error, given.shape)), axis=1))
-    noise = np.maximum(per_row, missed.numpy())[:, None]
-    return states.float().numpy(), noise * np.sqrt(np.abs(np.diagonal(inverse.numpy())))

@@ -27,8 +27,12 @@ WEIGHT = 0.15
 # these; # scored in full.
 LEADERS, LOOK_AHEAD, LENGTH, IN_FULL = 5000, 340, 6, 32
 # A vocabulary with more beginnings than this is searched from the known part backwards.
-TABLE = 1 << 16
+TABLE = 1 << 14
 GENERIC, LASTS, LASTS_KEPT, FIRSTS, PAIRS = 2, 64, 8, 64, 12
+
+
+# Tokens that a masked one may be where the vocabulary is too large to try all pairs.
+COMMON = 2048
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,17 @@ class MaskedFound:
     n_candidates: int
     forwards: float
     seconds: float
+
+
+def common_words(model: Model) -> list[list[int]] | None:
+    """Return common words that may stand first, and that may follow; None where all tokens can be tried."""
+    if model.n_vocabulary * CONTINUATIONS <= TABLE:
+        return None
+    names = [model.detokenise([token]) for token in range(model.n_vocabulary)]
+    # Tokenizers number their tokens from common to rare.
+    first = [i for i, name in enumerate(names) if name.isalpha() and name[:1].isupper()]
+    later = [i for i, name in enumerate(names) if name[:1] == " " and name[1:].isalpha()]
+    return [first[:COMMON], later[:COMMON]]
 
 
 def recover_masked(

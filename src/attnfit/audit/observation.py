@@ -47,6 +47,8 @@ class Observation:
         States, outputs of an attention, logits, or the log-probabilities shown, largest first.
     error : ndarray, shape of array
         Standard deviation of the error that the defence adds to each number, as far as the defence is known.
+    reach : ndarray, shape of array, optional
+        The largest error that each number can have; infinite, as without it, where noise was added.
     shown : ndarray of int, shape of array, optional
         With "topk": the tokens that the log-probabilities belong to.
     dropped : tuple of int
@@ -63,6 +65,7 @@ class Observation:
     dropped: tuple[int, ...] = ()
     defence: str | None = None
     fingerprint: str = ""
+    reach: Array | None = field(default=None, repr=False)
 
 
 def parse_access(access: str) -> Access:
@@ -123,7 +126,14 @@ def observe(
     if shown is not None:
         shown = shown[len(defended.dropped) :]
     return Observation(
-        form, defended.array, defended.error, shown, defended.dropped, defence, model.fingerprint
+        form,
+        defended.array,
+        defended.error,
+        shown,
+        defended.dropped,
+        defence,
+        model.fingerprint,
+        defended.reach,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnfit.audit.embedding_newton import EmbeddingNewton
+from attnfit.audit.engine.prior import with_surprises
 from attnfit.audit.evaluated import Evaluated
 from attnfit.audit.ordering import interleaved
 from attnfit.audit.probes import Ranker
@@ -13,13 +14,15 @@ from attnfit.audit.regression import regressed_embedding
 
 # The probe knows less than its score says: beside the model's own prior it counts this much.
 TRUST = (1.0, 0.3, 0.03)
-FIRST_BATCH, BATCH, SCAN_BATCH = 16, 64, 2048
-N_ROUNDS = 8
+FIRST_BATCH, SCAN_BATCH = 16, 2048
+# After each of these the vocabulary is ranked again by what the candidates tried tell.
+BATCHES = (16, 16, 32, *(64,) * 8)
 # Candidates whose lessons order the rest.
 N_REGRESSED = 1024
-NOISY_SHORTLIST = 64
-# A runner-up that misses by this many errors leaves no doubt about the best.
-CLEAR = 3.0
+NOISY_SHORTLIST, NOISY_WIDER = 64, 1024
+# A token this many times the certain lead away from the best one, in squared errors, cannot be the true one
+# while the best explains the state.
+FAR, RIVALS = 16.0, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +54,10 @@ class PositionSearch:
     table : Tensor, shape (n_vocabulary, width)
     budget : int
         Largest number of candidates.
-    cheap : bool
-        Whether candidates cost so little that all are tried where noise leaves none of the first ones likely.
     """
 
-    def __init__(self, evaluated: Evaluated, clues: Clues, table: Any, budget: int, *, cheap: bool) -> None:
+    def __init__(self, evaluated: Evaluated, clues: Clues, table: Any, budget: int) -> None:
         self._evaluated, self._clues, self._table, self._budget = evaluated, clues, table, budget
-        self._cheap = cheap
 
     def run(self) -> str | None:
         """Return the stage that found a token which explains the observation, None if all of them fail."""
@@ -67,23 +67,54 @@ class PositionSearch:
                 return name
         return None
 
-    def most_likely(self) -> str:
-        """Choose by likelihood and prior among the candidates, where noise lets several explain a state."""
+    def most_likely(self, certain: float, *, cheap: bool, thorough: bool) -> str:
+        """Choose by likelihood and prior among the candidates, where errors let several explain a state.
+
+        Parameters
+        ----------
+        certain : float
+            The lead in nats over its rivals at which a candidate leaves no doubt.
+        cheap : bool
+            Whether candidates cost so little that many are tried where doubt is left, and all where none of
+            them explains the state.
+        thorough : bool
+            Whether the state is known to be that of a token after this prefix, so that all are worth trying.
+        """
         found = self._evaluated
         self.shortlist(NOISY_SHORTLIST)
-        for _ in range(N_ROUNDS):
+        for size in BATCHES:
             best = found.best
-            if found.solved and float(found.misfits.sort().values[1]) > CLEAR:
+            if found.solved and found.lead >= certain:
                 break
-            self._regress_once()
+            self._regress_once(size)
             if found.solved and found.best == best:
                 break
         method = "shortlist" if found.best < NOISY_SHORTLIST else "regression"
+        if not found.solved and thorough and self._newton():
+            method = "newton"
         if not found.solved:
-            method = "scan" if self._cheap and self._scan() else "nearest"
-        score = -0.5 * len(found.target.state) * found.misfits.square() + self._clues.prior[found.tokens]
+            method = "scan" if (cheap or thorough) and self._scan() else "nearest"
+        self._challenge(certain, cheap)
+        score = found.target.likelihoods(found.states) + with_surprises(self._clues.prior)[found.tokens]
         found.choose(int(score.argmax()))
         return method
+
+    def _challenge(self, certain: float, cheap: bool) -> None:
+        """Try the tokens most like the best one, and many more if the errors could hide one of them."""
+        found, mover = self._evaluated, self._clues.mover
+        for _ in BATCHES:
+            best = found.best
+            like = mover.scores(self._table[found.tokens[best]])
+            self._try(interleaved([like], found.seen, RIVALS))
+            if found.best == best:
+                break
+        fits = float(found.misfits.min()) <= found.target.limit
+        if fits and found.apart > FAR * certain and found.lead >= certain:
+            return
+        if cheap:
+            self.shortlist(NOISY_WIDER)
+        # Where some tokens are as near as that, others that were not tried may be.
+        found.exhausted = found.apart > FAR * certain or len(found.tokens) == len(self._table)
 
     def shortlist(self, count: int = FIRST_BATCH) -> bool:
         """Try the best of the probe, of the prior and of both."""
@@ -93,16 +124,16 @@ class PositionSearch:
 
     def regress(self) -> bool:
         """Rank the vocabulary by what the candidates tried so far tell, again after each batch."""
-        return any(self._regress_once() for _ in range(N_ROUNDS))
+        return any(self._regress_once(size) for size in BATCHES)
 
-    def _regress_once(self) -> bool:
+    def _regress_once(self, size: int) -> bool:
         found, mover, prior = self._evaluated, self._clues.mover, self._clues.prior
         embedding = regressed_embedding(
             mover.probe, found.target.state, found.states, self._table[found.tokens]
         )
         score = mover.scores(embedding)
         lists = [score, *(trust * score + prior for trust in TRUST[1:])]
-        return self._try(interleaved(lists, found.seen, BATCH))
+        return self._try(interleaved(lists, found.seen, size))
 
     def _newton(self) -> bool:
         return EmbeddingNewton(self._evaluated, self._table, self._budget).search()

@@ -43,9 +43,9 @@ class Probe:
         """Return by how much embeddings differ whose states differ by this much."""
         return (differences / self.scale) @ self.matrix
 
-    def under_noise(self, error: Any) -> Probe:
-        """Return the probe for states with independent errors of this standard deviation, shape (width,)."""
-        noisy = self.matrix * (error / self.scale)[:, None]
+    def under_noise(self, factor: Any) -> Probe:
+        """Return the probe for states with errors of covariance ``factor @ factor.T``."""
+        noisy = factor.T @ (self.matrix / self.scale[:, None])
         return Probe(self.centre, self.scale, self.offset, self.matrix, self.covariance + noisy.T @ noisy)
 
     @cached_property

@@ -148,7 +148,7 @@ def soft_loss(model: Model, logits: Any, known: Tokens) -> Any:
     table = model.embeddings
     tail = torch.tensor(known)
     inputs = torch.cat([soft @ table, table[tail].expand(len(soft), -1, -1)], 1)
-    predicted = torch.log_softmax(model.head(model.base(inputs_embeds=inputs, use_cache=False)[0]), -1)
+    predicted = torch.log_softmax(model.scores(model.base(inputs_embeds=inputs, use_cache=False)[0]), -1)
     n_masked = soft.shape[1]
     # Targets of positions 1 .. n-1: the other soft tokens, then the known ones.
     within = (soft[:, 1:] * predicted[:, : n_masked - 1]).sum((-1, -2))

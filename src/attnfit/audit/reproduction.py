@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.audit.errors import AuditError
-from attnfit.audit.masked import MaskedFound, recover_masked
+from attnfit.audit.masked import MaskedFound, common_words, recover_masked
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.relaxation import Relaxation, masked_relaxation
 from attnfit.audit.versions import versions
@@ -165,7 +165,8 @@ def reproduce_data_recovery(
                 random_state=random_state + place,
             )
         )
-    found = recover_masked(model, [truth[N_MASKED:] for truth in truths], N_MASKED)
+    known = [truth[N_MASKED:] for truth in truths]
+    found = recover_masked(model, known, N_MASKED, admissible=common_words(model))
     right = sum(one.tokens == truth[:N_MASKED] for one, truth in zip(found, truths, strict=True))
     pairs = list(zip(runs, truths, strict=True))
     losses = np.concatenate([run.history / (len(truth) - 1) for run, truth in pairs], axis=1)

@@ -19,7 +19,7 @@ from attnfit.audit.settings import Settings, check_request, identity, tokenise_a
 # Texts for which there are controls too, per form of access.
 N_CONTROLS = 2
 # The largest part of the time left that one cell may take.
-LARGEST_PART = 1 / 8
+LARGEST_PART = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class _Run:
         self._n_run = 0
         self.n_planned = sum(map(len, self._rounds))
         self.cells = dict(kept.cells)
+        # Seconds in which an inversion of a form of access did not come to its end: others would not either.
+        self._too_short: dict[str, float] = {}
         self.forecasts: dict[str, Forecast] = {}
 
     def all_cells(self) -> bool:
@@ -150,8 +152,13 @@ class _Run:
                 return
             self._tell(f"{key.access}, {key.defence}")
             # Each has its part; a slow one may take more, as long as the others still have theirs.
-            cell = self._attack.run(key, left * max(1 / (len(keys) - place), LARGEST_PART))
+            seconds = left * max(1 / (len(keys) - place), LARGEST_PART)
+            if seconds < self._too_short.get(key.access, 0.0):
+                continue
+            cell = self._attack.run(key, seconds)
             self.cells[key] = cell
+            if cell.status == "cut":
+                self._too_short[key.access] = seconds
             self._kept.add(cell)
             self._n_run += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,7 @@ def check_request(
     forms = default_access(model) if access is None else list(dict.fromkeys(access))
     if not forms:
         raise AuditError("access is empty; leave it out for the usual forms")
+    _check_kind(model, forms)
     for form in forms:
         _check_access(model, form)
     chosen = list(dict.fromkeys(defence or NONE for defence in defences))
@@ -76,19 +78,22 @@ def check_request(
 
 def _check_access(model: Model, form: str) -> None:
     if form == MASKED:
-        if model.kind != "causal":
-            raise AuditError(f"access 'masked' needs next-token likelihoods; model {model.name!r} has none")
         return
     try:
         parsed = parse_access(form)
     except AuditError as error:
         raise AuditError(f"{error}; or 'masked'") from None
-    if parsed.kind == "hidden" and model.kind != "causal":
-        raise AuditError(
-            f"access {form!r}: model {model.name!r} is an encoder, whose states depend on all tokens at "
-            "once; ask for attention:0"
-        )
     leak(model, [0, 1], parsed)
+
+
+def _check_kind(model: Model, forms: Sequence[str]) -> None:
+    """Raise AuditError naming every form of access that does not apply to an encoder."""
+    unfit = [repr(form) for form in forms if re.match("masked$|logits$|hidden:|topk:", form)]
+    if model.kind != "causal" and unfit:
+        raise AuditError(
+            f"access {', '.join(unfit)} does not apply: {model.name!r} is an encoder, which predicts no next "
+            "token, and whose states depend on all tokens at once; ask for attention:0"
+        )
 
 
 def tokenise_all(model: Model, texts: Sequence[str]) -> list[Tokens]:

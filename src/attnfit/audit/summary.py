@@ -97,6 +97,9 @@ def summarise(access: str, defence: str, cells: Sequence[Cell], forecast: Foreca
     message = ""
     if not done:
         message = failed[0].message if failed else "no inversion ended within the budget"
+        if cut and not failed:
+            part = f"{sum(sum(cell.right) for cell in mine)} of {sum(cell.n_tokens for cell in mine)} tokens"
+            message += f"; {part} came back until it was cut"
     return Pair(
         access=access,
         defence=defence,

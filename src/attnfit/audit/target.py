@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-# Distances up to this are rounding: true tokens come within 1e-5, wrong ones stay beyond 1e-2.
-TOLERANCE = 1e-2
+# Distances up to this are rounding: true tokens come within 1e-5, wrong ones mostly stay beyond 1e-2.
+TOLERANCE = 1e-3
+# The same for what exceeds a known bound of the error, within which everything agrees.
+BEYOND = 1e-4
+# Errors from which on several tokens may explain a state, relative to its spread.
+NOISY = 1e-3
 # Standard deviations of a mean square of channels, and what is left for errors that are not quite as
 # estimated.
 CONFIDENCE = 4.0
@@ -16,38 +21,84 @@ SLACK = 1.2
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """An observed state, its likely error and the scale of each channel, all of shape (width,).
+    """An observed state, its likely error and the scale of each channel.
 
     Attributes
     ----------
-    state : Tensor
-    error : Tensor
-        Standard deviation of the error of each channel; zero where the observation is exact.
-    scale : Tensor
+    state : Tensor, shape (width,)
+    error : Tensor, shape (k,)
+        Standard deviation of the error along each column of the basis; zero where the observation is exact.
+    scale : Tensor, shape (width,)
         Standard deviation of each channel over text in general.
+    basis : Tensor, shape (width, k), optional
+        Directions in which errors are independent; the channels unless given.
+    reach : Tensor, shape (width,), optional
+        The largest error that each channel can have.
     """
 
     state: Any
     error: Any
     scale: Any
+    basis: Any = None
+    reach: Any = None
 
     def distances(self, states: Any) -> Any:
         """Return the root mean square of the differences in units of the scale."""
-        return ((states - self.state) / self.scale).square().mean(-1).sqrt()
+        return (self._along(states - self.state) / self._spread).square().mean(-1).sqrt()
 
     def misfits(self, states: Any) -> Any:
-        """Return the root mean square of the differences in units of their likely size."""
-        likely = (self.error.square() + (TOLERANCE * self.scale).square()).sqrt()
-        return ((states - self.state) / likely).square().mean(-1).sqrt()
+        """Return the root mean square of the differences in units of their likely size.
 
-    @property
+        Where rounding bounds the error, only what exceeds the bound counts: the defence of the true state
+        gives the observation itself.
+        """
+        if self.bounded:
+            beyond = ((states - self.state).abs() - self.reach).clamp_min(0.0)
+            return (beyond / (BEYOND * self.scale)).square().mean(-1).sqrt()
+        return (self.separations(states, self.state) / len(self.error)).sqrt()
+
+    def separations(self, states: Any, state: Any) -> Any:
+        """Return how far states are from another one: the sum of squares in units of the error."""
+        likely = (self.error.square() + (TOLERANCE * self._spread).square()).sqrt()
+        return (self._along(states - state) / likely).square().sum(-1)
+
+    def likelihoods(self, states: Any) -> Any:
+        """Return the log-likelihood of each state up to a constant, in nats."""
+        return -0.5 * self.n_numbers * self.misfits(states).double().square()
+
+    @cached_property
     def noisy(self) -> bool:
         """Whether the error exceeds what the tolerance allows for."""
-        return bool((self.error / self.scale).square().mean().sqrt() > 0.1 * TOLERANCE)
+        return bool((self.error / self._spread).square().mean().sqrt() > NOISY)
+
+    @cached_property
+    def bounded(self) -> bool:
+        """Whether the error matters and cannot exceed a known size."""
+        return self.noisy and self.reach is not None and bool(self.reach.isfinite().all())
 
     @property
     def bound(self) -> float:
         """The misfit up to which a candidate explains the observation."""
-        if not self.noisy:
+        return SLACK * self.limit if self.noisy and not self.bounded else 1.0
+
+    @property
+    def limit(self) -> float:
+        """The misfit that the true state never exceeds, if its errors are as large as was stated."""
+        if self.bounded or not self.noisy:
             return 1.0
-        return SLACK * (1.0 + CONFIDENCE / math.sqrt(2.0 * len(self.state)))
+        return 1.0 + CONFIDENCE / math.sqrt(2.0 * len(self.error))
+
+    @property
+    def n_numbers(self) -> int:
+        """How many numbers a misfit is the mean of."""
+        return len(self.error)
+
+    def _along(self, differences: Any) -> Any:
+        return differences if self.basis is None else differences @ self.basis
+
+    @cached_property
+    def _spread(self) -> Any:
+        """Standard deviation along each column of the basis over text in general."""
+        if self.basis is None:
+            return self.scale
+        return (self.basis.square() * self.scale.square()[:, None]).sum(0).sqrt()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from attnfit.audit.errors import AuditError
-from attnfit.audit.models.model import Model
+from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.observation import Observation
 
 
@@ -32,7 +32,8 @@ class Utility:
 def utility_lost(model: Model, text: str, observation: Observation) -> Utility:
     """Return what the defence of an observation costs on its text.
 
-    Defended states go on through the rest of the model; defended logits are compared as they are.
+    Defended states go on through the rest of the model, and so do defended outputs of an attention, in the
+    place of the true ones; a withheld output counts as zero. Defended logits are compared as they are.
 
     Parameters
     ----------
@@ -41,43 +42,43 @@ def utility_lost(model: Model, text: str, observation: Observation) -> Utility:
     text : str
         What was observed.
     observation : Observation
-        Of hidden states or logits.
+        Of hidden states, of an attention or of logits.
 
     Raises
     ------
     AuditError
         If other things were observed.
     """
-    tokens = model.tokenise(text)
+    access, tokens = observation.access, model.tokenise(text)
     start = len(observation.dropped)
     plain = torch.log_softmax(torch.from_numpy(model.logits(tokens))[start:].double(), -1)
-    if observation.access.kind == "logits":
-        given = torch.from_numpy(np.asarray(observation.array, dtype=np.float64))
-    elif observation.access.kind == "hidden":
-        given = _resumed(model, tokens, observation.access.place, torch.from_numpy(observation.array), start)
+    array = torch.from_numpy(np.asarray(observation.array, dtype=np.float32))
+    if access.kind == "logits":
+        given = array
+    elif access.kind == "hidden":
+        given = _resumed(model, tokens[start:], start, access.place, array)
+    elif access.kind == "attention":
+        nothing = torch.zeros(start, array.shape[1])
+        given = _resumed(model, tokens, 0, str(access), torch.cat([nothing, array]))[start:]
     else:
-        raise AuditError(
-            f"nothing goes on from access {str(observation.access)!r}: observe hidden states or logits"
-        )
+        raise AuditError(f"nothing goes on from access {str(access)!r}: observe states, attention or logits")
     defended = torch.log_softmax(given.double(), -1)
     divergence = float((plain.exp() * (plain - defended)).sum(-1).mean())
     agreement = float((plain.argmax(-1) == defended.argmax(-1)).double().mean())
     return Utility(max(0.0, divergence), agreement)
 
 
-def _resumed(model: Model, tokens: list[int], layer: int, states: Any, start: int) -> Any:
-    """Return the logits when the states of a layer are replaced."""
+def _resumed(model: Model, tokens: Tokens, start: int, layer: Layer, outputs: Any) -> Any:
+    """Return the logits of tokens from position `start` on when the outputs of a layer are replaced."""
 
     def replace(_: Any, __: Any, out: Any) -> Any:
-        return (states[None], *out[1:]) if isinstance(out, tuple) else states[None]
+        return (outputs[None], *out[1:]) if isinstance(out, tuple) else outputs[None]
 
+    places = torch.arange(start, start + len(tokens))[None]
     handle = model.part(layer).register_forward_hook(replace)
     try:
         with torch.no_grad():
-            places = torch.arange(start, len(tokens))[None]
-            last = model.base(input_ids=torch.tensor([tokens[start:]]), position_ids=places, use_cache=False)[
-                0
-            ]
+            last = model.base(input_ids=torch.tensor([tokens]), position_ids=places, use_cache=False)[0]
     finally:
         handle.remove()
     return model.unembed(last[0])

@@ -122,6 +122,8 @@ def audit(
         found.to_html(report, redact=redact)
     if json_path is not None:
         found.to_json(json_path, redact=redact)
+    if found.coverage:
+        note(_how_to_go_on(found.coverage, checkpoint))
     if found.interrupted:
         problem("Stopped before the end; what was done until then is in the report.")
         raise typer.Exit(130)
@@ -154,6 +156,15 @@ def _run(
         numbers = list(lines)
         told = re.sub(r"^texts\[(\d+)\]", lambda match: f"line {numbers[int(match[1])]}", str(error))
         raise InputError(told) from error
+
+
+def _how_to_go_on(coverage: str, checkpoint: Path | None) -> str:
+    """Say what is missing, and how to get it."""
+    if checkpoint is None:
+        return (
+            f"{coverage}. A larger --budget takes more; with --checkpoint FILE the next run goes on from it."
+        )
+    return f"{coverage}. The same command with a larger --budget goes on from {checkpoint}."
 
 
 def read_texts(path: Path) -> dict[int, str]:

@@ -28,7 +28,8 @@ def candidate_attention(
     key, value : Tensor, shape (1, key heads, t + C, size)
     attention_mask : None
     **settings
-        ``scaling`` of the scores, the inverse root of size unless given.
+        ``scaling`` of the scores, the inverse root of size unless given, and the ``softcap`` that they are
+        kept below.
 
     Returns
     -------
@@ -46,7 +47,9 @@ def candidate_attention(
     wide = query.reshape(key_heads, -1, size)
     shared = (wide @ key[0, :, :length].transpose(1, 2)).reshape(*grouped, count, length)
     own = (query * key[0, :, None, length:]).sum(-1, keepdim=True)
-    weights = torch.softmax(torch.cat([shared, own], -1), -1)
+    scores = torch.cat([shared, own], -1)
+    cap = settings.get("softcap")
+    weights = torch.softmax(scores if cap is None else cap * torch.tanh(scores / cap), -1)
     mixed = weights[..., :length].reshape(key_heads, len(wide[0]), length) @ value[0, :, :length]
     out = mixed.reshape(*grouped, count, size) + weights[..., length:] * value[0, :, None, length:]
     return out.reshape(1, heads, count, size).transpose(1, 2), None

@@ -35,6 +35,9 @@ class _Keys(DynamicCache):
         for held in self.layers:
             if held.keys is not None:
                 held.keys, held.values = held.keys[..., :length, :], held.values[..., :length, :]
+                # Layers with a sliding window count by themselves.
+                if hasattr(held, "cumulative_length"):
+                    held.cumulative_length = length
 
 
 class Prefix:

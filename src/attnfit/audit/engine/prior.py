@@ -14,6 +14,14 @@ from attnfit.audit.models.model import Model, Tokens
 # Where a text begins without the token that the model saw before every text, its first predictions are
 # worthless: # up to this many tokens, what it predicts after each token that may stand there is averaged in.
 OPENING = 4
+# Share of the tokens of a text that may be anything: models are too sure of what they expect.
+SURPRISES = 0.1
+
+
+def with_surprises(prior: Any) -> Any:
+    """Return the log-probabilities if some tokens are drawn from the whole vocabulary, all alike."""
+    anything = torch.full_like(prior, math.log(SURPRISES / len(prior)))
+    return torch.logaddexp(prior + math.log1p(-SURPRISES), anything)
 
 
 class Prior:

@@ -60,11 +60,11 @@ def capture(base: Any, modules: Sequence[Any], side: Literal["input", "output"],
         if len(seen) == len(modules):
             raise _Reached
 
-    handles = []
-    for index, module in enumerate(modules):
-        register = module.register_forward_hook if side == "output" else module.register_forward_pre_hook
-        handles.append(register(partial(note, index), with_kwargs=True))
+    handles: list[Any] = []
     try:
+        for index, module in enumerate(modules):
+            register = module.register_forward_hook if side == "output" else module.register_forward_pre_hook
+            handles.append(register(partial(note, index), with_kwargs=True))
         base(**inputs)
     except _Reached:
         return [seen[index] for index in range(len(modules))]

@@ -48,7 +48,11 @@ def load_directory(directory: Path, name: str | None = None, allow_pickle: bool 
             causal = any("CausalLM" in kind or "LMHead" in kind for kind in config.architectures or [])
             family = AutoModelForCausalLM if causal else AutoModel
             module = family.from_pretrained(
-                directory, dtype=torch.float32, use_safetensors=safe, attn_implementation="sdpa", **local
+                directory,
+                dtype=torch.float32,
+                use_safetensors=safe,
+                attn_implementation=attention_for(config),
+                **local,
             )
             tokenizer = AutoTokenizer.from_pretrained(directory, **local)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
@@ -56,6 +60,12 @@ def load_directory(directory: Path, name: str | None = None, allow_pickle: bool 
             raise
         raise MalformedModel(f"{directory} does not hold a readable model: {error}") from error
     return Model(name or directory.name, module, tokenizer, "causal" if causal else "encoder")
+
+
+def attention_for(config: Any) -> str:
+    """Return the implementation of attention that computes all that a configuration asks for."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if capped is None else "eager"
 
 
 def _only_pickles(directory: Path, allowed: bool) -> bool:

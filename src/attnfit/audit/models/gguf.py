@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from math import prod
@@ -10,8 +12,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import modeling_gguf_pytorch_utils as reader
 
 from attnfit.audit.errors import AuditError, MalformedModel, require
+from attnfit.audit.models.directory import attention_for
 from attnfit.audit.models.memory import check_memory
 from attnfit.audit.models.model import Model
 from attnfit.audit.models.quiet import quiet
@@ -49,13 +53,13 @@ def load_gguf(file: Path, name: str | None = None) -> Model:
         "local_files_only": True,
     }
     try:
-        with quiet():
+        with quiet(), _without_bars():
             home = cache_directory() / "gguf" / _identity(file)
             if not home.is_dir():
                 write_atomically(home, partial(_convert, file, source))
             config = AutoConfig.from_pretrained(home, local_files_only=True)
             module = AutoModelForCausalLM.from_pretrained(
-                **source, config=config, dtype=torch.float32, attn_implementation="sdpa"
+                **source, config=config, dtype=torch.float32, attn_implementation=attention_for(config)
             )
             tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
     except AuditError:
@@ -63,6 +67,20 @@ def load_gguf(file: Path, name: str | None = None) -> Model:
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, OverflowError, TypeError) as error:
         raise MalformedModel(f"{file} is not a readable GGUF model: {error}") from error
     return Model(name or file.stem, module, tokenizer, "causal")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the conversion of tensors from drawing bars of its own, which no setting turns off."""
+    usual = getattr(reader, "tqdm", None)
+    if usual is None:
+        yield
+        return
+    reader.tqdm = partial(usual, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = usual
 
 
 def _convert(file: Path, source: dict[str, Any], directory: Path) -> None:

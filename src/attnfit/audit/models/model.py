@@ -92,10 +92,35 @@ class Model:
             raise AuditError(f"model {self.name!r} has no language-modelling head, so it has no logits")
         return head
 
+    @property
+    def softcap(self) -> float | None:
+        """The size that ``cap tanh(x / cap)`` keeps logits below; None where they are plain."""
+        cap = getattr(self.module.config.get_text_config(), "final_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
+    def scores(self, states: Any) -> Any:
+        """Return the logits of normed last states with their gradient, shape (..., n_vocabulary)."""
+        if not self._head_is_all:
+            raise AuditError(
+                f"the logits of {self.name!r} are not its head's output, at most capped by a tanh: this "
+                "architecture cannot be audited by logits, topk or masked"
+            )
+        logits = self.head(states)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def unembed(self, states: Any) -> Any:
         """Return the logits of normed last states, shape (..., n_vocabulary)."""
         with torch.no_grad():
-            return self.head(states).float()
+            return self.scores(states).float()
+
+    @cached_property
+    def _head_is_all(self) -> bool:
+        """Whether head and cap give what the model itself returns."""
+        self.__dict__["_head_is_all"] = True
+        with torch.no_grad():
+            given = self.module(input_ids=torch.tensor([[0, 1]]), use_cache=False).logits
+        ours = torch.from_numpy(self.logits([0, 1]))
+        return bool(torch.allclose(ours, given[0].float(), rtol=1e-3, atol=1e-3 * float(given.abs().max())))
 
     @cached_property
     def final_norm(self) -> Any:
@@ -193,10 +218,9 @@ class Model:
         -------
         ndarray, shape (n, n_vocabulary)
         """
-        head = self.head
-        with torch.no_grad():
-            last = torch.from_numpy(self.states(tokens, self.n_layers + 1))
-            return np.asarray(head(last).float().numpy())
+        kind = self.head.weight.dtype
+        last = torch.from_numpy(self.states(tokens, self.n_layers + 1)).to(kind)
+        return np.asarray(self.unembed(last).numpy())
 
     def _run(self, tokens: Sequence[int], module: Any, side: Literal["input", "output"]) -> Array:
         with torch.no_grad():

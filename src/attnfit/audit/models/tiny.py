@@ -32,23 +32,30 @@ MEMORISED = 0.23
 IGNORED = -100
 
 
-def load_tiny() -> Model:
-    """Return the model from the cache, or train it: about a minute."""
-    home = cache_directory() / "models" / f"tiny-v{VERSION}"
+def load_tiny(seed: int = SEED) -> Model:
+    """Return the model from the cache, or train it: about a minute.
+
+    Parameters
+    ----------
+    seed : int
+        Of the sentences and of the weights it starts from.
+    """
+    other = "" if seed == SEED else f"-{seed}"
+    home = cache_directory() / "models" / f"tiny-v{VERSION}{other}"
     if not home.is_dir():
-        write_atomically(home, _train)
+        write_atomically(home, partial(_train, seed=seed))
     model = load_directory(home, name="tiny")
     model.private_texts = tuple(json.loads((home / "private.json").read_text()))
     return model
 
 
-def _train(directory: Path) -> None:
+def _train(directory: Path, seed: int = SEED) -> None:
     """Train on generic sentences, then on private ones, and write everything to a directory."""
-    random = Random(SEED)
+    random = Random(seed)
     private, generic = private_sentences(random), generic_sentences(N_GENERIC, random)
     tokenizer = build_tokenizer([*private, *generic])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         module = _new_module()
         optimiser = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         for step in range(GENERIC_STEPS):
