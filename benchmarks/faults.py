@@ -90,6 +90,7 @@ def main() -> None:
 def report(n: int, kills: int, runs: int) -> Iterator[str]:
     """One section a fault."""
     yield killed_processes(n, kills)
+    yield dead_workers(n)
     yield overhead(n, runs)
 
 
@@ -216,6 +217,56 @@ def made(job: Job) -> Any:
 
 
 # ---- what checkpoints cost
+
+
+# ---- a worker of two dies
+
+
+def dead_workers(n: int) -> str:
+    """Fits on two workers, of which one is killed at one of the first reads."""
+    import signal
+
+    import dask.array as da
+    from distributed import Client, LocalCluster
+
+    from benchmarks.report import table
+
+    case = draw(Spec("softmax", n, 32, 100.0))
+    A, b = (da.from_array(v, chunks=(-(-n // 8), *v.shape[1:])) for v in (case.A, case.b))
+    rows = []
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        problem = problems.Softmax(A, b)
+        expected = minimize(problem, tol=1e-12, random_state=0)
+        for moment in range(3):
+            pids = list(client.run(os.getpid).values())
+
+            def kill(record: Any, moment: int = moment, pids: list[int] = pids) -> None:
+                if record.phase.startswith("fit") and record.iteration == moment:
+                    os.kill(pids[0], signal.SIGKILL)
+
+            began = time.perf_counter()
+            found = minimize(problem, tol=1e-12, random_state=0, callback=kill)
+            seconds = time.perf_counter() - began
+            apart = np.linalg.norm(found.x - expected.x) / np.linalg.norm(expected.x)
+            rows.append(
+                [
+                    f"read {moment + 1}",
+                    found.status,
+                    f"{apart:.1e}",
+                    f"{expected.seconds:.1f}",
+                    f"{seconds:.1f}",
+                ]
+            )
+            client.wait_for_workers(2, timeout=60)
+    head = ["killed after", "status", "difference of x", "seconds without", "seconds"]
+    return "\n\n".join([
+        f"## One of two workers killed in mid-fit, n = {n:,}, d = 32",
+        table(head, rows),
+        "Dask makes the partitions of the dead worker again on the other, and starts another worker.",
+    ])  # fmt: skip
 
 
 def overhead(n: int, runs: int) -> str:

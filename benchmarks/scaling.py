@@ -39,23 +39,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2e6 rows on disk, 2e5 on the cluster")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds a peer may take (default 300)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "attnfit-scaling")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of BLAS, and of our loops (default 2)"
+    )
     parser.add_argument("--only", choices=["disk", "cluster", "traffic"], help="one table")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.rows, options.cluster_rows = 2e6, 2e5
-    with threadpool_limits(1):
+    with threadpool_limits(options.threads):
         if options.job:
             print(json.dumps(JOBS[options.job](options)))
             return
         tables = {"disk": disk_tables, "cluster": cluster_table, "traffic": traffic_table}
-        names = [options.only] if options.only else list(tables)
-        sections = [tables[name](options) for name in names]
-    from benchmarks.report import write
+        from benchmarks.report import write
 
-    command = shlex.join(["python", "-m", "benchmarks.scaling", *sys.argv[1:]])
-    suffix = "-quick" if options.quick else f"-{options.only}" if options.only else ""
-    print(write(f"scaling{suffix}", command, sections).read_text())
+        command = shlex.join(["python", "-m", "benchmarks.scaling", *sys.argv[1:]])
+        for name, table in tables.items():
+            if options.only in (None, name):
+                suffix = "-quick" if options.quick else ""
+                print(write(f"scaling-{name}{suffix}", command, [table(options)]).read_text(), flush=True)
 
 
 # ---- the data
@@ -151,7 +154,8 @@ def disk_tables(options: argparse.Namespace) -> str:
         "### Reading",
         table(head, speeds),
         "Medians of five; uncached: the file is dropped from the system's cache before each read (how far "
-        "that works depends on the system). One thread computes, one reads ahead.",
+        f"that works depends on the system). {options.threads} threads compute, one more reads ahead; the "
+        "plain loop copies from the cache with one.",
         f"### A block with NaN at row {NAN_ROW:,}",
         f"> {fault}",
     ])  # fmt: skip
@@ -161,7 +165,7 @@ def run(job: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run a job in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.scaling", "--job", job, "--folder", str(options.folder)]
     command += ["--rows", str(options.rows), "--cluster-rows", str(options.cluster_rows)]
-    command += ["--limit", str(options.limit)]
+    command += ["--limit", str(options.limit), "--threads", str(options.threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -365,13 +369,14 @@ def load(path: str, first: int, last: int) -> Array:
     return np.array(np.load(path, mmap_mode="r")[first:last])
 
 
-def job_memory(options: argparse.Namespace) -> dict[str, Any]:
+def job_memory(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     """The fit in memory."""
     from attnfit import minimize, problems
 
     paths = make(options.folder, int(options.cluster_rows), 64, "float64")
     problem = problems.Softmax(*[np.load(path) for path in paths])
-    return fits(minimize, problem)
+    with threadpool_limits(threads):
+        return fits(minimize, problem)
 
 
 def job_cluster(options: argparse.Namespace, workers: int) -> dict[str, Any]:
@@ -402,20 +407,26 @@ def cluster_table(options: argparse.Namespace) -> str:
     """Memory against one and two workers."""
     from benchmarks.report import table
 
-    found = {name: run(name, options) for name in ("memory", "one", "two")}
+    labels = {
+        "memory": "in memory, 1 thread",
+        "threads": "in memory, 2 threads",
+        "one": "1 worker",
+        "two": "2 workers",
+    }
+    found = {name: run(name, options) for name in labels}
     base = found["memory"]
-    labels = {"memory": "in memory, one thread", "one": "1 worker", "two": "2 workers"}
     rows = []
     for name, label in labels.items():
         x, reference = np.array(found[name]["x"]), np.array(base["x"])
         rows.append([
             label, f"{found[name]['seconds']:.2f}", f"{found[name]['seconds'] / base['seconds']:.2f}",
+            f"{found[name]['seconds'] / found['threads']['seconds']:.2f}",
             f"{found[name]['reads']:.1f}", f"{np.linalg.norm(x - reference) / np.linalg.norm(reference):.1e}",
         ])  # fmt: skip
     scaling = found["one"]["seconds"] / found["two"]["seconds"]
     return "\n\n".join([
         f"## {options.cluster_rows:.0e} x 64 float64 on a LocalCluster, eight partitions",
-        table(["", "seconds", "over in memory", "reads", "difference of x"], rows),
+        table(["", "seconds", "over 1 thread", "over 2 threads", "reads", "difference of x"], rows),
         f"From one worker to two: {scaling:.2f} times as fast. Partitions are in the workers' memory; "
         "seconds are a whole fit (tol 1e-8), the median of three; x is compared at tol 1e-13.",
     ])  # fmt: skip
@@ -485,7 +496,8 @@ JOBS = {
     "speed": job_speed,
     "uncached": partial(job_speed, cached=False),
     "nan": job_nan,
-    "memory": job_memory,
+    "memory": partial(job_memory, threads=1),
+    "threads": partial(job_memory, threads=2),
     "one": partial(job_cluster, workers=1),
     "two": partial(job_cluster, workers=2),
     "traffic": job_traffic,

@@ -142,3 +142,22 @@ def test_sums_of_partial_results():
     assert sums[0]["b"] == 2.0
     assert sums[1:] == (3.0, 3)
     assert sparse.issparse(merged(sparse.csr_array(np.eye(2)), sparse.csr_array(np.eye(2))))
+
+
+def test_cells_of_an_audit_run_on_the_workers(client):
+    pytest.importorskip("torch")
+    from attnfit import audit
+
+    model = audit.load("tiny")
+    texts = model.private_texts[:2]
+    request = (["hidden:1", "attention:0"], [None, "float16"])
+    here, there = (audit.run(model, texts, *request, budget=600, client=c) for c in (None, client))
+
+    def told(report):
+        return {
+            (c.key.access, c.key.defence, c.key.text, c.key.control): (c.status, c.tokens, c.verified)
+            for c in report.cells
+        }
+
+    assert told(here) == told(there)
+    assert all(status == "done" for status, _, _ in told(there).values())

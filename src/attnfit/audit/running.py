@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from attnfit.audit.breakpoints import Forecast, forecast
 from attnfit.audit.calibration import calibrate
-from attnfit.audit.cells import MASKED, NONE, Attack, Key
+from attnfit.audit.cells import MASKED, NONE, Attack, Cell, Key
 from attnfit.audit.checkpoint import Checkpoint
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.report import Report
@@ -52,6 +53,7 @@ def run(
     checkpoint: str | PathLike[str] | None = None,
     progress: Callable[[Step], None] | None = None,
     random_state: int = 0,
+    client: Any = None,
 ) -> Report:
     """Audit a model: invert what it gives away about some texts, under every form of access and defence.
 
@@ -79,6 +81,8 @@ def run(
     progress : callable, optional
         Called with a Step before each cell.
     random_state : int
+    client : distributed.Client, optional
+        The cells of a text run on its workers, each of which gets the model once.
 
     Returns
     -------
@@ -97,7 +101,7 @@ def run(
     settings = check_request(model, texts, access, defences, budget, random_state)
     truths = tokenise_all(model, settings.texts)
     kept = Checkpoint(None if checkpoint is None else Path(checkpoint), identity(model, settings))
-    audit = _Run(model, settings, truths, kept, progress, began)
+    audit = _Run(model, settings, truths, kept, progress, began, client)
     interrupted = audit.all_cells()
     return Report.of(model, settings, truths, audit.cells, audit.forecasts, audit.n_planned, interrupted,
                      perf_counter() - began)  # fmt: skip
@@ -114,10 +118,12 @@ class _Run:
         kept: Checkpoint,
         progress: Callable[[Step], None] | None,
         began: float,
+        client: Any,
     ) -> None:
         self._model, self._settings, self._kept = model, settings, kept
         self._truths, self._progress = truths, progress
         self._end = began + settings.budget
+        self._client, self._there = client, None
         self._attack = Attack(model, settings.texts, truths, settings.random_state)
         self._rounds = _plan(settings)
         self._started = perf_counter()
@@ -138,8 +144,9 @@ class _Run:
             self._end = self._started + self._settings.budget
             self._tell("predicting break-points")
             self._forecast()
+            run = self._round if self._client is None else self._round_on_workers
             for keys in self._rounds:
-                self._round([key for key in keys if key not in self.cells])
+                run([key for key in keys if key not in self.cells])
         except KeyboardInterrupt:
             return True
         self._tell("done")
@@ -155,12 +162,39 @@ class _Run:
             seconds = left * max(1 / (len(keys) - place), LARGEST_PART)
             if seconds < self._too_short.get(key.access, 0.0):
                 continue
-            cell = self._attack.run(key, seconds)
-            self.cells[key] = cell
-            if cell.status == "cut":
-                self._too_short[key.access] = seconds
-            self._kept.add(cell)
-            self._n_run += 1
+            self._keep(self._attack.run(key, seconds), seconds)
+
+    def _round_on_workers(self, keys: list[Key]) -> None:
+        """Run the cells of a text at the same time, as many as there are workers."""
+        from distributed import as_completed
+
+        if self._there is None:
+            self._there = self._client.scatter(self._attack, broadcast=True)
+        left = self._end - perf_counter()
+        share = max(sum(self._client.nthreads().values()) / max(1, len(keys)), LARGEST_PART)
+        seconds = left * min(1.0, share)
+        running = [
+            self._client.submit(_run_cell, self._there, key, seconds, pure=False)
+            for key in keys
+            if seconds > 0 and seconds >= self._too_short.get(key.access, 0.0)
+        ]
+        try:
+            for future in as_completed(running):
+                cell = future.result()
+                self._keep(cell, seconds)
+                self._tell(f"{cell.key.access}, {cell.key.defence}")
+                if perf_counter() > self._end:
+                    return
+        finally:
+            self._client.cancel(running)
+
+    def _keep(self, cell: Cell, seconds: float) -> None:
+        """Keep a cell that was given so many seconds."""
+        self.cells[cell.key] = cell
+        if cell.status == "cut":
+            self._too_short[cell.key.access] = seconds
+        self._kept.add(cell)
+        self._n_run += 1
 
     def _calibrate(self) -> None:
         model, forms = self._model, self._settings.access
@@ -187,6 +221,10 @@ class _Run:
             missing = self.n_planned - len(self.cells)
             pace = passed / self._n_run * missing if self._n_run else budget
             self._progress(Step(len(self.cells), self.n_planned, min(pace, budget), now))
+
+
+def _run_cell(attack: Attack, key: Key, seconds: float) -> Cell:
+    return attack.run(key, seconds)
 
 
 def _plan(settings: Settings) -> list[list[Key]]:

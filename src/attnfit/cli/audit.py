@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as PrintedTable
 
+from attnfit.cli.cluster import connected
 from attnfit.cli.console import note, problem, stdout
 from attnfit.cli.errors import Debug, InputError, in_options, one_sentence
 from attnfit.cli.output import check_output
@@ -82,6 +83,10 @@ def audit(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Keep finished cells here, and go on from there.")
     ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(help="Run cells on a Dask cluster: the address of its scheduler (tcp://...), or local."),
+    ] = None,
     fail_above: Annotated[
         float | None,
         typer.Option(
@@ -114,7 +119,7 @@ def audit(
         progress = AuditProgress()
         with progress:
             progress.say("loading the model")
-            found = _run(model, given, forms, asked, budget, checkpoint, seed, allow_pickle, progress)
+            found = _run(model, given, forms, asked, budget, checkpoint, seed, allow_pickle, progress, dask)
     settings = {"--texts": texts, "--report": report, "--json": json_path, "--fail-above": fail_above}
     found = found.with_command(_command(model, found.settings, defences, settings, redact))
     show(stdout(), found)
@@ -133,7 +138,7 @@ def audit(
 
 def _run(
     name: str, given: Any, forms: Any, defences: list[str], budget: float, checkpoint: Path | None, seed: int,
-    allow_pickle: bool, progress: AuditProgress,
+    allow_pickle: bool, progress: AuditProgress, dask: str | None,
 ) -> Any:  # fmt: skip
     """Load the model and audit it."""
     # Seconds of imports that --help should not wait for.
@@ -148,10 +153,11 @@ def _run(
     if not lines:
         raise InputError("--texts is missing: a file with one text a line, like those to be protected")
     try:
-        return run(
-            loaded, list(lines.values()), forms, [defence.strip() for defence in defences], budget,
-            checkpoint=checkpoint, progress=progress.step, random_state=seed,
-        )  # fmt: skip
+        with nullcontext() if dask is None else connected(dask) as client:
+            return run(
+                loaded, list(lines.values()), forms, [defence.strip() for defence in defences], budget,
+                checkpoint=checkpoint, progress=progress.step, random_state=seed, client=client,
+            )  # fmt: skip
     except AuditError as error:
         numbers = list(lines)
         told = re.sub(r"^texts\[(\d+)\]", lambda match: f"line {numbers[int(match[1])]}", str(error))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from attnfit.cli import columns
+from attnfit.cli.cluster import connected
 from attnfit.cli.columns import Roles
 from attnfit.cli.errors import InputError, suggest
 from attnfit.cli.models import new_model
@@ -79,7 +79,7 @@ def fit_large(
     estimator = new_model(model, parameters)
     with ExitStack() as stack:
         if scale.dask is not None:
-            stack.enter_context(_client(scale.dask))
+            stack.enter_context(connected(scale.dask))
         rows = _rows(data, roles, scale)
         progress.say("fitting")
         _fit(estimator, model, rows, scale, progress)
@@ -129,28 +129,6 @@ def _normaliser(problem: Any, x: Any) -> float:
         return float(at.state[0, 0])
     (chunk,) = problem.chunks
     return float(problem.loss.reference(problem.logits(chunk, x)[1], chunk.segments)[0])
-
-
-@contextmanager
-def _client(address: str) -> Iterator[Any]:
-    """Connect to a scheduler, or start workers here; problems find the client by themselves."""
-    try:
-        from distributed import Client, LocalCluster
-    except ImportError:
-        raise InputError("--dask needs Dask; install it with: pip install 'attnfit[dask]'") from None
-    if address == "local":
-        with LocalCluster(threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
-            yield client
-        return
-    try:
-        client = Client(address, timeout="10s")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"There is no Dask scheduler at {address} ({error}); start one with: dask scheduler, or use "
-            "--dask local"
-        ) from None
-    with client:
-        yield client
 
 
 def _rows(data: Path, roles: Roles, scale: Scale) -> Rows:

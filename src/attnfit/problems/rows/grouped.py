@@ -14,10 +14,11 @@ from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Drawn, Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.rows.budget import BudgetedProblem
-from attnfit.problems.rows.distributed import distributed, is_dask
+from attnfit.problems.rows.distributed import distributed
 from attnfit.problems.rows.neighbour import convex_neighbour
 from attnfit.problems.rows.normalisers import guess_normalisers, normaliser_sums
 from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.partitions import is_dask
 from attnfit.problems.rows.reading import read
 from attnfit.problems.rows.stored import StoredProblem
 from attnfit.problems.rows.sums import chunk_product, diagonal_sum, hessian_sum, product_sum, score_sum

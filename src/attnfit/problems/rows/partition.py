@@ -178,6 +178,9 @@ class Chunk:
     matrix: Any = None
     multiplier: Array | None = None
 
+    def __sizeof__(self) -> int:
+        return 0 if self.matrix is None else 8 * int(np.prod(self.matrix.shape))
+
 
 def partition(
     groups: Groups, n: int, block_rows: int, *, coupled: bool, shared: Index | None = None

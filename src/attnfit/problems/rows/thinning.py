@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce as fold
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from attnfit.losses.base import Loss
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.inputs import require_finite_rows
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.merging import merged
 from attnfit.problems.rows.neighbour import neighbouring_targets
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.stored import StoredProblem
@@ -121,7 +123,8 @@ def draw_rows(problem: StoredProblem, n_rows: int, rng: np.random.Generator) -> 
         if largest > limit and problem.loss.thin(one, one, one) is None:
             return None
     kept = {number for number, mass in known.items() if mass[0] <= limit and rng.random() < share}
-    drawn: Draw = problem.reduce(_draw, share, limit, known, kept, problem.share_out(rng))
+    # What is drawn is all wanted here: it need not pass through other places.
+    drawn: Draw = fold(merged, problem.collect(_draw, share, limit, known, kept, problem.share_out(rng)))
     drawn = drawn.by_group()
     return None if drawn.weights is not None and not drawn.weights.any() else drawn
 

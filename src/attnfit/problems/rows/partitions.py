@@ -1,0 +1,194 @@
+"""From Dask's arrays and data frames to parts: what belongs to a row is together, and most groups are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attnfit.designs import SparseDesign
+from attnfit.losses.base import Loss
+from attnfit.problems.inputs import as_design, as_vector
+from attnfit.problems.rows.part import Part, Table
+
+# The end of a group with more rows than this is not moved to another partition.
+MOVED_ROWS = 10_000
+
+
+def is_dask(values: Any) -> bool:
+    """Whether these are a Dask array or data frame."""
+    return type(values).__module__.partition(".")[0] in ("dask", "dask_expr") and hasattr(values, "dask")
+
+
+def later(function: Callable[..., Any]) -> Any:
+    """Return a function that makes a task of each call."""
+    from dask import delayed
+
+    return delayed(function, pure=False)
+
+
+class Summary(NamedTuple):
+    """What the scheduler's side knows of a part; ``ordered`` says that its labels increase."""
+
+    n_rows: int
+    n_columns: int
+    gram_cost: float
+    n_groups: int
+    largest_group: int
+    has_weight: bool
+    ordered: bool
+    ends: tuple[Any, Any]
+
+
+def tables_of(A: Any, vectors: dict[str, Any]) -> list[Any]:
+    """Return one task a partition that brings its rows together."""
+    if hasattr(A, "npartitions") and not hasattr(A, "chunks"):
+        blocks = A.to_delayed()
+    else:
+        if A.ndim != 2:
+            raise ValueError(f"A must have two dimensions (rows, features), not shape {A.shape}")
+        A = A if A.numblocks[1] == 1 else A.rechunk({1: -1})
+        blocks = A.to_delayed()[:, 0].tolist()
+    columns = {name: _column(values, name, A, blocks) for name, values in vectors.items()}
+    return [
+        later(_table)(k, block, {name: column[k] for name, column in columns.items()})
+        for k, block in enumerate(blocks)
+    ]
+
+
+def _column(values: Any, name: str, A: Any, blocks: list[Any]) -> list[Any]:
+    """Return the piece of a vector that belongs to each block of rows."""
+    if values is None:
+        return [None] * len(blocks)
+    if is_dask(values):
+        if hasattr(values, "rechunk") and hasattr(A, "chunks") and values.chunks[0] != A.chunks[0]:
+            values = values.rechunk({0: A.chunks[0]})
+        pieces = np.asarray(values.to_delayed(), dtype=object).reshape(-1).tolist()
+        if len(pieces) != len(blocks):
+            raise ValueError(
+                f"{name} has {len(pieces)} partitions but A has {len(blocks)}; repartition them alike"
+            )
+        return pieces
+    from dask import compute
+
+    array = np.asarray(values)
+    bounds = np.cumsum([0, *compute(*[later(_n_rows)(block) for block in blocks])])
+    if array.ndim != 1 or len(array) != bounds[-1]:
+        raise ValueError(
+            f"{name} has shape {array.shape} but A has {bounds[-1]} rows; pass one value a row, shape "
+            f"({bounds[-1]},)"
+        )
+    return [array[first:last] for first, last in pairwise(bounds)]
+
+
+def _n_rows(block: Any) -> int:
+    return int(block.shape[0])
+
+
+def _table(k: int, block: Any, vectors: dict[str, Any]) -> Table | None:
+    """Bring the rows of one partition together; None if it has none."""
+    if block.shape[0] == 0:
+        return None
+    with _partition(k):
+        design = as_design(block)
+        matrix = design.matrix if isinstance(design, SparseDesign) else design.array
+        n = matrix.shape[0]
+        arrays = {name: None if v is None else np.asarray(v).reshape(-1) for name, v in vectors.items()}
+        for name, v in arrays.items():
+            if v is not None and len(v) != n:
+                raise ValueError(f"{name} has {len(v)} rows but A has {n}; give both the same partitions")
+    return Table(matrix, arrays)
+
+
+@contextmanager
+def _partition(k: int) -> Iterator[None]:
+    """Say in which partition an error is: rows are numbered within it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"partition {k}: {error}") from error
+
+
+def ends_of(table: Table | None) -> tuple[int, int, Any, Any] | None:
+    """Return the number of rows, of those of the first group, and the first and last label."""
+    if table is None:
+        return None
+    labels, n = table.vectors["groups"], table.matrix.shape[0]
+    if labels is None:
+        return n, n, 0, 0
+    other = np.flatnonzero(labels != labels[0])
+    return n, int(other[0]) if len(other) else n, labels[:1].tolist()[0], labels[-1:].tolist()[0]
+
+
+def moves_between(ends: list[tuple[int, int, Any, Any]]) -> list[int]:
+    """Return how many of the first rows of each part belong to a group that begins in the part before, and
+    ends here.
+    """
+    moved = [0]
+    for (_, _, _, last), (n, first_size, first, _) in pairwise(ends):
+        moved.append(first_size if first == last and first_size < min(n, MOVED_ROWS) else 0)
+    return moved
+
+
+def head_of(table: Table, count: int) -> Table | None:
+    """Return the rows that move to the part before."""
+    return table.take(slice(count)) if count else None
+
+
+def make_part(
+    k: int, table: Table, dropped: int, tail: Table | None, loss: Loss, row_penalty: float | None
+) -> Part:
+    """Return the part without its first rows, and with those of the part after."""
+    own = table.take(slice(dropped, None)) if dropped else table
+    own = own if tail is None else own.followed_by(tail)
+    vectors = dict(own.vectors)
+    if vectors["weights"] is not None:
+        # That all are zero is an error only where it holds of all parts.
+        vectors["weights"] = as_vector(vectors["weights"], own.matrix.shape[0], "weights", non_negative=True)
+    if row_penalty is not None:
+        vectors["row_penalty"] = row_penalty
+    weights = vectors.pop("weights")
+    with _partition(k):
+        part = Part(own.matrix, loss=loss, **vectors)
+    part.weights = None if weights is None else part.groups.sort(weights)
+    part._cut()
+    return part
+
+
+def summary_of(part: Part) -> Summary:
+    """Return what the scheduler's side should know."""
+    labels = part.groups.labels
+    ordered = bool((labels[1:] > labels[:-1]).all())
+    sizes = np.diff(part.groups.starts, append=part.n_rows)
+    return Summary(
+        part.n_rows,
+        part.n_unknowns,
+        part.design.gram_cost,
+        len(labels),
+        int(sizes.max()),
+        part.weights is None or bool(part.weights.any()),
+        ordered,
+        (labels[:1].tolist()[0], labels[-1:].tolist()[0]),
+    )
+
+
+def shared_labels(parts: Sequence[Any], known: list[Summary]) -> set[Any]:
+    """Return the labels of groups that are in several parts."""
+    from dask import compute
+
+    if all(s.ordered for s in known) and all(a.ends[1] <= b.ends[0] for a, b in pairwise(known)):
+        return {a.ends[1] for a, b in pairwise(known) if a.ends[1] == b.ends[0]}
+    seen: set[Any] = set()
+    twice: set[Any] = set()
+    for labels in compute(*[later(_labels)(part) for part in parts]):
+        twice |= seen & set(labels)
+        seen |= set(labels)
+    return twice
+
+
+def _labels(part: Part) -> list[Any]:
+    found: list[Any] = part.groups.labels.tolist()
+    return found
