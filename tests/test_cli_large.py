@@ -51,6 +51,7 @@ def test_a_checkpoint_is_taken_up(travel, tmp_path, monkeypatch):
     assert run(*command).exit_code == 0
     again = run(*command)
     assert again.exit_code == 0, again.output
+    assert "resumed from" in again.output.replace("\n", " ")
     other = run(*command[:-2], "--loss", "squared", "--checkpoint", "fit.ckpt")
     assert "another" in one_error(other)
     assert "--afresh" in one_error(other)

@@ -75,6 +75,8 @@ class FitReport:
             f"{result.n_passes:.1f} reads of the data",
             f"{result.seconds:.2f} s",
         ]
+        if "resumed from" in result.message:
+            facts.append(result.message[result.message.index("resumed from") :])
         if self.certificate.valid:
             facts.append(f"certified within {self.certificate.radius:.1e} of the exact optimum")
         else:

@@ -46,7 +46,7 @@ def normaliser_sums(part: StoredProblem, chunks: list[Chunk], x: Array | None) -
     """Return the normalisers at x; at zero, where A is not needed, for None."""
     sums = Normalisers(part.loss)
     long = [chunk for chunk in chunks if chunk.long >= 0]
-    for chunk in part.ahead(long) if x is not None and long else long:
+    for chunk in long if x is None else part.ahead(long):
         z = part.origin_logits(chunk) if x is None else part.logits(chunk, x)[1]
         sums.add(chunk.long, part.loss.reference(z, chunk.segments))
     return sums

@@ -145,7 +145,8 @@ def runs(chunks: list[Chunk], max_rows: int) -> Iterator[list[Chunk]]:
             run, n_rows = [], 0
         run.append(chunk)
         n_rows += size
-    yield run
+    if run:
+        yield run
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ class StoredProblem(Problem):
         if self.design.on_disk:
             stored.append(self.design)
         found = runs(chunks, self.design.run_rows)
-        if not stored or self.groups.order is not None or chunks[0].matrix is not None:
+        # Drawn rows are in memory.
+        if not stored or self.groups.order is not None or any(c.matrix is not None for c in chunks[:1]):
             yield from found
             return
 
