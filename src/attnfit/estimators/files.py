@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict, is_dataclass
 from math import isfinite
 from os import PathLike
@@ -21,6 +20,7 @@ from attnfit import solvers
 from attnfit.estimators import model_header
 from attnfit.estimators.model_header import ModelFileError
 from attnfit.solvers import History, Result
+from attnfit.solvers.checkpoint_file import replace_file
 
 FORMAT_VERSION = 1
 HEADER, DIGEST = "attnfit", "sha256"
@@ -66,21 +66,7 @@ def save(model: Any, path: str | PathLike[str]) -> None:
 def write(path: str | PathLike[str], arrays: dict[str, NDArray[Any]], header: str) -> None:
     """Replace the file in one step: a reader sees the old model or the new one, never half of one."""
     data = to_bytes(arrays, metadata={HEADER: header, DIGEST: _digest(arrays, header)})
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        # mkstemp keeps the file to its owner; a model is as readable as any other file the user writes.
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(Path(os.path.realpath(path)), data)
 
 
 def load(path: str | PathLike[str]) -> Any:

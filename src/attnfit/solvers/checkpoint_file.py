@@ -37,7 +37,7 @@ def write(path: Path, arrays: Arrays, header: dict[str, Any]) -> None:
     text = json.dumps(_finite(header), allow_nan=False, default=_plain)
     data = to_bytes(arrays, metadata={HEADER: text, DIGEST: _digest(arrays, text)})
     try:
-        _replace(path, data)
+        replace_file(path, data)
     except OSError as error:
         left = "the one before is intact" if path.exists() else "there is none yet"
         raise OSError(
@@ -47,7 +47,8 @@ def write(path: Path, arrays: Arrays, header: dict[str, Any]) -> None:
         ) from error
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one step: a reader sees the old one or the new one, never half of one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path) + f"{os.getpid()}-")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -56,7 +57,7 @@ def _replace(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        # mkstemp keeps the file to its owner; a checkpoint is as readable as any other file the user writes.
+        # mkstemp keeps the file to its owner; a file is as readable as any other the user writes.
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
