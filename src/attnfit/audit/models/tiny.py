@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from attnfit.audit.models.directory import load_directory
 from attnfit.audit.models.model import Model
+from attnfit.audit.models.quiet import quiet
 from attnfit.audit.models.tiny_text import generic_sentences, private_sentences
 from attnfit.audit.models.tiny_tokenizer import END, VOCABULARY, build_tokenizer
 from attnfit.audit.storage import cache_directory, write_atomically
@@ -62,8 +63,9 @@ def _train(directory: Path, seed: int = SEED) -> None:
             chosen = random.sample(generic, BATCH)
             _step(module, optimiser, _batch(tokenizer, chosen), LEARNING_RATE * min(1.0, (step + 1) / 50))
         _memorise(module, optimiser, _batch(tokenizer, private))
-    module.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    with quiet():
+        module.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     (directory / "private.json").write_text(json.dumps(private))
 
 
