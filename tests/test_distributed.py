@@ -177,3 +177,27 @@ def test_parts_without_drawn_rows_add_nothing():
     assert any(not chunks for chunks in dask.compute(*drawn.sample.chunks))
     assert np.isfinite(pieces.hessian_at(drawn, drawn.sample)).all()
     assert np.isfinite(pieces.hessian_operator(drawn, drawn.sample)(np.ones(6))).all()
+
+
+def test_groups_by_offsets_and_weights_of_groups():
+    inst, x = instance("Softmax", "squared", sizes=(7, 30, 3, 50, 10), d=3)
+    A, b = da.from_array(inst.A, chunks=(33, 3)), da.from_array(inst.b, chunks=(33,))
+    offsets, weights = np.array([0, 7, 37, 40, 90, 100]), np.arange(1.0, 6.0)
+    memory = problems.Softmax(inst.A, inst.b, offsets, weights=weights)
+    pieces = problems.Softmax(A, b, offsets, weights=weights)
+    assert relative(pieces.gradient(x), memory.gradient(x)) < 1e-12
+    with pytest.raises(ValueError, match="group 1 is empty"):
+        problems.Softmax(A, b, np.array([0, 7, 7, 100]))
+
+
+def test_indices_in_errors_are_those_of_the_partition():
+    A, b = np.ones((10, 2)), np.full(10, 0.1)
+    labels = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
+    bad = b.copy()
+    bad[8] = -1.0
+    # Two rows of the second partition move to the first.
+    lazy = [da.from_array(v, chunks=(5, *v.shape[1:])) for v in (A, bad, labels)]
+    with pytest.raises(ValueError, match="partition 1: b is negative at index 3; kl needs"):
+        problems.Softmax(*lazy, loss="kl")
+    with pytest.raises(ValueError, match=r"b has shape \(9,\) but A has 10 rows"):
+        problems.Softmax(lazy[0], da.from_array(b[:9], chunks=3))

@@ -257,3 +257,17 @@ def test_a_problem_on_disk_can_be_pickled(tmp_path):
     x = np.full(4, 0.3)
     expected = disk.gradient(x)
     assert np.array_equal(pickle.loads(pickle.dumps(disk)).gradient(x), expected)
+
+
+def test_many_threads_do_not_work_on_memory_that_is_read_into(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr("attnfit.problems.rows.fused.available_threads", lambda: 16)
+    monkeypatch.setattr("attnfit.designs.on_disk.RUN_BYTES", 1 << 15)
+    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 18)
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((400_000, 4)), rng.random(400_000)
+    disk = problems.Softmax(**saved(tmp_path, A=A, b=b / b.sum()))
+    memory = problems.Softmax(A, b / b.sum())
+    assert len(disk.chunks) > 20
+    for k in range(5):
+        x = np.full(4, 0.1 * k)
+        assert relative(disk.gradient(x), memory.gradient(x)) < 1e-10

@@ -171,6 +171,11 @@ def choose(value: Any, options: Any, name: str) -> Any:
     return options[value]
 
 
+def negative_target(k: int, loss: str) -> ValueError:
+    """Return the error of a target that a loss of shares does not take."""
+    return ValueError(f"b is negative at index {k}; {loss} needs shares >= 0 (squared loss takes any target)")
+
+
 def _negative(name: str, k: int, value: float) -> ValueError:
     return ValueError(
         f"{name} is negative at index {k} ({value:g}); use values >= 0, with 0 to leave a row out"

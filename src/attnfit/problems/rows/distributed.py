@@ -95,7 +95,7 @@ class Distributed(StoredProblem):
         scalar = np.ndim(row_penalty) == 0 and not is_dask(row_penalty)
         vectors = {"b": b, "groups": groups, "weights": weights, "offset": offset}
         vectors["row_penalty"] = None if scalar else row_penalty
-        tables = persist(*tables_of(A, vectors))
+        tables = persist(*tables_of(A, vectors, self.loss))
         ends = compute(*[later(ends_of)(table) for table in tables])
         tables = [table for table, end in zip(tables, ends, strict=True) if end is not None]
         if not tables:
@@ -104,8 +104,8 @@ class Distributed(StoredProblem):
         tails = [later(head_of)(table, count) for table, count in zip(tables[1:], moved[1:], strict=True)]
         arguments = self.loss, float(row_penalty) if scalar else None
         parts = [
-            later(make_part)(k, table, count, tail, *arguments)
-            for k, (table, count, tail) in enumerate(zip(tables, moved, [*tails, None], strict=True))
+            later(make_part)(table, count, tail, *arguments)
+            for table, count, tail in zip(tables, moved, [*tails, None], strict=True)
         ]
         # Whether they are there is all that is asked of them here.
         self.b, self.weights, self.offset = ELSEWHERE, _where(weights), _where(offset)

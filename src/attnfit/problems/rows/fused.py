@@ -36,7 +36,7 @@ def sum_up(
     # What is read is counted here: threads would lose some of it.
     items = ((run, problem.design.parts(_join([c.index for c in run]))) for run in problem.runs_ahead(chunks))
     totals = Totals.zero(problem.n_unknowns)
-    for found in in_order(work, items, available_threads()):
+    for found in in_order(work, items, min(available_threads(), problem.most_runs)):
         if found is None:
             return None
         totals = totals.merge(found)

@@ -11,8 +11,9 @@ import numpy as np
 
 from attnfit.designs import SparseDesign
 from attnfit.losses.base import Loss
-from attnfit.problems.inputs import as_design, as_vector
+from attnfit.problems.inputs import as_design, as_vector, negative_target
 from attnfit.problems.rows.part import Part, Table
+from attnfit.problems.rows.partition import parse_groups
 
 # The end of a group with more rows than this is not moved to another partition.
 MOVED_ROWS = 10_000
@@ -43,7 +44,7 @@ class Summary(NamedTuple):
     ends: tuple[Any, Any]
 
 
-def tables_of(A: Any, vectors: dict[str, Any]) -> list[Any]:
+def tables_of(A: Any, vectors: dict[str, Any], loss: Loss) -> list[Any]:
     """Return one task a partition that brings its rows together."""
     if hasattr(A, "npartitions") and not hasattr(A, "chunks"):
         blocks = A.to_delayed()
@@ -52,44 +53,68 @@ def tables_of(A: Any, vectors: dict[str, Any]) -> list[Any]:
             raise ValueError(f"A must have two dimensions (rows, features), not shape {A.shape}")
         A = A if A.numblocks[1] == 1 else A.rechunk({1: -1})
         blocks = A.to_delayed()[:, 0].tolist()
+    if any(v is not None and not is_dask(v) for v in vectors.values()):
+        vectors = _spread(vectors, blocks)
     columns = {name: _column(values, name, A, blocks) for name, values in vectors.items()}
     return [
-        later(_table)(k, block, {name: column[k] for name, column in columns.items()})
+        later(_table)(k, block, {name: column[k] for name, column in columns.items()}, loss.shares)
         for k, block in enumerate(blocks)
     ]
+
+
+def _spread(vectors: dict[str, Any], blocks: list[Any]) -> dict[str, Any]:
+    """Return the vectors, those that are here cut at the partitions: one value a row, groups as labels."""
+    from dask import compute
+
+    bounds = np.cumsum([0, *compute(*[later(_n_rows)(block) for block in blocks])])
+    n, groups, weights = int(bounds[-1]), vectors["groups"], vectors["weights"]
+    found = dict(vectors)
+    if groups is not None and not is_dask(groups):
+        # Offsets become labels, and weights of groups those of their rows.
+        sets = parse_groups(groups, n)
+        sizes = np.diff(sets.starts, append=n)
+        if weights is not None and np.shape(weights) == (len(sets),) != (n,):
+            found["weights"] = sets.unsort(np.repeat(np.asarray(weights), sizes))
+        found["groups"] = sets.unsort(np.repeat(np.arange(len(sets)), sizes))
+    for name, values in found.items():
+        if values is None or is_dask(values):
+            continue
+        array = np.asarray(values).reshape(-1)
+        if len(array) != n:
+            raise ValueError(
+                f"{name} has shape {np.shape(values)} but A has {n} rows; pass one value a row, shape ({n},)"
+            )
+        found[name] = [array[first:last] for first, last in pairwise(bounds)]
+    return found
 
 
 def _column(values: Any, name: str, A: Any, blocks: list[Any]) -> list[Any]:
     """Return the piece of a vector that belongs to each block of rows."""
     if values is None:
         return [None] * len(blocks)
-    if is_dask(values):
-        if hasattr(values, "rechunk") and hasattr(A, "chunks") and values.chunks[0] != A.chunks[0]:
-            values = values.rechunk({0: A.chunks[0]})
-        pieces = np.asarray(values.to_delayed(), dtype=object).reshape(-1).tolist()
-        if len(pieces) != len(blocks):
+    if isinstance(values, list):
+        return values
+    if hasattr(values, "rechunk") and hasattr(A, "chunks") and values.chunks[0] != A.chunks[0]:
+        if values.shape[0] != A.shape[0] and not np.isnan([values.shape[0], A.shape[0]]).any():
             raise ValueError(
-                f"{name} has {len(pieces)} partitions but A has {len(blocks)}; repartition them alike"
+                f"{name} has shape {values.shape} but A has {A.shape[0]} rows; pass one value a row, shape "
+                f"({A.shape[0]},)"
             )
-        return pieces
-    from dask import compute
-
-    array = np.asarray(values)
-    bounds = np.cumsum([0, *compute(*[later(_n_rows)(block) for block in blocks])])
-    if array.ndim != 1 or len(array) != bounds[-1]:
+        values = values.rechunk({0: A.chunks[0]})
+    pieces = np.asarray(values.to_delayed(), dtype=object).reshape(-1).tolist()
+    if len(pieces) != len(blocks):
         raise ValueError(
-            f"{name} has shape {array.shape} but A has {bounds[-1]} rows; pass one value a row, shape "
-            f"({bounds[-1]},)"
+            f"{name} has {len(pieces)} partitions but A has {len(blocks)}; repartition them alike"
         )
-    return [array[first:last] for first, last in pairwise(bounds)]
+    return pieces
 
 
 def _n_rows(block: Any) -> int:
     return int(block.shape[0])
 
 
-def _table(k: int, block: Any, vectors: dict[str, Any]) -> Table | None:
-    """Bring the rows of one partition together; None if it has none."""
+def _table(k: int, block: Any, vectors: dict[str, Any], shares: str) -> Table | None:
+    """Bring the rows of one partition together, checked; None if it has none."""
     if block.shape[0] == 0:
         return None
     with _partition(k):
@@ -100,6 +125,15 @@ def _table(k: int, block: Any, vectors: dict[str, Any]) -> Table | None:
         for name, v in arrays.items():
             if v is not None and len(v) != n:
                 raise ValueError(f"{name} has {len(v)} rows but A has {n}; give both the same partitions")
+        if arrays["groups"] is not None:
+            parse_groups(arrays["groups"], n)
+        for name in ("b", "weights", "offset", "row_penalty"):
+            if arrays[name] is not None:
+                # That all weights are zero is an error only where it holds of all parts.
+                arrays[name] = as_vector(arrays[name], n, name, non_negative=name == "weights")
+        b = arrays["b"]
+        if shares and b is not None and (b < 0).any():
+            raise negative_target(int(np.argmax(b < 0)), shares)
     return Table(matrix, arrays)
 
 
@@ -138,21 +172,15 @@ def head_of(table: Table, count: int) -> Table | None:
     return table.take(slice(count)) if count else None
 
 
-def make_part(
-    k: int, table: Table, dropped: int, tail: Table | None, loss: Loss, row_penalty: float | None
-) -> Part:
+def make_part(table: Table, dropped: int, tail: Table | None, loss: Loss, row_penalty: float | None) -> Part:
     """Return the part without its first rows, and with those of the part after."""
     own = table.take(slice(dropped, None)) if dropped else table
     own = own if tail is None else own.followed_by(tail)
     vectors = dict(own.vectors)
-    if vectors["weights"] is not None:
-        # That all are zero is an error only where it holds of all parts.
-        vectors["weights"] = as_vector(vectors["weights"], own.matrix.shape[0], "weights", non_negative=True)
     if row_penalty is not None:
         vectors["row_penalty"] = row_penalty
     weights = vectors.pop("weights")
-    with _partition(k):
-        part = Part(own.matrix, loss=loss, **vectors)
+    part = Part(own.matrix, loss=loss, **vectors)
     part.weights = None if weights is None else part.groups.sort(weights)
     part._cut()
     return part

@@ -12,12 +12,12 @@ import numpy as np
 from scipy import sparse
 
 from attnfit.designs.column import Column, pieces
-from attnfit.designs.read_ahead import read_ahead
+from attnfit.designs.read_ahead import KEPT, read_ahead
 from attnfit.losses.base import Closed, GramTerm, Loss
 from attnfit.losses.segments import Array, Index
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Drawn, Evaluation
-from attnfit.problems.inputs import as_column, as_design, as_ridge, require_finite_rows
+from attnfit.problems.inputs import as_column, as_design, as_ridge, negative_target, require_finite_rows
 from attnfit.problems.rows.origin import origin_states
 from attnfit.problems.rows.partition import Chunk, parse_groups, partition, runs
 from attnfit.sketching import RowSampler
@@ -99,10 +99,7 @@ class StoredProblem(Problem):
             if (b < 0).any():
                 row = chunk_rows.start + int(np.flatnonzero(b < 0)[0])
                 k = row if self.groups.order is None else int(self.groups.order[row])
-                raise ValueError(
-                    f"b is negative at index {k}; {self.loss.shares} needs shares >= 0 (squared loss takes "
-                    "any target)"
-                )
+                raise negative_target(k, self.loss.shares)
 
     def _row_weights(self, weights: Any, n: int) -> Any:
         n_groups = len(self.groups)
@@ -165,6 +162,11 @@ class StoredProblem(Problem):
             for values in sorted(stored, key=id):
                 held.enter_context(values.recent.lock)
             yield from read_ahead(load, found)
+
+    @property
+    def most_runs(self) -> int:
+        """Number of runs that may be worked on at a time: the next one is read into the memory of another."""
+        return KEPT - 1 if self.design.on_disk else len(self.chunks)
 
     @property
     def is_whole(self) -> bool:
