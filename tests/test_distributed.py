@@ -201,3 +201,18 @@ def test_indices_in_errors_are_those_of_the_partition():
         problems.Softmax(*lazy, loss="kl")
     with pytest.raises(ValueError, match=r"b has shape \(9,\) but A has 10 rows"):
         problems.Softmax(lazy[0], da.from_array(b[:9], chunks=3))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scattered_groups_are_drawn_whole_and_never_none(seed):
+    from attnfit.problems.rows.thinning import draw_rows
+
+    rng = np.random.default_rng(3)
+    A, labels = rng.standard_normal((30_000, 2)), rng.permutation(np.repeat(np.arange(30), 1000))
+    lazy = [da.from_array(v, chunks=(6000, *v.shape[1:])) for v in (A, np.full(30_000, 1e-3), labels)]
+    problem = problems.Softmax(*lazy)
+    assert problem.n_long == 30
+    draw = draw_rows(problem, 4100, np.random.default_rng(seed))
+    assert len(draw.rows) == 4000
+    assert set(np.bincount(draw.labels - draw.labels.min())) <= {0, 1000}
+    assert draw.inclusion == pytest.approx(4 / 30)

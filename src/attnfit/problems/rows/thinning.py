@@ -122,7 +122,8 @@ def draw_rows(problem: StoredProblem, n_rows: int, rng: np.random.Generator) -> 
         largest = max([problem.largest_group, *(mass[0] for mass in known.values())])
         if largest > limit and problem.loss.thin(one, one, one) is None:
             return None
-    kept = {number for number, mass in known.items() if mass[0] <= limit and rng.random() < share}
+    whole = [number for number, mass in known.items() if mass[0] <= limit]
+    kept = _choose(np.array(whole, dtype=np.intp), share, rng)
     # What is drawn is all wanted here: it need not pass through other places.
     drawn: Draw = fold(merged, problem.collect(_draw, share, limit, known, kept, problem.share_out(rng)))
     drawn = drawn.by_group()
@@ -151,10 +152,12 @@ def _draw(
     share: float,
     limit: float,
     known: dict[int, tuple[float, float, float]],
-    kept_groups: set[int],
+    kept_groups: tuple[Index, float],
     rng: np.random.Generator,
 ) -> Draw:
-    """Draw from one part of the data; ``known`` holds size and sums of the targets of its long groups."""
+    """Draw from one part of the data; ``known`` holds size and sums of the targets of its long groups, of
+    which some are kept whole.
+    """
     n, coupled = part.n_rows, part.loss.coupled
     starts = part.groups.starts if coupled else np.zeros(1, dtype=np.intp)
     sizes = np.diff(starts, append=n)
@@ -169,15 +172,15 @@ def _draw(
     local[list(number_of)] = False
     short = np.flatnonzero(~is_long & local)
     if len(short):
-        count = min(len(short), max(1, round(len(short) * share)))
-        chosen = np.sort(rng.choice(short, count, replace=False))
+        chosen, chance = _choose(short, share, rng)
         rows.append(_rows_of(chosen, starts, sizes))
-        inclusion.append(np.full(len(rows[-1]), count / len(short)))
+        inclusion.append(np.full(len(rows[-1]), chance))
     # Short groups whose rows are in several places are kept in all of them or in none.
-    shared = [g for g, number in number_of.items() if not is_long[g] and number in kept_groups]
+    wanted, chance = set(kept_groups[0].tolist()), kept_groups[1]
+    shared = [g for g, number in number_of.items() if not is_long[g] and number in wanted]
     if shared:
         rows.append(_rows_of(np.array(shared), starts, sizes))
-        inclusion.append(np.full(len(rows[-1]), share))
+        inclusion.append(np.full(len(rows[-1]), chance))
     for g in np.flatnonzero(is_long):
         first, last = int(starts[g]), int(starts[g] + sizes[g])
         sums = known[number_of[g]] if g in number_of else _sums(part, first, last)
@@ -207,6 +210,14 @@ def _draw(
     return Draw(
         index, block, part.b[index], weights, offset, penalty, pi, is_long[group], labels, totals[group]
     )
+
+
+def _choose(groups: Index, share: float, rng: np.random.Generator) -> tuple[Index, float]:
+    """Return a share of the groups, at least one, in increasing order, and the probability of each."""
+    if not len(groups):
+        return groups, 1.0
+    count = min(len(groups), max(1, round(len(groups) * share)))
+    return np.sort(rng.choice(groups, count, replace=False)), count / len(groups)
 
 
 def _rows_of(groups: Index, starts: Index, sizes: Index) -> Index:
