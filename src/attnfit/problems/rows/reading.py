@@ -33,7 +33,6 @@ class Sums:
     weights: Array
     gram: Any
     scores: float
-    rows: int
 
     def merge(self, other: Sums) -> Sums:
         """Return the sums over both parts."""
@@ -92,7 +91,7 @@ def _read_and_draw_part(
     hessian: bool,
 ) -> tuple[Sums, list[Chunk]]:
     """Read one part of the data; return its sums and the rows drawn from it."""
-    sums = Sums(Totals.zero(part.n_unknowns), np.zeros(part.n_long), None, 0.0, part.n_rows)
+    sums = Sums(Totals.zero(part.n_unknowns), np.zeros(part.n_long), None, 0.0)
     if sampler is None and not hessian and part.design.storage is not None:
         # Numba takes a third of a second to import.
         from attnfit.problems.rows.fused import sum_up
