@@ -85,7 +85,7 @@ def _sum_up_run(
         loss.logarithmic,
     )
     # Several short groups at a time: one alone ends in loops too short to pay.
-    step = STORAGES[storage].step * (4 if by_group else 1)
+    step = STORAGES[storage].step(parts[0]) * (4 if by_group else 1)
     kernel(*parts, x, *vectors, beside, *shared, step, n_columns, out, sums)
     if sums[-1] != 0.0:
         return None

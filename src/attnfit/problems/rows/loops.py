@@ -16,6 +16,7 @@ import numba
 import numpy as np
 
 from attnfit.designs.kernels import OPTIONS, STORAGES
+from attnfit.problems.rows.vector_exp import exp, vectorised
 
 dots: Any = None
 add: Any = None
@@ -34,7 +35,10 @@ def compile_loop(template: Callable[..., Any], storage: str, *formulas: Any) -> 
     the name must tell the formulas. (A closure would be compiled anew in every process.)
     """
     *functions, logarithmic = [*STORAGES[storage][:2], *formulas]
-    text = repr([(f.__code__.co_code, f.__code__.co_consts, f.__code__.co_names) for f in functions])
+    codes = [f.__code__ for f in (*functions, exp.py_func)]
+    text = repr([(code.co_code, code.co_consts, code.co_names) for code in codes])
+    for number, f in enumerate(formulas[:-1], 2):
+        functions[number] = FunctionType(f.__code__, f.__globals__ | {"np": vectorised})
     names = ("dots", "add", "link", "moments", "close")
     compiled = {name: numba.njit(**OPTIONS)(f) for name, f in zip(names, functions, strict=True)}
     scope = template.__globals__ | compiled | {"logarithmic": logarithmic}
@@ -48,38 +52,49 @@ def pieces(  # type: ignore[no-untyped-def]
     data, first_row, x, b, w, offset, penalty, beside, reference, constant, step, n_columns, out, sums
 ):
     """Rows that share no normaliser, or one that was predicted: sum up the moments."""
-    z, weights = np.empty(step), np.empty((len(out), step))
+    # Terms that are no columns of the gradient are kept beyond the rows that are summed up.
+    n_terms, beyond = len(sums) - 2, len(out) - n_columns
+    z, y, v, weights = np.empty(step), np.empty(step), np.empty(step), np.empty((n_terms + beyond, step))
     penalties, check = 0.0, 0.0
     for start in range(0, len(b), step):
-        stop = min(start + step, len(b))
-        dots(data, first_row + start, stop - start, x, z)
-        for r in range(stop - start):
-            i = start + r
+        count = min(step, len(b) - start)
+        dots(data, first_row + start, count, x, z)
+        # Several short loops, each of which becomes vector instructions.
+        for r in range(count):
             check += 0.0 * z[r]
-            y, v = link(z[r] + offset[i] if len(offset) else z[r], reference)
-            columns, extras = moments(y, v, b[i], w[i] if len(w) else 1.0, reference, constant)
+            y[r], v[r] = link(z[r] + offset[start + r] if len(offset) else z[r], reference)
+        for r in range(count):
+            i = start + r
+            columns, extras = moments(y[r], v[r], b[i], w[i] if len(w) else 1.0, reference, constant)
             for q, term in enumerate(columns + extras):
-                sums[q] += term
-            for q, term in enumerate(columns):
-                weights[q, r] = term
-            if len(penalty):
-                weights[n_columns, r] = penalty[i] * z[r]
-                penalties += 0.5 * penalty[i] * z[r] * z[r]
-            if len(beside):
-                weights[-1, r] = beside[i]
-        add(data, first_row + start, stop - start, weights, out)
+                weights[q if q < n_columns else q + beyond, r] = term
+        for q in range(n_terms):
+            terms = weights[q if q < n_columns else q + beyond]
+            total = 0.0
+            for r in range(count):
+                total += terms[r]
+            sums[q] += total
+        if len(penalty):
+            for r in range(count):
+                weights[n_columns, r] = penalty[start + r] * z[r]
+                penalties += 0.5 * weights[n_columns, r] * z[r]
+        if len(beside):
+            weights[len(out) - 1, :count] = beside[start : start + count]
+        add(data, first_row + start, count, weights, out)
     sums[-2], sums[-1] = penalties, check
 
 
 def whole_groups(  # type: ignore[no-untyped-def]
     data, first_row, x, b, w, offset, penalty, beside, bounds, constants, step, n_columns, out, sums
 ):
-    """Whole groups: normalise, close and add up each while its rows are in cache."""
+    """Whole groups: normalise, close and add up several at a time while their rows are in cache."""
     size = step
     for g in range(len(constants)):
         size = max(size, bounds[g + 1] - bounds[g])
     z, t, y, v = np.empty(size), np.empty(size), np.empty(size), np.empty(size)
-    weights, parts = np.empty((len(out), size)), np.empty((len(sums), size))
+    # Of the group of each row: the normaliser (at first a guess), its inverse, the constant.
+    reference, scale, constant = np.zeros(size), np.ones(size), np.empty(size)
+    weights, parts = np.empty((len(out), size)), np.empty((len(sums) - 2, size))
     extra_sums = sums[n_columns:]
     value, check = 0.0, 0.0
     stop_group = 0
@@ -94,45 +109,61 @@ def whole_groups(  # type: ignore[no-untyped-def]
             check += 0.0 * z[r]
             t[r] = z[r] + offset[start + r] if len(offset) else z[r]
         for g in range(first_group, stop_group):
+            # Any row serves as the shift that keeps exponentials in range, as long as it does.
+            first = bounds[g] - start
+            for r in range(first, bounds[g + 1] - start):
+                reference[r] = t[first] if logarithmic else 0.0
+                constant[r] = constants[g]
+        # Loops over the rows of all groups, with nothing but formulas in them, become vector instructions.
+        for r in range(count):
+            y[r], v[r] = link(t[r], reference[r])
+        for g in range(first_group, stop_group):
             begin, end = bounds[g] - start, bounds[g + 1] - start
-            reference, scale = 0.0, 1.0
+            total = 0.0
+            for r in range(begin, end):
+                total += v[r] if logarithmic else y[r]
             if logarithmic:
-                # Any row serves as the shift that keeps exponentials in range, as long as it does.
-                top, total = t[begin], 0.0
-                for r in range(begin, end):
-                    v[r] = link(t[r], top)[1]
-                    total += v[r]
+                top = t[begin]
                 if not total < 1e300:
                     top, total = t[begin:end].max(), 0.0
                     for r in range(begin, end):
                         v[r] = link(t[r], top)[1]
                         total += v[r]
-                reference, scale = top + np.log(total), 1.0 / total
-            else:
                 for r in range(begin, end):
-                    y[r], v[r] = link(t[r], 0.0)
-                    reference += y[r]
-            sums[:] = 0.0
+                    scale[r] = 1.0 / total
+                total = top + np.log(total)
             for r in range(begin, end):
-                i = start + r
-                argument = t[r] - reference if logarithmic else y[r]
-                columns, extras = moments(
-                    argument, v[r] * scale, b[i], w[i] if len(w) else 1.0, reference, constants[g]
-                )
-                for q, term in enumerate(columns + extras):
-                    parts[q, r] = term
-                    sums[q] += term
-            closed = close(sums, extra_sums, reference, constants[g])
+                reference[r] = total
+        for r in range(count):
+            columns, extras = moments(
+                t[r] - reference[r] if logarithmic else y[r],
+                v[r] * scale[r],
+                b[start + r],
+                w[start + r] if len(w) else 1.0,
+                reference[r],
+                constant[r],
+            )
+            for q, term in enumerate(columns + extras):
+                parts[q, r] = term
+        for g in range(first_group, stop_group):
+            begin, end = bounds[g] - start, bounds[g + 1] - start
+            for q in range(len(parts)):
+                total = 0.0
+                for r in range(begin, end):
+                    total += parts[q, r]
+                sums[q] = total
+            closed = close(sums, extra_sums, reference[begin], constants[g])
             value += closed.value
             for r in range(begin, end):
                 slope = 0.0
                 for q, coefficient in enumerate(closed.coefficients):
                     slope += coefficient * parts[q, r]
-                if len(penalty):
-                    slope += penalty[start + r] * z[r]
-                    value += 0.5 * penalty[start + r] * z[r] * z[r]
                 weights[0, r] = slope
-                if len(beside):
-                    weights[-1, r] = beside[start + r]
+        if len(penalty):
+            for r in range(count):
+                weights[0, r] += penalty[start + r] * z[r]
+                value += 0.5 * penalty[start + r] * z[r] * z[r]
+        if len(beside):
+            weights[-1, :count] = beside[start : start + count]
         add(data, first_row + start, count, weights, out)
     sums[-2], sums[-1] = value, check
