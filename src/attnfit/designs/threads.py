@@ -17,8 +17,8 @@ R = TypeVar("R")
 
 def available_threads() -> int:
     """Return the number of threads that BLAS may use now: who limits those means these as well."""
-    pools = [int(pool["num_threads"]) for pool in _controller().info() if pool["user_api"] == "blas"]
-    return min([_cores(), *pools])
+    found = [int(pool["num_threads"]) for pool in pools().info() if pool["user_api"] == "blas"]
+    return min([_cores(), *found])
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
@@ -37,7 +37,8 @@ def in_order(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iter
 
 
 @cache
-def _controller() -> Any:
+def pools() -> Any:
+    """Return the thread pools of this process; to find them takes some milliseconds."""
     return ThreadpoolController()
 
 

@@ -17,10 +17,10 @@ from functools import reduce as fold
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from attnfit.designs import Design
 from attnfit.designs.base import Rows
+from attnfit.designs.threads import pools
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.evaluation import Drawn
 from attnfit.problems.rows.merging import PerPart, merged
@@ -118,10 +118,11 @@ class Distributed(StoredProblem):
 
         known: list[Summary] = list(compute(*[later(summary_of)(part) for part in parts]))
         shared = shared_labels(parts, known) if self.loss.coupled else set()
-        found = compute(*[later(Part.constants_of)(part, shared) for part in parts])
-        constants: dict[Any, float] = fold(merged, found)
-        numbers = {label: number for number, label in enumerate(constants)}
-        self._constants = np.array(list(constants.values()))
+        found = compute(*[later(Part.sums_of)(part, shared) for part in parts])
+        sums: dict[Any, Array] = fold(merged, found)
+        numbers = {label: number for number, label in enumerate(sums)}
+        self._constants = np.array([constant for constant, *_ in sums.values()])
+        self._masses = {numbers[label]: values[1:] for label, values in sums.items()}
         first_labels = np.cumsum([0, *(summary.n_groups for summary in known)])
         self._first_long = int(first_labels[-1])
         told = [Shared(numbers, self._constants, int(first), self._first_long) for first in first_labels[:-1]]
@@ -156,6 +157,9 @@ class Distributed(StoredProblem):
     @property
     def long_labels(self) -> Index:
         return self._first_long + np.arange(self.n_long)
+
+    def long_masses(self) -> dict[int, Array]:
+        return self._masses
 
     @property
     def largest_group(self) -> int:
@@ -251,7 +255,7 @@ def _do(
     args = [a if own is None else own.get(j, a) for j, a in enumerate(common)]
     before = part.design.rows_read
     # Workers that each start a BLAS thread per core slow one another down.
-    with threadpool_limits(1):
+    with pools().limit(limits=1):
         found = work(part, part.chunks if chunks is None else chunks, *args)
     return found, part.design.rows_read - before
 

@@ -13,6 +13,7 @@ from scipy import sparse
 from attnfit.designs import SparseDesign
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.losses.softmax import LOSSES
+from attnfit.problems.rows.masses import target_sums
 from attnfit.problems.rows.neighbour import neighbouring_targets
 from attnfit.problems.rows.stored import StoredProblem
 
@@ -82,12 +83,14 @@ class Part(StoredProblem):
         part.constants[part.long_groups] = shared.constants[numbers]
         return part
 
-    def constants_of(self, shared: set[Any]) -> dict[Any, float]:
-        """Return the constants of the groups that are long here or shared with other parts, by label."""
+    def sums_of(self, shared: set[Any]) -> dict[Any, Array]:
+        """Return constant and masses of groups that are long here or shared with other parts, by label."""
         labels = self.groups.labels.tolist() if self.loss.coupled else []
-        long = set(self.long_groups.tolist())
+        long, ends = set(self.long_groups.tolist()), np.append(self.groups.starts, self.n_rows)
         return {
-            label: float(self.constants[g]) for g, label in enumerate(labels) if g in long or label in shared
+            label: np.append(self.constants[g], target_sums(self, int(ends[g]), int(ends[g + 1])))
+            for g, label in enumerate(labels)
+            if g in long or label in shared
         }
 
     def neighbour(self, totals: dict[int, Array]) -> Part:

@@ -18,6 +18,7 @@ from attnfit.losses.segments import Array, Index
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Drawn, Evaluation
 from attnfit.problems.inputs import as_column, as_design, as_ridge, negative_target, require_finite_rows
+from attnfit.problems.rows.masses import target_sums
 from attnfit.problems.rows.origin import origin_states
 from attnfit.problems.rows.partition import Chunk, parse_groups, partition, runs
 from attnfit.sketching import RowSampler
@@ -208,6 +209,14 @@ class StoredProblem(Problem):
     def long_constants(self) -> Array:
         """Constants of the long groups, shape (n_long,)."""
         return self.constants[self.long_groups]
+
+    def long_masses(self) -> dict[int, Array]:
+        """Return the sums of the targets of each long group, by its number: see `target_sums`."""
+        ends = np.append(self.groups.starts, self.n_rows)
+        return {
+            int(number): target_sums(self, int(ends[g]), int(ends[g + 1]))
+            for g, number in zip(self.long_groups, self.long_numbers, strict=True)
+        }
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce as fold
 from typing import Any
@@ -14,13 +15,11 @@ from attnfit.losses.base import Loss
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.inputs import require_finite_rows
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.masses import target_pieces, target_sums
 from attnfit.problems.rows.merging import merged
 from attnfit.problems.rows.neighbour import neighbouring_targets
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.stored import StoredProblem
-
-# Rows of a long group offered at a time.
-PIECE_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ def draw_rows(problem: StoredProblem, n_rows: int, rng: np.random.Generator) -> 
     ``-log(probability)``, so that the group's normaliser stays the same in expectation.
     """
     share, limit = min(1.0, n_rows / problem.n_rows), n_rows / 4
-    masses = problem.reduce(_target_masses) if problem.loss.coupled else {}
-    known = {number: tuple(map(float, mass)) for number, mass in masses.items()}
+    known = problem.long_masses() if problem.loss.coupled else {}
     if problem.loss.coupled and share < 1.0:
         one = np.ones(1)
         largest = max([problem.largest_group, *(mass[0] for mass in known.values())])
@@ -130,28 +128,12 @@ def draw_rows(problem: StoredProblem, n_rows: int, rng: np.random.Generator) -> 
     return None if drawn.weights is not None and not drawn.weights.any() else drawn
 
 
-def _target_masses(part: StoredProblem, chunks: list[Chunk]) -> dict[int, Array]:
-    """Return size and sums of |w b| and its square of each long group."""
-    found: dict[int, Array] = {}
-    for chunk in chunks:
-        if chunk.long >= 0:
-            target = _targets(part, chunk.rows)
-            sums = np.array([len(target), target.sum(), (target * target).sum()])
-            found[chunk.long] = found.get(chunk.long, 0.0) + sums
-    return found
-
-
-def _targets(part: StoredProblem, rows: Any) -> Array:
-    target: Array = np.abs(part.b[rows])
-    return target if part.weights is None else np.asarray(target * part.weights[rows])
-
-
 def _draw(
     part: StoredProblem,
     chunks: list[Chunk],
     share: float,
     limit: float,
-    known: dict[int, tuple[float, float, float]],
+    known: dict[int, Array],
     kept_groups: tuple[Index, float],
     rng: np.random.Generator,
 ) -> Draw:
@@ -183,18 +165,16 @@ def _draw(
         inclusion.append(np.full(len(rows[-1]), chance))
     for g in np.flatnonzero(is_long):
         first, last = int(starts[g]), int(starts[g] + sizes[g])
-        sums = known[number_of[g]] if g in number_of else _sums(part, first, last)
-        for start in range(first, last, PIECE_ROWS):
-            kept, pi = _draw_piece(part, slice(start, min(start + PIECE_ROWS, last)), sums, share, rng)
-            if start == first:
-                # Two certain rows keep the group alive whatever the draw.
-                certain = np.arange(first, min(first + 2, last))
-                kept, pi = (
-                    np.append(certain, kept[kept >= first + 2]),
-                    np.append(np.ones(len(certain)), pi[kept >= first + 2]),
-                )
-            rows.append(kept)
-            inclusion.append(pi)
+        sums = known[number_of[g]] if g in number_of else target_sums(part, first, last)
+        pieces = [
+            (np.zeros(0, dtype=np.intp), np.zeros(0)),
+            *_draw_pieces(part, first, last, sums, share, rng),
+        ]
+        kept, chances = (np.concatenate(found) for found in zip(*pieces, strict=True))
+        # Two certain rows keep the group alive whatever the draw.
+        certain = np.arange(first, min(first + 2, last))
+        rows += [certain, kept[kept >= first + 2]]
+        inclusion += [np.ones(len(certain)), chances[kept >= first + 2]]
     index, pi = np.concatenate(rows), np.concatenate(inclusion)
     ascending = np.argsort(index, kind="stable")
     index, pi = index[ascending], pi[ascending]
@@ -227,30 +207,18 @@ def _rows_of(groups: Index, starts: Index, sizes: Index) -> Index:
     return np.asarray(np.arange(lengths.sum()) + np.repeat(starts[groups] - offsets, lengths))
 
 
-def _sums(part: StoredProblem, first: int, last: int) -> tuple[float, float, float]:
-    total = np.zeros(2)
-    for start in range(first, last, PIECE_ROWS):
-        target = _targets(part, slice(start, min(start + PIECE_ROWS, last)))
-        total += target.sum(), (target * target).sum()
-    return float(last - first), float(total[0]), float(total[1])
-
-
-def _draw_piece(
-    part: StoredProblem,
-    rows: slice,
-    sums: tuple[float, float, float],
-    share: float,
-    rng: np.random.Generator,
-) -> tuple[Index, Array]:
-    """Draw rows of a long group one by one; return them and their inclusion probabilities."""
+def _draw_pieces(
+    part: StoredProblem, first: int, last: int, sums: Array, share: float, rng: np.random.Generator
+) -> Iterator[tuple[Index, Array]]:
+    """Draw rows of a long group one by one; yield them and their inclusion probabilities."""
     size, *totals = sums
-    target = _targets(part, rows)
-    mass = np.ones(len(target))
-    for values, total in zip((target, target * target), totals, strict=True):
-        mass += values * (size / total) if total > 0 else 1.0
-    probability = np.minimum(1.0, share / 3.0 * mass) if share < 1.0 else np.ones(len(target))
-    hit = np.flatnonzero(rng.random(len(probability)) < probability)
-    return hit + rows.start, probability[hit]
+    for start, target in target_pieces(part, first, last):
+        mass = np.ones(len(target))
+        for values, total in zip((target, target * target), totals, strict=True):
+            mass += values * (size / total) if total > 0 else 1.0
+        probability = np.minimum(1.0, share / 3.0 * mass) if share < 1.0 else np.ones(len(target))
+        hit = np.flatnonzero(rng.random(len(probability)) < probability)
+        yield hit + start, probability[hit]
 
 
 def _joined(one: Any, other: Any) -> Any:
