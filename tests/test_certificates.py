@@ -9,7 +9,6 @@ import pytest
 from instances import ALL_LOSSES, instance
 
 from attnfit import certificates, minimize, problems
-from attnfit.certificates.ball import Rows
 from attnfit.certificates.lipschitz import lipschitz_constant
 
 SCALES = np.array([1.0, 0.1, 0.01, 1.0])
@@ -59,7 +58,7 @@ def test_constants_bound_the_change_of_the_hessian(family, loss, radius):
         values, vectors = np.linalg.eigh(problem.hessian(result.x))
         assert values[0] > 0
         whitener = vectors / np.sqrt(values)
-        constant = lipschitz_constant(Rows(problem, problem.evaluate(result.x), whitener), radius)
+        constant = lipschitz_constant(problem, problem.evaluate(result.x), whitener, radius)
         for _ in range(10):
             ends = rng.standard_normal((2, 4))
             ends *= radius * rng.random((2, 1)) / np.linalg.norm(ends, axis=1, keepdims=True)

@@ -1,7 +1,13 @@
-"""What is known of every row on a ball around x: whitened row norms and intervals of the model's outputs."""
+"""What is known of every row on a ball around x: whitened row norms and intervals of the model's outputs.
+
+A formula goes over the rows of one chunk. Where it needs sums over whole groups it yields those over its own
+rows, and is sent those over the groups: at once where the groups are in the chunk, after a read of the data
+where they are longer. So nothing is kept of a row, and the rows may be anywhere.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.losses.segments import Segments
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.merging import merged
 from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
 
 Array = NDArray[np.float64]
 
@@ -45,124 +52,139 @@ class Interval:
         """Largest distance from a value inside."""
         return np.maximum(np.abs(self.high - centre), np.abs(self.low - centre))
 
-    def sum(self, segments: Segments) -> Interval:
-        """Bounds of the sum of each group, repeated on its rows."""
-        return Interval(
-            segments.spread(segments.sum(self.low)) + 0.0 * self.low,
-            segments.spread(segments.sum(self.high)) + 0.0 * self.low,
-        )
 
-
-class Rows:
-    """One number a row, in group order, and the reads that produce or use them.
+class ChunkRows:
+    """The rows of a chunk, in group order, and the sums that they add to.
 
     Parameters
     ----------
-    problem : GroupedProblem
+    part : StoredProblem
+    chunk : Chunk
     at : Evaluation
         The centre of the ball.
     whitener : ndarray, shape (d, k)
         T with ``T^T H T = 1``: the ball is ``|y| <= r`` in the variables ``x + T y``.
+    sums : dict
+        Grams and numbers by name.
     """
 
-    def __init__(self, problem: GroupedProblem, at: Evaluation, whitener: Array) -> None:
-        self.problem = problem
-        self.at = at
-        self.whitener = whitener
-        self.segments = Segments(problem.groups.starts, problem.n_rows)
-        self.z = np.empty(problem.n_rows)
-        for chunk in problem.ahead(problem.chunks):
-            _, self.z[chunk.rows] = problem.logits(chunk, at.x)
-        self.b = np.asarray(problem.b)
-        self.w = np.ones(problem.n_rows) if problem.weights is None else np.asarray(problem.weights)
+    def __init__(
+        self, part: StoredProblem, chunk: Chunk, at: Evaluation, whitener: Array, sums: dict[str, Any]
+    ) -> None:
+        self.part, self.chunk, self.at, self.whitener, self.sums = part, chunk, at, whitener, sums
+        self.block, self.z = part.logits(chunk, at.x)
+        self.b, w, self.constant = part.targets(chunk)
+        self.w = w + np.zeros(len(self.z))
+        self.state = part.row_state(chunk, self.z, at)
+
+    def sum(self, values: Array) -> Array:
+        """Sum over the rows of each group here, shape (n_groups,)."""
+        return self.chunk.segments.sum(values)
+
+    def spread(self, totals: Array) -> Array:
+        """Repeat one value a group on its rows, shape (n_rows,)."""
+        return self.chunk.segments.spread(totals) + np.zeros(len(self.z))
+
+    def group_rows(self, weights: Array) -> Array:
+        """Return ``A_g^T weights`` over the rows of each group here, shape (n_groups, d)."""
+        found = self.part.design.group_rows(self.block, weights, self.chunk.segments.starts)
+        return np.asarray(found.toarray() if sparse.issparse(found) else found)
 
     def norms(self, *, centred: bool) -> Array:
-        """Return the norm of each whitened row, ``|T^T a_i|`` or ``|T^T (a_i - mu_g)|``, shape (n,)."""
-        out = np.empty(self.problem.n_rows)
-        for chunk, block, mu in self._chunks(centred):
-            group = np.repeat(np.arange(len(chunk.segments)), chunk.segments.sizes)
-            parts = []
-            for first in range(0, block.shape[0], WHITENED_ROWS):
-                part = slice(first, first + WHITENED_ROWS)
-                rows = block[part] @ self.whitener
-                if centred:
-                    rows -= (mu @ self.whitener)[group[part]]
-                parts.append(np.sqrt(np.einsum("ij,ij->i", rows, rows)))
-            out[chunk.rows] = np.concatenate(parts)
+        """Return the norm of each whitened row, ``|T^T a_i|`` or ``|T^T (a_i - mu_g)|``, shape (n_rows,)."""
+        out = np.empty(len(self.z))
+        group = np.repeat(np.arange(len(self.chunk.segments)), self.chunk.segments.sizes)
+        centres = self._centres() @ self.whitener if centred else None
+        for first in range(0, len(out), WHITENED_ROWS):
+            part = slice(first, first + WHITENED_ROWS)
+            rows = self.block[part] @ self.whitener
+            if centres is not None:
+                rows = rows - centres[group[part]]
+            out[part] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
         return out
 
-    def group_norms(self, weights: Array) -> Array:
-        """Return ``|T^T A_g^T weights|`` of each group, repeated on its rows, shape (n,)."""
-        out = np.zeros(len(self.segments))
-        long_sums = np.zeros((len(self.problem.long_groups), self.whitener.shape[1]))
-        for chunk, block, _ in self._chunks(centred=False):
-            sums = (
-                _dense(self.problem.design.group_rows(block, weights[chunk.rows], chunk.segments.starts))
-                @ self.whitener
-            )
-            if chunk.long >= 0:
-                long_sums[chunk.long] += sums[0]
-            else:
-                out[chunk.groups] = np.linalg.norm(sums, axis=1)
-        out[self.problem.long_groups] = np.linalg.norm(long_sums, axis=1)
-        return self.segments.spread(out) + np.zeros(self.problem.n_rows)
+    def add(self, name: str, values: Array) -> None:
+        """Add up a number a row."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(np.sum(values))
 
-    def largest_eigenvalue(self, weights: Array, *, centred: bool) -> float:
-        """Return the largest eigenvalue of the whitened Gram with these non-negative row weights."""
-        gram = self.problem.design.gram()
-        for chunk, block, mu in self._chunks(centred):
-            t = weights[chunk.rows]
-            if not centred:
-                gram.add(block, t)
-            elif chunk.long >= 0:
-                gram.add_piece(block, t, None, 1.0, mu[0], chunk.long)
-            else:
-                gram.add_centred(
-                    block,
-                    t,
-                    None,
-                    1.0,
-                    mu if not sparse.issparse(block) else sparse.csr_array(mu),
-                    chunk.segments.starts,
-                )
-        return self._top(gram)
+    def add_gram(self, name: str, weights: Array, *, centred: bool) -> None:
+        """Add the rows to a Gram with non-negative row weights."""
+        gram = self._gram(name)
+        if not centred:
+            gram.add(self.block, weights)
+        else:
+            self._add_about(gram, weights, None, 1.0, self._centres())
 
-    def deflated_norm(self, v: Array) -> float:
-        """Return the spectral norm of the whitened rows ``sqrt(w_i) (v_i a_i - b_i A_g^T v)``."""
-        gram = self.problem.design.gram()
-        long_sums = np.zeros((len(self.problem.long_groups), self.problem.n_unknowns))
-        for chunk, block, _ in self._chunks(centred=False):
-            if chunk.long >= 0:
-                long_sums[chunk.long] += self.problem.design.combine(v[None, chunk.rows], block)[0]
-        for chunk, block, _ in self._chunks(centred=False):
-            r, q, t = v[chunk.rows], self.b[chunk.rows], self.w[chunk.rows]
-            if chunk.long >= 0:
-                gram.add_piece(block, t, r, q, long_sums[chunk.long], chunk.long)
-            else:
-                starts = chunk.segments.starts
-                gram.add_centred(block, t, r, q, self.problem.design.group_rows(block, r, starts), starts)
-        return float(np.sqrt(self._top(gram)))
+    def add_deflated(self, name: str, v: Array, totals: Array) -> None:
+        """Add the rows ``sqrt(w_i) (v_i a_i - b_i t_g)`` to a Gram; ``totals`` has one row t_g a group."""
+        self._add_about(self._gram(name), self.w, v, self.b, totals)
 
-    def _top(self, gram: Any) -> float:
-        whitened = self.whitener.T @ gram.result() @ self.whitener
-        if not np.isfinite(whitened).all():
-            return np.inf
-        return max(0.0, float(np.linalg.eigvalsh(whitened)[-1]))
+    def _gram(self, name: str) -> Any:
+        return self.sums.setdefault(name, self.part.design.gram())
 
-    def _chunks(self, centred: bool) -> Any:
-        """Yield each chunk with its block and, if centred, the dense centres of its groups."""
-        for chunk in self.problem.ahead(self.problem.chunks):
-            block, z = self.problem.logits(chunk, self.at.x)
-            yield chunk, block, self._centres(chunk, block, z) if centred else None
+    def _add_about(self, gram: Any, t: Array, r: Array | None, q: Array | float, about: Array) -> None:
+        if self.chunk.long >= 0:
+            gram.add_piece(self.block, t, r, q, about[0], self.chunk.long)
+        else:
+            mu = sparse.csr_array(about) if sparse.issparse(self.block) else about
+            gram.add_centred(self.block, t, r, q, mu, self.chunk.segments.starts)
 
-    def _centres(self, chunk: Chunk, block: Any, z: Array) -> Array:
-        if chunk.long >= 0:
-            return self.at.centre[[chunk.long]]
-        b, w, _ = self.problem.targets(chunk)
-        weights = self.problem.loss.gram_terms(z, b, w, self.problem.row_state(chunk, z, self.at))[1]
+    def _centres(self) -> Array:
+        if self.chunk.long >= 0:
+            return self.at.centre[[self.chunk.long]]
+        weights = self.part.loss.gram_terms(self.z, self.b, self.w, self.state)[1]
         assert weights is not None
-        return _dense(self.problem.design.group_rows(block, weights, chunk.segments.starts))
+        return self.group_rows(weights)
 
 
-def _dense(matrix: Any) -> Array:
-    return np.asarray(matrix.toarray() if sparse.issparse(matrix) else matrix)
+# Yields arrays with one row a group, is sent their sums over whole groups, and adds to the rows' sums.
+Stages = Generator[tuple[Array, ...], tuple[Array, ...], None]
+Formula = Callable[[ChunkRows, float], Stages]
+
+
+def sums_on_ball(
+    problem: GroupedProblem, at: Evaluation, whitener: Array, formula: Formula, radius: float
+) -> dict[str, Any]:
+    """Return what a formula adds up over all rows: one read, and one more for each time that it asks for sums
+    over groups longer than a chunk.
+    """
+    known: dict[int, list[tuple[Array, ...]]] = {}
+    sums: dict[str, Any] = {}
+    while True:
+        asked, found = problem.reduce(_read, at.bare(), whitener, formula, radius, known)
+        sums = merged(sums, found)
+        if not asked:
+            return sums
+        for number, totals in asked.items():
+            known.setdefault(number, []).append(totals)
+
+
+def _read(
+    part: StoredProblem,
+    chunks: list[Chunk],
+    at: Evaluation,
+    whitener: Array,
+    formula: Formula,
+    radius: float,
+    known: dict[int, list[tuple[Array, ...]]],
+) -> tuple[dict[int, tuple[Array, ...]], dict[str, Any]]:
+    """Return the sums that the formula asks for of each long group, and those it added up."""
+    asked: dict[int, tuple[Array, ...]] = {}
+    sums: dict[str, Any] = {}
+    # Whole groups were done with the first read.
+    wanted = [chunk for chunk in chunks if chunk.long >= 0] if known else chunks
+    with np.errstate(over="ignore", invalid="ignore"):
+        for chunk in part.ahead(wanted):
+            stages = formula(ChunkRows(part, chunk, at, whitener, sums), radius)
+            answers = iter(known.get(chunk.long, []))
+            own = next(stages, None)
+            while own is not None:
+                totals = own if chunk.long < 0 else next(answers, None)
+                if totals is None:
+                    asked = merged(asked, {chunk.long: own})
+                    break
+                try:
+                    own = stages.send(totals)
+                except StopIteration:
+                    break
+    return asked, sums

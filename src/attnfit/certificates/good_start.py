@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.certificates.ball import Rows
-from attnfit.certificates.lipschitz import lipschitz_constant
+from attnfit.certificates.ball import ChunkRows, Stages, sums_on_ball
+from attnfit.certificates.lipschitz import largest_eigenvalue, lipschitz_constant
 from attnfit.problems.inputs import as_point
 from attnfit.problems.rows.grouped import GroupedProblem
 
@@ -88,21 +88,22 @@ def good_start(problem: GroupedProblem, x0: Any, x_ref: Any) -> GoodStart:
     lambda_min = float(values[0])
     difference = start - reference
     distance = float(np.linalg.norm(difference))
-    identity = Rows(problem, at, np.eye(len(reference)))
+    identity = np.eye(len(reference))
+    data = sums_on_ball(problem, at, identity, _data, 0.0)
     size = max(
         4.0,
-        float(np.sqrt(identity.largest_eigenvalue(np.ones(problem.n_rows), centred=False))),
+        float(np.sqrt(largest_eigenvalue(data["rows"], identity))),
         float(np.linalg.norm(start)),
         float(np.linalg.norm(reference)),
-        float(np.linalg.norm(problem.b)),
+        float(np.sqrt(data["targets"])),
     )
     log10_printed = 4.0 * np.log10(problem.n_rows) + 20.0 * size**2 / np.log(10.0)
-    local = lipschitz_constant(identity, distance)
+    local = lipschitz_constant(problem, at, identity, distance)
     positive = lambda_min > 0.0
     scaled_distance, scaled = np.inf, np.inf
     if positive:
         scaled_distance = float(np.sqrt(difference @ hessian @ difference))
-        scaled = lipschitz_constant(Rows(problem, at, vectors / np.sqrt(values)), scaled_distance)
+        scaled = lipschitz_constant(problem, at, vectors / np.sqrt(values), scaled_distance)
     return GoodStart(
         gradient_norm=float(np.linalg.norm(at.gradient)),
         lambda_min=lambda_min,
@@ -117,3 +118,9 @@ def good_start(problem: GroupedProblem, x0: Any, x_ref: Any) -> GoodStart:
         local=bool(positive and local * distance <= 0.1 * lambda_min),
         scaled=bool(positive and scaled * scaled_distance <= 0.1),
     )
+
+
+def _data(rows: ChunkRows, radius: float) -> Stages:
+    rows.add_gram("rows", np.ones(len(rows.z)), centred=False)
+    rows.add("targets", rows.b**2)
+    yield from ()

@@ -6,53 +6,98 @@ are quadratic and drop out.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.certificates.ball import Interval, Rows
+from attnfit.certificates.ball import ChunkRows, Formula, Interval, Stages, sums_on_ball
+from attnfit.losses.base import Loss
 from attnfit.losses.exponential import SquaredExponential, Total
 from attnfit.losses.log_ratio import LogRatio
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
+from attnfit.problems.evaluation import Evaluation
+from attnfit.problems.rows.grouped import GroupedProblem
 
 Array = NDArray[np.float64]
 
 
-def lipschitz_constant(rows: Rows, radius: float) -> float:
+def lipschitz_constant(problem: GroupedProblem, at: Evaluation, whitener: Array, radius: float) -> float:
     """Return M with ``|H(y) - H(y')| <= M |y - y'|`` on the ball of this radius, infinite where nothing
     finite is known.
+
+    Parameters
+    ----------
+    problem : GroupedProblem
+    at : Evaluation
+        The centre of the ball.
+    whitener : ndarray, shape (d, k)
+        T of the variables ``x + T y``.
+    radius : float
     """
-    loss = rows.problem.loss
+    if isinstance(problem.loss, LogRatio):
+        # Quadratic.
+        return 0.0
+    sums = sums_on_ball(problem, at, whitener, _formula(problem.loss, problem.n_groups), radius)
+
+    def top(name: str) -> float:
+        return largest_eigenvalue(sums[name], whitener)
+
+    if isinstance(problem.loss, SquaredRescaled):
+        constant = _rescaled_constant(sums, top)
+    elif isinstance(problem.loss, SoftmaxLoss):
+        constant = sum(
+            factor * (np.sqrt(top(name)) + np.sqrt(sums[f"{name} moved"])) ** 2
+            for name, factor in (("rows", 1.0), ("centres", 3.0))
+            if name in sums
+        )
+    else:
+        constant = top("rows")
+    return float(constant) if np.isfinite(constant) else np.inf
+
+
+def largest_eigenvalue(gram: Any, whitener: Array) -> float:
+    """Return the largest eigenvalue of a whitened Gram, infinite where it overflows."""
     with np.errstate(over="ignore", invalid="ignore"):
-        if isinstance(loss, SoftmaxLoss):
-            constant = _softmax(rows, loss, radius)
-        elif isinstance(loss, SquaredExponential):
-            constant = _exponential(rows, loss, radius)
-        elif isinstance(loss, SquaredRescaled):
-            constant = _rescaled(rows, loss, radius)
-        elif isinstance(loss, LogRatio):
-            # Quadratic.
-            constant = 0.0
-        elif isinstance(loss, Total):
-            norms = rows.norms(centred=False)
-            weights = rows.w * np.exp(rows.z + radius * norms)
-            constant = rows.largest_eigenvalue(weights * norms, centred=False)
-        else:
-            raise TypeError(f"no Lipschitz constant is known for {type(loss).__name__}")
-    return constant if np.isfinite(constant) else np.inf
+        whitened = whitener.T @ gram.result() @ whitener
+    if not np.isfinite(whitened).all():
+        return np.inf
+    return max(0.0, float(np.linalg.eigvalsh(whitened)[-1]))
 
 
-def _exponential(rows: Rows, loss: SquaredExponential, radius: float) -> float:
+def _formula(loss: Loss, n_groups: int) -> Formula:
+    if isinstance(loss, SoftmaxLoss):
+        return _softmax
+    if isinstance(loss, SquaredExponential):
+        return _exponential
+    if isinstance(loss, SquaredRescaled):
+        return partial(_rescaled, one_group=n_groups == 1)
+    if isinstance(loss, Total):
+        return _total
+    raise TypeError(f"no Lipschitz constant is known for {type(loss).__name__}")
+
+
+def _total(rows: ChunkRows, radius: float) -> Stages:
+    """Bound ``sum w e^z p q^2``."""
+    norms = rows.norms(centred=False)
+    rows.add_gram("rows", rows.w * np.exp(rows.z + radius * norms) * norms, centred=False)
+    yield from ()
+
+
+def _exponential(rows: ChunkRows, radius: float) -> Stages:
     """Bound ``sum w v (4 u - b) p q^2`` row by row: the weight t = w (v^2 + (u - b) u) has
     ``dt/dz = w v (4 u - b)``.
     """
     norms = rows.norms(centred=False)
-    u, v = _outputs(loss.function, rows.z, radius * norms)
+    u, v = _outputs(rows, radius * norms)
     slope = rows.w * v.magnitude * np.maximum(np.abs(4 * u.low - rows.b), np.abs(4 * u.high - rows.b))
-    return rows.largest_eigenvalue(slope * norms, centred=False)
+    rows.add_gram("rows", slope * norms, centred=False)
+    yield from ()
 
 
-def _softmax(rows: Rows, loss: SoftmaxLoss, radius: float) -> float:
+def _softmax(rows: ChunkRows, radius: float) -> Stages:
     """Bound the third derivative of any loss Phi of a softmax.
 
     With centred rows c, ``pt = c.h``, ``qt = c.k``, ``e = C^T t``:
@@ -62,20 +107,21 @@ def _softmax(rows: Rows, loss: SoftmaxLoss, radius: float) -> float:
     which for the squared loss is the formula of the papers' case. On the ball the rows' centre moves by at
     most ``shift``.
     """
-    segments, b, w = rows.segments, rows.b, rows.w
-    spread = segments.spread
+    loss, b, w = rows.part.loss, rows.b, rows.w
+    assert isinstance(loss, SoftmaxLoss)
     norms = rows.norms(centred=True)
-    state_reference = loss.reference(rows.z, segments)
-    h = rows.z - spread(state_reference)
+    h = rows.z - rows.state[0]
     f = np.exp(h)
     reach = radius * norms
     inflated = f * np.exp(reach)
-    f_ball = Interval(f * np.exp(-reach) / spread(segments.sum(inflated)), np.minimum(1.0, inflated))
-    h_ball = Interval(h - reach - np.log(spread(segments.sum(inflated))), np.minimum(0.0, h + reach))
-    shift = radius * spread(segments.sum(f_ball.high * norms**2)) + 0.0 * f
+    total = rows.spread((yield (rows.sum(inflated),))[0])
+    f_ball = Interval(f * np.exp(-reach) / total, np.minimum(1.0, inflated))
+    h_ball = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
+    moments = f_ball.high * norms**2
     if isinstance(loss, CrossEntropy):
-        sigma = spread(rows.problem.constants)
-        return _shifted(rows, sigma * f_ball.high * (norms + shift), shift)
+        shift = radius * rows.spread((yield (rows.sum(moments),))[0])
+        _add_shifted(rows, "rows", rows.spread(rows.constant) * f_ball.high * (norms + shift), shift)
+        return
 
     def ball(formula) -> Interval:  # type: ignore[no-untyped-def]
         # p, g2 and g3 are monotone in f (in h = log f for entropy): the ends of f give the ends of the
@@ -84,68 +130,75 @@ def _softmax(rows: Rows, loss: SoftmaxLoss, radius: float) -> float:
         other = formula(f_ball.high, h_ball.high, b, w) + 0.0 * f
         return Interval(np.minimum(one, other), np.maximum(one, other))
 
-    gamma = (f_ball * ball(loss.p)).sum(segments)
-    omega = f_ball.high * (ball(loss.g3) - gamma).magnitude
-    g2 = loss.g2(f, h, b, w) + 0.0 * f
-    tau = f * (g2 - spread(segments.sum(f * g2)))
-    g2_ball = ball(loss.g2)
-    tau_ball = f_ball * (g2_ball - (f_ball * g2_ball).sum(segments))
-    drift = segments.sum(tau_ball.deviation(tau) * norms)
-    e = rows.group_norms(tau) + spread(drift)
-    return _shifted(rows, omega * (norms + shift), shift) + 3.0 * _shifted(rows, e * f_ball.high, shift)
+    g2, g2_ball = loss.g2(f, h, b, w) + 0.0 * f, ball(loss.g2)
+    gamma, mean = f_ball * ball(loss.p), f_ball * g2_ball
+    terms = moments, f * g2, gamma.low, gamma.high, mean.low, mean.high
+    moved, centre, *ends = map(rows.spread, (yield tuple(map(rows.sum, terms))))
+    shift = radius * moved
+    omega = f_ball.high * (ball(loss.g3) - Interval(ends[0], ends[1])).magnitude
+    tau = f * (g2 - centre)
+    tau_ball = f_ball * (g2_ball - Interval(ends[2], ends[3]))
+    drift, vectors = yield rows.sum(tau_ball.deviation(tau) * norms), rows.group_rows(tau) @ rows.whitener
+    e = rows.spread(np.linalg.norm(vectors, axis=1) + drift)
+    _add_shifted(rows, "rows", omega * (norms + shift), shift)
+    _add_shifted(rows, "centres", e * f_ball.high, shift)
 
 
-def _shifted(rows: Rows, weights: Array, shift: Array) -> float:
-    """Bound the largest eigenvalue of the Gram whose centres may have moved by ``shift``."""
-    root = np.sqrt(rows.largest_eigenvalue(weights, centred=True))
-    return float((root + np.sqrt(np.sum(weights * shift**2))) ** 2)
+def _add_shifted(rows: ChunkRows, name: str, weights: Array, shift: Array) -> None:
+    """Add up a Gram whose centres may have moved by ``shift``, and how much that may change."""
+    rows.add_gram(name, weights, centred=True)
+    rows.add(f"{name} moved", weights * shift**2)
 
 
-def _rescaled(rows: Rows, loss: SquaredRescaled, radius: float) -> float:
+def _rescaled(rows: ChunkRows, radius: float, *, one_group: bool) -> Stages:
     """Bound ``<Q u, v p q^2> + 2 <P(u p q), P(v q)> + <P(u q^2), P(v p)>`` with ``P = 1 - b 1^T`` in each
     group.
 
-    Groups are added by the Cauchy-Schwarz inequality.
+    Groups are added by the Cauchy-Schwarz inequality. The trace bounds the largest eigenvalue of a group's
+    Gram; of one group the eigenvalue itself is as cheap.
     """
-    segments, b, w = rows.segments, rows.b, rows.w
+    b, w = rows.b, rows.w
     norms = rows.norms(centred=False)
-    u, v = _outputs(loss.function, rows.z, radius * norms)
+    u, v = _outputs(rows, radius * norms)
     u_mid, u_rad = 0.5 * (u.low + u.high), 0.5 * (u.high - u.low)
     v_mid, v_rad = 0.5 * (v.low + v.high), 0.5 * (v.high - v.low)
-
-    def total(values: Array) -> Array:
-        return segments.spread(segments.sum(values)) + np.zeros(len(values))
-
-    bb = total(w * b * b)
-    q_mid = w * (u_mid - b * total(u_mid)) - total(w * b * u_mid) + bb * total(u_mid)
-    q_rad = w * u_rad + (w * np.abs(b) + bb) * total(u_rad) + total(w * np.abs(b) * u_rad)
-    first = rows.largest_eigenvalue(v.magnitude * (np.abs(q_mid) + q_rad) * norms, centred=False)
-    u_top = u.magnitude
-    group_bb = segments.sum(w * b * b)
-    # The trace bounds the largest eigenvalue of a group's Gram; for one group the eigenvalue itself is as
-    # cheap.
-    if len(segments) == 1:
-        own = np.array([rows.largest_eigenvalue(u_top, centred=False)])
-    else:
-        own = segments.sum(u_top * norms**2)
-    pu = np.sqrt(rows.largest_eigenvalue(w * (u_top * norms) ** 2, centred=False))
-    pu += np.sqrt(np.sum(group_bb * own**2))
-    if len(segments) == 1:
-        moved = np.array([rows.largest_eigenvalue(v_rad**2 * w, centred=False)])
-    else:
-        moved = segments.sum(v_rad**2 * w * norms**2)
-    exact = rows.deflated_norm(v_mid)
-    pv = exact + np.sqrt(np.sum(moved)) + np.sqrt(np.sum(group_bb * segments.sum(v_rad * norms) ** 2))
-    return float(first + 3.0 * pu * pv)
+    one = np.ones(len(b))
+    terms = [one, w * b * b, u_mid, w * b * u_mid, u_rad, w * np.abs(b) * u_rad]
+    terms += [u.magnitude * norms**2, v_rad**2 * w * norms**2, v_rad * norms]
+    *totals, vectors = yield *map(rows.sum, terms), rows.group_rows(v_mid)
+    size, bb, mid, b_mid, rad, b_rad, outputs, moved, drift = map(rows.spread, totals)
+    q_mid = w * (u_mid - b * mid) - b_mid + bb * mid
+    q_rad = w * u_rad + (w * np.abs(b) + bb) * rad + b_rad
+    rows.add_gram("rows", v.magnitude * (np.abs(q_mid) + q_rad) * norms, centred=False)
+    rows.add_gram("products", w * (u.magnitude * norms) ** 2, centred=False)
+    rows.add_deflated("slopes", v_mid, vectors)
+    if one_group:
+        rows.add_gram("outputs", u.magnitude, centred=False)
+        rows.add_gram("moved", v_rad**2 * w, centred=False)
+    # What belongs to a group is added up in equal shares of its rows.
+    rows.add("targets", bb / size)
+    rows.add("outputs of groups", bb * outputs**2 / size)
+    rows.add("moved of groups", moved / size)
+    rows.add("drift", bb * drift**2 / size)
 
 
-def _outputs(function: str, z: Array, reach: Array) -> tuple[Interval, Interval]:
+def _rescaled_constant(sums: dict[str, Any], top: Any) -> float:
+    one_group = "outputs" in sums
+    outputs = sums["targets"] * top("outputs") ** 2 if one_group else sums["outputs of groups"]
+    moved = top("moved") if one_group else sums["moved of groups"]
+    pu = np.sqrt(top("products")) + np.sqrt(outputs)
+    pv = np.sqrt(top("slopes")) + np.sqrt(moved) + np.sqrt(sums["drift"])
+    return float(top("rows") + 3.0 * pu * pv)
+
+
+def _outputs(rows: ChunkRows, reach: Array) -> tuple[Interval, Interval]:
     """Return the ranges of u and u' on ``z +- reach``."""
-    low, high = z - reach, z + reach
-    if function == "exp":
+    loss: Any = rows.part.loss
+    low, high = rows.z - reach, rows.z + reach
+    if loss.function == "exp":
         u = Interval(np.exp(low), np.exp(high))
         return u, u
     sinh = Interval(np.sinh(low), np.sinh(high))
     closest = np.where((low < 0) & (high > 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
     cosh = Interval(np.cosh(closest), np.cosh(np.maximum(np.abs(low), np.abs(high))))
-    return (cosh, sinh) if function == "cosh" else (sinh, cosh)
+    return (cosh, sinh) if loss.function == "cosh" else (sinh, cosh)
