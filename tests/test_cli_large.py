@@ -68,6 +68,7 @@ def test_a_cluster(travel, tmp_path, monkeypatch):
         for file in ("travel.parquet", "travel.csv"):
             done = run("fit", "softmax", travel / file, *ROLES, "--dask", address, "--json", "out.json")
             assert done.exit_code == 0, done.output
+            assert "certified within" in done.output
     plain = run("fit", "softmax", travel / "travel.csv", *ROLES, "--json", "plain.json")
     assert plain.exit_code == 0
     expected, found = (coefficients(tmp_path / name) for name in ("plain.json", "out.json"))

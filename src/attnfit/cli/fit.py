@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,9 +110,9 @@ def fit(
     roles = Roles(target, names, group, weight, offset)
     own = {key: value for key, value in given.items() if value is not None and key != "group"}
     parameters = own | {"ridge": ridge, "tol": tol, "max_iter": max_iter, "random_state": seed}
-    with FitProgress(tol) as progress:
+    with FitProgress(tol) as progress, ExitStack() as stack:
         if scale.is_large:
-            estimator = fit_large(model, data, roles, parameters, scale, progress)
+            estimator = fit_large(model, data, roles, parameters, scale, progress, stack)
         else:
             table = read_table(data, as_text=() if group is None else (group,))
             X, inputs, used = read_inputs(

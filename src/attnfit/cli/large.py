@@ -57,9 +57,16 @@ class Rows:
 
 
 def fit_large(
-    model: str, data: Path, roles: Roles, parameters: dict[str, Any], scale: Scale, progress: FitProgress
+    model: str,
+    data: Path,
+    roles: Roles,
+    parameters: dict[str, Any],
+    scale: Scale,
+    progress: FitProgress,
+    stack: ExitStack,
 ) -> Any:
-    """Return the estimator with what was fitted; ``parameters`` are its own.
+    """Return the estimator with what was fitted; ``parameters`` are its own. The workers are there until
+    ``stack`` is closed.
 
     Raises
     ------
@@ -77,12 +84,11 @@ def fit_large(
             "--dask, --memory-limit and --checkpoint"
         )
     estimator = new_model(model, parameters)
-    with ExitStack() as stack:
-        if scale.dask is not None:
-            stack.enter_context(connected(scale.dask))
-        rows = _rows(data, roles, scale)
-        progress.say("fitting")
-        _fit(estimator, model, rows, scale, progress)
+    if scale.dask is not None:
+        stack.enter_context(connected(scale.dask))
+    rows = _rows(data, roles, scale)
+    progress.say("fitting")
+    _fit(estimator, model, rows, scale, progress)
     estimator.feature_names_in_ = np.array(rows.names, dtype=object)
     return estimator
 
