@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from threadpoolctl import threadpool_limits
 
-D, KAPPA = 16, 100.0
-LIMIT = "1GB"
-PIECE = 1 << 20
-NAN_ROW = 73_211_004
+from benchmarks import scaling_cluster, scaling_disk
+from benchmarks.scaling_disk import KAPPA, LIMIT, NAN_ROW, D, make, relative_gradient
+
 Array = Any
 
 
@@ -61,60 +55,6 @@ def main() -> None:
                 print(write(f"scaling-{name}{suffix}", command, [table(options)]).read_text(), flush=True)
 
 
-# ---- the data
-
-
-def pieces(n: int) -> Iterator[slice]:
-    """Rows in runs."""
-    for start in range(0, n, PIECE):
-        yield slice(start, min(start + PIECE, n))
-
-
-def make(folder: Path, n: int, d: int, dtype: str) -> tuple[Path, Path]:
-    """Write features of conditioning 1e2 and the shares they explain, but for a tenth of noise."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / f"A-{n}x{d}-{dtype}.npy", folder / f"b-{n}x{d}-{dtype}.npy"
-    if all(path.exists() for path in paths):
-        return paths
-    rng = np.random.default_rng(0)
-    Q = np.linalg.qr(rng.standard_normal((d, d)))[0]
-    s = np.geomspace(1.0, 1.0 / KAPPA, d)
-    x, mix = Q @ (rng.standard_normal(d) / s) / np.sqrt(d), (Q * s) @ Q.T
-    total = 0.0
-    arrays = [
-        npy.open_memmap(path, "w+", np.dtype(dtype), shape)
-        for path, shape in zip(paths, [(n, d), (n,)], strict=True)
-    ]
-    for rows in pieces(n):
-        block = (rng.standard_normal((rows.stop - rows.start, d)) @ mix).astype(dtype)
-        target = np.exp(block @ x + 0.1 * rng.standard_normal(len(block)) - 3.0)
-        arrays[0][rows], arrays[1][rows] = block, target
-        total += float(target.sum())
-    for rows in pieces(n):
-        arrays[1][rows] /= total
-    return paths
-
-
-def forget(path: Path) -> None:
-    """Ask the system to drop a file from its cache."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def plain_read(path: Path) -> float:
-    """Seconds of a loop that reads a file and does nothing with it."""
-    memory = bytearray(1 << 25)
-    began = perf_counter()
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(memory):
-            pass
-    return perf_counter() - began
-
-
-# ---- on disk
-
-
 def disk_tables(options: argparse.Namespace) -> str:
     """Ours and peers on one file."""
     from benchmarks.report import table
@@ -125,6 +65,7 @@ def disk_tables(options: argparse.Namespace) -> str:
     rows = []
     for name, job in (
         (f"attnfit, memory_limit={LIMIT}", "fit"),
+        ("its certificate (after a fit)", "certificate"),
         ("scipy L-BFGS over a memory map", "scipy"),
         ("scipy L-BFGS over dask.array", "dask"),
     ):
@@ -171,238 +112,6 @@ def run(job: str, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def ours(options: argparse.Namespace) -> Any:
-    """The problem on disk."""
-    from attnfit import problems
-    from attnfit.designs import open_source
-
-    A, b = make(options.folder, int(options.rows), D, "float32")
-    return problems.Softmax(open_source(A), open_source(b))
-
-
-def job_fit(options: argparse.Namespace) -> dict[str, Any]:
-    """Fit under the limit."""
-    from attnfit import minimize
-
-    problem = ours(options)
-    began = perf_counter()
-    result = minimize(problem, memory_limit=LIMIT, random_state=0)
-    seconds = perf_counter() - began
-    estimate = result.problem.memory_estimate().total
-    note = f"{result.status}; estimate {estimate / 1e9:.2f} GB"
-    return outcome(result.x, seconds, result.n_passes, note)
-
-
-def outcome(x: Array, seconds: float, reads: float, note: str) -> dict[str, Any]:
-    """What a job reports."""
-    # Unlike ru_maxrss this does not begin with what the parent process holds.
-    status = Path("/proc/self/status").read_text()
-    memory = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"x": list(map(float, x)), "seconds": seconds, "reads": reads, "memory": memory, "note": note}
-
-
-class Capped(Exception):
-    """The time is over."""
-
-
-def job_scipy(options: argparse.Namespace) -> dict[str, Any]:
-    """What a user would write: a loop over a memory map."""
-    paths = make(options.folder, int(options.rows), D, "float32")
-    A, b = (np.load(path, mmap_mode="r") for path in paths)
-
-    def evaluate(x: Array) -> tuple[float, Array]:
-        top, total = -np.inf, 0.0
-        for rows in pieces(len(b)):
-            z = A[rows].astype(np.float64) @ x
-            new = max(top, z.max())
-            total = total * np.exp(top - new) + np.exp(z - new).sum()
-            top = new
-        value, gamma, slope, mean = 0.0, 0.0, np.zeros(D), np.zeros(D)
-        for rows in pieces(len(b)):
-            block = A[rows].astype(np.float64)
-            f = np.exp(block @ x - top) / total
-            c = f - b[rows]
-            value += 0.5 * float(c @ c)
-            gamma += float(f @ c)
-            slope += (f * c) @ block
-            mean += f @ block
-        return value, slope - gamma * mean
-
-    return lbfgs(evaluate, options.limit, reads_each=2.0)
-
-
-def job_dask(options: argparse.Namespace) -> dict[str, Any]:
-    """The same in a few lines of dask.array."""
-    import dask.array as da
-
-    paths = make(options.folder, int(options.rows), D, "float32")
-    maps = [np.load(path, mmap_mode="r") for path in paths]
-    A = da.from_array(maps[0], chunks=(PIECE, D)).astype(np.float64)
-    b = da.from_array(maps[1], chunks=(PIECE,)).astype(np.float64)
-
-    def evaluate(x: Array) -> tuple[float, Array]:
-        z = A @ x
-        top = float(z.max().compute())
-        e = da.exp(z - top)
-        total = float(e.sum().compute())
-        f = e / total
-        c = f - b
-        parts = da.compute((c * c).sum(), (f * c).sum(), (f * c) @ A, f @ A)
-        return 0.5 * float(parts[0]), parts[2] - float(parts[1]) * parts[3]
-
-    return lbfgs(evaluate, options.limit, reads_each=3.0)
-
-
-def lbfgs(evaluate: Any, limit: float, reads_each: float) -> dict[str, Any]:
-    """Run L-BFGS on a rescaled objective until the relative gradient is 1e-8 or the time is over."""
-    from scipy.optimize import minimize as scipy_minimize
-
-    value, gradient = evaluate(np.zeros(D))
-    best: dict[str, Any] = {"x": np.zeros(D), "size": np.linalg.norm(gradient), "calls": 1}
-    goal = 1e-8 * best["size"]
-    began = perf_counter()
-
-    def scaled(x: Array) -> tuple[float, Array]:
-        if perf_counter() - began > limit:
-            raise Capped
-        best["calls"] += 1
-        v, g = evaluate(x)
-        if np.linalg.norm(g) < best["size"]:
-            best["x"], best["size"] = x.copy(), np.linalg.norm(g)
-        if best["size"] <= goal:
-            raise StopIteration
-        return v / value, g / value
-
-    note = "stopped by itself"
-    try:
-        scipy_minimize(
-            scaled, np.zeros(D), jac=True, method="L-BFGS-B",
-            options={"maxiter": 10**6, "maxfun": 10**6, "ftol": 0.0, "gtol": 0.0, "maxcor": 20},
-        )  # fmt: skip
-    except Capped:
-        note = f"cap ({limit:.0f} s)"
-    except StopIteration:
-        note = "arrived"
-    return outcome(best["x"], perf_counter() - began, reads_each * best["calls"], note)
-
-
-def relative_gradient(A: Path, b: Path, x: Array) -> float:
-    """Norm of the gradient over its norm at zero; shares no code with a solver."""
-    features, target = (np.load(path, mmap_mode="r") for path in (A, b))
-    sizes = []
-    for point in (x, np.zeros(D)):
-        z = np.concatenate([features[rows].astype(np.float64) @ point for rows in pieces(len(target))])
-        f = np.exp(z - z.max())
-        f /= f.sum()
-        c = f - target
-        s = f * (c - f @ c)
-        parts = (s[rows] @ features[rows].astype(np.float64) for rows in pieces(len(target)))
-        sizes.append(float(np.linalg.norm(sum(parts))))
-    return sizes[0] / sizes[1]
-
-
-def job_speed(options: argparse.Namespace, *, cached: bool = True) -> dict[str, Any]:
-    """Compare reads that work with one that does not."""
-    problem = ours(options)
-    A, _ = make(options.folder, int(options.rows), D, "float32")
-    x = np.full(D, 0.01)
-    at = problem.evaluate(x)
-    found: dict[str, list[float]] = {"plain": [], "gradient": [], "hessian": []}
-    for _ in range(5):
-        for name, work in (
-            ("plain", partial(plain_read, A)),
-            ("gradient", lambda: timed(lambda: problem.evaluate(1.001 * x, at))),
-            ("hessian", lambda: timed(lambda: problem.evaluate(1.001 * x, at, hessian=True))),
-        ):
-            if not cached:
-                forget(A)
-            found[name].append(work())
-    return {name: float(np.median(seconds)) for name, seconds in found.items()}
-
-
-def timed(work: Any) -> float:
-    """Seconds of a call."""
-    began = perf_counter()
-    work()
-    return perf_counter() - began
-
-
-def job_nan(options: argparse.Namespace) -> dict[str, Any]:
-    """Put a NaN into the file, read it, and put things right again."""
-    A, _ = make(options.folder, int(options.rows), D, "float32")
-    features = np.load(A, mmap_mode="r+")
-    kept = features[NAN_ROW, 5]
-    features[NAN_ROW, 5] = np.nan
-    features.flush()
-    try:
-        ours(options).value_and_gradient(np.zeros(D))
-        message = "no error"
-    except ValueError as error:
-        message = str(error)
-    finally:
-        features[NAN_ROW, 5] = kept
-        features.flush()
-    return {"message": message.replace(str(options.folder), "...")}
-
-
-# ---- on a cluster
-
-
-def lazy(paths: tuple[Path, Path], n: int, d: int, k: int) -> tuple[Any, Any]:
-    """The arrays in k pieces that workers load by themselves."""
-    import dask.array as da
-    from dask import delayed
-
-    bounds = [n * i // k for i in range(k + 1)]
-    out = []
-    for path, width in zip(paths, [(d,), ()], strict=True):
-        blocks = [
-            da.from_delayed(delayed(load)(str(path), first, last), (last - first, *width), np.float64)
-            for first, last in pairwise(bounds)
-        ]
-        out.append(da.concatenate(blocks))
-    return out[0], out[1]
-
-
-def load(path: str, first: int, last: int) -> Array:
-    """Some rows of a file."""
-    return np.array(np.load(path, mmap_mode="r")[first:last])
-
-
-def job_memory(options: argparse.Namespace, threads: int) -> dict[str, Any]:
-    """The fit in memory."""
-    from attnfit import minimize, problems
-
-    paths = make(options.folder, int(options.cluster_rows), 64, "float64")
-    problem = problems.Softmax(*[np.load(path) for path in paths])
-    with threadpool_limits(threads):
-        return fits(minimize, problem)
-
-
-def job_cluster(options: argparse.Namespace, workers: int) -> dict[str, Any]:
-    """The fit on workers of this machine."""
-    from distributed import Client, LocalCluster
-
-    from attnfit import minimize, problems
-
-    n = int(options.cluster_rows)
-    paths = make(options.folder, n, 64, "float64")
-    with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster),
-    ):
-        return fits(minimize, problems.Softmax(*lazy(paths, n, 64, 8)))
-
-
-def fits(minimize: Any, problem: Any) -> dict[str, Any]:
-    """Median of three fits after one that compiles; the last to full precision."""
-    minimize(problem, random_state=0)
-    seconds = sorted(timed(lambda: minimize(problem, random_state=0)) for _ in range(3))
-    reads = minimize(problem, random_state=0).n_passes
-    exact = minimize(problem, random_state=0, tol=1e-13)
-    return {"seconds": seconds[1], "reads": reads, "x": exact.x.tolist()}
-
-
 def cluster_table(options: argparse.Namespace) -> str:
     """Memory against one and two workers."""
     from benchmarks.report import table
@@ -432,43 +141,6 @@ def cluster_table(options: argparse.Namespace) -> str:
     ])  # fmt: skip
 
 
-def job_traffic(options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes over the loopback device."""
-    from distributed import Client, LocalCluster
-
-    from attnfit import problems
-
-    found = {}
-    for workers in (1, 2):
-        for d in (16, 64, 256):
-            n = 20_000
-            paths = make(options.folder, n, d, "float64")
-            with (
-                LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster,
-                Client(cluster),
-            ):
-                problem = problems.Softmax(*lazy(paths, n, d, 4))
-                x = np.zeros(d)
-                at = problem.evaluate(x)
-                for name, work in (
-                    ("gradient", lambda p=problem, at=at: p.evaluate(at.x, at)),
-                    ("hessian", lambda p=problem, at=at: p.hessian_at(at)),
-                ):
-                    work()
-                    before = loopback()
-                    for _ in range(10):
-                        work()
-                    found[f"{workers} {d} {name}"] = (loopback() - before) / 10
-    return found
-
-
-def loopback() -> int:
-    """Bytes sent over the loopback device so far."""
-    with open("/proc/net/dev") as file:
-        line = next(line for line in file if line.strip().startswith("lo:"))
-    return int(line.split(":")[1].split()[8])
-
-
 def traffic_table(options: argparse.Namespace) -> str:
     """Bytes a read."""
     from benchmarks.report import table
@@ -490,17 +162,18 @@ def traffic_table(options: argparse.Namespace) -> str:
 
 
 JOBS = {
-    "fit": job_fit,
-    "scipy": job_scipy,
-    "dask": job_dask,
-    "speed": job_speed,
-    "uncached": partial(job_speed, cached=False),
-    "nan": job_nan,
-    "memory": partial(job_memory, threads=1),
-    "threads": partial(job_memory, threads=2),
-    "one": partial(job_cluster, workers=1),
-    "two": partial(job_cluster, workers=2),
-    "traffic": job_traffic,
+    "fit": scaling_disk.job_fit,
+    "certificate": scaling_disk.job_certificate,
+    "scipy": scaling_disk.job_scipy,
+    "dask": scaling_disk.job_dask,
+    "speed": scaling_disk.job_speed,
+    "uncached": partial(scaling_disk.job_speed, cached=False),
+    "nan": scaling_disk.job_nan,
+    "memory": partial(scaling_cluster.job_memory, threads=1),
+    "threads": partial(scaling_cluster.job_memory, threads=2),
+    "one": partial(scaling_cluster.job_cluster, workers=1),
+    "two": partial(scaling_cluster.job_cluster, workers=2),
+    "traffic": scaling_cluster.job_traffic,
 }
 
 if __name__ == "__main__":
