@@ -235,3 +235,15 @@ def test_one_and_two_tokens(n):
     found = inversion.recover(layer, vocabulary=table, random_state=0)
     assert found.verdict == "recovered"
     assert np.array_equal(found.tokens, tokens)
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(0.0, "ambiguous"), (1.0, "not recovered")])
+def test_an_output_of_zero(size, verdict):
+    """Without values any rows give it; with values none of the table do, and the residual says how far."""
+    rng = np.random.default_rng(0)
+    layer = problems.LayerInversion(
+        rng.standard_normal((4, 4)), size * rng.standard_normal((4, 4)), np.zeros((5, 4))
+    )
+    found = inversion.recover(layer, vocabulary=rng.standard_normal((20, 4)), random_state=0)
+    assert found.verdict == verdict
+    assert np.isfinite(found.residual)

@@ -173,7 +173,7 @@ class JointDecoder:
         while misses <= PATIENCE and least > enough:
             try:
                 tokens = self._decode(
-                    Posterior(self.problem, prior, T, noise * max(scale, np.finfo(float).tiny))
+                    Posterior(self.problem, prior, T, noise * (scale or 1.0))
                 )
             except np.linalg.LinAlgError:
                 break

@@ -226,7 +226,8 @@ def _report(layer: LayerInversion, x: Array, square: float, n_starts: int) -> Re
 
 
 def _size(layer: LayerInversion) -> float:
-    return max(float(np.sum(layer.B**2)), np.finfo(float).tiny)
+    # Residuals are relative to the output; of an output that is zero they are what they are.
+    return float(np.sum(layer.B**2)) or 1.0
 
 
 def _floor(layer: LayerInversion) -> float:
