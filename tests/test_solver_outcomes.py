@@ -107,6 +107,16 @@ def test_uniform_targets_have_their_answer_at_zero():
     assert np.allclose(result.x, 0.0, atol=1e-12)
 
 
+def test_targets_that_are_uniform_but_for_rounding():
+    """The gradient at zero is rounding of the targets already: nothing can be much smaller."""
+    A = np.random.default_rng(0).standard_normal((2000, 3))
+    with pytest.warns(ConvergenceWarning, match="no further decrease is possible in float64"):
+        result = minimize(problems.Softmax(A, np.full(2000, 1 / 2000, dtype=np.float32)), random_state=0)
+    assert result.status == "precision"
+    assert np.abs(result.x).max() < 1e-6
+    assert result.n_passes < 50
+
+
 def test_groups_of_one_row_leave_everything_open():
     result = minimize(problems.Softmax(np.eye(4)[:, :3], np.ones(4), np.arange(4), "cross_entropy"))
     assert result.converged

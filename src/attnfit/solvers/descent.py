@@ -19,6 +19,7 @@ Array = NDArray[np.float64]
 # decrease.
 NOISE = 1e-13
 MAX_REJECTIONS = 40
+MAX_IDLE = 10
 # A scaled gradient of this size relative to the residuals is zero but for rounding.
 ROUNDING = 2e-15
 # Off a saddle the first step is this share of x in scaled variables.
@@ -84,7 +85,8 @@ def descend(
     run = Descent(at, reference_norm(at, scale))
     radius, rejections, contraction = np.inf, 0, None
     fresh = True
-    norm = float(np.linalg.norm(at.gradient / scale))
+    norm = least = float(np.linalg.norm(at.gradient / scale))
+    idle = 0
     try:
         tracker.record(phase, 0, at.value, run.relative(norm))
         while True:
@@ -99,7 +101,7 @@ def descend(
                 # A radius that proved too large at this saddle has been cut since.
                 if rejections == 0:
                     radius = SADDLE_STEP * max(1.0, float(np.linalg.norm(scale * run.at.x)))
-            if run.n_iter >= max_iter or rejections > MAX_REJECTIONS:
+            if run.n_iter >= max_iter or rejections > MAX_REJECTIONS or idle > MAX_IDLE:
                 run.status = "max_iter" if run.n_iter >= max_iter else "precision"
                 return run
             if fresh:
@@ -129,6 +131,9 @@ def descend(
                 contraction = None if step.bounded or norm == 0.0 else trial_norm / norm
                 run.at, run.last_step, fresh, norm = trial, step.p / scale, True, trial_norm
             rejections = 0 if accepted else rejections + 1
+            # Steps among rounding errors: they promise nothing, and the gradient becomes no smaller.
+            hopeless = step.predicted <= NOISE * abs(run.at.value) and trial_norm >= least
+            idle, least = idle + 1 if hopeless else 0, min(least, trial_norm)
             tracker.record(
                 phase,
                 run.n_iter,
