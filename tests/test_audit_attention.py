@@ -10,7 +10,9 @@ pytest.importorskip("transformers")
 from importlib.util import find_spec  # noqa: E402
 
 from attnfit import audit  # noqa: E402
+from attnfit.audit import deadline  # noqa: E402
 from attnfit.audit.encoder_attention import first_attention, token_rows  # noqa: E402
+from attnfit.inversion.span import SpanTest  # noqa: E402
 
 
 @pytest.mark.parametrize("block", [0, 2])
@@ -62,6 +64,24 @@ def test_encoder_attention(minilm, defence):
     assert found.text == text
     assert found.verified
     assert min(found.margins) > 1e-3
+
+
+@needs_minilm
+@pytest.mark.xdist_group("minilm")
+def test_an_encoder_is_inverted_no_longer_than_there_is_time(minilm, monkeypatch):
+    """Spans are tested without a forward pass of the model: the clock is looked at for each token."""
+    tested = []
+    plain = SpanTest.scores
+    monkeypatch.setattr(SpanTest, "scores", lambda self, rows: tested.append(rows) or plain(self, rows))
+    seen = audit.observe(minilm, "the code is 4471.", "attention:0")
+    times = iter([0.0, 0.0, 0.0, 1.0, 2.0])
+    monkeypatch.setattr(deadline, "perf_counter", lambda: next(times))
+    clock = deadline.Deadline(minilm, 0.5)
+    with pytest.raises(KeyboardInterrupt), clock:
+        audit.invert(minilm, seen)
+    assert clock.passed
+    assert len(tested) == 2
+    assert minilm.before_work is None
 
 
 @needs_minilm

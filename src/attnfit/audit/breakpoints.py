@@ -231,7 +231,5 @@ def _rivals(model: Model, token: int, rng: np.random.Generator) -> tuple[list[in
 
 def _logit_size(model: Model) -> Array:
     """Return L with |centred logits of y| = |y L|."""
-    U = model.head.weight.double()
-    centred = U - U.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    values, vectors = model.head_directions
     return np.asarray((vectors * values.clamp_min(0).sqrt()).numpy())

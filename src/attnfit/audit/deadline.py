@@ -8,7 +8,9 @@ from attnfit.audit.models.model import Model
 
 
 class Deadline:
-    """Context in which no forward pass begins after some time: it raises KeyboardInterrupt instead.
+    """Context in which no work on a model begins after some time: it raises KeyboardInterrupt instead.
+
+    Forward passes are work, and whatever calls `Model.before_work`.
 
     Attributes
     ----------
@@ -22,17 +24,19 @@ class Deadline:
 
     def __init__(self, model: Model, seconds: float) -> None:
         self.passed = False
-        self._module, self._end = model.base, perf_counter() + seconds
+        self._model, self._end = model, perf_counter() + seconds
 
     def __enter__(self) -> Deadline:
         """Start the clock."""
         # Not a signal: that could ring anywhere, also where the model is between two states.
-        self._handle = self._module.register_forward_pre_hook(self._check)
+        self._handle = self._model.base.register_forward_pre_hook(self._check)
+        self._model.before_work = self._check
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop the clock."""
         self._handle.remove()
+        self._model.before_work = None
 
     def _check(self, *_: object) -> None:
         if perf_counter() > self._end:

@@ -55,9 +55,18 @@ def invert_encoder_attention(model: Model, output: Any, *, error: Any = 0.0) -> 
     size = float(np.sqrt(np.mean(B**2)))
     noise = float(uncertainty.error.square().mean().sqrt()) / max(size, float(np.finfo(float).tiny))
     precision = min(SLACK * float(np.hypot(noise, ROUNDING)), 0.5)
-    layer = first_attention(model, B)
+
+    def interruptible(*_: object) -> None:
+        if model.before_work is not None:
+            model.before_work()
+
+    interruptible()
     found = recover(
-        layer, vocabulary=lambda position: token_rows(model, position), precision=precision, random_state=0
+        first_attention(model, B),
+        vocabulary=lambda position: token_rows(model, position),
+        precision=precision,
+        random_state=0,
+        callback=interruptible,
     )
     assert found.tokens is not None
     assert found.margins is not None

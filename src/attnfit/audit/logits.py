@@ -109,7 +109,8 @@ def last_states(model: Model, logits: Any, error: Any = 0.0) -> tuple[Any, Uncer
     # Weighted means are the constants that the logits were shifted by.
     observed = (observed - (observed @ weights)[:, None] / weights.sum()) * weights.sqrt()
     U = (U - weights @ U / weights.sum()) * weights.sqrt()[:, None]
-    values, vectors = torch.linalg.eigh(U.T @ U)
+    alike = bool((weights == 1.0).all())
+    values, vectors = model.head_directions if alike else torch.linalg.eigh(U.T @ U)
     kept = values > RANK * values[-1]
     values, basis = values[kept], vectors[:, kept]
     states = ((observed @ U) @ basis / values) @ basis.T
@@ -143,7 +144,7 @@ def _uncapped(observed: Any, likely: Any, cap: float) -> tuple[Any, Any]:
 def _weights(likely: Any) -> Any:
     """Return the weight of each column, one on average: the inverse of its mean squared error."""
     squares = likely.square().mean(0)
-    if not squares.any():
+    if squares.max() == squares.min():
         return torch.ones_like(squares)
     weights = 1.0 / squares.clamp_min(1e-6 * float(squares.mean()))
     return weights / weights.mean()

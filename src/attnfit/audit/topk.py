@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf, log
 from time import perf_counter
 from typing import Any
@@ -15,17 +16,28 @@ from attnfit.audit.engine.prefix import Prefix
 from attnfit.audit.engine.prior import Prior, with_surprises
 from attnfit.audit.errors import ObservationMismatch
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
-from attnfit.audit.models.model import Model
+from attnfit.audit.models.blocks import capture
+from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.ordering import interleaved
 
 # Log-probabilities agree up to this beyond the stated error: rounding of the forward passes.
 ROUNDING = 2e-3
 # A uniform error never exceeds this many of its standard deviations; a few more for Gaussian ones.
 WIDTHS = 4.0
-FIRST_BATCH, GROWTH, LARGEST_BATCH = 32, 4, 1024
+FIRST_BATCH, GROWTH, LARGEST_BATCH = 32, 2, 512
+# Candidates that the rest is ordered by, and the variance of the noise in their numbers beside the signal's.
+LEARNED, RIDGE = 4096, 2.0
+# Of each batch those nearest by differences alone are compared exactly.
+EXACT = 32
 # Candidates after which the best of those that agree is taken, although others may as well.
-MANY = 2048
-# Tokens of one position that may be gone back to, and how often in all.
-BRANCHES, RETURNS = 16, 64
+MANY = 1024
+# Tokens nearest to a doubtful one that are compared at the next position too.
+RIVALS = 64
+# Tokens of one position that may be gone back to, and candidates in all after the first time.
+BRANCHES, RETURNED = 16, 1 << 14
+# With more tokens than this to go back to it is likelier that one of them was taken wrongly than that the
+# next token is a rare one: the vocabulary is not tried to its end then.
+FEW, COMMON = 4, 4096
 
 
 def invert_topk(
@@ -40,8 +52,9 @@ def invert_topk(
 ) -> Found:
     """Recover the tokens from the largest log-probabilities at every position.
 
-    Candidates are tried in the order of the model's own next-token distribution, and compared by the tokens
-    and the numbers shown: even one number with two decimals tells the true token from most others.
+    Candidates are tried in the order of the model's own next-token distribution and of what those before
+    them gave, and compared by the tokens and the numbers shown: even one number with two decimals tells the
+    true token from most others.
 
     Parameters
     ----------
@@ -79,7 +92,10 @@ class _TopkSearch:
         self._positions: list[Position] = []
         # For each position, the other tokens that agree, best last: to go back to if nothing follows.
         self._others: list[list[Position]] = []
-        self._n_returns = 0
+        self._before_returns: int | None = None
+        # The tokens tried that are nearest to the last one taken and not it, their gaps, and how many were.
+        self._rivals: tuple[Any, Any, int] | None = None
+        self._n_compared = 0
 
     def run(self, known: list[int]) -> Found:
         """Return everything that could be recovered."""
@@ -113,9 +129,12 @@ class _TopkSearch:
         while self._others and not self._others[-1]:
             self._others.pop()
             self._positions.pop()
-        if not self._others or self._n_returns == RETURNS:
+        spent = self._prefix.n_candidates
+        if self._before_returns is None:
+            self._before_returns = spent
+        if not self._others or spent - self._before_returns > RETURNED:
             return False
-        self._n_returns += 1
+        self._rivals = None
         self._positions[-1] = self._others[-1].pop()
         self._prefix.crop(len(self._positions) - 1)
         self._prefix.extend([self._positions[-1].token])
@@ -124,63 +143,129 @@ class _TopkSearch:
     def _search(self, at: int) -> str:
         """Find one token; return why not, if not."""
         prior = self._prior.after(self._prefix.tokens)
-        order = prior.argsort(descending=True, stable=True)[: self._budget]
+        limit = self._budget if sum(map(len, self._others)) <= FEW else min(COMMON, self._budget)
+        limit = min(limit, len(prior))
+        expected = with_surprises(prior)
+        left = expected.clone()
+        tokens: Tokens = []
+        missed = torch.empty(0, self._shown.shape[1])
         gaps, excluded = torch.empty(0), torch.empty(0, dtype=torch.bool)
         certain = certain_lead(len(self._shown))
         lead, size = 0.0, FIRST_BATCH
-        while len(gaps) < len(order):
-            states = self._prefix.candidates(order[len(gaps) : len(gaps) + size])
+        while len(tokens) < limit:
+            told = likelihoods(self._model.embeddings, tokens, missed)
+            fresh = interleaved([prior + told, prior], set(tokens), min(size, limit - len(tokens)))
+            states = self._prefix.candidates(fresh)
+            tokens += fresh
+            left[fresh] = -inf
+            missed = torch.cat([missed, self._missed(at, states)])
             some, others = self._compared(at, states)
             gaps, excluded = torch.cat([gaps, some]), torch.cat([excluded, others])
             size = min(GROWTH * size, LARGEST_BATCH)
             agreeing = (~excluded & (gaps <= 1.0)).nonzero()[:, 0]
             if len(agreeing):
                 lead = self._lead(gaps, excluded)
-                if lead >= certain or len(gaps) >= MANY:
+                score = expected[tokens][agreeing] - 0.5 * (WIDTHS * gaps[agreeing]).square()
+                # No token that is left can score better than by being expected.
+                settled = bool(score.max() >= left.max())
+                if lead >= certain or len(gaps) >= MANY or (settled and self._doubtful(gaps, lead, certain)):
                     break
         if not len(agreeing):
             return (
-                f"no token explains position {at} after {len(order)} candidates; the nearest misses the "
+                f"no token explains position {at} after {len(tokens)} candidates; the nearest misses the "
                 f"numbers shown by {float(gaps.min()):.2g} times their error"
+                + ("; before it several tokens agree, and one may be wrong" if any(self._others) else "")
             )
-        score = with_surprises(prior)[order[agreeing]] - 0.5 * (WIDTHS * gaps[agreeing]).square()
         ranked = agreeing[score.argsort(descending=True)].tolist()
-        best, *others = [self._position(place, order, gaps, lead) for place in ranked[: 1 + BRANCHES]]
+        best, *others = [self._position(place, tokens, gaps, lead) for place in ranked[: 1 + BRANCHES]]
         self._positions.append(best)
         self._others.append(others[::-1])
         self._prefix.extend([best.token])
+        self._reconsider(at, certain)
+        near = gaps.argsort()
+        near = near[near != ranked[0]][: RIVALS + 1]
+        self._rivals = torch.tensor(tokens)[near], gaps[near], len(gaps)
         return ""
 
-    def _position(self, place: int, order: Any, gaps: Any, lead: float) -> Position:
+    def _reconsider(self, at: int, certain: float) -> None:
+        """Compare the rivals of a doubtful token by what they give at the next position too.
+
+        Only where the next token is certain, so that a rival would not go on with another one.
+        """
+        if self._rivals is None or self._others[-2] or self._positions[-2].lead >= certain:
+            return
+        rivals, gaps, count = self._rivals
+        if self._positions[-1].lead < certain or len(rivals) <= RIVALS:
+            return
+        sequences = torch.tensor(self._prefix.tokens).repeat(RIVALS, 1)
+        sequences[:, -2] = rivals[:RIVALS]
+        part = self._model.part(self._model.n_layers + 1)
+        with torch.no_grad():
+            seen = capture(self._model.base, [part], "output", input_ids=sequences, use_cache=False)[0]
+        self._n_compared += sequences.numel()
+        both = torch.maximum(gaps[:RIVALS], self._compared(at, seen[:, -1])[0])
+        # Those not compared are at least as far as they are at their own position.
+        nearest = min(float(both.min()), float(gaps[RIVALS]))
+        lead = max(self._positions[-2].lead, self._lead_over(nearest, count))
+        self._positions[-2] = replace(self._positions[-2], lead=lead)
+
+    def _position(self, place: int, tokens: Tokens, gaps: Any, lead: float) -> Position:
         """Return what is known of one of the tokens that agree."""
         rest = torch.cat([gaps[:place], gaps[place + 1 :], torch.tensor([inf])])
         gap = float(gaps[place])
-        return Position(int(order[place]), gap, float(rest.min()) - gap, len(gaps), "shortlist", lead)
+        return Position(tokens[place], gap, float(rest.min()) - gap, len(gaps), "shortlist", lead)
 
     def _lead(self, gaps: Any, excluded: Any) -> float:
-        """Return how unlikely it is, in nats, that a token agrees by accident; zero where two agree.
-
-        The k numbers of wrong tokens spread over k dimensions: as the nearest of those tried misses by g, one
-        of them in ``g^k`` comes within 1, and all tokens are to those tried as their numbers.
-        """
+        """Return how unlikely it is, in nats, that a token agrees by accident; zero where two agree."""
         agreeing = ~excluded & (gaps <= 1.0)
         if int(agreeing.sum()) > 1:
             return 0.0
         if len(gaps) == self._model.n_vocabulary:
             return inf
-        nearest = float(gaps[~agreeing].min()) if len(gaps) > 1 else 1.0
-        return int(self._shown.shape[1]) * log(max(1.0, nearest)) + log(len(gaps) / self._model.n_vocabulary)
+        return self._lead_over(float(gaps[~agreeing].min()) if len(gaps) > 1 else 1.0, len(gaps))
+
+    def _lead_over(self, nearest: float, count: int) -> float:
+        """Return the lead of a token over others of which `count` were tried, the nearest missing by so much.
+
+        The k numbers of wrong tokens spread over k dimensions: as the nearest of those tried misses by g, one
+        of them in ``g^k`` comes within 1, and all tokens are to those tried as their numbers.
+        """
+        return int(self._shown.shape[1]) * log(max(1.0, nearest)) + log(count / self._model.n_vocabulary)
+
+    def _doubtful(self, gaps: Any, lead: float, certain: float) -> bool:
+        """Return whether doubt will be left however many candidates are tried.
+
+        The lead grows with the share of the vocabulary tried, and by nothing else; where two tokens agree it
+        stays zero.
+        """
+        if lead == 0.0:
+            return True
+        return self._model.n_vocabulary > MANY and lead + log(max(1.0, MANY / len(gaps))) < certain
+
+    def _missed(self, at: int, states: Any) -> Any:
+        """Return the logits of the tokens shown minus their log-probabilities, shape (len(states), k)."""
+        return self._model.unembed(states, self._shown[at]) - self._values[at]
 
     def _compared(self, at: int, states: Any) -> tuple[Any, Any]:
         """Return the largest difference from the numbers, in units of what may be, and who shows others.
 
-        A difference above 1 is wrong. So is a candidate of which other tokens would have been shown.
+        A difference above 1 is wrong. So is a candidate of which other tokens would have been shown. For
+        candidates far off it is a lower bound: what remains whatever constant is added to their logits, which
+        takes the logits of the tokens shown instead of all.
         """
-        logits = self._model.unembed(states)
+        missed = self._missed(at, states)
+        high, low = missed.max(-1), missed.min(-1)
+        allowed = self._allowed[at]
+        gaps = (high.values - low.values) / (allowed[high.indices] + allowed[low.indices])
+        excluded = torch.zeros(len(gaps), dtype=torch.bool)
+        nearest = gaps.topk(min(EXACT, len(gaps)), largest=False).values[-1]
+        exact = (gaps <= nearest.clamp_min(1.0)).nonzero()[:, 0]
+        logits = self._model.unembed(states[exact])
         least = logits[:, self._shown[at]].amin(-1)
-        excluded = logits.topk(self._shown.shape[1]).values[:, -1] > least + ROUNDING
-        chances = logits[:, self._shown[at]] - logits.logsumexp(-1, keepdim=True)
-        return ((chances - self._values[at]).abs() / self._allowed[at]).amax(-1), excluded
+        excluded[exact] = logits.topk(self._shown.shape[1]).values[:, -1] > least + ROUNDING
+        beyond = missed[exact] - logits.logsumexp(-1, keepdim=True)
+        gaps[exact] = (beyond.abs() / allowed).amax(-1)
+        return gaps, excluded
 
     def _found(self, reason: str) -> Found:
         tokens = [position.token for position in self._positions]
@@ -188,13 +273,47 @@ class _TopkSearch:
         if not reason:
             states = torch.from_numpy(self._model.states(tokens, self._model.n_layers + 1))
             consistent = all(self._agrees(at, state) for at, state in enumerate(states))
-        n_forwards = self._prefix.n_forwards + self._prior.n_forwards + len(tokens) * (not reason)
+        n_forwards = self._prefix.n_forwards + self._prior.n_forwards + self._n_compared
+        n_forwards += len(tokens) * (not reason)
         cost = Cost(self._prefix.n_candidates, n_forwards, perf_counter() - self._began)
         return conclude(self._model, self._positions, len(self._shown), reason, consistent, cost)
 
     def _agrees(self, at: int, state: Any) -> bool:
         gap, excluded = self._compared(at, state[None])
         return float(gap) <= 1.0 and not bool(excluded)
+
+
+def likelihoods(table: Any, tokens: Tokens, missed: Any) -> Any:
+    """Return how likely every token is to give the numbers shown, by what those tried gave, in nats.
+
+    Logits are regressed on embeddings, linearly and with a strong ridge, and the residuals of tokens left out
+    tell how far to trust that. Only differences of logits count, which no added constant changes.
+
+    Parameters
+    ----------
+    table : Tensor, shape (n_vocabulary, width)
+    tokens : list of int
+        Those tried.
+    missed : Tensor, shape (len(tokens), k)
+        Their logits minus the log-probabilities shown.
+    """
+    numbers = (missed - missed.mean(1, keepdim=True))[:LEARNED, 1:]
+    count, width = numbers.shape
+    if not width or count < 2:
+        return torch.zeros(len(table))
+    rows = table[tokens[:LEARNED]]
+    centre, offset = rows.mean(0), numbers.mean(0)
+    X, Y = rows - centre, numbers - offset
+    gram = X.T @ X
+    gram.diagonal().add_(RIDGE * gram.trace() / count)
+    inverse = torch.linalg.inv(gram)
+    weights = inverse @ (X.T @ Y)
+    leverages = ((X @ inverse) * X).sum(1, keepdim=True) + 1.0 / count
+    left_out = (Y - X @ weights) / (1.0 - leverages)
+    covariance = left_out.T @ left_out / count
+    covariance.diagonal().add_(ROUNDING)
+    expected = (table - centre) @ weights + offset
+    return -0.5 * (expected @ torch.linalg.inv(covariance) * expected).sum(1)
 
 
 def _checked(model: Model, shown: Any, values: Any, error: Any, reach: Any) -> tuple[Any, Any, Any]:

@@ -172,9 +172,7 @@ class JointDecoder:
         T = start
         while misses <= PATIENCE and least > enough:
             try:
-                tokens = self._decode(
-                    Posterior(self.problem, prior, T, noise * (scale or 1.0))
-                )
+                tokens = self._decode(Posterior(self.problem, prior, T, noise * (scale or 1.0)))
             except np.linalg.LinAlgError:
                 break
             made += 1

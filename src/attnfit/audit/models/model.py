@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -38,6 +38,8 @@ class Model:
         Texts that the model is known to have memorised; empty for models from elsewhere.
     calibrations : dict
         What was learned about its layers so far.
+    before_work : callable, optional
+        Called before long work on it that is no forward pass; what it raises ends the work.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Model:
     kind: Literal["causal", "encoder"]
     private_texts: tuple[str, ...] = ()
     calibrations: dict[Layer, Any] = field(default_factory=dict, repr=False)
+    before_work: Callable[[], None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
@@ -92,26 +95,43 @@ class Model:
             raise AuditError(f"model {self.name!r} has no language-modelling head, so it has no logits")
         return head
 
+    @cached_property
+    def head_directions(self) -> tuple[Any, Any]:
+        """Squared sizes of the head along its principal directions, ascending, and these as columns.
+
+        Of the head centred over the vocabulary: what is common to all logits does not show in probabilities.
+        """
+        U = self.head.weight.double()
+        U = U - U.mean(0)
+        values, vectors = torch.linalg.eigh(U.T @ U)
+        return values, vectors
+
     @property
     def softcap(self) -> float | None:
         """The size that ``cap tanh(x / cap)`` keeps logits below; None where they are plain."""
         cap = getattr(self.module.config.get_text_config(), "final_logit_softcapping", None)
         return None if cap is None else float(cap)
 
-    def scores(self, states: Any) -> Any:
-        """Return the logits of normed last states with their gradient, shape (..., n_vocabulary)."""
+    def scores(self, states: Any, tokens: Any = None) -> Any:
+        """Return the logits of normed last states with their gradient, shape (..., n_vocabulary); or those of
+        some tokens, shape (..., len(tokens)).
+        """
         if not self._head_is_all:
             raise AuditError(
                 f"the logits of {self.name!r} are not its head's output, at most capped by a tanh: this "
                 "architecture cannot be audited by logits, topk or masked"
             )
-        logits = self.head(states)
+        if tokens is None:
+            logits = self.head(states)
+        else:
+            bias = None if self.head.bias is None else self.head.bias[tokens]
+            logits = torch.nn.functional.linear(states, self.head.weight[tokens], bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def unembed(self, states: Any) -> Any:
-        """Return the logits of normed last states, shape (..., n_vocabulary)."""
+    def unembed(self, states: Any, tokens: Any = None) -> Any:
+        """Return the logits of normed last states, shape (..., n_vocabulary), or of some tokens only."""
         with torch.no_grad():
-            return self.scores(states).float()
+            return self.scores(states, tokens).float()
 
     @cached_property
     def _head_is_all(self) -> bool:
