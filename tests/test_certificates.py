@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import mpmath
 import numpy as np
 import pytest
 from instances import ALL_LOSSES, instance
@@ -137,3 +138,80 @@ def test_good_start(family, loss):
     assert near.lambda_min > 0
     assert "affine-scaled" in str(near)
     assert str(near).count("holds") == 2
+
+
+def exact_answer(A, b, x):
+    """The minimiser of ``0.5 sum (exp(a.x) - b)^2`` near x, and the Hessian there, to 40 digits."""
+    at = mpmath.matrix(x.tolist())
+    rows = mpmath.matrix(A.tolist())
+    d = A.shape[1]
+    for _ in range(6):
+        z = rows * at
+        gradient, hessian = mpmath.zeros(d, 1), mpmath.zeros(d, d)
+        for i in range(len(b)):
+            u = mpmath.exp(z[i])
+            s = (u - mpmath.mpf(float(b[i]))) * u
+            for j in range(d):
+                gradient[j] += s * rows[i, j]
+                for k in range(d):
+                    hessian[j, k] += (u * u + s) * rows[i, j] * rows[i, k]
+        at = at - mpmath.lu_solve(hessian, gradient)
+    return at, hessian
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_logits_that_cancel_are_known_less_well(seed):
+    """Terms of 1e5 add up to logits of one: rounding is that of the terms."""
+    rng = np.random.default_rng(seed)
+    u, v = rng.uniform(1, 2, 40), rng.standard_normal(40)
+    A, x0 = np.column_stack([u, u + v / 1e5]), np.array([-0.5e5, 0.5e5])
+    b = np.exp(A @ x0) + 0.01 * rng.standard_normal(40)
+    problem = problems.Exponential(A, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = minimize(problem, x0=1.001 * x0, tol=1e-14).x
+    hessian = problem.hessian(x)
+    with mpmath.workdps(40):
+        answer, curvature = exact_answer(A, b, x)
+        for _ in range(10):
+            proof = certificates.certify(problem, x)
+            error = mpmath.matrix(x.tolist()) - answer
+            assert proof.valid
+            assert mpmath.norm(error) <= proof.radius
+            assert mpmath.sqrt((error.T * curvature * error)[0]) <= proof.scaled_radius
+            x = x - np.linalg.solve(hessian, problem.gradient(x)) * rng.uniform(0.9, 1.1)
+
+
+def test_what_overflows_is_refused():
+    steep = np.array([[1000.0, 0.0], [1000.0, 1.0]])
+    proof = certificates.certify(problems.Exponential(steep, np.ones(2)), np.array([0.35, 0.0]))
+    assert "the Hessian overflows" in proof.reason
+    rng = np.random.default_rng(10)
+    for scale in (1.0, 10.0, 100.0):
+        far = problems.Rescaled(5.0 * rng.standard_normal((30, 3)), rng.dirichlet(np.ones(30)), "cosh")
+        assert not certificates.certify(far, scale * rng.standard_normal(3)).valid
+    with pytest.raises(ValueError, match="x_ref: the loss overflows there"):
+        certificates.good_start(problems.Exponential(np.array([[1.0], [0.5]]), np.ones(2)), [0.0], [800.0])
+    with pytest.raises(ValueError, match="no condition for TwoLayer"):
+        certificates.good_start(problems.TwoLayer(np.eye(3), np.eye(3), np.ones(3)), np.zeros(3), np.zeros(3))
+
+
+def test_the_curvature_of_a_saddle_is_in_the_units_of_the_user():
+    A = 0.01 * np.random.default_rng(0).standard_normal((30, 2))
+    problem = problems.Exponential(A, np.full(30, 5.0), "cosh")
+    proof = certificates.certify(problem, np.zeros(2))
+    assert np.isclose(proof.lambda_min, np.linalg.eigvalsh(problem.hessian(np.zeros(2)))[0])
+
+
+@pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
+@pytest.mark.parametrize(("sizes", "most"), [((20, 15, 9), 5), ((3000, 7), 10)])
+def test_a_certificate_takes_a_handful_of_reads(monkeypatch, family, loss, sizes, most):
+    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 8192)
+    problem = instance(family, loss, sizes=sizes, d=4, noise=0.1)[0].problem(ridge=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = minimize(problem, random_state=0).x
+    before = problem.n_passes
+    proof = certificates.certify(problem, x)
+    assert proof.valid or "M eta" in proof.reason
+    assert problem.n_passes - before <= most + 0.1

@@ -216,3 +216,61 @@ def test_scattered_groups_are_drawn_whole_and_never_none(seed):
     assert len(draw.rows) == 4000
     assert set(np.bincount(draw.labels - draw.labels.min())) <= {0, 1000}
     assert draw.inclusion == pytest.approx(4 / 30)
+
+
+@pytest.mark.parametrize("groups", [None, "three"])
+def test_parts_without_positive_targets_keep_their_weights(groups):
+    """The weights of the neighbour are others, and written to memory of their own."""
+    import dask.array as da
+
+    rng = np.random.default_rng(0)
+    A, b, w = rng.standard_normal((400, 3)), rng.random(400), rng.uniform(0.1, 3.0, 400)
+    b[200:] = 0.0
+    labels = None if groups is None else np.repeat([0, 1, 2], [90, 210, 100])
+    given, x = w.copy(), np.array([0.3, -0.2, 0.1])
+    whole = problems.Rescaled(A, b, groups=labels, weights=w)
+    spread = problems.Rescaled(da.from_array(A, chunks=(100, 3)), b, groups=labels, weights=given)
+    neighbours = whole.convex_neighbour(), spread.convex_neighbour()
+    assert relative(*[p.gradient(x) for p in neighbours]) < 1e-12
+    assert (given == w).all()
+    assert relative(spread.gradient(x), whole.gradient(x)) < 1e-12
+
+
+@pytest.mark.parametrize("n", [400, 60_000])
+def test_weights_only_where_targets_are_zero(n):
+    """The neighbour has no weights left: there is none, and the fit begins at zero."""
+    import dask.array as da
+
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((n, 3)), rng.random(n)
+    b[n // 2 :] = 0.0
+    w = (b == 0.0).astype(float)
+    for data in (A, da.from_array(A, chunks=(n // 4, 3))):
+        problem = problems.Softmax(data, b, weights=w, ridge=1e-3)
+        assert problem.convex_neighbour() is None
+        assert minimize(problem, random_state=0).status in ("converged", "precision")
+
+
+def test_threads_are_given_back():
+    """Also where tasks end in the order in which they began."""
+    from attnfit.designs.threads import available_threads, one_blas_thread
+
+    before = available_threads()
+    one, other = one_blas_thread(), one_blas_thread()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert available_threads() == 1
+    other.__exit__(None, None, None)
+    assert available_threads() == before
+
+
+def test_what_needs_rows_here_says_so():
+    import dask.array as da
+
+    from attnfit import incontext
+
+    A = np.random.default_rng(0).standard_normal((40, 3))
+    problem = problems.Softmax(da.from_array(A, chunks=(10, 3)), np.full(40, 1 / 40))
+    with pytest.raises(TypeError, match="on the workers of a Dask cluster"):
+        incontext.shift(problem, np.zeros(3), np.ones(3))

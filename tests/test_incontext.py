@@ -91,6 +91,10 @@ def test_attention_shifts(loss):
     other = problems.Attention(moved, A2, B, loss=loss)
     if loss == "squared":
         assert relative(by_data.delta, other.predict(X) - problem.predict(X)) < 1e-10
+    else:
+        u, v = np.exp(A1 @ X @ A2.T), np.exp(moved @ X @ A2.T)
+        residual = u - u.sum(1, keepdims=True) * by_data.target
+        assert relative(v - v.sum(1, keepdims=True) * B, residual) < 1e-10
 
 
 @pytest.mark.parametrize("cls", [problems.Softmax, problems.Rescaled])
@@ -177,3 +181,21 @@ def test_bad_input():
         incontext.linear_regression_layer(np.ones((3, 2)), np.ones((4, 1)), np.ones((1, 2)), 0.1)
     with pytest.raises(ValueError, match="index 1"):
         incontext.shift(problem, x, np.array([0.0, np.nan, 0.0, 0.0]))
+
+
+def test_parts_of_large_moves_are_finite():
+    found = incontext.shift(
+        problems.Softmax(np.array([[1.0, 0.0], [1.0, 1.0]]), [0.5, 0.5]), [0, 0], [-800, 0]
+    )
+    one, other = found.parts
+    assert np.isfinite(one).all()
+    assert np.isfinite(other).all()
+    np.testing.assert_allclose(one + other, found.delta)
+
+
+def test_a_loss_without_normaliser_is_refused():
+    A1, A2 = np.random.default_rng(0).standard_normal((2, 4, 2))
+    with pytest.raises(TypeError, match="no bounds for Total"):
+        incontext.shift(
+            problems.Attention(A1, A2, np.ones((4, 4)), loss="sparse"), np.eye(2), np.zeros((2, 2))
+        )

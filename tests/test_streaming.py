@@ -284,3 +284,14 @@ def test_softmax_helper_agrees_with_predict():
     assert np.allclose(
         problems.Softmax(inst.A, inst.b, inst.groups).predict(x), softmax(inst.A @ x, inst.ids)
     )
+
+
+def test_rows_of_entropy_are_drawn_uniformly():
+    """Else the offsets of the draw would be part of the loss."""
+    from attnfit.problems.rows.thinning import draw_rows
+
+    rng = np.random.default_rng(0)
+    problem = problems.Softmax(rng.standard_normal((30_000, 3)), rng.random(30_000) ** 8, loss="entropy")
+    drawn = draw_rows(problem, 3000, rng)
+    # Two rows of a long group are certain.
+    assert len(np.unique(drawn.inclusion)) == 2

@@ -137,7 +137,8 @@ class ChunkRows:
         return self.group_rows(weights)
 
 
-# Yields arrays with one row a group, is sent their sums over whole groups, and adds to the rows' sums.
+# Yields arrays with one row a group, is sent their sums over whole groups, and then adds to the rows' sums:
+# what comes before the last exchange is done again with every read.
 Stages = Generator[tuple[Array, ...], tuple[Array, ...], None]
 Formula = Callable[[ChunkRows, float], Stages]
 

@@ -76,14 +76,27 @@ def good_start(problem: GroupedProblem, x0: Any, x_ref: Any) -> GoodStart:
     -------
     GoodStart
 
+    Raises
+    ------
+    ValueError
+        If the papers have no condition for this problem, or its loss overflows at x_ref.
+
     Notes
     -----
     Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 5.1 and Lemma
     9.1; the affine-scaled condition corrects Lemma 5.5, which is false in the Euclidean norm.
     """
+    if not isinstance(problem, GroupedProblem):
+        raise ValueError(
+            f"the papers state no condition for {type(problem).__name__}; pass Softmax, Exponential or "
+            "Rescaled"
+        )
     start, reference = as_point(x0, problem.shape, "x0"), as_point(x_ref, problem.shape, "x_ref")
     at = problem.evaluate(reference)
-    hessian = problem.hessian_at(at)
+    with np.errstate(over="ignore", invalid="ignore"):
+        hessian = problem.hessian_at(at)
+    if not (np.isfinite(at.value) and np.isfinite(hessian).all()):
+        raise ValueError("x_ref: the loss overflows there; pass a minimiser, such as result.x")
     values, vectors = np.linalg.eigh(hessian)
     lambda_min = float(values[0])
     difference = start - reference
@@ -115,7 +128,7 @@ def good_start(problem: GroupedProblem, x0: Any, x_ref: Any) -> GoodStart:
         printed=bool(
             positive and (distance == 0 or log10_printed + np.log10(distance) <= np.log10(0.1 * lambda_min))
         ),
-        local=bool(positive and local * distance <= 0.1 * lambda_min),
+        local=bool(positive and np.isfinite(local) and local * distance <= 0.1 * lambda_min),
         scaled=bool(positive and scaled * scaled_distance <= 0.1),
     )
 

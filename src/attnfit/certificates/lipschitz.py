@@ -114,14 +114,14 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
     f = np.exp(h)
     reach = radius * norms
     inflated = f * np.exp(reach)
-    total = rows.spread((yield (rows.sum(inflated),))[0])
-    f_ball = Interval(f * np.exp(-reach) / total, np.minimum(1.0, inflated))
-    h_ball = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
-    moments = f_ball.high * norms**2
+    high = np.minimum(1.0, inflated)
     if isinstance(loss, CrossEntropy):
-        shift = radius * rows.spread((yield (rows.sum(moments),))[0])
-        _add_shifted(rows, "rows", rows.spread(rows.constant) * f_ball.high * (norms + shift), shift)
+        shift = radius * rows.spread((yield (rows.sum(high * norms**2),))[0])
+        _add_shifted(rows, "rows", rows.spread(rows.constant) * high * (norms + shift), shift)
         return
+    total = rows.spread((yield (rows.sum(inflated),))[0])
+    f_ball = Interval(f * np.exp(-reach) / total, high)
+    h_ball = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
 
     def ball(formula) -> Interval:  # type: ignore[no-untyped-def]
         # p, g2 and g3 are monotone in f (in h = log f for entropy): the ends of f give the ends of the
@@ -132,16 +132,16 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
 
     g2, g2_ball = loss.g2(f, h, b, w) + 0.0 * f, ball(loss.g2)
     gamma, mean = f_ball * ball(loss.p), f_ball * g2_ball
-    terms = moments, f * g2, gamma.low, gamma.high, mean.low, mean.high
+    terms = high * norms**2, f * g2, gamma.low, gamma.high, mean.low, mean.high
     moved, centre, *ends = map(rows.spread, (yield tuple(map(rows.sum, terms))))
     shift = radius * moved
-    omega = f_ball.high * (ball(loss.g3) - Interval(ends[0], ends[1])).magnitude
+    omega = high * (ball(loss.g3) - Interval(ends[0], ends[1])).magnitude
     tau = f * (g2 - centre)
     tau_ball = f_ball * (g2_ball - Interval(ends[2], ends[3]))
     drift, vectors = yield rows.sum(tau_ball.deviation(tau) * norms), rows.group_rows(tau) @ rows.whitener
     e = rows.spread(np.linalg.norm(vectors, axis=1) + drift)
     _add_shifted(rows, "rows", omega * (norms + shift), shift)
-    _add_shifted(rows, "centres", e * f_ball.high, shift)
+    _add_shifted(rows, "centres", e * high, shift)
 
 
 def _add_shifted(rows: ChunkRows, name: str, weights: Array, shift: Array) -> None:
@@ -184,11 +184,12 @@ def _rescaled(rows: ChunkRows, radius: float, *, one_group: bool) -> Stages:
 
 def _rescaled_constant(sums: dict[str, Any], top: Any) -> float:
     one_group = "outputs" in sums
-    outputs = sums["targets"] * top("outputs") ** 2 if one_group else sums["outputs of groups"]
-    moved = top("moved") if one_group else sums["moved of groups"]
-    pu = np.sqrt(top("products")) + np.sqrt(outputs)
-    pv = np.sqrt(top("slopes")) + np.sqrt(moved) + np.sqrt(sums["drift"])
-    return float(top("rows") + 3.0 * pu * pv)
+    with np.errstate(over="ignore", invalid="ignore"):
+        outputs = sums["targets"] * np.square(top("outputs")) if one_group else sums["outputs of groups"]
+        moved = top("moved") if one_group else sums["moved of groups"]
+        pu = np.sqrt(top("products")) + np.sqrt(outputs)
+        pv = np.sqrt(top("slopes")) + np.sqrt(moved) + np.sqrt(sums["drift"])
+        return float(top("rows") + 3.0 * pu * pv)
 
 
 def _outputs(rows: ChunkRows, reach: Array) -> tuple[Interval, Interval]:

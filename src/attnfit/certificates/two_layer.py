@@ -161,8 +161,9 @@ class LayerBall:
     def rounding(self) -> float:
         """Bound the effect of rounding on the whitened gradient, to first order."""
         problem, layers = self.problem, self.layers
-        z = layers.linear if problem.offset is None else np.abs(layers.linear) + np.abs(problem.offset)
-        f, logits = layers.f, 1.0 + np.abs(z)
+        x = np.abs(self.at.x).reshape(-1, 1)
+        logits = 1.0 + np.sqrt(len(x)) * problem.logit_map.magnitudes(x)
+        f, logits = layers.f, logits if problem.offset is None else logits + np.abs(problem.offset)
         size = None if problem.outer is None else abs(problem.outer)
         dy = f * logits if size is None else np.asarray(size @ (f * logits))
         dslope = np.abs(layers.slope) + np.abs(layers.curvature) * dy
@@ -174,5 +175,5 @@ class LayerBall:
             problem.ridge * np.linalg.norm(np.abs(self.whitener).T @ np.abs(self.at.x))
         )
         if problem.penalty is not None:
-            total += float(np.abs(problem.penalty * layers.linear)[:, 0] @ norms)
+            total += float(np.abs(problem.penalty * logits)[:, 0] @ norms)
         return 4.0 * EPS * total

@@ -184,6 +184,8 @@ def _slack(batch: Batch, steps: Array) -> Array:
         ],
         axis=0,
     )
+    # The bound is stated for R >= 4.
+    R = np.maximum(R, 4.0)
     shift = np.linalg.norm(batch.shift(steps[:, None] * batch.descent), axis=1)
     log_bound = 1.5 * np.log(n) + 10.0 * R**2 + np.log(np.linalg.norm(move, axis=1))
     return np.asarray((log_bound - np.log(shift)) / np.log(10.0))

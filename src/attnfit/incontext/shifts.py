@@ -157,9 +157,8 @@ def _shift(problem: GroupedProblem, instance: Regression, move: Move, kind: str,
         delta, f = move.df, start.f
         first = f * moved - f * np.sum(f * moved, axis=1, keepdims=True)
         sharp = 0.5 * np.linalg.norm(moved, axis=1)
-        # Of alpha' and alpha only their ratio is needed, which does not overflow.
-        growth = np.expm1(start.log_alpha - move.end.log_alpha)[:, None]
-        one = growth * move.end.f * np.exp(move.end.log_alpha - start.log_alpha)[:, None]
+        # f' (1 - alpha' / alpha): of the normalisers only the ratio is needed.
+        one = -np.expm1(move.end.log_alpha - start.log_alpha)[:, None] * move.end.f
         parts = one, delta - one
     else:
         alpha = start.alpha

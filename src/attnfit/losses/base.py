@@ -60,7 +60,7 @@ class Loss(ABC):
     ``logarithmic`` says that the normaliser is the logarithm of a sum over the group, rather than the sum.
     ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then those
     of ``exp(z - reference)`` are one, and the rest play no part. ``shares`` names a loss that takes no
-    negative targets.
+    negative targets, ``has_target`` says whether the target plays a part.
     """
 
     coupled: bool = True
@@ -68,6 +68,7 @@ class Loss(ABC):
     logarithmic: bool = False
     exact_sums: tuple[int, ...] = ()
     shares: str = ""
+    has_target: bool = True
 
     # (z, reference) to the two functions of the logit on which `moments` is built: z - reference and its
     # exponential for a softmax, u(z) and its derivative for a hyperbolic function.

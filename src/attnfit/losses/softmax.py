@@ -207,6 +207,7 @@ class Entropy(SoftmaxLoss):
     """``-sum w f log f``: no target enters."""
 
     exact_sums = (0, 1)
+    has_target = False
 
     @staticmethod
     def moments(

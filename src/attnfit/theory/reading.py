@@ -59,6 +59,10 @@ def read(problem: Problem, x: Any, y: Any) -> Reading:
 
 def _grouped(problem: GroupedProblem, x: Any, y: Any) -> Reading:
     loss = problem.loss
+    if not problem.is_whole:
+        raise TypeError("the rows are on the workers of a Dask cluster; pass the problem on some of its rows")
+    if not (loss.coupled or isinstance(loss, SquaredExponential)):
+        raise TypeError(f"the papers state no bounds for {type(loss).__name__}, which is no sum of squares")
     plain, rescaled = isinstance(loss, SquaredExponential), isinstance(loss, SquaredRescaled)
     function = loss.function if isinstance(loss, SquaredExponential | SquaredRescaled) else "exp"
     models = ("exponential",) if plain else ("rescaled",) if rescaled else ("softmax",)

@@ -39,6 +39,10 @@ class LinearMap:
         """Return ``A V``, shape (n, k)."""
         return V if self.matrix is None else np.asarray(self.matrix @ V)
 
+    def magnitudes(self, sizes: Array) -> Array:
+        """Return ``|A| sizes``: what the terms of a logit add up to without their signs, shape (n, k)."""
+        return sizes if self.matrix is None else np.asarray(abs(self.matrix) @ sizes)
+
     def adjoint(self, pattern: None, R: Array) -> Array:
         """Return ``A^T R``, shape (d, k)."""
         return R if self.matrix is None else np.asarray(self.matrix.T @ R)
@@ -77,6 +81,10 @@ class ReluMap:
     def forward(self, pattern: Mask, V: Array) -> Array:
         """Return ``A2 diag(s) A1 V`` with the signs s of each column."""
         return np.asarray(self.second @ (pattern * (self.first @ V)))
+
+    def magnitudes(self, sizes: Array) -> Array:
+        """Return ``|A2| |A1| sizes``, shape (k, columns)."""
+        return np.asarray(abs(self.second) @ (abs(self.first) @ sizes))
 
     def adjoint(self, pattern: Mask, R: Array) -> Array:
         """Return ``A1^T diag(s) A2^T R``."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from attnfit.designs import Design
 from attnfit.designs.base import Rows
-from attnfit.designs.threads import pools
+from attnfit.designs.threads import one_blas_thread
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.evaluation import Drawn
 from attnfit.problems.rows.merging import PerPart, merged
@@ -110,10 +110,13 @@ class Distributed(StoredProblem):
         # Whether they are there is all that is asked of them here.
         self.b, self.weights, self.offset = ELSEWHERE, _where(weights), _where(offset)
         self.penalty = None if scalar and not row_penalty else ELSEWHERE
-        self._adopt(persist(*parts))
+        if not self._adopt(persist(*parts)):
+            raise ValueError("weights are all zero; give at least one row a positive weight")
 
-    def _adopt(self, parts: Sequence[Any]) -> None:
-        """Find the groups that are long or in several parts, and tell the parts."""
+    def _adopt(self, parts: Sequence[Any]) -> bool:
+        """Find the groups that are long or in several parts, and tell the parts; return whether any row has a
+        weight.
+        """
         from dask import compute, persist
 
         known: list[Summary] = list(compute(*[later(summary_of)(part) for part in parts]))
@@ -133,8 +136,7 @@ class Distributed(StoredProblem):
         self.design = RemoteDesign((n_rows, n_columns.pop()), max(s.gram_cost for s in known))
         self._largest_group = max(s.largest_group for s in known)
         self._n_groups = self._first_long - sum(map(len, found)) + len(numbers) if self.loss.coupled else 1
-        if not any(summary.has_weight for summary in known):
-            raise ValueError("weights are all zero; give at least one row a positive weight")
+        return any(summary.has_weight for summary in known)
 
     # ---- what is known here of the groups
 
@@ -211,9 +213,9 @@ class Distributed(StoredProblem):
         for name in DERIVED:
             other.__dict__.pop(name, None)
         other.loss = kind[0]
-        other._adopt([later(Part.neighbour)(part, totals) for part in self._parts])
+        has_weight = other._adopt([later(Part.neighbour)(part, totals) for part in self._parts])
         other.design = self.design
-        return other
+        return other if has_weight else None
 
     def _tasks(self, work: Callable[..., Any], args: tuple[Any, ...], drawn: Drawn | None) -> list[Any]:
         """Return the tasks that do the work on every part, each to its result and the rows it read."""
@@ -255,7 +257,7 @@ def _do(
     args = [a if own is None else own.get(j, a) for j, a in enumerate(common)]
     before = part.design.rows_read
     # Workers that each start a BLAS thread per core slow one another down.
-    with pools().limit(limits=1):
+    with one_blas_thread():
         found = work(part, part.chunks if chunks is None else chunks, *args)
     return found, part.design.rows_read - before
 

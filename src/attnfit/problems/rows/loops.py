@@ -35,8 +35,7 @@ def compile_loop(template: Callable[..., Any], storage: str, *formulas: Any) -> 
     the name must tell the formulas. (A closure would be compiled anew in every process.)
     """
     *functions, logarithmic = [*STORAGES[storage][:2], *formulas]
-    codes = [f.__code__ for f in (*functions, exp.py_func)]
-    text = repr([(code.co_code, code.co_consts, code.co_names) for code in codes])
+    text = repr([*map(_meaning, (*functions, exp.py_func)), sorted(OPTIONS["fastmath"])])
     for number, f in enumerate(formulas[:-1], 2):
         functions[number] = FunctionType(f.__code__, f.__globals__ | {"np": vectorised})
     names = ("dots", "add", "link", "moments", "close")
@@ -46,6 +45,13 @@ def compile_loop(template: Callable[..., Any], storage: str, *formulas: Any) -> 
     kernel.__qualname__ = f"{template.__name__}_{storage}_{crc32(text.encode()):08x}"
     kernel.__module__ = template.__module__
     return numba.njit(cache=True, **OPTIONS)(kernel)
+
+
+def _meaning(function: Any) -> tuple[Any, ...]:
+    """Return what a compiled function depends on: its code and the numbers that it takes from its module."""
+    code = function.__code__
+    numbers = [v for v in map(function.__globals__.get, code.co_names) if isinstance(v, int | float)]
+    return code.co_code, code.co_consts, code.co_names, numbers
 
 
 def pieces(  # type: ignore[no-untyped-def]

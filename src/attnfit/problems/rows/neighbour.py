@@ -12,7 +12,7 @@ from attnfit.losses.base import Loss
 from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array, Index, Segments
-from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
+from attnfit.losses.softmax import LOSSES, SoftmaxLoss
 from attnfit.problems.rows.stored import StoredProblem
 
 T = TypeVar("T", bound=StoredProblem)
@@ -47,14 +47,16 @@ def neighbouring_targets(
         How many rows each one stands for.
     """
     exponential = isinstance(loss, SquaredRescaled) and loss.function == "exp"
-    if exponential or (isinstance(loss, SoftmaxLoss) and not isinstance(loss, Entropy)):
+    if exponential or (isinstance(loss, SoftmaxLoss) and loss.has_target):
         b = _mapped(_positive_part, b)
         if w is not None:
             # Weights that differ within a group would move the minimiser of cross entropy away from f = b.
             mass = segments.sum(multiplicity * np.asarray(b))
             mean = segments.sum(multiplicity * np.asarray(w) * np.asarray(b)) / np.where(mass > 0, mass, 1.0)
             w = segments.spread(mean) + np.zeros(segments.n_rows)
-        return (LOSSES["cross_entropy"], b, w) if any(v.any() for _, v in pieces(b)) else None
+        # Nothing is left of targets that are nowhere positive, or only where the weight is zero.
+        some = any(v.any() for _, v in pieces(b)) and (w is None or w.any())
+        return (LOSSES["cross_entropy"], b, w) if some else None
     if isinstance(loss, SquaredExponential) and loss.function == "exp":
         return PoissonDeviance(), _mapped(_positive_part, b), w
     if not isinstance(loss, SquaredExponential | SquaredRescaled):

@@ -48,7 +48,7 @@ class Shared(NamedTuple):
     Attributes
     ----------
     numbers : dict of int
-        The number of each of its own groups that is long, by its label.
+        The number of each long group of all parts, by its label.
     constants : ndarray, shape (n_long,)
         The loss's constants of all long groups.
     first_label, first_long : int
@@ -106,7 +106,8 @@ class Part(StoredProblem):
         found = neighbouring_targets(self.loss, self.b, self.weights, segments, sizes)
         if found is None:
             # Only where no target here is positive.
-            found = LOSSES["cross_entropy"], np.zeros(self.n_rows), self.weights
+            own = None if self.weights is None else np.array(self.weights)
+            found = LOSSES["cross_entropy"], np.zeros(self.n_rows), own
         loss, b, w = found
         if w is not None and loss.coupled:
             for g, rows in of_group.items():

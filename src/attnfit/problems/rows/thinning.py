@@ -71,7 +71,7 @@ class Draw:
         return replace(self, b=b, weights=weights, offset=offset)
 
     def problem(self, loss: Loss, ridge: float | Array) -> GroupedProblem:
-        """Return the problem on these rows, unbiased in every sum."""
+        """Return the problem on these rows, unbiased in every sum up to a constant."""
         b, pi = self.b, self.inclusion
         w = np.ones(len(b)) if self.weights is None else self.weights
         offset = np.zeros(len(b)) if self.offset is None else self.offset
@@ -110,7 +110,7 @@ def draw_rows(problem: StoredProblem, n_rows: int, rng: np.random.Generator) -> 
     has a weight.
 
     Whole groups are drawn uniformly. Rows of a group larger than ``n_rows / 4`` are drawn with probabilities
-    proportional to the target and uniform in equal parts; a kept row's logit gets the offset
+    proportional to the target, its square and uniform in equal parts; a kept row's logit gets the offset
     ``-log(probability)``, so that the group's normaliser stays the same in expectation.
     """
     share, limit = min(1.0, n_rows / problem.n_rows), n_rows / 4
@@ -212,6 +212,9 @@ def _draw_pieces(
 ) -> Iterator[tuple[Index, Array]]:
     """Draw rows of a long group one by one; yield them and their inclusion probabilities."""
     size, *totals = sums
+    if not part.loss.has_target:
+        # Where probabilities differ their offsets would enter the loss itself.
+        totals = [0.0, 0.0]
     for start, target in target_pieces(part, first, last):
         mass = np.ones(len(target))
         for values, total in zip((target, target * target), totals, strict=True):
