@@ -7,7 +7,7 @@ from storages import PIECES, STORAGES
 
 from attnfit import minimize, problems
 from attnfit.certificates import certify
-from attnfit.certificates.kantorovich import RowBall
+from attnfit.certificates.certification import RowBall
 from attnfit.solvers import GradientDescent, Newton
 
 SIZES = {

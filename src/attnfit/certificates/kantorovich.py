@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.certificates.ball import ChunkRows, Stages, sums_on_ball
-from attnfit.certificates.lipschitz import lipschitz_constant
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.inputs import as_point
-from attnfit.problems.inversion.layer_problem import LayerProblem
-from attnfit.problems.layers.layered import LayeredProblem
-from attnfit.problems.maps.attention import Attention
-from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers.curvature import natural_scale
 from attnfit.solvers.trust_region import Eigenmodel
 
 Array = NDArray[np.float64]
-
-# Attention problems are certified up to this many entries of the matrix that is otherwise never formed.
-DENSE_ENTRIES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -80,62 +69,6 @@ class Ball(Protocol):
     def lipschitz(self, radius: float) -> float:
         """Return a Lipschitz constant of the whitened Hessian on the ball of this radius."""
         ...
-
-
-def certify(problem: Any, x: Any) -> Certificate:
-    """Certify x: find a ball around it that contains exactly one stationary point.
-
-    With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of
-    radius ``2 eta`` in the norm of H: if ``h = M eta <= 1/2``, then
-    ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes five reads of the data, wherever
-    they are, up to five more where groups are longer than a block, and d^2 numbers. A mixture is certified
-    by its duality gap instead.
-
-    Parameters
-    ----------
-    problem : Softmax, Exponential, Rescaled, Attention, TwoLayer, ReluSoftmax, ThreeLayer or LayerInversion
-    x : array_like, in the problem's natural shape
-        Of several right-hand sides all are certified, and the worst is reported.
-
-    Returns
-    -------
-    Certificate or MixtureCertificate
-
-    Raises
-    ------
-    ValueError
-        If there is no certificate for this kind of problem.
-
-    Notes
-    -----
-    Newton-Kantorovich theorem, see Deuflhard, "Newton Methods for Nonlinear Problems" (2011), Theorem 2.1,
-    with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.two_layer`, which
-    replace the papers' ``n^4 exp(20 R^2)``.
-    """
-    if isinstance(problem, LayeredProblem):
-        from attnfit.certificates.mixture import certify_mixture
-        from attnfit.certificates.two_layer import certify_layers
-
-        return certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
-    if isinstance(problem, LayerProblem):
-        from attnfit.certificates.layer import certify_layer
-
-        return certify_layer(problem, x)
-    if isinstance(problem, Attention):
-        if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
-            return refused(
-                f"a proof takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, more "
-                f"than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
-            )
-        x, problem = as_point(x, problem.shape), problem.dense()
-    if not isinstance(problem, GroupedProblem):
-        return refused(
-            f"none is known for {type(problem).__name__}, whose factors are not unique; compare "
-            "result.local_values of several starts"
-        )
-    grouped: GroupedProblem = problem
-    at = grouped.evaluate(as_point(x, grouped.shape))
-    return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
 
 
 def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array], Ball]) -> Certificate:
@@ -211,51 +144,3 @@ def refused(
 ) -> Certificate:
     """Return a certificate that is not valid, with the reason."""
     return Certificate(False, np.inf, np.inf, np.inf, reason, eta, constant, lambda_min, n_unidentified)
-
-
-@dataclass(frozen=True)
-class RowBall:
-    """The `Ball` of a loss of the rows of one matrix."""
-
-    problem: GroupedProblem
-    at: Evaluation
-    whitener: Array
-
-    def lipschitz(self, radius: float) -> float:
-        """Return the constant of `attnfit.certificates.lipschitz`."""
-        return lipschitz_constant(self.problem, self.at, self.whitener, radius)
-
-    def obstacle(self, radius: float) -> str | None:
-        """Return None: these losses are smooth."""
-        return None
-
-    def rounding(self) -> float:
-        """Bound the effect of rounding in A x and in the sums on the whitened gradient, to first order."""
-        problem = self.problem
-        sums = sums_on_ball(problem, self.at, self.whitener, _rounding, 0.0)
-        ridge = np.linalg.norm(np.abs(self.whitener).T @ np.abs(problem.ridge * self.at.x))
-        return 4.0 * float(np.finfo(np.float64).eps) * float(sums["rounding"] + ridge)
-
-
-def _rounding(rows: ChunkRows, radius: float) -> Stages:
-    """Bound ``sum |s| |T^T a|`` and, with ``dz`` the errors of the logits, the change of the gradient
-    ``sum t (r a - q mu) (r dz - q m.dz)`` by the terms of the Hessian and ``mu = A^T m``.
-
-    The errors are ``1 + sqrt(d) |A| |x|`` in units of the rounding, with the constant of Higham and Mary, "A
-    New Approach to Probabilistic Rounding Error Analysis" (2019), doi:10.1137/18M1226312.
-    """
-    part, point = rows.part, (rows.z, rows.b, rows.w, rows.state)
-    own, along = rows.norms(centred=False), np.abs(rows.at.x)
-    dz = 1.0 + np.sqrt(len(along)) * np.asarray(abs(rows.block) @ along) + np.abs(part.shift(rows.chunk))
-    terms, m = part.loss.gram_terms(*point)
-    centre, mean = np.zeros_like(dz), np.zeros_like(dz)
-    if m is not None:
-        sums = yield rows.sum(np.abs(m) * own), rows.sum(np.abs(m) * dz)
-        centre, mean = map(rows.spread, sums)
-    rows.add("rounding", np.abs(part.loss.slope(*point)) * own)
-    penalty = part.row_penalties(rows.chunk)
-    if penalty is not None:
-        rows.add("rounding", penalty * dz * own)
-    for t, r, q in terms:
-        size, beside = (np.abs(1.0 if v is None else v) for v in (r, 0.0 if q is None else q))
-        rows.add("rounding", np.abs(t) * (size * own + beside * centre) * (size * dz + beside * mean))
