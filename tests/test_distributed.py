@@ -219,13 +219,16 @@ def test_scattered_groups_are_drawn_whole_and_never_none(seed):
 
 
 @pytest.mark.parametrize("groups", [None, "three"])
-def test_parts_without_positive_targets_keep_their_weights(groups):
-    """The weights of the neighbour are others, and written to memory of their own."""
+@pytest.mark.parametrize("zero", ["targets", "weights", "weights of targets"])
+def test_neighbours_of_parts_are_those_of_the_whole(groups, zero):
+    """Their weights are of the whole group, and written to memory of their own."""
     import dask.array as da
 
     rng = np.random.default_rng(0)
     A, b, w = rng.standard_normal((400, 3)), rng.random(400), rng.uniform(0.1, 3.0, 400)
-    b[200:] = 0.0
+    (w if zero == "weights" else b)[200:] = 0.0
+    if zero == "weights of targets":
+        b[250:300], w[250:300] = rng.random(50), 0.0
     labels = None if groups is None else np.repeat([0, 1, 2], [90, 210, 100])
     given, x = w.copy(), np.array([0.3, -0.2, 0.1])
     whole = problems.Rescaled(A, b, groups=labels, weights=w)

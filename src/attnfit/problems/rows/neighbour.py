@@ -23,7 +23,12 @@ def convex_neighbour(problem: T) -> T | None:
     segments = Segments(problem.groups.starts, problem.n_rows)
     sizes = np.repeat(segments.sizes, segments.sizes)
     found = neighbouring_targets(problem.loss, problem.b, problem.weights, segments, sizes)
-    return None if found is None else problem.with_loss(*found)
+    return problem.with_loss(*found) if found is not None and has_weight(found[2]) else None
+
+
+def has_weight(w: Any) -> bool:
+    """Whether any row has a weight: none is left where targets are positive only at weights of zero."""
+    return w is None or any(v.any() for _, v in pieces(w))
 
 
 def neighbouring_targets(
@@ -54,9 +59,7 @@ def neighbouring_targets(
             mass = segments.sum(multiplicity * np.asarray(b))
             mean = segments.sum(multiplicity * np.asarray(w) * np.asarray(b)) / np.where(mass > 0, mass, 1.0)
             w = segments.spread(mean) + np.zeros(segments.n_rows)
-        # Nothing is left of targets that are nowhere positive, or only where the weight is zero.
-        some = any(v.any() for _, v in pieces(b)) and (w is None or w.any())
-        return (LOSSES["cross_entropy"], b, w) if some else None
+        return (LOSSES["cross_entropy"], b, w) if any(v.any() for _, v in pieces(b)) else None
     if isinstance(loss, SquaredExponential) and loss.function == "exp":
         return PoissonDeviance(), _mapped(_positive_part, b), w
     if not isinstance(loss, SquaredExponential | SquaredRescaled):

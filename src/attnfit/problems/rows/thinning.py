@@ -17,7 +17,7 @@ from attnfit.problems.inputs import require_finite_rows
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.problems.rows.masses import target_pieces, target_sums
 from attnfit.problems.rows.merging import merged
-from attnfit.problems.rows.neighbour import neighbouring_targets
+from attnfit.problems.rows.neighbour import has_weight, neighbouring_targets
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.stored import StoredProblem
 
@@ -99,7 +99,7 @@ class Draw:
         starts = np.concatenate([[0], np.flatnonzero(np.diff(self.labels)) + 1])
         segments = Segments(starts, len(self.labels))
         found = neighbouring_targets(loss, self.b, self.weights, segments, self.sizes, 1.0 / self.inclusion)
-        if found is None:
+        if found is None or not has_weight(found[2]):
             return None
         neighbour, b, w = found
         return self.with_targets(b, w, self.offset).problem(neighbour, ridge)
