@@ -95,8 +95,8 @@ def disk_tables(options: argparse.Namespace) -> str:
         "### Reading",
         table(head, speeds),
         "Medians of five; uncached: the file is dropped from the system's cache before each read (how far "
-        f"that works depends on the system). {options.threads} threads compute, one more reads ahead; the "
-        "plain loop copies from the cache with one.",
+        f"that works depends on the system). {options.threads} threads compute, one more may wait for the "
+        "disk; the plain loop copies from the cache with one.",
         f"### A block with NaN at row {NAN_ROW:,}",
         f"> {fault}",
     ])  # fmt: skip

@@ -15,7 +15,7 @@ from attnfit.designs import DriftError, open_source
 from attnfit.designs.column import Column
 from attnfit.designs.read_ahead import Recent, read_ahead
 from attnfit.designs.threads import available_threads, in_order
-from attnfit.problems.memory import CURVATURE, parse_size
+from attnfit.problems.memory import CURVATURE, READING, parse_size
 
 
 def saved(at, **columns):
@@ -259,8 +259,23 @@ def test_a_problem_on_disk_can_be_pickled(tmp_path):
     assert np.array_equal(pickle.loads(pickle.dumps(disk)).gradient(x), expected)
 
 
+def test_as_many_threads_read_as_there_is_memory_for(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr("attnfit.problems.rows.stored.available_threads", lambda: 100)
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((400_000, 4)), rng.random(400_000)
+    disk = problems.Softmax(**saved(tmp_path, A=A, b=b / b.sum()))
+    assert disk.n_readers == 101
+    limit = disk.memory_estimate().total
+    bounded = disk.within(limit)
+    assert 2 < bounded.n_readers < 100
+    assert bounded.memory_estimate().parts[READING] < limit / 4
+    assert relative(bounded.gradient(np.ones(4)), disk.gradient(np.ones(4))) < 1e-12
+    assert problems.Softmax(A, b / b.sum()).n_readers == 100
+
+
 def test_many_threads_do_not_work_on_memory_that_is_read_into(compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr("attnfit.problems.rows.fused.available_threads", lambda: 16)
+    for module in ("fused", "stored"):
+        monkeypatch.setattr(f"attnfit.problems.rows.{module}.available_threads", lambda: 16)
     monkeypatch.setattr("attnfit.designs.on_disk.RUN_BYTES", 1 << 15)
     monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 18)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Rows that stay on disk read as NumPy, zarr, pyarrow and SciPy read them, and are watched for changes."""
+"""Rows that stay on disk read as NumPy, zarr, pyarrow and SciPy read them."""
 
 import copy
 import json
@@ -7,7 +7,6 @@ import pickle
 import shutil
 import sys
 import threading
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -18,90 +17,28 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
+from stored_files import (
+    ALL,
+    DENSE,
+    D,
+    N,
+    dense,
+    matrix,
+    small_pieces,
+    write_fortran,
+    write_memmap,
+    write_npy,
+    write_parquet,
+    write_shards,
+    write_zarr,
+)
 
-from attnfit.designs.sources import DriftError, FileFormatError, Source, open_source
-from attnfit.designs.sources.checksum import checksum, first_difference
-
-N, D = 1003, 7
+from attnfit.designs.sources import FileFormatError, Source, open_source
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Blocks of some 1,000 bytes and runs of neighbours 64 bytes apart, so that small files have many."""
-    monkeypatch.setattr("attnfit.designs.sources.npy.BLOCK_BYTES", 1 << 10)
-    monkeypatch.setattr("attnfit.designs.sources.npy.PAGE_BYTES", 1 << 6)
-    monkeypatch.setattr("attnfit.designs.sources.parquet.DECODED_BYTES", 3 << 12)
-
-
-def matrix(n=N, d=D, dtype=float, seed=0):
-    rng = np.random.default_rng(seed)
-    return (50 * rng.standard_normal((n, d))).astype(dtype)
-
-
-def write_npy(at, a):
-    np.save(at / "a.npy", a)
-    return at / "a.npy"
-
-
-def write_fortran(at, a):
-    np.save(at / "a.npy", np.asfortranarray(a))
-    return at / "a.npy"
-
-
-def write_memmap(at, a):
-    np.save(at / "a.npy", np.concatenate([np.resize(a, (13, *a.shape[1:])), a, a[:5]]))
-    return np.load(at / "a.npy", mmap_mode="r")[13 : 13 + len(a)]
-
-
-def write_zarr(at, a, **options):
-    options = {"chunks": (100, 3)[: a.ndim]} | options
-    zarr.create_array(at / "a.zarr", shape=a.shape, dtype=a.dtype, **options)[:] = a
-    return at / "a.zarr"
-
-
-def write_shards(at, a):
-    return write_zarr(at, a, chunks=(50, 2)[: a.ndim], shards=(200, 6)[: a.ndim])
-
-
-def write_zarr2(at, a):
-    return write_zarr(at, a, zarr_format=2, chunks=(100, 7)[: a.ndim])
-
-
-def write_zip(at, a):
-    return shutil.make_archive(str(at / "a"), "zip", write_zarr(at, a))
-
-
-def write_parquet(at, a, cuts=(0, 3, 400, 403)):
-    """Three files of unequal length, an empty one, and unequal row groups within."""
-    names = [f"x{j}" for j in range(a.shape[1])]
-    (at / "a").mkdir()
-    for k, (low, high) in enumerate(zip(cuts, [*cuts[1:], len(a)], strict=True)):
-        low, high = min(low, len(a)), min(high, len(a))
-        table = pa.table({name: a[low:high, j] for j, name in enumerate(names)})
-        pq.write_table(table, at / "a" / f"part-{8 + k}.parquet", row_group_size=90)
-    pq.write_table(table.slice(0, 0), at / "a" / "part-9-empty.parquet")
-    return at / "a"
-
-
-def write_csr(at, a, cuts=(0, 3, 400, 403)):
-    (at / "a").mkdir()
-    for k, (low, high) in enumerate(zip(cuts, [*cuts[1:], len(a)], strict=True)):
-        low, high = min(low, len(a)), min(high, len(a))
-        sparse.save_npz(at / "a" / f"{8 + k}.npz", sparse.csr_array(a[low:high]), compressed=k % 2 == 0)
-    return at / "a"
-
-
-DENSE = {
-    "npy": write_npy,
-    "fortran": write_fortran,
-    "memmap": write_memmap,
-    "zarr": write_zarr,
-    "sharded": write_shards,
-    "zarr2": write_zarr2,
-    "zip": write_zip,
-    "parquet": write_parquet,
-}
-ALL = DENSE | {"csr": write_csr}
+def many_blocks(monkeypatch):
+    small_pieces(monkeypatch)
 
 
 @pytest.fixture(params=ALL)
@@ -112,10 +49,6 @@ def stored(request, tmp_path):
     source = open_source(ALL[request.param](tmp_path, a))
     yield a, source
     source.close()
-
-
-def dense(rows):
-    return rows.toarray() if sparse.issparse(rows) else rows
 
 
 # ------------------------------------------------------------------------------------------ the same numbers
@@ -511,202 +444,3 @@ def test_threads_share_a_source(stored):
     for thread in threads:
         thread.join()
     assert len(wrong) == 60 and not any(wrong)
-
-
-# ------------------------------------------------------------------------------------------------ drift
-
-
-def rewrite(name, at, a, row):
-    """Change one entry of what is stored, as a program that updates its data does."""
-    b = a.copy()
-    b[row, 2] += 1.0
-    if name == "memmap":
-        whole = np.load(at / "a.npy", mmap_mode="r+")
-        whole[13 + row] = b[row]
-        whole.flush()
-    elif name in ("zarr", "sharded", "zarr2"):
-        zarr.open_array(at / "a.zarr")[row] = b[row]
-    else:
-        for left in (at / "a", at / "a.zarr"):
-            shutil.rmtree(left, ignore_errors=True)
-        ALL[name](at, b)
-
-
-PLACES = {
-    "npy": r"a\.npy .*block 31 \(rows 496 to 511\)",
-    "fortran": r"a\.npy .*block 31 \(rows 496 to 511\)",
-    "memmap": r"a\.npy .*block 31 \(rows 496 to 511\)",
-    "zarr": r"a\.zarr .*chunk 5 \(rows 500 to 599\)",
-    "sharded": r"a\.zarr .*chunk 10 \(rows 500 to 549\)",
-    "zarr2": r"a\.zarr .*chunk 5 \(rows 500 to 599\)",
-    "zip": r"a\.zip .*chunk 5 \(rows 500 to 599\)",
-    "parquet": r"part-11\.parquet .*row group 1 \(rows 493 to 582\)",
-    "csr": r"11\.npz .*shard 3 \(rows 403 to 1002\)",
-}
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_changed_blocks_are_named(name, tmp_path):
-    a = matrix()
-    source = open_source(ALL[name](tmp_path, a))
-    source.read(0, N)
-    rewrite(name, tmp_path, a, 507)
-    with pytest.raises(
-        DriftError, match=rf"{PLACES[name]}.*differs from the first read; leave the file alone"
-    ):
-        for low in range(0, N, 100):
-            source.read(low, min(low + 100, N))
-    source.close()
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_changes_behind_the_clock_are_found(name, tmp_path):
-    """Sizes and times of all files stay as they were: only the contents tell."""
-    a = matrix()
-    source = open_source(ALL[name](tmp_path, a))
-    source.read(0, N)
-    seen = {file: file.stat() for file in tmp_path.rglob("*") if file.is_file()}
-    data = {file: bytearray(file.read_bytes()) for file in seen}
-    rewrite(name, tmp_path, a, 507)
-    for file, stat in seen.items():
-        changed = file.read_bytes()
-        # In place, so that the inode is kept as well.
-        file.write_bytes(data[file])
-        with open(file, "r+b") as open_file:
-            open_file.write(changed[: len(data[file])].ljust(len(data[file]), b"\0"))
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(DriftError, match="changed while it was being read"):
-        for low in range(0, N, 37):
-            source.read(low, min(low + 37, N))
-    source.close()
-
-
-def test_one_block_that_is_read_again_and_again_is_compared(tmp_path):
-    a = matrix(90, 3)
-    source = open_source(write_zarr(tmp_path, a, chunks=(100, 3)))
-    source.read(0, 40)
-    zarr.open_array(tmp_path / "a.zarr")[5, 1] = 0.0
-    with pytest.raises(DriftError, match="chunk 0"):
-        source.read(0, 40)
-
-
-def files_of(at):
-    return [file for file in at.rglob("*") if file.is_file() and file.name not in (".zattrs",)]
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_touched_files_have_not_drifted(name, tmp_path):
-    a = matrix()
-    source = open_source(ALL[name](tmp_path, a))
-    source.read(0, 500)
-    for file in files_of(tmp_path):
-        os.utime(file, ns=(1, time.time_ns()))
-    assert np.array_equal(dense(source.read(0, N)), a)
-    for file in files_of(tmp_path):
-        # The same bytes in another inode.
-        shutil.copy(file, tmp_path / "copy")
-        os.replace(tmp_path / "copy", file)
-    assert np.array_equal(dense(source.take(np.arange(N))), a)
-    source.close()
-
-
-@pytest.mark.parametrize("how", ["delete", "truncate", "empty", "directory", "other shape", "other data"])
-@pytest.mark.parametrize("name", ALL)
-def test_lost_and_replaced_files_are_named(name, how, tmp_path):
-    a = matrix()
-    source = open_source(ALL[name](tmp_path, a))
-    source.read(0, N)
-    for file in files_of(tmp_path):
-        if how == "delete":
-            file.unlink()
-        elif how == "truncate":
-            os.truncate(file, file.stat().st_size // 2)
-        elif how == "empty":
-            file.write_bytes(b"")
-        elif how == "directory":
-            file.unlink()
-            file.mkdir()
-        else:
-            file.unlink()
-    if how.startswith("other"):
-        shutil.rmtree(tmp_path)
-        tmp_path.mkdir()
-        ALL[name](tmp_path, a[:-1] if how == "other shape" else a[::-1])
-    for act in (
-        lambda: source.read(0, N),
-        lambda: source.read(700, 710),
-        lambda: source.take(np.array([3, 900])),
-    ):
-        with pytest.raises(DriftError, match="changed while it was being read"):
-            act()
-    source.close()
-
-
-def test_a_file_that_is_lost_before_it_was_read(tmp_path):
-    """Workers open what they are sent, perhaps much later."""
-    a = matrix()
-    data = pickle.dumps(open_source(write_npy(tmp_path, a)))
-    write_npy(tmp_path, a[:50])
-    with pytest.raises(DriftError, match=r"had shape \(1003, 7\) .* now it has shape \(50, 7\)"):
-        pickle.loads(data).read(0, 10)
-    os.unlink(tmp_path / "a.npy")
-    with pytest.raises(DriftError, match="cannot be opened any more"):
-        pickle.loads(data).read(0, 10)
-
-
-def test_checksums_travel(tmp_path):
-    a = matrix()
-    source = open_source(write_npy(tmp_path, a))
-    source.read(0, N)
-    data = pickle.dumps(source)
-    rewrite("npy", tmp_path, a, 507)
-    with pytest.raises(DriftError, match="block 31"):
-        pickle.loads(data).read(0, 10)
-
-
-def test_a_missing_chunk_is_drift(tmp_path):
-    a = matrix()
-    source = open_source(write_zarr(tmp_path, a))
-    source.read(0, N)
-    (tmp_path / "a.zarr" / "c" / "5" / "1").unlink()
-    with pytest.raises(DriftError, match="chunk 5"):
-        source.read(0, N)
-
-
-# ------------------------------------------------------------------------------------------------ checksums
-
-
-@given(data=st.binary(min_size=1, max_size=300), at=st.integers(0, 10**6), change=st.integers(1, 255))
-def test_checksums_see_every_byte(data, at, change):
-    a = np.frombuffer(data, np.uint8).copy()
-    before = checksum(a)
-    assert before > 0
-    a[at % len(a)] ^= change
-    assert checksum(a) != before
-    assert checksum(np.append(a, np.uint8(0))) != checksum(a)
-
-
-def test_checksums_see_order_and_signs():
-    a = matrix(64, 8)
-    seen = {checksum(a)}
-    for b in (a[::-1].copy(), a[np.r_[1, 0, 2:64]], a[:, ::-1].copy(), -a, a * np.array([-1.0] + [1.0] * 7)):
-        seen.add(checksum(b))
-    for i in range(0, 512, 8):
-        b = a.reshape(-1).copy()
-        b[[3, i if i != 3 else 4]] *= -1.0
-        seen.add(checksum(b))
-    assert len(seen) == 1 + 5 + 64
-    zeros = {checksum(np.zeros(n, np.uint8)) for n in range(200)}
-    assert len(zeros) == 200
-
-
-def test_checksums_of_several_blocks():
-    rows = np.random.default_rng(0).integers(0, 256, (1000, 3), dtype=np.uint8)
-    edges = np.array([7, 24, 280, 281, 1007])
-    known = np.zeros(4, np.uint64)
-    assert first_difference(rows, edges, 3, known) == -1
-    assert len(set(known)) == 4 and first_difference(rows, edges, 3, known) == -1
-    for block, row in [(0, 16), (1, 17), (2, 273), (3, 999)]:
-        changed = rows.copy()
-        changed[row, 1] ^= 64
-        assert first_difference(changed, edges, 3, known) == block

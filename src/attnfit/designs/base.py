@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,7 @@ class Design(LinearOperator):
 
     @abstractmethod
     def parts(self, rows: Rows) -> tuple[Any, int]:
-        """Return what those loops read these rows from, and where the first of them is."""
+        """Return what those loops read these rows from, and where the first of them is; counts nothing."""
 
     def product(self, block: Any, x: Array) -> Array:
         """Return ``block @ x`` for a block of this design, shape (n_rows,)."""
@@ -88,11 +88,20 @@ class Design(LinearOperator):
 
     @property
     def run_rows(self) -> int:
-        """Number of rows to read or to go over in one call."""
+        """Number of rows to read ahead of their use."""
         return RUN_BLOCKS * self.block_rows
+
+    @property
+    def thread_rows(self) -> int:
+        """Number of rows that a thread goes over in one call."""
+        return self.run_rows
 
     def load(self, rows: slice) -> None:
         """Read these rows and keep them for a while: of use on disk."""
+
+    def apart(self) -> Self:
+        """Return the same matrix for another thread: what that reads from disk is its own."""
+        return self
 
     def locate(self, row: int) -> str:
         """Return where a row is stored, for messages; nothing in memory."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,12 @@ class Column:
         if not self.recent.renew(rows):
             self.recent.make_room()
             self.recent.keep(rows.start, rows.stop, self._numbers(self.source.read(rows.start, rows.stop)))
+
+    def apart(self) -> Self:
+        """Return the same vector for another thread: what that reads is its own."""
+        other = copy(self)
+        other.source, other.recent = self.source.apart(), Recent(1)
+        return other
 
     def mapped(self, function: Callable[[Array], Array]) -> Column:
         """Return the column whose entries are a function of this one's."""

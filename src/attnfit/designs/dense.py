@@ -53,9 +53,7 @@ class DenseDesign(Design):
     def parts(self, rows: Rows) -> tuple[Any, int]:
         """Return what the compiled loops read these rows from, and where the first of them is."""
         if isinstance(rows, slice):
-            self.rows_read += rows.stop - rows.start
             return np.asarray(self.array), rows.start
-        self.rows_read += len(rows)
         # Indexing keeps the memory order; np.take would copy the whole of a Fortran-ordered array.
         return np.asarray(self.array)[rows], 0
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,8 +15,11 @@ from attnfit.designs.read_ahead import Recent
 from attnfit.designs.sources import Source, open_source
 from attnfit.designs.sparse import BLOCK_ENTRIES, SparseDesign, row_view
 
-# Large enough that a disk reads at full speed, small enough that three of them are nothing.
+# Large enough that a disk reads at full speed and threads seldom hand over, small enough that three of them
+# are nothing.
 RUN_BYTES = 1 << 25
+# A thread that computes with what it reads finds so small a part of a run still in its cache.
+PARTS_OF_A_RUN = 8
 # Objects of other libraries that are no more than a place on disk.
 STORED = {("zarr", "Array"), ("pyarrow", "FileSystemDataset")}
 # Rows from which the number of entries a row is estimated.
@@ -45,6 +49,11 @@ def stored_source(values: Any, name: str) -> Source | None:
     return None
 
 
+def _rows_of(design: DenseOnDisk | SparseOnDisk, size: int) -> int:
+    """Return the number of rows, in whole blocks, that take so many bytes."""
+    return max(1, size // (design.row_bytes * design.block_rows)) * design.block_rows
+
+
 class DenseOnDisk(DenseDesign):
     """Rows of a dense matrix on disk."""
 
@@ -70,7 +79,12 @@ class DenseOnDisk(DenseDesign):
 
     @property
     def run_rows(self) -> int:
-        return max(1, self.run_bytes // (self.row_bytes * self.block_rows)) * self.block_rows
+        return _rows_of(self, self.run_bytes)
+
+    @property
+    def thread_rows(self) -> int:
+        # What is decoded together is read together.
+        return _rows_of(self, self.run_bytes // (PARTS_OF_A_RUN if self.source.stored_rows == 1 else 1))
 
     @property
     def storage(self) -> str | None:
@@ -79,6 +93,11 @@ class DenseOnDisk(DenseDesign):
 
     def locate(self, row: int) -> str:
         return self.source.locate(row)
+
+    def apart(self) -> Self:
+        other = copy(self)
+        other.source, other.recent = self.source.apart(), Recent(1)
+        return other
 
     def load(self, rows: slice) -> None:
         if self.recent.renew(rows):
@@ -91,9 +110,7 @@ class DenseOnDisk(DenseDesign):
 
     def parts(self, rows: Rows) -> tuple[Any, int]:
         if not isinstance(rows, slice):
-            self.rows_read += len(rows)
             return self.source.take(rows), 0
-        self.rows_read += rows.stop - rows.start
         self.load(rows)
         known = self.recent.find(rows)
         assert known is not None
@@ -137,7 +154,12 @@ class SparseOnDisk(SparseDesign):
 
     @property
     def run_rows(self) -> int:
-        return max(1, self.run_bytes // (self.row_bytes * self.block_rows)) * self.block_rows
+        return _rows_of(self, self.run_bytes)
+
+    @property
+    def thread_rows(self) -> int:
+        # What is decoded together is read together.
+        return _rows_of(self, self.run_bytes // (PARTS_OF_A_RUN if self.source.stored_rows == 1 else 1))
 
     @property
     def gram_cost(self) -> float:
@@ -151,6 +173,11 @@ class SparseOnDisk(SparseDesign):
     def locate(self, row: int) -> str:
         return self.source.locate(row)
 
+    def apart(self) -> Self:
+        other = copy(self)
+        other.source, other.recent = self.source.apart(), Recent(1)
+        return other
+
     def load(self, rows: slice) -> None:
         if not self.recent.renew(rows):
             self.recent.make_room()
@@ -159,13 +186,11 @@ class SparseOnDisk(SparseDesign):
     def parts(self, rows: Rows) -> tuple[Any, int]:
         first = 0
         if isinstance(rows, slice):
-            self.rows_read += rows.stop - rows.start
             self.load(rows)
             known = self.recent.find(rows)
             assert known is not None
             first, matrix = rows.start - known[0], known[1]
         else:
-            self.rows_read += len(rows)
             matrix = self.source.take(rows)
         return (matrix.indptr, matrix.indices, matrix.data), first
 

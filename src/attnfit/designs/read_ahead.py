@@ -29,19 +29,25 @@ def read_ahead(load: Callable[[T], Any], items: Iterable[T]) -> Iterator[T]:
 class Recent:
     """The pieces read last, by their rows.
 
+    Parameters
+    ----------
+    most : int
+        Number of pieces to keep.
+
     Attributes
     ----------
     lock : RLock
         Held by whoever goes over the rows: another thread would write over the pieces in use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = KEPT) -> None:
+        self._most = most
         self._pieces: list[tuple[int, int, Any]] = []
         self.lock = RLock()
 
-    def __reduce__(self) -> tuple[type[Recent], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Recent], tuple[int]]:
         # What was read stays behind.
-        return Recent, ()
+        return Recent, (self._most,)
 
     def find(self, rows: slice) -> tuple[int, Any] | None:
         """Return the first row of the piece that holds these rows, and the piece."""
@@ -61,7 +67,7 @@ class Recent:
 
     def make_room(self) -> Any:
         """Let go of the oldest piece where there are enough; return it for its memory."""
-        return self._pieces.pop(0)[2] if len(self._pieces) >= KEPT else None
+        return self._pieces.pop(0)[2] if len(self._pieces) >= self._most else None
 
     def keep(self, start: int, stop: int, piece: Any) -> None:
         """Keep a piece."""

@@ -55,7 +55,6 @@ class SparseDesign(Design):
     def parts(self, rows: Rows) -> tuple[Any, int]:
         """Return what the compiled loops read these rows from, and where the first of them is."""
         matrix, first = (self.matrix, rows.start) if isinstance(rows, slice) else (self.matrix[rows], 0)
-        self.rows_read += rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         return (matrix.indptr, matrix.indices, matrix.data), first
 
     def _fetch(self, rows: Rows) -> Any:

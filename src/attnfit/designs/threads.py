@@ -24,7 +24,7 @@ def available_threads() -> int:
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
-    """Yield ``work(item)`` of each item, in order; at most ``n_threads`` of them are worked on."""
+    """Yield ``work(item)`` of each item, in order, from so many threads."""
     if n_threads == 1:
         yield from map(work, items)
         return
@@ -32,7 +32,8 @@ def in_order(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iter
         waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) == n_threads:
+            # A thread that is done does not wait for another that is not.
+            if len(waiting) == 2 * n_threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -15,7 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from math import prod
 from threading import RLock
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class Source(ABC):
     """A matrix (n, d) or column (n,) in files.
 
     One read runs at a time; a copy (``copy.copy``, or a pickled one) opens the files anew and can be read at
-    the same time.
+    the same time, but knows nothing of what others read after it was made: see `apart`.
 
     Attributes
     ----------
@@ -111,6 +111,12 @@ class Source(ABC):
         with self._lock:
             self._watch(np.unique(self._file_of[self.block_of(rows)]))
             return self._take(rows)
+
+    def apart(self) -> Self:
+        """Return the source that another thread should read: itself where rows are decoded many at a time,
+        each once.
+        """
+        return self
 
     def locate(self, row: int) -> str:
         """Return file and block of a row, for messages."""

@@ -7,10 +7,11 @@ reads into memory of our own.
 from __future__ import annotations
 
 import os
+from copy import copy
 from itertools import pairwise
 from math import prod
 from mmap import ALLOCATIONGRANULARITY
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -64,6 +65,15 @@ class NpySource(Source):
     def stored_rows(self) -> int:
         """Every row can be read by itself."""
         return 1
+
+    def apart(self) -> Self:
+        """Return a source that can be read at the same time and compares with the same earlier reads."""
+        with self._lock:
+            # What has happened to the file so far is found out once, here.
+            self._watch([0])
+            other = copy(self)
+        other.checksums = self.checksums
+        return other
 
     def _read(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> NDArray[Any]:
         rows = self._room(stop - start, out)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Self
+from typing import Any, Self
 
-from attnfit.designs.column import Column
 from attnfit.designs.on_disk import RUN_BYTES, DenseOnDisk, SparseOnDisk
 from attnfit.designs.read_ahead import KEPT
 from attnfit.problems.base import MAX_DENSE
@@ -36,9 +35,8 @@ class BudgetedProblem(StoredProblem):
             parts[SAMPLES] = COPIES * 8 * (d + 5) * min(n, sample_sizes(n, d)[1])
         parts[WORKING] += COPIES * 8 * design.block_rows * (d + 12)
         if isinstance(design, DenseOnDisk | SparseOnDisk):
-            columns = sum(isinstance(v, Column) for v in (self.b, self.weights, self.offset, self.penalty))
-            run_bytes = design.run_rows * (design.row_bytes + 8 * columns)
-            parts[READING] = KEPT * run_bytes
+            row_bytes = self._row_bytes
+            parts[READING] = (KEPT * design.run_rows + self.n_readers * design.thread_rows) * row_bytes
             if design.source.stored_rows > 1:
                 parts[STORED] = 2 * design.source.stored_rows * design.row_bytes
         if not design.gram_pays and d <= MAX_DENSE and self.rows_can_be_drawn:
@@ -52,12 +50,27 @@ class BudgetedProblem(StoredProblem):
         """
         bounded = copy(self)
         bounded.memory_limit = limit
-        if bounded.design.on_disk:
-            bounded.design = copy(bounded.design)
+        if isinstance(self.design, DenseOnDisk | SparseOnDisk):
+            bounded.design = design = copy(self.design)
             # A function of the limit alone: a resumed fit must add up in the same order.
-            bounded.design.run_bytes = min(RUN_BYTES, max(SMALLEST_RUN, limit // 32))
+            design.run_bytes = min(RUN_BYTES, max(SMALLEST_RUN, limit // 32))
         bounded.memory_estimate().require(limit)
         return bounded
+
+    @property
+    def n_readers(self) -> int:
+        """Number of threads that each hold a run of rows: there is room for two at least."""
+        if self.memory_limit is None or not self.design.on_disk:
+            return super().n_readers
+        return min(
+            super().n_readers, max(2, self.memory_limit // (8 * self.design.thread_rows * self._row_bytes))
+        )
+
+    @property
+    def _row_bytes(self) -> int:
+        """Size of a row and of what belongs to it, as they are read."""
+        design: Any = self.design
+        return int(design.row_bytes) + 8 * (len(self.stored) - 1)
 
     @property
     def n_leverages(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from threading import Semaphore, local
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from attnfit.designs.threads import available_threads, in_order
 from attnfit.losses.base import Moments
 from attnfit.losses.segments import Array
 from attnfit.problems.rows.loops import compile_loop, pieces, whole_groups
-from attnfit.problems.rows.partition import Chunk, Rows
+from attnfit.problems.rows.partition import Chunk, Rows, runs
 from attnfit.problems.rows.stored import StoredProblem
 from attnfit.problems.rows.totals import Totals
 
@@ -29,24 +30,29 @@ def sum_up(
 ) -> Totals | None:
     """Read once; None where a logit is not finite."""
     x = np.ascontiguousarray(x)
+    own, may_compute = local(), Semaphore(available_threads())
 
-    def work(item: tuple[list[Chunk], tuple[Any, int]]) -> Totals | None:
-        return _sum_up_run(problem, *item, x, reference, origin_states)
+    def work(run: list[Chunk]) -> Totals | None:
+        # A thread computes with what it has just read, while that is in its cache.
+        if not hasattr(own, "problem"):
+            own.problem = problem.apart()
+        own.problem.load(run)
+        with may_compute:
+            return _sum_up_run(own.problem, run, x, reference, origin_states)
 
-    # What is read is counted here: threads would lose some of it.
-    items = ((run, problem.design.parts(_join([c.index for c in run]))) for run in problem.runs_ahead(chunks))
     totals = Totals.zero(problem.n_unknowns)
-    for found in in_order(work, items, min(available_threads(), problem.most_runs)):
+    for found in in_order(work, runs(chunks, problem.design.thread_rows), problem.n_readers):
         if found is None:
             return None
         totals = totals.merge(found)
+    # Threads would lose some of what they count.
+    problem.design.rows_read += sum(chunk.segments.n_rows for chunk in chunks)
     return totals
 
 
 def _sum_up_run(
     problem: StoredProblem,
     span: list[Chunk],
-    parts: tuple[Any, int],
     x: Array,
     reference: Array,
     origin_states: Array | None,
@@ -57,6 +63,7 @@ def _sum_up_run(
     loss, long, d = problem.loss, span[0].long, problem.n_unknowns
     by_group = loss.coupled and long < 0
     rows = _join([chunk.rows for chunk in span])
+    parts = problem.design.parts(_join([chunk.index for chunk in span]))
     vectors = [problem.b[rows]]
     vectors += [NONE if v is None else v[rows] for v in (problem.weights, problem.offset, problem.penalty)]
     beside = NONE

@@ -12,7 +12,8 @@ import numpy as np
 from scipy import sparse
 
 from attnfit.designs.column import Column, pieces
-from attnfit.designs.read_ahead import KEPT, read_ahead
+from attnfit.designs.read_ahead import read_ahead
+from attnfit.designs.threads import available_threads
 from attnfit.losses.base import Closed, GramTerm, Loss
 from attnfit.losses.segments import Array, Index
 from attnfit.problems.base import Problem
@@ -23,6 +24,7 @@ from attnfit.problems.rows.origin import origin_states
 from attnfit.problems.rows.partition import Chunk, parse_groups, partition, runs
 from attnfit.sketching import RowSampler
 
+COLUMNS = ("b", "weights", "offset", "penalty")
 # What is computed from the loss and the target, and not kept where these are replaced.
 DERIVED = ("rows_per_short_group", "origin_states")
 
@@ -138,36 +140,45 @@ class StoredProblem(Problem):
 
     def ahead(self, chunks: list[Chunk]) -> Iterator[Chunk]:
         """Yield the chunks; what is stored on disk is read ahead of their use."""
-        for run in self.runs_ahead(chunks):
-            yield from run
-
-    def runs_ahead(self, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
-        """Yield the chunks in runs of neighbours, read ahead where they are stored on disk."""
-        columns = (self.b, self.weights, self.offset, self.penalty)
-        stored: list[Any] = [column for column in columns if isinstance(column, Column)]
-        if self.design.on_disk:
-            stored.append(self.design)
-        found = runs(chunks, self.design.run_rows)
         # Drawn rows are in memory.
-        if not stored or self.groups.order is not None or any(c.matrix is not None for c in chunks[:1]):
-            yield from found
+        if not self.stored or self.groups.order is not None or any(c.matrix is not None for c in chunks[:1]):
+            yield from chunks
             return
+        with ExitStack() as held:
+            for values in sorted(self.stored, key=id):
+                held.enter_context(values.recent.lock)
+            for run in read_ahead(self.load, runs(chunks, self.design.run_rows)):
+                yield from run
 
-        def load(run: list[Chunk]) -> None:
-            first, last = run[0].index, run[-1].index
-            assert isinstance(first, slice) and isinstance(last, slice)
-            for values in stored:
+    def load(self, run: list[Chunk]) -> None:
+        """Read what a run of neighbouring chunks needs from disk, and keep it for a while."""
+        first, last = run[0].index, run[-1].index
+        if isinstance(first, slice) and isinstance(last, slice):
+            for values in self.stored:
                 values.load(slice(first.start, last.stop))
 
-        with ExitStack() as held:
-            for values in sorted(stored, key=id):
-                held.enter_context(values.recent.lock)
-            yield from read_ahead(load, found)
+    @property
+    def stored(self) -> list[Any]:
+        """Columns and design that are read from disk."""
+        columns = [getattr(self, name) for name in COLUMNS]
+        found: list[Any] = [column for column in columns if isinstance(column, Column)]
+        return [*found, self.design] if self.design.on_disk else found
+
+    def apart(self) -> Self:
+        """Return the same problem for another thread: what that reads from disk is its own."""
+        other = copy(self)
+        other.design = self.design.apart()
+        for name in COLUMNS:
+            column = getattr(self, name)
+            setattr(other, name, column.apart() if isinstance(column, Column) else column)
+        return other
 
     @property
-    def most_runs(self) -> int:
-        """Number of runs that may be worked on at a time: the next one is read into the memory of another."""
-        return KEPT - 1 if self.design.on_disk else len(self.chunks)
+    def n_readers(self) -> int:
+        """Number of threads that each hold a run of rows: one more than compute where one may wait for the
+        disk.
+        """
+        return available_threads() + bool(self.stored)
 
     @property
     def is_whole(self) -> bool:
