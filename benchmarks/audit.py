@@ -150,7 +150,7 @@ def layer(model: Any, access: str) -> Any:
 
 def measure(model: Any, access: str, defence: str | None, texts: list[str]) -> Row:
     """Invert all texts under one access and one defence."""
-    audit.invert(model, audit.observe(model, "A", access, defence))
+    audit.invert(model, audit.observe(model, "A few words", access, defence))
     exact = right = total = verified = wrong = evaluated = 0
     seconds = spent = divergence = 0.0
     counts: list[int] = []

@@ -192,12 +192,10 @@ import time, numpy as np
 from attnfit import problems
 import attnfit.designs.dense as dense
 dense.COMPILED_ENTRIES = 1
-from attnfit.problems.rows import loops
+from attnfit.problems.rows import fused
 p = problems.Softmax(np.eye(5, 3), np.full(5, 0.2), loss="kl", groups=[0, 0, 1, 1, 1])
 p.value(np.ones(3))
-kernel = loops.compile_loop(
-    loops.whole_groups, "rows", p.loss.link, p.loss.moments, p.loss.close, p.loss.logarithmic
-)
+kernel = fused.loop_of(p.loss, "rows", by_group=True)
 print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
 """
     environment = dict(os.environ) | {"NUMBA_CACHE_DIR": str(tmp_path)}

@@ -27,29 +27,38 @@ class RowKernels(NamedTuple):
 
 def _dots(block, first, count, x, z):  # type: ignore[no-untyped-def]
     for i in range(count):
-        row = block[first + i]
         total = 0.0
         for j in range(len(x)):
-            total += row[j] * x[j]
+            total += block[first + i, j] * x[j]
         z[i] = total
 
 
 def _add(block, first, count, weights, out):  # type: ignore[no-untyped-def]
-    # Four rows at a time, so that ``out`` is touched less.
-    whole = count - count % 4
+    # Four rows at a time, so that ``out`` is touched less; where rows are long enough to pay, three sums at a
+    # time, so that rows are. Rows of an array on their own would be counted references.
+    d, whole = out.shape[1], count - count % 4
+    triples = len(out) - len(out) % 3 if d >= 32 else 0
     for i in range(0, whole, 4):
-        r0, r1, r2, r3 = block[first + i], block[first + i + 1], block[first + i + 2], block[first + i + 3]
-        for q in range(len(out)):
+        r0, r1, r2, r3 = first + i, first + i + 1, first + i + 2, first + i + 3
+        for q in range(0, triples, 3):
+            a0, a1, a2, a3 = weights[q, i], weights[q, i + 1], weights[q, i + 2], weights[q, i + 3]
+            p = q + 1
+            b0, b1, b2, b3 = weights[p, i], weights[p, i + 1], weights[p, i + 2], weights[p, i + 3]
+            p = q + 2
+            c0, c1, c2, c3 = weights[p, i], weights[p, i + 1], weights[p, i + 2], weights[p, i + 3]
+            for j in range(d):
+                v0, v1, v2, v3 = block[r0, j], block[r1, j], block[r2, j], block[r3, j]
+                out[q, j] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
+                out[q + 1, j] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
+                out[q + 2, j] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
+        for q in range(triples, len(out)):
             k0, k1, k2, k3 = weights[q, i], weights[q, i + 1], weights[q, i + 2], weights[q, i + 3]
-            total = out[q]
-            for j in range(len(total)):
-                total[j] += k0 * r0[j] + k1 * r1[j] + k2 * r2[j] + k3 * r3[j]
+            for j in range(d):
+                out[q, j] += k0 * block[r0, j] + k1 * block[r1, j] + k2 * block[r2, j] + k3 * block[r3, j]
     for i in range(whole, count):
-        row = block[first + i]
         for q in range(len(out)):
-            total = out[q]
-            for j in range(len(total)):
-                total[j] += weights[q, i] * row[j]
+            for j in range(d):
+                out[q, j] += weights[q, i] * block[first + i, j]
 
 
 def _dots_columns(block, first, count, x, z):  # type: ignore[no-untyped-def]
@@ -106,7 +115,8 @@ def _add_csr(block, first, count, weights, out):  # type: ignore[no-untyped-def]
 
 def _rows_at_a_time(block: Any) -> int:
     # Few, so that the processor fetches the next rows while these are added; enough for vector instructions.
-    return min(max(4096 // int(block.itemsize * block.shape[1]), 4), 64)
+    size = int(block.itemsize * block.shape[1])
+    return 4 if size >= 512 else min(4096 // size, 64)
 
 
 STORAGES = {

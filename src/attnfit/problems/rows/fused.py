@@ -11,7 +11,7 @@ import numpy as np
 
 from attnfit.designs.kernels import STORAGES
 from attnfit.designs.threads import available_threads, in_order
-from attnfit.losses.base import Moments
+from attnfit.losses.base import Loss, Moments
 from attnfit.losses.segments import Array
 from attnfit.problems.rows.loops import compile_loop, pieces, whole_groups
 from attnfit.problems.rows.partition import Chunk, Rows, runs
@@ -83,16 +83,9 @@ def _sum_up_run(
     n_rows_out = 1 if by_group else n_columns + bool(len(vectors[3]))
     out = np.zeros((n_rows_out + bool(len(beside)), d))
     sums = np.zeros(n_columns + n_extras + 2)
-    kernel = compile_loop(
-        whole_groups if by_group else pieces,
-        storage,
-        loss.link,
-        loss.moments,
-        loss.close,
-        loss.logarithmic,
-    )
+    kernel = loop_of(loss, storage, by_group=by_group)
     # Several short groups at a time: one alone ends in loops too short to pay.
-    step = STORAGES[storage].step(parts[0]) * (4 if by_group else 1)
+    step = STORAGES[storage].step(parts[0]) * (16 if by_group else 1)
     kernel(*parts, x, *vectors, beside, *shared, step, n_columns, out, sums)
     if sums[-1] != 0.0:
         return None
@@ -110,6 +103,14 @@ def _sum_up_run(
     if len(beside):
         totals.origin_gradient += out[-1]
     return totals
+
+
+def loop_of(loss: Loss, storage: str, *, by_group: bool) -> Any:
+    """Return the compiled loop over whole groups, or over other rows, of a loss."""
+    n_columns, _ = _n_moments(loss.moments)
+    summed = tuple(q in loss.exact_sums for q in range(n_columns))
+    template = whole_groups if by_group else pieces
+    return compile_loop(template, storage, loss.link, loss.moments, loss.close, loss.logarithmic, summed)
 
 
 def _join(rows: list[Rows]) -> Rows:

@@ -24,23 +24,27 @@ link: Any = None
 moments: Any = None
 close: Any = None
 logarithmic = False
+summed: tuple[bool, ...] = ()
 
 
 @cache
 def compile_loop(template: Callable[..., Any], storage: str, *formulas: Any) -> Any:
-    """Compile a loop for a storage and the formulas of a loss: ``link``, ``moments``, ``close`` and whether
-    the normaliser is logarithmic.
+    """Compile a loop for a storage and the formulas of a loss: ``link``, ``moments``, ``close``, whether the
+    normaliser is logarithmic, and which columns are to be summed up where it is exact.
 
     Numba keeps compiled code on disk under a function's name and does not look into the functions it calls:
     the name must tell the formulas. (A closure would be compiled anew in every process.)
     """
-    *functions, logarithmic = [*STORAGES[storage][:2], *formulas]
-    text = repr([*map(_meaning, (*functions, exp.py_func)), sorted(OPTIONS["fastmath"])])
-    for number, f in enumerate(formulas[:-1], 2):
+    *functions, logarithmic, summed = [*STORAGES[storage][:2], *formulas]
+    text = repr([*map(_meaning, (*functions, exp.py_func)), logarithmic, summed, sorted(OPTIONS["fastmath"])])
+    for number, f in enumerate(formulas[:-2], 2):
         functions[number] = FunctionType(f.__code__, f.__globals__ | {"np": vectorised})
     names = ("dots", "add", "link", "moments", "close")
-    compiled = {name: numba.njit(**OPTIONS)(f) for name, f in zip(names, functions, strict=True)}
-    scope = template.__globals__ | compiled | {"logarithmic": logarithmic}
+    # A call for every few rows would cost as much as what it does.
+    compiled = {
+        name: numba.njit(forceinline=True, **OPTIONS)(f) for name, f in zip(names, functions, strict=True)
+    }
+    scope = template.__globals__ | compiled | {"logarithmic": logarithmic, "summed": summed}
     kernel = FunctionType(template.__code__, scope, template.__name__)
     kernel.__qualname__ = f"{template.__name__}_{storage}_{crc32(text.encode()):08x}"
     kernel.__module__ = template.__module__
@@ -58,28 +62,24 @@ def pieces(  # type: ignore[no-untyped-def]
     data, first_row, x, b, w, offset, penalty, beside, reference, constant, step, n_columns, out, sums
 ):
     """Rows that share no normaliser, or one that was predicted: sum up the moments."""
-    # Terms that are no columns of the gradient are kept beyond the rows that are summed up.
-    n_terms, beyond = len(sums) - 2, len(out) - n_columns
-    z, y, v, weights = np.empty(step), np.empty(step), np.empty(step), np.empty((n_terms + beyond, step))
-    penalties, check = 0.0, 0.0
+    n_terms = len(sums) - 2
+    z, y, v, weights = np.empty(step), np.empty(step), np.empty(step), np.empty((len(out), step))
+    # Summed up row by row of a step, which needs no sums across vectors.
+    totals, checks, penalties = np.zeros((n_terms, step)), np.zeros(step), 0.0
     for start in range(0, len(b), step):
         count = min(step, len(b) - start)
         dots(data, first_row + start, count, x, z)
         # Several short loops, each of which becomes vector instructions.
         for r in range(count):
-            check += 0.0 * z[r]
+            checks[r] += 0.0 * z[r]
             y[r], v[r] = link(z[r] + offset[start + r] if len(offset) else z[r], reference)
         for r in range(count):
             i = start + r
             columns, extras = moments(y[r], v[r], b[i], w[i] if len(w) else 1.0, reference, constant)
             for q, term in enumerate(columns + extras):
-                weights[q if q < n_columns else q + beyond, r] = term
-        for q in range(n_terms):
-            terms = weights[q if q < n_columns else q + beyond]
-            total = 0.0
-            for r in range(count):
-                total += terms[r]
-            sums[q] += total
+                if q < n_columns:
+                    weights[q, r] = term
+                totals[q, r] += term
         if len(penalty):
             for r in range(count):
                 weights[n_columns, r] = penalty[start + r] * z[r]
@@ -87,7 +87,9 @@ def pieces(  # type: ignore[no-untyped-def]
         if len(beside):
             weights[len(out) - 1, :count] = beside[start : start + count]
         add(data, first_row + start, count, weights, out)
-    sums[-2], sums[-1] = penalties, check
+    for q in range(n_terms):
+        sums[q] = totals[q].sum()
+    sums[-2], sums[-1] = penalties, checks.sum()
 
 
 def whole_groups(  # type: ignore[no-untyped-def]
@@ -99,7 +101,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
         size = max(size, bounds[g + 1] - bounds[g])
     z, t, y, v = np.empty(size), np.empty(size), np.empty(size), np.empty(size)
     # Of the group of each row: the normaliser (at first a guess), its inverse, the constant.
-    reference, scale, constant = np.zeros(size), np.ones(size), np.empty(size)
+    reference, scale, constant = np.empty(size), np.empty(size), np.empty(size)
     weights, parts = np.empty((len(out), size)), np.empty((len(sums) - 2, size))
     extra_sums = sums[n_columns:]
     value, check = 0.0, 0.0
@@ -135,11 +137,11 @@ def whole_groups(  # type: ignore[no-untyped-def]
                     for r in range(begin, end):
                         v[r] = link(t[r], top)[1]
                         total += v[r]
-                for r in range(begin, end):
-                    scale[r] = 1.0 / total
-                total = top + np.log(total)
+                inverse, total = 1.0 / total, top + np.log(total)
+            else:
+                inverse = 1.0
             for r in range(begin, end):
-                reference[r] = total
+                reference[r], scale[r] = total, inverse
         for r in range(count):
             columns, extras = moments(
                 t[r] - reference[r] if logarithmic else y[r],
@@ -151,20 +153,23 @@ def whole_groups(  # type: ignore[no-untyped-def]
             )
             for q, term in enumerate(columns + extras):
                 parts[q, r] = term
+            weights[0, r] = 0.0
         for g in range(first_group, stop_group):
             begin, end = bounds[g] - start, bounds[g + 1] - start
+            # At an exact normaliser most sums of columns are one.
             for q in range(len(parts)):
-                total = 0.0
-                for r in range(begin, end):
-                    total += parts[q, r]
+                total = 1.0
+                if q >= n_columns or summed[q]:
+                    total = 0.0
+                    for r in range(begin, end):
+                        total += parts[q, r]
                 sums[q] = total
             closed = close(sums, extra_sums, reference[begin], constants[g])
             value += closed.value
-            for r in range(begin, end):
-                slope = 0.0
-                for q, coefficient in enumerate(closed.coefficients):
-                    slope += coefficient * parts[q, r]
-                weights[0, r] = slope
+            for q, coefficient in enumerate(closed.coefficients):
+                if coefficient != 0.0:
+                    for r in range(begin, end):
+                        weights[0, r] += coefficient * parts[q, r]
         if len(penalty):
             for r in range(count):
                 weights[0, r] += penalty[start + r] * z[r]
