@@ -66,8 +66,8 @@ def _sum_up_run(
     parts = problem.design.parts(_join([chunk.index for chunk in span]))
     vectors = [problem.b[rows]]
     vectors += [NONE if v is None else v[rows] for v in (problem.weights, problem.offset, problem.penalty)]
-    beside = NONE
-    if origin_states is not None:
+    beside, origin = NONE, origin_states is not None
+    if origin_states is not None and not by_group:
         slopes = [problem.origin_slope(c, *problem.targets(c)[:2], origin_states) for c in span]
         beside = np.concatenate(
             [np.broadcast_to(s, c.segments.n_rows) for s, c in zip(slopes, span, strict=True)]
@@ -78,15 +78,15 @@ def _sum_up_run(
         first = problem.groups.starts[groups]
         shared: Any = (np.append(first, first[0] + len(vectors[0])) - first[0], constants)
     else:
-        shared = (float(reference[long]) if long >= 0 else 0.0, float(constants[0]))
+        shared = (beside, float(reference[long]) if long >= 0 else 0.0, float(constants[0]))
     n_columns, n_extras = _n_moments(loss.moments)
     n_rows_out = 1 if by_group else n_columns + bool(len(vectors[3]))
-    out = np.zeros((n_rows_out + bool(len(beside)), d))
+    out = np.zeros((n_rows_out + origin, d))
     sums = np.zeros(n_columns + n_extras + 2)
     kernel = loop_of(loss, storage, by_group=by_group)
     # Several short groups at a time: one alone ends in loops too short to pay.
     step = STORAGES[storage].step(parts[0]) * (16 if by_group else 1)
-    kernel(*parts, x, *vectors, beside, *shared, step, n_columns, out, sums)
+    kernel(*parts, x, *vectors, *shared, step, n_columns, out, sums)
     if sums[-1] != 0.0:
         return None
     totals = Totals.zero(d)
@@ -100,7 +100,7 @@ def _sum_up_run(
         totals.gradient += out[0]
     if not by_group and n_rows_out > n_columns:
         totals.gradient += out[n_columns]
-    if len(beside):
+    if origin:
         totals.origin_gradient += out[-1]
     return totals
 

@@ -93,9 +93,12 @@ def pieces(  # type: ignore[no-untyped-def]
 
 
 def whole_groups(  # type: ignore[no-untyped-def]
-    data, first_row, x, b, w, offset, penalty, beside, bounds, constants, step, n_columns, out, sums
+    data, first_row, x, b, w, offset, penalty, bounds, constants, step, n_columns, out, sums
 ):
-    """Whole groups: normalise, close and add up several at a time while their rows are in cache."""
+    """Whole groups: normalise, close and add up several at a time while their rows are in cache.
+
+    A second row of ``out`` is for the gradient at the origin.
+    """
     size = step
     for g in range(len(constants)):
         size = max(size, bounds[g + 1] - bounds[g])
@@ -115,66 +118,69 @@ def whole_groups(  # type: ignore[no-untyped-def]
         dots(data, first_row + start, count, x, z)
         for r in range(count):
             check += 0.0 * z[r]
-            t[r] = z[r] + offset[start + r] if len(offset) else z[r]
-        for g in range(first_group, stop_group):
-            # Any row serves as the shift that keeps exponentials in range, as long as it does.
-            first = bounds[g] - start
-            for r in range(first, bounds[g + 1] - start):
-                reference[r] = t[first] if logarithmic else 0.0
-                constant[r] = constants[g]
-        # Loops over the rows of all groups, with nothing but formulas in them, become vector instructions.
-        for r in range(count):
-            y[r], v[r] = link(t[r], reference[r])
-        for g in range(first_group, stop_group):
-            begin, end = bounds[g] - start, bounds[g + 1] - start
-            total = 0.0
-            for r in range(begin, end):
-                total += v[r] if logarithmic else y[r]
-            if logarithmic:
-                top = t[begin]
-                if not total < 1e300:
-                    top, total = t[begin:end].max(), 0.0
-                    for r in range(begin, end):
-                        v[r] = link(t[r], top)[1]
-                        total += v[r]
-                inverse, total = 1.0 / total, top + np.log(total)
-            else:
-                inverse = 1.0
-            for r in range(begin, end):
-                reference[r], scale[r] = total, inverse
-        for r in range(count):
-            columns, extras = moments(
-                t[r] - reference[r] if logarithmic else y[r],
-                v[r] * scale[r],
-                b[start + r],
-                w[start + r] if len(w) else 1.0,
-                reference[r],
-                constant[r],
-            )
-            for q, term in enumerate(columns + extras):
-                parts[q, r] = term
-            weights[0, r] = 0.0
-        for g in range(first_group, stop_group):
-            begin, end = bounds[g] - start, bounds[g + 1] - start
-            # At an exact normaliser most sums of columns are one.
-            for q in range(len(parts)):
-                total = 1.0
-                if q >= n_columns or summed[q]:
-                    total = 0.0
-                    for r in range(begin, end):
-                        total += parts[q, r]
-                sums[q] = total
-            closed = close(sums, extra_sums, reference[begin], constants[g])
-            value += closed.value
-            for q, coefficient in enumerate(closed.coefficients):
-                if coefficient != 0.0:
-                    for r in range(begin, end):
-                        weights[0, r] += coefficient * parts[q, r]
+        # At x and, where its gradient is wanted too, at the origin.
+        for place in range(len(out)):
+            for r in range(count):
+                logit = z[r] if place == 0 else 0.0
+                t[r] = logit + offset[start + r] if len(offset) else logit
+            for g in range(first_group, stop_group):
+                # Any row serves as the shift that keeps exponentials in range, as long as it does.
+                first = bounds[g] - start
+                for r in range(first, bounds[g + 1] - start):
+                    reference[r] = t[first] if logarithmic else 0.0
+                    constant[r] = constants[g]
+            # Loops over all rows, with nothing but formulas in them, become vector instructions.
+            for r in range(count):
+                y[r], v[r] = link(t[r], reference[r])
+            for g in range(first_group, stop_group):
+                begin, end = bounds[g] - start, bounds[g + 1] - start
+                total = 0.0
+                for r in range(begin, end):
+                    total += v[r] if logarithmic else y[r]
+                if logarithmic:
+                    top = t[begin]
+                    if not total < 1e300:
+                        top, total = t[begin:end].max(), 0.0
+                        for r in range(begin, end):
+                            v[r] = link(t[r], top)[1]
+                            total += v[r]
+                    inverse, total = 1.0 / total, top + np.log(total)
+                else:
+                    inverse = 1.0
+                for r in range(begin, end):
+                    reference[r], scale[r] = total, inverse
+            for r in range(count):
+                columns, extras = moments(
+                    t[r] - reference[r] if logarithmic else y[r],
+                    v[r] * scale[r],
+                    b[start + r],
+                    w[start + r] if len(w) else 1.0,
+                    reference[r],
+                    constant[r],
+                )
+                for q, term in enumerate(columns + extras):
+                    parts[q, r] = term
+                weights[place, r] = 0.0
+            for g in range(first_group, stop_group):
+                begin, end = bounds[g] - start, bounds[g + 1] - start
+                # At an exact normaliser most sums of columns are one.
+                for q in range(len(parts)):
+                    total = 1.0
+                    if q >= n_columns or summed[q]:
+                        total = 0.0
+                        for r in range(begin, end):
+                            total += parts[q, r]
+                    sums[q] = total
+                closed = close(sums, extra_sums, reference[begin], constants[g])
+                if place == 0:
+                    value += closed.value
+                for q, coefficient in enumerate(closed.coefficients):
+                    if coefficient != 0.0:
+                        for r in range(begin, end):
+                            weights[place, r] += coefficient * parts[q, r]
         if len(penalty):
             for r in range(count):
                 weights[0, r] += penalty[start + r] * z[r]
                 value += 0.5 * penalty[start + r] * z[r] * z[r]
-        if len(beside):
-            weights[-1, :count] = beside[start : start + count]
         add(data, first_row + start, count, weights, out)
     sums[-2], sums[-1] = value, check
