@@ -260,7 +260,7 @@ def test_a_problem_on_disk_can_be_pickled(tmp_path):
 
 
 def test_as_many_threads_read_as_there_is_memory_for(compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr("attnfit.problems.rows.stored.available_threads", lambda: 100)
+    monkeypatch.setattr("attnfit.problems.rows.data.available_threads", lambda: 100)
     rng = np.random.default_rng(0)
     A, b = rng.standard_normal((400_000, 4)), rng.random(400_000)
     disk = problems.Softmax(**saved(tmp_path, A=A, b=b / b.sum()))
@@ -274,7 +274,7 @@ def test_as_many_threads_read_as_there_is_memory_for(compiled, tmp_path, monkeyp
 
 
 def test_many_threads_do_not_work_on_memory_that_is_read_into(compiled, tmp_path, monkeypatch):
-    for module in ("fused", "stored"):
+    for module in ("fused", "data"):
         monkeypatch.setattr(f"attnfit.problems.rows.{module}.available_threads", lambda: 16)
     monkeypatch.setattr("attnfit.designs.on_disk.RUN_BYTES", 1 << 15)
     monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 18)

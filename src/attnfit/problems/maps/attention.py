@@ -19,9 +19,10 @@ from attnfit.problems.inputs import as_point, as_ridge, choose
 from attnfit.problems.maps.pairs import read_pairs
 from attnfit.problems.maps.targets import first_negative, smallest_normal, smallest_positive
 from attnfit.problems.maps.whitening import Whitening
+from attnfit.problems.rows.data import DERIVED
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.problems.rows.partition import Chunk, Groups
-from attnfit.problems.rows.stored import DERIVED, StoredProblem
+from attnfit.problems.rows.stored import StoredProblem
 
 # Singular values below this share of the largest are rounding.
 RANK = 1e-12

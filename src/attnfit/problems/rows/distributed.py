@@ -23,6 +23,7 @@ from attnfit.designs.base import Rows
 from attnfit.designs.threads import one_blas_thread
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.evaluation import Drawn
+from attnfit.problems.rows.data import DERIVED
 from attnfit.problems.rows.merging import PerPart, merged
 from attnfit.problems.rows.neighbour import neighbouring_targets
 from attnfit.problems.rows.part import Part, Shared
@@ -39,7 +40,7 @@ from attnfit.problems.rows.partitions import (
     summary_of,
     tables_of,
 )
-from attnfit.problems.rows.stored import DERIVED, StoredProblem
+from attnfit.problems.rows.stored import StoredProblem
 from attnfit.sketching import RowSampler
 
 # Sums merged by one task.
