@@ -157,11 +157,6 @@ class SparseOnDisk(SparseDesign):
         return _rows_of(self, self.run_bytes)
 
     @property
-    def thread_rows(self) -> int:
-        # What is decoded together is read together.
-        return _rows_of(self, self.run_bytes // (PARTS_OF_A_RUN if self.source.stored_rows == 1 else 1))
-
-    @property
     def gram_cost(self) -> float:
         return float((self._entries_per_row / 4.0) ** 2)
 
