@@ -132,7 +132,7 @@ def reads(options: Options) -> Iterator[str]:
     header = ["problem", "A.sum() ms", "GB/s", "A@x ms", "numpy v+g ms", "ours v+g ms"]
     header += ["numpy / A.sum()", "ours / A.sum()", "fastest of both", "ours / A@x", "note"]
     text = "One value and gradient (v+g). Medians of methods that take turns, and the ratio of the fastest: "
-    text += "who shares a processor's core slows arithmetic down by up to two, and reading not.\n"
+    text += "where other guests share the processors, arithmetic can take longer for minutes at a time.\n"
     yield f"{text}Target: at most 2 x A.sum().\n\n" + table(header, lines)
 
 
