@@ -1,5 +1,8 @@
 """Fixtures shared by the tests."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +22,23 @@ def small_blocks(monkeypatch):
 def shrink_blocks(monkeypatch, size=1):
     monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", size)
     monkeypatch.setattr("attnfit.designs.sparse.BLOCK_ENTRIES", size)
+
+
+class Bomb:
+    """Leaves a file behind wherever it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    mark = tmp_path / "exploded"
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists()
+    mark.unlink()
+    yield Bomb(mark)
+    assert not mark.exists()

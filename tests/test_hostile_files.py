@@ -1,9 +1,7 @@
 """Data files that are damaged or hostile: a named error, never code, a crash or a giant allocation."""
 
 import io
-import json
 import os
-import pickle
 import resource
 import shutil
 import subprocess
@@ -17,87 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from hostile import FORMATS, read_all, write_zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import sparse
 
-from attnfit.designs.sources import FileFormatError, open_source
-
-A = np.round(np.random.default_rng(0).standard_normal((60, 5)), 1)
-
-
-def write_npy(at):
-    np.save(at / "a.npy", A)
-    return at / "a.npy"
-
-
-def write_npz(at):
-    sparse.save_npz(at / "a.npz", sparse.csr_array(np.where(A > 0, A, 0.0)), compressed=False)
-    return at / "a.npz"
-
-
-def write_compressed(at):
-    sparse.save_npz(at / "a.npz", sparse.csr_array(np.where(A > 0, A, 0.0)))
-    return at / "a.npz"
-
-
-def write_parquet(at):
-    pq.write_table(pa.table({f"x{j}": A[:, j] for j in range(5)}), at / "a.parquet", row_group_size=25)
-    return at / "a.parquet"
-
-
-def write_zarr(at, **options):
-    shutil.rmtree(at / "a.zarr", ignore_errors=True)
-    zarr.create_array(at / "a.zarr", shape=A.shape, dtype=A.dtype, **{"chunks": (25, 5)} | options)[:] = A
-    return at / "a.zarr"
-
-
-FORMATS = {
-    "npy": write_npy,
-    "npz": write_npz,
-    "compressed": write_compressed,
-    "parquet": write_parquet,
-    "zarr": write_zarr,
-}
-
-
-def read_all(path):
-    """Return the message of the error that a file gives; None where it can be read."""
-    try:
-        source = open_source(path)
-        rows = source.read(0, min(source.shape[0], 10**6))
-        source.take(np.array([0, source.shape[0] - 1]))
-        source.close()
-    except FileFormatError as error:
-        assert Path(path).stem in str(error)
-        return str(error)
-    if sparse.issparse(rows):
-        # What the compiled loops index with.
-        assert rows.indptr[0] == 0 and (np.diff(rows.indptr) >= 0).all() and rows.indptr[-1] == rows.nnz
-        assert rows.nnz == 0 or 0 <= rows.indices.min() <= rows.indices.max() < rows.shape[1]
-        assert len(rows.indptr) == rows.shape[0] + 1 and len(rows.indices) == len(rows.data) == rows.nnz
-    return None
-
-
-class Bomb:
-    """Leaves a file behind wherever it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
-
-
-@pytest.fixture
-def bomb(tmp_path):
-    mark = tmp_path / "exploded"
-    pickle.loads(pickle.dumps(Bomb(mark)))
-    assert mark.exists()
-    mark.unlink()
-    yield Bomb(mark)
-    assert not mark.exists()
-
+from attnfit.designs.sources import open_source
 
 # ------------------------------------------------------------------------------------------------ any format
 
@@ -357,132 +279,6 @@ def test_npz_members_in_unusual_codings(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("../data.npy", b"")
     assert "no member" in read_all(path)
-
-
-# ------------------------------------------------------------------------------------------------ zarr
-
-NONSENSE = [
-    None,
-    True,
-    -1,
-    0,
-    1.5,
-    2**70,
-    "",
-    "nonsense",
-    [],
-    [-1],
-    [0, 0],
-    [1, 2, 3],
-    ["a", "b"],
-    {},
-    {"name": 1},
-]
-
-
-def paths_within(document, at=()):
-    """Return the places of all entries of a JSON document."""
-    items = (
-        document.items()
-        if isinstance(document, dict)
-        else enumerate(document)
-        if isinstance(document, list)
-        else ()
-    )
-    return [place for key, value in items for place in ((*at, key), *paths_within(value, (*at, key)))]
-
-
-@pytest.mark.parametrize("version", [2, 3])
-def test_zarr_metadata_of_wrong_types(version, tmp_path):
-    path = write_zarr(tmp_path, zarr_format=version)
-    file = path / {2: ".zarray", 3: "zarr.json"}[version]
-    whole = json.loads(file.read_text())
-    refused = 0
-    for place in paths_within(whole):
-        for value in NONSENSE:
-            document = json.loads(json.dumps(whole))
-            entry = document
-            for key in place[:-1]:
-                entry = entry[key]
-            entry[place[-1]] = value
-            file.write_text(json.dumps(document))
-            refused += read_all(path) is not None
-    assert refused > 100
-    for text in (
-        "",
-        "[]",
-        "7",
-        "null",
-        "{",
-        "[" * 100_000,
-        '{"shape": NaN}',
-        "\xff\xfe",
-        json.dumps({"node_type": "array"}),
-    ):
-        file.write_text(text, encoding="latin1")
-        assert read_all(path) is not None
-
-
-def change(path, **entries):
-    file = path / "zarr.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
-    return path
-
-
-def test_zarr_absurd_shapes(tmp_path):
-    grid = {"name": "regular", "configuration": {"chunk_shape": [2**61, 5]}}
-    assert "at most 2 GiB" in read_all(change(write_zarr(tmp_path), shape=[2**62, 5], chunk_grid=grid))
-    assert "larger chunks" in read_all(change(write_zarr(tmp_path), shape=[2**62, 5]))
-    assert "a row does not fit" in read_all(change(write_zarr(tmp_path), shape=[50, 2**60]))
-    assert read_all(change(write_zarr(tmp_path), shape=[-50, 5])) is not None
-    assert "larger than the metadata" in read_all(
-        change(write_zarr(tmp_path), attributes={"a": "x" * (1 << 24)})
-    )
-
-
-def test_zarr_codecs(tmp_path):
-    codecs = json.loads((write_zarr(tmp_path) / "zarr.json").read_text())["codecs"]
-    for name in ("nonsense", "pickle", "numcodecs.pickle", "vlen-utf8"):
-        made = change(write_zarr(tmp_path), codecs=[*codecs, {"name": name, "configuration": {}}])
-        assert f"encoded with {name!r}, which is not read" in read_all(made)
-        hidden = {
-            "name": "sharding_indexed",
-            "configuration": {"chunk_shape": [5, 5], "codecs": [{"name": name}]},
-        }
-        assert name in read_all(change(write_zarr(tmp_path), codecs=[hidden]))
-
-
-def test_zarr_chunks_with_pickled_objects(tmp_path, bomb):
-    for dtype in ("<f8", "|O"):
-        for where in (
-            {"filters": [{"id": "pickle", "protocol": 5}]},
-            {"compressor": {"id": "pickle", "protocol": 5}},
-        ):
-            path = write_zarr(tmp_path, zarr_format=2)
-            document = json.loads((path / ".zarray").read_text()) | {
-                "dtype": dtype,
-                "filters": None,
-                "compressor": None,
-            }
-            (path / ".zarray").write_text(json.dumps(document | where))
-            for chunk in path.glob("[0-9]*"):
-                chunk.write_bytes(pickle.dumps(bomb))
-            assert "encoded with 'pickle'" in read_all(path)
-            archive = shutil.make_archive(str(tmp_path / "a"), "zip", path)
-            assert "encoded with 'pickle'" in read_all(archive)
-
-
-def test_zarr_arrays_in_hand_are_checked_too(tmp_path):
-    path = write_zarr(tmp_path, zarr_format=2)
-    document = json.loads((path / ".zarray").read_text()) | {"filters": [{"id": "base64"}]}
-    (path / ".zarray").write_text(json.dumps(document))
-    store = zarr.storage.MemoryStore()
-    for file in (".zarray", ".zattrs"):
-        zarr.core.sync.sync(
-            store.set(file, zarr.core.buffer.cpu.Buffer.from_bytes((path / file).read_bytes()))
-        )
-    with pytest.raises(FileFormatError, match="encoded with 'base64', which is not read"):
-        open_source(zarr.open_array(store, mode="r"))
 
 
 # ------------------------------------------------------------------------------------------------ Parquet

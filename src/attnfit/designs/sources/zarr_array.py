@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,14 @@ from numpy.typing import NDArray
 from attnfit.designs.sources.base import even_edges, require_rows
 from attnfit.designs.sources.blocks import DenseBlockSource
 from attnfit.designs.sources.errors import FileFormatError
-from attnfit.designs.sources.zarr_metadata import metadata_path, read_metadata, require_known_codecs
+from attnfit.designs.sources.zarr_metadata import (
+    files_of,
+    metadata_path,
+    most_bytes,
+    read_metadata,
+    require_known_codecs,
+    require_sizes,
+)
 
 LARGEST_CHUNK = 1 << 31
 MOST_BLOCKS = 1 << 24
@@ -21,27 +29,34 @@ class ZarrSource(DenseBlockSource):
     """A zarr array in a directory, in a zip file, or as zarr opened it; a block is a row of chunks."""
 
     kind = "zarr"
+    _array: Any = None
 
     def __init__(self, given: Any) -> None:
         path = given if isinstance(given, str) else _local_path(given)
-        self._array = _open(path) if path is not None else given
+        array = _open(path) if path is not None else given
         name = path if path is not None else str(given.store_path)
         if path is None:
             require_known_codecs(given.metadata.to_dict(), name)
         try:
-            chunks = tuple(int(length) for length in self._array.chunks)
-            shape, dtype = self._array.shape, np.dtype(self._array.dtype)
+            chunks = tuple(int(length) for length in array.chunks)
+            stored = tuple(int(length) for length in array.shards or chunks)
+            shape, dtype = array.shape, np.dtype(array.dtype)
         except Exception as error:  # chunks of unequal length, types of zarr's own
             raise FileFormatError(
                 f"{name} cannot be read by rows: {error}; store it in equal chunks"
             ) from error
         shape = require_rows(name, shape, dtype)
-        if min(chunks) < 1 or np.prod(chunks, dtype=float) * dtype.itemsize > LARGEST_CHUNK:
-            raise FileFormatError(f"{name} has chunks of shape {chunks}; store it in chunks of at most 2 GiB")
-        if shape[0] // chunks[0] > MOST_BLOCKS:
+        whole = stored if array.shards and len(array.metadata.codecs) > 1 else chunks
+        if min(chunks) < 1 or prod(whole) * dtype.itemsize > LARGEST_CHUNK:
+            raise FileFormatError(f"{name} has chunks of shape {whole}; store it in chunks of at most 2 GiB")
+        if shape[0] // chunks[0] > MOST_BLOCKS or prod(stored) // prod(chunks) > MOST_BLOCKS:
             raise FileFormatError(
-                f"{name} has {shape[0]} rows in chunks of {chunks[0]}; store it in larger chunks"
+                f"{name} has {shape[0]} rows in chunks of shape {chunks}, stored by {stored}; store it in "
+                f"larger chunks"
             )
+        if path is not None:
+            array.store.close()
+            require_sizes(path, most_bytes(stored, dtype.itemsize, chunks))
         edges = even_edges(shape[0], min(chunks[0], shape[0]))
         paths = () if path is None else (metadata_path(path),)
         self._path = path
@@ -51,7 +66,7 @@ class ZarrSource(DenseBlockSource):
         """Return what tells these data from others; sizes and times are those of all chunks together."""
         found = super().fingerprint()
         if self._path is not None and os.path.isdir(self._path):
-            files = [os.stat(os.path.join(at, file)) for at, _, all_ in os.walk(self._path) for file in all_]
+            files = [os.stat(file) for file in files_of(self._path)]
             found["sizes"] = [sum(file.st_size for file in files)]
             found["mtimes_ns"] = [max(file.st_mtime_ns for file in files)]
         return found
@@ -60,13 +75,15 @@ class ZarrSource(DenseBlockSource):
         super().close()
         if self._path is not None and self._array is not None:
             self._array.store.close()
-            self._array = None
+        self._array = None
 
     def _decode(self, first: int, last: int, rows: NDArray[Any]) -> None:
         from zarr.core.buffer import default_buffer_prototype
 
-        if self._array is None and self._path is not None:
-            self._array = _open(self._path)
+        if self._array is None:
+            from attnfit.designs.sources.zarr_chunks import bounded
+
+            self._array = bounded(_open(self._path) if self._path is not None else self._given[0])
         everything = (slice(None),) * (len(self.shape) - 1)
         self._array.get_basic_selection(
             (slice(int(self.edges[first]), int(self.edges[last])), *everything),
@@ -77,8 +94,7 @@ class ZarrSource(DenseBlockSource):
         return self.name, f"chunk {block}"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return state if self._path is None else state | {"_array": None}
+        return super().__getstate__() | {"_array": None}
 
 
 def _open(path: str) -> Any:
