@@ -45,14 +45,20 @@ def test_cheap_comparisons_are_lower_bounds(tiny, access):  # noqa: F811
     prefix = Prefix(tiny, 5)
     prefix.extend(tokens[:4])
     states = prefix.candidates(range(1024))
-    gaps, excluded = search._compared(4, states)
+    tried = topk.Tried(tiny, search._shown[4], search._values[4], search._allowed[4])
+    for first in range(0, 1024, 100):
+        tried.add(list(range(first, min(first + 100, 1024))), states[first : first + 100])
     chances = torch.log_softmax(tiny.unembed(states), -1)
     exact = ((chances[:, search._shown[4]] - search._values[4]).abs() / search._allowed[4]).amax(-1)
-    assert (gaps <= exact * 1.001 + 1e-3).all()
-    near = exact.argsort()[:8]
-    assert torch.allclose(gaps[near], exact[near], rtol=1e-3)
-    assert gaps.argmin() == exact.argmin() == tokens[4]
-    assert not excluded[tokens[4]]
+    assert (tried.gaps <= exact * 1.001 + 1e-3).all()
+    assert tokens[4] in tried.agreeing
+    assert torch.allclose(tried.gaps[tried.agreeing], exact[tried.agreeing], rtol=1e-3)
+    for count in (1, 8, 200, 5000):
+        tried.sharpen(count)
+        near = exact.argsort()[:count]
+        assert torch.allclose(tried.gaps[near], exact[near], rtol=1e-3)
+        assert torch.equal(tried.gaps.argsort()[:8], near[:8]) or count < 8
+    assert tried.gaps.argmin() == exact.argmin() == tokens[4]
 
 
 def test_the_search_ends_where_doubt_will_stay(tiny, monkeypatch):  # noqa: F811

@@ -22,7 +22,7 @@ from attnfit.audit.uncertainty import Uncertainty
 
 # Tokens of a draft verified at once after a repair; doubled while the draft is right.
 LOOKAHEAD = 2
-# Passes of one token through one block that take a second or two: the whole vocabulary where this suffices.
+# Passes of one token through one block that take about a second: the whole vocabulary where this suffices.
 CHEAP = 1 << 16
 
 
@@ -169,13 +169,13 @@ class HiddenSearch:
         names = ("running", "within") if at else ("first", "first")
         prior = self._prior.after(tokens)
         clues = Clues(self._rankers[names[0]], self._rankers[names[1]], prior)
-        search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget)
+        search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget, cheap=self._cheap)
         method: str | None
         if target.noisy:
             certain = certain_lead(len(self._states))
             # After a wrong token nothing agrees: the whole vocabulary would be tried in vain.
             lost = any(position.method == "nearest" for position in self._positions)
-            method = search.most_likely(certain, cheap=self._cheap, thorough=target.bounded and not lost)
+            method = search.most_likely(certain, thorough=target.bounded and not lost)
         else:
             method = search.run()
         count = evaluated.n_candidates + (tried is not None)

@@ -54,29 +54,28 @@ class PositionSearch:
     table : Tensor, shape (n_vocabulary, width)
     budget : int
         Largest number of candidates.
+    cheap : bool
+        Whether to try the whole vocabulary takes less than Newton's method, which is then left out; where
+        errors leave doubt, many are tried, and all where none of them explains the state.
     """
 
-    def __init__(self, evaluated: Evaluated, clues: Clues, table: Any, budget: int) -> None:
+    def __init__(self, evaluated: Evaluated, clues: Clues, table: Any, budget: int, *, cheap: bool) -> None:
         self._evaluated, self._clues, self._table, self._budget = evaluated, clues, table, budget
+        self._cheap = cheap
 
     def run(self) -> str | None:
         """Return the stage that found a token which explains the observation, None if all of them fail."""
-        stages = (self.shortlist, self.regress, self._newton, self._scan)
-        for name, stage in zip(("shortlist", "regression", "newton", "scan"), stages, strict=True):
-            if stage():
-                return name
-        return None
+        newton = {} if self._cheap else {"newton": self._newton}
+        stages = {"shortlist": self.shortlist, "regression": self.regress} | newton | {"scan": self._scan}
+        return next((name for name, stage in stages.items() if stage()), None)
 
-    def most_likely(self, certain: float, *, cheap: bool, thorough: bool) -> str:
+    def most_likely(self, certain: float, *, thorough: bool) -> str:
         """Choose by likelihood and prior among the candidates, where errors let several explain a state.
 
         Parameters
         ----------
         certain : float
             The lead in nats over its rivals at which a candidate leaves no doubt.
-        cheap : bool
-            Whether candidates cost so little that many are tried where doubt is left, and all where none of
-            them explains the state.
         thorough : bool
             Whether the state is known to be that of a token after this prefix, so that all are worth trying.
         """
@@ -90,16 +89,16 @@ class PositionSearch:
             if found.solved and found.best == best:
                 break
         method = "shortlist" if found.best < NOISY_SHORTLIST else "regression"
-        if not found.solved and thorough and self._newton():
+        if not found.solved and thorough and not self._cheap and self._newton():
             method = "newton"
         if not found.solved:
-            method = "scan" if (cheap or thorough) and self._scan() else "nearest"
-        self._challenge(certain, cheap)
+            method = "scan" if (self._cheap or thorough) and self._scan() else "nearest"
+        self._challenge(certain)
         score = found.target.likelihoods(found.states) + with_surprises(self._clues.prior)[found.tokens]
         found.choose(int(score.argmax()))
         return method
 
-    def _challenge(self, certain: float, cheap: bool) -> None:
+    def _challenge(self, certain: float) -> None:
         """Try the tokens most like the best one, and many more if the errors could hide one of them."""
         found, mover = self._evaluated, self._clues.mover
         for _ in BATCHES:
@@ -111,7 +110,7 @@ class PositionSearch:
         fits = float(found.misfits.min()) <= found.target.limit
         if fits and found.apart > FAR * certain and found.lead >= certain:
             return
-        if cheap:
+        if self._cheap:
             self.shortlist(NOISY_WIDER)
         # Where some tokens are as near as that, others that were not tried may be.
         found.exhausted = found.apart > FAR * certain or len(found.tokens) == len(self._table)

@@ -93,7 +93,7 @@ class Ranker:
 
     def __init__(self, probe: Probe, table: Any) -> None:
         self.probe, self._table = probe, table
-        self._squares = 0.5 * ((table @ probe.precision) * table).sum(-1)
+        self._squares = 0.5 * torch.einsum("ij,ij->i", table @ probe.precision, table)
 
     def scores(self, estimates: Any) -> Any:
         """Return the scores, shape (..., n_vocabulary), of estimates of shape (..., width)."""

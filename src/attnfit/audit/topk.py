@@ -17,18 +17,13 @@ from attnfit.audit.engine.prior import Prior, with_surprises
 from attnfit.audit.errors import ObservationMismatch
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
 from attnfit.audit.models.blocks import capture
-from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.model import Model
 from attnfit.audit.ordering import interleaved
+from attnfit.audit.tried import ROUNDING, Tried, likelihoods
 
-# Log-probabilities agree up to this beyond the stated error: rounding of the forward passes.
-ROUNDING = 2e-3
 # A uniform error never exceeds this many of its standard deviations; a few more for Gaussian ones.
 WIDTHS = 4.0
-FIRST_BATCH, GROWTH, LARGEST_BATCH = 32, 2, 512
-# Candidates that the rest is ordered by, and the variance of the noise in their numbers beside the signal's.
-LEARNED, RIDGE = 4096, 2.0
-# Of each batch those nearest by differences alone are compared exactly.
-EXACT = 32
+FIRST_BATCH, GROWTH, LARGEST_BATCH = 32, 2, 256
 # Candidates after which the best of those that agree is taken, although others may as well.
 MANY = 1024
 # Tokens nearest to a doubtful one that are compared at the next position too.
@@ -107,7 +102,7 @@ class _TopkSearch:
                     raise ObservationMismatch(
                         f"known_prefix[{at}] is {known[at]}, which the observation contradicts"
                     )
-                gap = float(self._compared(at, state[None])[0])
+                gap = float(self._gaps(at, state[None]).gaps)
                 self._positions.append(Position(known[at], gap, inf, 0, "known"))
                 self._others.append([])
         farthest: tuple[list[Position], str] = ([], "")
@@ -147,44 +142,44 @@ class _TopkSearch:
         limit = min(limit, len(prior))
         expected = with_surprises(prior)
         left = expected.clone()
-        tokens: Tokens = []
-        missed = torch.empty(0, self._shown.shape[1])
-        gaps, excluded = torch.empty(0), torch.empty(0, dtype=torch.bool)
+        tried = Tried(self._model, self._shown[at], self._values[at], self._allowed[at])
         certain = certain_lead(len(self._shown))
         lead, size = 0.0, FIRST_BATCH
-        while len(tokens) < limit:
-            told = likelihoods(self._model.embeddings, tokens, missed)
-            fresh = interleaved([prior + told, prior], set(tokens), min(size, limit - len(tokens)))
-            states = self._prefix.candidates(fresh)
-            tokens += fresh
+        while len(tried.tokens) < limit:
+            told = likelihoods(self._model.embeddings, tried.tokens, tried.missed)
+            count = min(size, limit - len(tried.tokens))
+            fresh = interleaved([prior + told, prior], set(tried.tokens), count)
+            tried.add(fresh, self._prefix.candidates(fresh))
             left[fresh] = -inf
-            missed = torch.cat([missed, self._missed(at, states)])
-            some, others = self._compared(at, states)
-            gaps, excluded = torch.cat([gaps, some]), torch.cat([excluded, others])
             size = min(GROWTH * size, LARGEST_BATCH)
-            agreeing = (~excluded & (gaps <= 1.0)).nonzero()[:, 0]
+            agreeing = tried.agreeing
             if len(agreeing):
-                lead = self._lead(gaps, excluded)
-                score = expected[tokens][agreeing] - 0.5 * (WIDTHS * gaps[agreeing]).square()
+                tried.sharpen()
+                lead = self._lead(tried)
+                score = expected[tried.tokens][agreeing] - 0.5 * (WIDTHS * tried.gaps[agreeing]).square()
                 # No token that is left can score better than by being expected.
                 settled = bool(score.max() >= left.max())
-                if lead >= certain or len(gaps) >= MANY or (settled and self._doubtful(gaps, lead, certain)):
+                many = len(tried.tokens) >= MANY
+                if lead >= certain or many or (settled and self._doubtful(tried, lead, certain)):
                     break
         if not len(agreeing):
+            tried.sharpen()
             return (
-                f"no token explains position {at} after {len(tokens)} candidates; the nearest misses the "
-                f"numbers shown by {float(gaps.min()):.2g} times their error"
+                f"no token explains position {at} after {len(tried.tokens)} candidates; the nearest misses "
+                f"the numbers shown by {float(tried.gaps.min()):.2g} times their error"
                 + ("; before it several tokens agree, and one may be wrong" if any(self._others) else "")
             )
         ranked = agreeing[score.argsort(descending=True)].tolist()
-        best, *others = [self._position(place, tokens, gaps, lead) for place in ranked[: 1 + BRANCHES]]
+        best, *others = [tried.position(place, lead) for place in ranked[: 1 + BRANCHES]]
         self._positions.append(best)
         self._others.append(others[::-1])
         self._prefix.extend([best.token])
         self._reconsider(at, certain)
-        near = gaps.argsort()
+        if lead < certain:
+            tried.sharpen(RIVALS + 1)
+        near = tried.gaps.argsort()
         near = near[near != ranked[0]][: RIVALS + 1]
-        self._rivals = torch.tensor(tokens)[near], gaps[near], len(gaps)
+        self._rivals = torch.tensor(tried.tokens)[near], tried.gaps[near], len(tried.tokens)
         return ""
 
     def _reconsider(self, at: int, certain: float) -> None:
@@ -203,26 +198,21 @@ class _TopkSearch:
         with torch.no_grad():
             seen = capture(self._model.base, [part], "output", input_ids=sequences, use_cache=False)[0]
         self._n_compared += sequences.numel()
-        both = torch.maximum(gaps[:RIVALS], self._compared(at, seen[:, -1])[0])
+        both = torch.maximum(gaps[:RIVALS], self._gaps(at, seen[:, -1]).gaps)
         # Those not compared are at least as far as they are at their own position.
         nearest = min(float(both.min()), float(gaps[RIVALS]))
         lead = max(self._positions[-2].lead, self._lead_over(nearest, count))
         self._positions[-2] = replace(self._positions[-2], lead=lead)
 
-    def _position(self, place: int, tokens: Tokens, gaps: Any, lead: float) -> Position:
-        """Return what is known of one of the tokens that agree."""
-        rest = torch.cat([gaps[:place], gaps[place + 1 :], torch.tensor([inf])])
-        gap = float(gaps[place])
-        return Position(tokens[place], gap, float(rest.min()) - gap, len(gaps), "shortlist", lead)
-
-    def _lead(self, gaps: Any, excluded: Any) -> float:
+    def _lead(self, tried: Tried) -> float:
         """Return how unlikely it is, in nats, that a token agrees by accident; zero where two agree."""
-        agreeing = ~excluded & (gaps <= 1.0)
-        if int(agreeing.sum()) > 1:
+        agreeing = tried.agreeing
+        if len(agreeing) > 1:
             return 0.0
-        if len(gaps) == self._model.n_vocabulary:
+        if len(tried.gaps) == self._model.n_vocabulary:
             return inf
-        return self._lead_over(float(gaps[~agreeing].min()) if len(gaps) > 1 else 1.0, len(gaps))
+        others = tried.gaps[torch.arange(len(tried.gaps)) != agreeing[0]]
+        return self._lead_over(float(others.min()) if len(others) else 1.0, len(tried.gaps))
 
     def _lead_over(self, nearest: float, count: int) -> float:
         """Return the lead of a token over others of which `count` were tried, the nearest missing by so much.
@@ -232,7 +222,7 @@ class _TopkSearch:
         """
         return int(self._shown.shape[1]) * log(max(1.0, nearest)) + log(count / self._model.n_vocabulary)
 
-    def _doubtful(self, gaps: Any, lead: float, certain: float) -> bool:
+    def _doubtful(self, tried: Tried, lead: float, certain: float) -> bool:
         """Return whether doubt will be left however many candidates are tried.
 
         The lead grows with the share of the vocabulary tried, and by nothing else; where two tokens agree it
@@ -240,32 +230,14 @@ class _TopkSearch:
         """
         if lead == 0.0:
             return True
-        return self._model.n_vocabulary > MANY and lead + log(max(1.0, MANY / len(gaps))) < certain
+        return self._model.n_vocabulary > MANY and lead + log(max(1.0, MANY / len(tried.tokens))) < certain
 
-    def _missed(self, at: int, states: Any) -> Any:
-        """Return the logits of the tokens shown minus their log-probabilities, shape (len(states), k)."""
-        return self._model.unembed(states, self._shown[at]) - self._values[at]
-
-    def _compared(self, at: int, states: Any) -> tuple[Any, Any]:
-        """Return the largest difference from the numbers, in units of what may be, and who shows others.
-
-        A difference above 1 is wrong. So is a candidate of which other tokens would have been shown. For
-        candidates far off it is a lower bound: what remains whatever constant is added to their logits, which
-        takes the logits of the tokens shown instead of all.
-        """
-        missed = self._missed(at, states)
-        high, low = missed.max(-1), missed.min(-1)
-        allowed = self._allowed[at]
-        gaps = (high.values - low.values) / (allowed[high.indices] + allowed[low.indices])
-        excluded = torch.zeros(len(gaps), dtype=torch.bool)
-        nearest = gaps.topk(min(EXACT, len(gaps)), largest=False).values[-1]
-        exact = (gaps <= nearest.clamp_min(1.0)).nonzero()[:, 0]
-        logits = self._model.unembed(states[exact])
-        least = logits[:, self._shown[at]].amin(-1)
-        excluded[exact] = logits.topk(self._shown.shape[1]).values[:, -1] > least + ROUNDING
-        beyond = missed[exact] - logits.logsumexp(-1, keepdim=True)
-        gaps[exact] = (beyond.abs() / allowed).amax(-1)
-        return gaps, excluded
+    def _gaps(self, at: int, states: Any) -> Tried:
+        """Compare states with what is shown at a position."""
+        tried = Tried(self._model, self._shown[at], self._values[at], self._allowed[at])
+        tried.add([-1] * len(states), states)
+        tried.sharpen()
+        return tried
 
     def _found(self, reason: str) -> Found:
         tokens = [position.token for position in self._positions]
@@ -279,41 +251,7 @@ class _TopkSearch:
         return conclude(self._model, self._positions, len(self._shown), reason, consistent, cost)
 
     def _agrees(self, at: int, state: Any) -> bool:
-        gap, excluded = self._compared(at, state[None])
-        return float(gap) <= 1.0 and not bool(excluded)
-
-
-def likelihoods(table: Any, tokens: Tokens, missed: Any) -> Any:
-    """Return how likely every token is to give the numbers shown, by what those tried gave, in nats.
-
-    Logits are regressed on embeddings, linearly and with a strong ridge, and the residuals of tokens left out
-    tell how far to trust that. Only differences of logits count, which no added constant changes.
-
-    Parameters
-    ----------
-    table : Tensor, shape (n_vocabulary, width)
-    tokens : list of int
-        Those tried.
-    missed : Tensor, shape (len(tokens), k)
-        Their logits minus the log-probabilities shown.
-    """
-    numbers = (missed - missed.mean(1, keepdim=True))[:LEARNED, 1:]
-    count, width = numbers.shape
-    if not width or count < 2:
-        return torch.zeros(len(table))
-    rows = table[tokens[:LEARNED]]
-    centre, offset = rows.mean(0), numbers.mean(0)
-    X, Y = rows - centre, numbers - offset
-    gram = X.T @ X
-    gram.diagonal().add_(RIDGE * gram.trace() / count)
-    inverse = torch.linalg.inv(gram)
-    weights = inverse @ (X.T @ Y)
-    leverages = ((X @ inverse) * X).sum(1, keepdim=True) + 1.0 / count
-    left_out = (Y - X @ weights) / (1.0 - leverages)
-    covariance = left_out.T @ left_out / count
-    covariance.diagonal().add_(ROUNDING)
-    expected = (table - centre) @ weights + offset
-    return -0.5 * (expected @ torch.linalg.inv(covariance) * expected).sum(1)
+        return len(self._gaps(at, state[None]).agreeing) == 1
 
 
 def _checked(model: Model, shown: Any, values: Any, error: Any, reach: Any) -> tuple[Any, Any, Any]:

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from attnfit.audit.engine.attention import seeing_only_prefix
 from attnfit.audit.models.blocks import capture
-from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.models.model import Layer, Model
 
 # Candidates in one pass: more cost memory and are not faster.
 CHUNK = 1024
@@ -45,7 +45,8 @@ class Prefix:
 
     Attributes
     ----------
-    tokens : list of int
+    tokens : list of int, or of tuples of int
+        Tuples where the copies differ.
     n_candidates : int
         Candidates evaluated so far: each is a pass of one token through the layers.
     n_forwards : int
@@ -57,24 +58,30 @@ class Prefix:
         A causal one.
     *layers : int or str
         States are read after these blocks, the deepest last.
+    copies : int
+        How many sequences are run at once; candidates are for one.
     """
 
-    def __init__(self, model: Model, *layers: Layer) -> None:
-        self.model = model
-        self.tokens: Tokens = []
+    def __init__(self, model: Model, *layers: Layer, copies: int = 1) -> None:
+        self.model, self._copies = model, copies
+        self.tokens: list[Any] = []
         self.n_candidates = self.n_forwards = 0
         self._parts = [model.part(layer) for layer in layers]
         self._keys = _Keys(config=model.module.config)
 
-    def extend(self, tokens: Sequence[int]) -> Any:
-        """Append tokens; return their states at the deepest layer, shape (len(tokens), width)."""
-        tokens = [int(token) for token in tokens]
+    def extend(self, tokens: Sequence[int | tuple[int, ...]]) -> Any:
+        """Append tokens, the same for all copies or a tuple with one for each.
+
+        Returns their states at the deepest layer, shape (copies, len(tokens), width), or (len(tokens), width)
+        where there is one copy.
+        """
+        ids = torch.stack([torch.as_tensor(token).expand(self._copies) for token in tokens], 1)
         places = torch.arange(len(self.tokens), len(self.tokens) + len(tokens))
         with torch.no_grad():
-            states = self._run({"input_ids": torch.tensor([tokens])}, places)[-1]
+            states = self._run({"input_ids": ids}, places)[-1]
         self.tokens += tokens
-        self.n_forwards += len(tokens)
-        return states
+        self.n_forwards += ids.numel()
+        return states[0] if self._copies == 1 else states
 
     def crop(self, length: int) -> None:
         """Forget all tokens but the first `length`."""
@@ -105,9 +112,8 @@ class Prefix:
         finally:
             self._keys.frozen = False
         self.n_candidates += len(vectors)
-        return [torch.cat(states) for states in zip(*parts, strict=True)]
+        return [torch.cat(states, 1)[0] for states in zip(*parts, strict=True)]
 
     def _run(self, inputs: dict[str, Any], places: Any) -> list[Any]:
         settings = {"position_ids": places[None], "past_key_values": self._keys, "use_cache": True}
-        states = capture(self.model.base, self._parts, "output", **inputs, **settings)
-        return [state[0] for state in states]
+        return capture(self.model.base, self._parts, "output", **inputs, **settings)

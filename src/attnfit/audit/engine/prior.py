@@ -12,7 +12,7 @@ from attnfit.audit.engine.prefix import Prefix
 from attnfit.audit.models.model import Model, Tokens
 
 # Where a text begins without the token that the model saw before every text, its first predictions are
-# worthless: # up to this many tokens, what it predicts after each token that may stand there is averaged in.
+# worthless: up to this many tokens, what it predicts after each token that may stand there is averaged in.
 OPENING = 4
 # Share of the tokens of a text that may be anything: models are too sure of what they expect.
 SURPRISES = 0.1
@@ -32,36 +32,39 @@ class Prior:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._plain = _Continuation(model, [])
+        self._plain = _Continuation(model)
         tokenizer = model.tokenizer
         named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) if tokenizer else ()
-        self._opened = [_Continuation(model, [token]) for token in dict.fromkeys(named) if token is not None]
+        openings = tuple(dict.fromkeys(token for token in named if token is not None))
+        self._opened = _Continuation(model, openings) if openings else None
 
     @property
     def n_forwards(self) -> int:
         """Tokens run so far."""
-        return sum(each.prefix.n_forwards for each in [self._plain, *self._opened])
+        opened = self._opened.prefix.n_forwards if self._opened else 0
+        return self._plain.prefix.n_forwards + opened
 
     def after(self, tokens: Sequence[int]) -> Any:
         """Return log p(next token | tokens), shape (n_vocabulary,)."""
-        readings = [self._plain] if tokens else []
-        if len(tokens) < OPENING:
-            readings += self._opened
+        readings = [self._plain.after(list(tokens))] if tokens else []
+        if self._opened and len(tokens) < OPENING:
+            readings.append(self._opened.after(list(tokens)))
         if not readings:
             return torch.zeros(self._model.n_vocabulary)
-        chances = torch.stack([reading.after(list(tokens)) for reading in readings])
-        return torch.logsumexp(chances, 0) - math.log(len(readings))
+        chances = torch.cat(readings)
+        return torch.logsumexp(chances, 0) - math.log(len(chances))
 
 
 class _Continuation:
-    """What follows some tokens after a fixed opening."""
+    """What follows some tokens, in one copy for every token that may stand before them."""
 
-    def __init__(self, model: Model, opening: Tokens) -> None:
-        self.prefix = Prefix(model, model.n_layers + 1)
-        self._opening, self._last = opening, None
+    def __init__(self, model: Model, openings: tuple[int, ...] = ()) -> None:
+        self.prefix = Prefix(model, model.n_layers + 1, copies=max(1, len(openings)))
+        self._opening: list[Any] = [openings] if openings else []
+        self._last: Any = None
 
     def after(self, tokens: Tokens) -> Any:
-        """Return the log-probabilities of the next token; only tokens not seen before are run."""
+        """Return the log-probabilities of the next token, a row for each copy; only new tokens are run."""
         tokens = self._opening + tokens
         known = self.prefix.tokens
         same = 0
@@ -71,5 +74,6 @@ class _Continuation:
             # The last token is run again where nothing else is new: its state is what counts.
             same = min(same, len(tokens) - 1)
             self.prefix.crop(same)
-            self._last = self.prefix.extend(tokens[same:])[-1]
-        return torch.log_softmax(self.prefix.model.unembed(self._last), -1)
+            self._last = self.prefix.extend(tokens[same:])[..., -1, :]
+        logits = self.prefix.model.unembed(self._last)
+        return torch.log_softmax(logits, -1).reshape(-1, logits.shape[-1])
