@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ CASES = (
 )
 # A relative squared residual that ends a peer's restarts.
 ZERO = 1e-18
+# Seconds before each turn, and calls a turn where they take milliseconds.
+PAUSE, CALLS = 0.1, 7
 SECTIONS = ("hessian", "products", "memory", "recovery", "large")
 
 
@@ -162,16 +164,26 @@ def available(methods: Sequence[str]) -> list[str]:
     return [name for name in methods if not name.startswith("jax") or find_spec("jax") is not None]
 
 
-def times(actions: dict[str, Action], X: Array, runs: int) -> tuple[dict[str, float], dict[str, Array]]:
-    """Return median seconds and the last results of methods that take turns, each time at another point."""
+def times(
+    actions: dict[str, Action], X: Array, runs: int, calls: int = 1
+) -> tuple[dict[str, float], dict[str, Array]]:
+    """Return median seconds and the last results of methods that take turns, each call at another point.
+
+    Each turn begins with a pause: threads of the method before it wait for work in a loop for a while, and
+    there are no cores to spare. More than one call a turn begin with one that does not count.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     results = {name: action(X) for name, action in actions.items()}
     for run in range(runs):
-        point = X + 1e-3 * (run + 1)
         for name, action in actions.items():
-            began = perf_counter()
-            results[name] = action(point)
-            seconds[name].append(perf_counter() - began)
+            sleep(PAUSE)
+            if calls > 1:
+                action(X)
+            for call in range(calls):
+                point = X + 1e-3 * (run * calls + call + 1)
+                began = perf_counter()
+                results[name] = action(point)
+                seconds[name].append(perf_counter() - began)
     return {name: median(taken) for name, taken in seconds.items()}, results
 
 
@@ -232,26 +244,33 @@ def product_race(size: tuple[int, int], runs: int) -> str:
         by_jax, forward = jax.jit(jax.grad(other)), jax.jit(lambda x: jax.jvp(jax.grad(other), (x,), (v,))[1])
         gradients["jax.jit(jax.grad)"] = lambda point: np.asarray(by_jax(point))
         products["jax.jit(jvp(grad))"] = lambda point: np.asarray(forward(point))
-    title = f"## {{}}, n = {size[0]}, d = {size[1]}, median of {5 * runs}\n\n"
-    floor = "its matrix products alone"
-    seconds, results = times(gradients | {floor: matrix_products(W, V, B)}, X, 5 * runs)
-    alone = f"Ten matrix products of a gradient, nothing between them: {seconds.pop(floor):.4g} s."
-    results.pop(floor)
-    lines = race_lines(seconds, results)
-    found = [title.format("gradient") + table(RACE_HEADER, lines), alone]
-    lines = race_lines(*times(products, X, 5 * runs))
-    return "\n\n".join([*found, title.format("product with the Hessian") + table(RACE_HEADER, lines)])
+    title = f"## {{}}, n = {size[0]}, d = {size[1]}, median of {5 * runs} turns of {CALLS} calls\n\n"
+    found, alone = [], "its matrix products alone, nothing between them"
+    for name, own, actions in (("gradient", 8, gradients), ("product with the Hessian", 17, products)):
+        seconds, results = times(actions | {alone: matrix_products(W, V, B, v, own)}, X, 5 * runs, CALLS)
+        floor = f"The {own} matrix products of attnfit, nothing between them: {seconds.pop(alone):.4g} s."
+        results.pop(alone)
+        found += [title.format(name) + table(RACE_HEADER, race_lines(seconds, results)), floor]
+    return "\n\n".join(found)
 
 
-def matrix_products(W: Array, V: Array, B: Array) -> Action:
-    """Return the matrix products that a gradient takes, with nothing between them."""
+def matrix_products(W: Array, V: Array, B: Array, v: Array, count: int) -> Action:
+    """Return the matrix products that a gradient (8) or a product with the Hessian (17) takes."""
+    n, d = B.shape
+    maps, D = np.concatenate([W, W.T, V], axis=1), np.ascontiguousarray(v.T)
+    P, double = np.full((n, n), 1.0 / n), np.concatenate([D, D], axis=1)
 
     def products(X: Array) -> Any:
-        T, n = np.ascontiguousarray(X.T), X.shape[1]
-        R, Q, H = T @ W.T, T @ W, T @ V
-        P = np.full((n, n), 1.0 / n)
-        logits, mixed, gap = R @ T.T, P @ H, B @ H.T
-        return [R, Q, H, logits, mixed, gap, P @ Q, P.T @ R, P.T @ B, (mixed + B) @ V.T]
+        T = np.ascontiguousarray(X.T)
+        mapped = T @ maps
+        R, Q, H = mapped[:, :d], mapped[:, d : 2 * d], mapped[:, 2 * d :]
+        done = [R @ T.T, P @ H, B @ H.T, B @ V.T]
+        if count == 8:
+            return [*done, P @ Q, P.T @ R, P.T @ B]
+        moved = D @ maps
+        done += [moved, double @ double.T, P @ H, P @ moved[:, 2 * d :], double @ double.T, B @ V.T]
+        DM, DMt = moved[:, :d], moved[:, d : 2 * d]
+        return [*done, P @ Q, P @ DMt, P.T @ R, P.T @ DM, P.T @ B, P.T @ H]
 
     return products
 

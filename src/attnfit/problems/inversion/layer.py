@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,17 @@ class Head:
     M: Array
     V: Array
     c: Array
+
+    @cached_property
+    def maps(self) -> Array:
+        """``[M, M^T, V]``: all products of a token in one."""
+        return np.concatenate([self.M, self.M.T, self.V], axis=1)
+
+    def mapped(self, T: Array) -> tuple[Array, Array, Array]:
+        """Return ``T M``, ``T M^T`` and ``T V``."""
+        d = len(self.M)
+        every = T @ self.maps
+        return every[..., :d], every[..., d : 2 * d], every[..., 2 * d :]
 
 
 @dataclass(frozen=True)
@@ -95,12 +107,11 @@ class AttentionLayer:
         # Rows of P sum to one: what is taken off the tokens comes back as it was.
         output = mean @ np.sum([head.V for head in self.heads], axis=0)
         for head in self.heads:
-            R = T @ head.M
-            R += head.c
+            R, Q, H = head.mapped(Tc)
+            R = R + (mean @ head.M + head.c)
             P = softmax_rows(R @ _t(Tc), self.mask)
-            H = Tc @ head.V
             mixed = P @ H
-            states.append(HeadState(head, P, Tc @ head.M.T, R, H, mixed))
+            states.append(HeadState(head, P, Q, R, H, mixed))
             output = output + mixed
         return Pass(T, Tc, states, output)
 
@@ -111,12 +122,12 @@ class AttentionLayer:
             slope = logit_slope(s, G)
             total += slope @ s.Q
             total += _t(slope) @ s.R
-            total += (_t(s.P) @ G) @ s.head.V.T
+            total += _t(s.P) @ (G @ s.head.V.T)
         return total
 
     def push_forward(self, at: Pass, D: Array) -> Array:
         """Return ``J D``, shape (..., n, m): the change of the output when T moves along D."""
-        return np.asarray(sum(_moved(s, at.Tc, D)[1] for s in at.heads))
+        return np.asarray(sum(_moved(s, at.Tc, D, s.head.mapped(D))[1] for s in at.heads))
 
     def second_push(self, at: Pass, D: Array) -> Array:
         """Return the second derivative of the output along D, shape (..., n, m)."""
@@ -140,21 +151,24 @@ class AttentionLayer:
         known = [(logit_gap(s, G), logit_slope(s, G), G @ s.head.V.T) for s in at.heads]
 
         def product(D: Array) -> Array:
-            moved = [_moved(s, at.Tc, D) for s in at.heads]
-            dG = np.sum([dO for _, dO in moved], axis=0)
+            mapped = [s.head.mapped(D) for s in at.heads]
+            moved = [_moved(s, at.Tc, D, its) for s, its in zip(at.heads, mapped, strict=True)]
+            dG: Array = sum(dO for _, dO in moved)  # type: ignore[assignment]
             total = np.zeros(D.shape)
-            for s, (gap, slope, E), (dP, dO) in zip(at.heads, known, moved, strict=True):
-                changed = _beside(dG, G) @ _t(_beside(s.H, D @ s.head.V))
-                changed -= np.sum(dG * s.O + G * dO, axis=-1, keepdims=True)
+            for s, (gap, slope, E), (DM, DMt, DV), (dP, dO) in zip(
+                at.heads, known, mapped, moved, strict=True
+            ):
+                changed = _beside(dG, G) @ _t(_beside(s.H, DV))
+                changed -= (_row_dots(dG, s.O) + _row_dots(G, dO))[..., None]
                 changed *= s.P
                 total += _t(dP) @ E
                 dP *= gap
                 changed += dP
                 total += changed @ s.Q
-                total += slope @ (D @ s.head.M.T)
+                total += slope @ DMt
                 total += _t(changed) @ s.R
-                total += _t(slope) @ (D @ s.head.M)
-                total += (_t(s.P) @ dG) @ s.head.V.T
+                total += _t(slope) @ DM
+                total += _t(s.P) @ (dG @ s.head.V.T)
             return total
 
         return product
@@ -194,7 +208,7 @@ def query_jacobian(s: HeadState, rows: NDArray[np.intp]) -> Array:
 def logit_gap(s: HeadState, G: Array) -> Array:
     """Return ``G H^T - rowsum(G o O)``: how far each key's part in ``<G, output>`` is from the mean."""
     gap = G @ _t(s.H)
-    gap -= np.sum(G * s.O, axis=-1, keepdims=True)
+    gap -= _row_dots(G, s.O)[..., None]
     return np.asarray(gap)
 
 
@@ -215,19 +229,24 @@ def softmax_rows(S: Array, mask: Mask | None) -> Array:
     return S
 
 
-def _moved(s: HeadState, Tc: Array, D: Array) -> tuple[Array, Array]:
-    """Return the change of the attention and of the head's output along D."""
-    dP = _beside(D @ s.head.M, s.R) @ _t(_beside(Tc, D))
-    dP -= np.einsum("...ik,...ik->...i", s.P, dP)[..., None]
+def _moved(s: HeadState, Tc: Array, D: Array, mapped: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    """Return the change of the attention and of the head's output along D, of which the maps are given."""
+    DM, _, DV = mapped
+    dP = _beside(DM, s.R) @ _t(_beside(Tc, D))
+    dP -= _row_dots(s.P, dP)[..., None]
     dP *= s.P
     dO = dP @ s.H
-    dO += s.P @ (D @ s.head.V)
+    dO += s.P @ DV
     return dP, dO
 
 
 def _beside(left: Array, right: Array) -> Array:
     """Return both side by side: one product with twice the depth is faster than two."""
     return np.concatenate([left, right], axis=-1)
+
+
+def _row_dots(left: Array, right: Array) -> Array:
+    return np.asarray(np.einsum("...ik,...ik->...i", left, right))
 
 
 def _t(matrix: Array) -> Array:
