@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -76,8 +76,9 @@ def most_bytes(shape: tuple[int, ...], itemsize: int, inner: tuple[int, ...] | N
 
 def require_sizes(path: str, most: int) -> None:
     """Raise unless the file, or member of a zip file, of every chunk has at most so many bytes."""
+    sizes: Iterable[tuple[str, int]]
     if os.path.isdir(path):
-        sizes = [(file, os.path.getsize(file)) for file in files_of(path)]
+        sizes = ((file, os.path.getsize(file)) for file in files_of(path))
     else:
         with zipfile.ZipFile(path) as archive:
             sizes = [(f"{path}, member {info.filename}", info.file_size) for info in archive.infolist()]
