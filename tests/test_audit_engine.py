@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from attnfit.audit.embedding_newton import EmbeddingNewton  # noqa: E402
+from attnfit.audit.engine import prefix as prefix_module  # noqa: E402
 from attnfit.audit.engine.prefix import Prefix  # noqa: E402
 from attnfit.audit.engine.prior import Prior  # noqa: E402
 from attnfit.audit.errors import AuditError  # noqa: E402
@@ -78,6 +79,50 @@ def test_prefixes_grow_and_shrink(model):
     rest = prefix.extend(TOKENS[2:])
     np.testing.assert_allclose(rest, model.states(TOKENS, 3)[2:], rtol=1e-5, atol=1e-5)
     assert model.module.config._attn_implementation == attention_for(model.module.config)
+
+
+@pytest.mark.parametrize("chunk", [2, 1024])
+def test_a_candidate_that_was_just_tried_is_not_run_again(model, monkeypatch, chunk):
+    monkeypatch.setattr(prefix_module, "CHUNK", chunk)
+    prefix = Prefix(model, 1, 3)
+    prefix.extend(TOKENS[:3])
+    for at in (3, 4, 5):
+        prefix.candidates([*range(5), 799, TOKENS[at]])
+        run = prefix.n_forwards
+        assert prefix.extend([TOKENS[at]]).shape == (1, model.width)
+        assert prefix.n_forwards == run
+    assert prefix.tokens == TOKENS[:6]
+    prefix.candidates([TOKENS[6]])
+    prefix.extend(TOKENS[6:])
+    np.testing.assert_allclose(prefix.states[0], model.states(TOKENS, 3), rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_tried_elsewhere_is_run_again(model):
+    """After other tokens, or in another place, a candidate has other keys and values."""
+    prefix = Prefix(model, 3)
+    prefix.candidates([TOKENS[1]])
+    prefix.extend(TOKENS[:1])
+    prefix.extend(TOKENS[1:2])
+    prefix.candidates([TOKENS[1]])
+    prefix.crop(1)
+    prefix.extend(TOKENS[1:2])
+    prefix.candidates([TOKENS[2]])
+    prefix.embedded(model.embeddings[[1, 2]])
+    prefix.extend(TOKENS[2:3])
+    prefix.extend(TOKENS[3:])
+    assert prefix.n_forwards == 1 + len(TOKENS)
+    np.testing.assert_allclose(prefix.states[0], model.states(TOKENS, 3), rtol=1e-5, atol=1e-5)
+
+
+def test_the_prior_uses_a_prefix_that_is_run_anyway(model):
+    for layer, shared in ((model.n_layers + 1, True), (model.n_layers, False)):
+        prefix = Prefix(model, layer)
+        prior = Prior(model, prefix)
+        for length in (2, 5):
+            prefix.extend(TOKENS[len(prefix.tokens) : length])
+            plain = torch.log_softmax(torch.from_numpy(model.logits(TOKENS[:length]))[-1], -1)
+            np.testing.assert_allclose(prior.after(prefix.tokens), plain, atol=1e-4)
+        assert prior.n_forwards == (0 if shared else 5)
 
 
 def test_several_layers_in_one_pass(model):

@@ -61,6 +61,15 @@ def test_cheap_comparisons_are_lower_bounds(tiny, access):  # noqa: F811
     assert tried.gaps.argmin() == exact.argmin() == tokens[4]
 
 
+@pytest.mark.parametrize("budget", [1, 2])
+def test_one_candidate_proves_nothing(tiny, budget):  # noqa: F811
+    text = tiny.private_texts[0]
+    seen = audit.observe(tiny, text, "topk:5", "round:2")
+    found = audit.invert(tiny, seen, known_prefix=tiny.tokenise(text)[:-1], budget=budget)
+    assert found.positions[-1].lead < 5.0 if budget == 1 else found.text == text
+    assert not (budget == 1 and found.verified)
+
+
 def test_the_search_ends_where_doubt_will_stay(tiny, monkeypatch):  # noqa: F811
     """Under noise several tokens agree however many are tried."""
     monkeypatch.setattr(topk, "MANY", 512)

@@ -94,7 +94,8 @@ class HiddenSearch:
         ]
         noisy = any(target.noisy for target in self._targets)
         self._rankers = calibration.rankers_under(uncertainty) if noisy else calibration.rankers
-        self._prefix, self._prior = Prefix(model, layer), Prior(model)
+        self._prefix = Prefix(model, layer)
+        self._prior = Prior(model, self._prefix)
         depth = 1 + int(layer.removeprefix("attention:")) if isinstance(layer, str) else layer
         self._cheap = depth * model.n_vocabulary <= CHEAP
         self._positions: list[Position] = []

@@ -83,7 +83,8 @@ class _TopkSearch:
         self._began = perf_counter()
         self._model, self._budget = model, budget
         self._shown, self._values, self._allowed = shown, values, allowed
-        self._prefix, self._prior = Prefix(model, model.n_layers + 1), Prior(model)
+        self._prefix = Prefix(model, model.n_layers + 1)
+        self._prior = Prior(model, self._prefix)
         self._positions: list[Position] = []
         # For each position, the other tokens that agree, best last: to go back to if nothing follows.
         self._others: list[list[Position]] = []
@@ -154,8 +155,7 @@ class _TopkSearch:
             size = min(GROWTH * size, LARGEST_BATCH)
             agreeing = tried.agreeing
             if len(agreeing):
-                tried.sharpen()
-                lead = self._lead(tried)
+                lead = self._lead(tried, certain)
                 score = expected[tried.tokens][agreeing] - 0.5 * (WIDTHS * tried.gaps[agreeing]).square()
                 # No token that is left can score better than by being expected.
                 settled = bool(score.max() >= left.max())
@@ -204,15 +204,21 @@ class _TopkSearch:
         lead = max(self._positions[-2].lead, self._lead_over(nearest, count))
         self._positions[-2] = replace(self._positions[-2], lead=lead)
 
-    def _lead(self, tried: Tried) -> float:
-        """Return how unlikely it is, in nats, that a token agrees by accident; zero where two agree."""
+    def _lead(self, tried: Tried, certain: float) -> float:
+        """Return how unlikely it is, in nats, that a token agrees by accident: a lower bound if certain.
+
+        Zero where two agree, or no other was tried.
+        """
         agreeing = tried.agreeing
-        if len(agreeing) > 1:
+        if len(agreeing) > 1 or len(tried.gaps) == 1:
             return 0.0
         if len(tried.gaps) == self._model.n_vocabulary:
             return inf
-        others = tried.gaps[torch.arange(len(tried.gaps)) != agreeing[0]]
-        return self._lead_over(float(others.min()) if len(others) else 1.0, len(tried.gaps))
+        lead = self._lead_over(tried.nearest_but(agreeing[0]), len(tried.gaps))
+        if lead < certain:
+            tried.sharpen()
+            lead = self._lead_over(tried.nearest_but(agreeing[0]), len(tried.gaps))
+        return lead
 
     def _lead_over(self, nearest: float, count: int) -> float:
         """Return the lead of a token over others of which `count` were tried, the nearest missing by so much.

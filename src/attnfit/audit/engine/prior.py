@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attnfit.audit.engine.prefix import Prefix
-from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.model import Model
 
 # Where a text begins without the token that the model saw before every text, its first predictions are
 # worthless: up to this many tokens, what it predicts after each token that may stand there is averaged in.
@@ -27,53 +27,49 @@ def with_surprises(prior: Any) -> Any:
 class Prior:
     """Next-token distributions after growing prefixes.
 
-    They have keys and values of their own, through all layers, and cost nothing before they are first asked.
+    Parameters
+    ----------
+    model : Model
+    prefix : Prefix, optional
+        One that is run anyway: where it goes through all layers, its last state tells what comes next.
+        Otherwise the prior keeps keys and values of its own, which cost nothing before it is first asked.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, prefix: Prefix | None = None) -> None:
         self._model = model
-        self._plain = _Continuation(model)
+        self._shared = prefix if prefix is not None and prefix.complete else None
+        self._plain = self._shared or Prefix(model, model.n_layers + 1)
         tokenizer = model.tokenizer
         named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) if tokenizer else ()
-        openings = tuple(dict.fromkeys(token for token in named if token is not None))
-        self._opened = _Continuation(model, openings) if openings else None
+        # In one copy for every token that may stand before a text.
+        self._openings = tuple(dict.fromkeys(token for token in named if token is not None))
+        self._opened = Prefix(model, model.n_layers + 1, copies=len(self._openings))
 
     @property
     def n_forwards(self) -> int:
-        """Tokens run so far."""
-        opened = self._opened.prefix.n_forwards if self._opened else 0
-        return self._plain.prefix.n_forwards + opened
+        """Tokens run so far for the prior alone."""
+        own = 0 if self._plain is self._shared else self._plain.n_forwards
+        return own + self._opened.n_forwards
 
     def after(self, tokens: Sequence[int]) -> Any:
-        """Return log p(next token | tokens), shape (n_vocabulary,)."""
-        readings = [self._plain.after(list(tokens))] if tokens else []
-        if self._opened and len(tokens) < OPENING:
-            readings.append(self._opened.after(list(tokens)))
+        """Return log p(next token | tokens), shape (n_vocabulary,); a shared prefix then holds the tokens."""
+        readings = [_next(self._plain, list(tokens))] if tokens else []
+        if self._openings and len(tokens) < OPENING:
+            readings.append(_next(self._opened, [self._openings, *tokens]))
         if not readings:
             return torch.zeros(self._model.n_vocabulary)
         chances = torch.cat(readings)
         return torch.logsumexp(chances, 0) - math.log(len(chances))
 
 
-class _Continuation:
-    """What follows some tokens, in one copy for every token that may stand before them."""
-
-    def __init__(self, model: Model, openings: tuple[int, ...] = ()) -> None:
-        self.prefix = Prefix(model, model.n_layers + 1, copies=max(1, len(openings)))
-        self._opening: list[Any] = [openings] if openings else []
-        self._last: Any = None
-
-    def after(self, tokens: Tokens) -> Any:
-        """Return the log-probabilities of the next token, a row for each copy; only new tokens are run."""
-        tokens = self._opening + tokens
-        known = self.prefix.tokens
-        same = 0
-        while same < min(len(known), len(tokens)) and known[same] == tokens[same]:
-            same += 1
-        if same < len(known) or same < len(tokens):
-            # The last token is run again where nothing else is new: its state is what counts.
-            same = min(same, len(tokens) - 1)
-            self.prefix.crop(same)
-            self._last = self.prefix.extend(tokens[same:])[..., -1, :]
-        logits = self.prefix.model.unembed(self._last)
-        return torch.log_softmax(logits, -1).reshape(-1, logits.shape[-1])
+def _next(prefix: Prefix, tokens: list[Any]) -> Any:
+    """Return the log-probabilities after the tokens, a row for each copy; only new ones are run."""
+    known = prefix.tokens
+    same = 0
+    while same < min(len(known), len(tokens)) and known[same] == tokens[same]:
+        same += 1
+    if same < len(known):
+        prefix.crop(same)
+    if same < len(tokens):
+        prefix.extend(tokens[same:])
+    return torch.log_softmax(prefix.model.unembed(prefix.states[:, -1]), -1)
