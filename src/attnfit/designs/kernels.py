@@ -17,6 +17,10 @@ import numpy as np
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 
+# Numba does not ask of an unsigned index whether it counts from the end; asking makes vector loads gathers.
+U = np.uintp
+
+
 class RowKernels(NamedTuple):
     """The two loops of a storage; of a block, ``step(block)`` rows at a time stay in cache between them."""
 
@@ -27,9 +31,9 @@ class RowKernels(NamedTuple):
 
 def _dots(block, first, count, x, z):  # type: ignore[no-untyped-def]
     for i in range(count):
-        total = 0.0
+        row, total = U(first + i), 0.0
         for j in range(len(x)):
-            total += block[first + i, j] * x[j]
+            total += block[row, j] * x[j]
         z[i] = total
 
 
@@ -38,91 +42,124 @@ def _add(block, first, count, weights, out):  # type: ignore[no-untyped-def]
     # time, so that rows are. Rows of an array on their own would be counted references.
     d, whole = out.shape[1], count - count % 4
     triples = len(out) - len(out) % 3 if d >= 32 else 0
-    for i in range(0, whole, 4):
-        r0, r1, r2, r3 = first + i, first + i + 1, first + i + 2, first + i + 3
-        for q in range(0, triples, 3):
-            a0, a1, a2, a3 = weights[q, i], weights[q, i + 1], weights[q, i + 2], weights[q, i + 3]
-            p = q + 1
-            b0, b1, b2, b3 = weights[p, i], weights[p, i + 1], weights[p, i + 2], weights[p, i + 3]
-            p = q + 2
-            c0, c1, c2, c3 = weights[p, i], weights[p, i + 1], weights[p, i + 2], weights[p, i + 3]
+    for q in range(0, triples, 3):
+        p, s = U(q + 1), U(q + 2)
+        for i in range(0, whole, 4):
+            i1, i2, i3 = U(i + 1), U(i + 2), U(i + 3)
+            r0, r1, r2, r3 = U(first + i), U(first + i + 1), U(first + i + 2), U(first + i + 3)
+            a0, a1, a2, a3 = weights[q, i], weights[q, i1], weights[q, i2], weights[q, i3]
+            b0, b1, b2, b3 = weights[p, i], weights[p, i1], weights[p, i2], weights[p, i3]
+            c0, c1, c2, c3 = weights[s, i], weights[s, i1], weights[s, i2], weights[s, i3]
             for j in range(d):
                 v0, v1, v2, v3 = block[r0, j], block[r1, j], block[r2, j], block[r3, j]
                 out[q, j] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
-                out[q + 1, j] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
-                out[q + 2, j] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
-        for q in range(triples, len(out)):
-            k0, k1, k2, k3 = weights[q, i], weights[q, i + 1], weights[q, i + 2], weights[q, i + 3]
+                out[p, j] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
+                out[s, j] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
+    for q in range(triples, len(out)):
+        for i in range(0, whole, 4):
+            r0, r1, r2, r3 = U(first + i), U(first + i + 1), U(first + i + 2), U(first + i + 3)
+            k0, k1, k2, k3 = weights[q, i], weights[q, U(i + 1)], weights[q, U(i + 2)], weights[q, U(i + 3)]
             for j in range(d):
                 out[q, j] += k0 * block[r0, j] + k1 * block[r1, j] + k2 * block[r2, j] + k3 * block[r3, j]
-    for i in range(whole, count):
-        for q in range(len(out)):
+    for q in range(len(out)):
+        for i in range(whole, count):
             for j in range(d):
-                out[q, j] += weights[q, i] * block[first + i, j]
+                out[q, j] += weights[q, i] * block[U(first + i), j]
 
 
 def _dots_columns(block, first, count, x, z):  # type: ignore[no-untyped-def]
+    # Four columns at a time, so that ``z`` is touched less.
+    whole = len(x) - len(x) % 4
+    rows = slice(first, first + count)
     z[:count] = 0.0
-    for j in range(len(x)):
-        column, factor = block[first : first + count, j], x[j]
+    for j in range(0, whole, 4):
+        x0, x1, x2, x3 = x[j], x[U(j + 1)], x[U(j + 2)], x[U(j + 3)]
+        v0, v1, v2, v3 = block[rows, j], block[rows, j + 1], block[rows, j + 2], block[rows, j + 3]
         for i in range(count):
-            z[i] += column[i] * factor
+            z[i] += v0[i] * x0 + v1[i] * x1 + v2[i] * x2 + v3[i] * x3
+    for j in range(whole, len(x)):
+        v0, x0 = block[rows, j], x[j]
+        for i in range(count):
+            z[i] += v0[i] * x0
 
 
 def _add_columns(block, first, count, weights, out):  # type: ignore[no-untyped-def]
+    # Three sums at a time, so that columns are read less.
+    triples = len(out) - len(out) % 3
     for j in range(out.shape[1]):
         column = block[first : first + count, j]
-        for q in range(len(out)):
-            weight = weights[q]
-            total = 0.0
+        for q in range(0, triples, 3):
+            a, b, c = weights[q], weights[q + 1], weights[q + 2]
+            t0, t1, t2 = 0.0, 0.0, 0.0
             for i in range(len(column)):
-                total += weight[i] * column[i]
-            out[q, j] += total
+                t0 += a[i] * column[i]
+                t1 += b[i] * column[i]
+                t2 += c[i] * column[i]
+            out[q, j] += t0
+            out[q + 1, j] += t1
+            out[q + 2, j] += t2
+        for q in range(triples, len(out)):
+            a, t0 = weights[q], 0.0
+            for i in range(len(column)):
+                t0 += a[i] * column[i]
+            out[q, j] += t0
 
 
 def _dots_csr(block, first, count, x, z):  # type: ignore[no-untyped-def]
     indptr, indices, values = block
     for i in range(count):
-        # Two sums at a time; unsigned indices, which Numba does not ask whether they count from the end.
+        # Two sums at a time.
         even, odd = 0.0, 0.0
-        p, stop = np.int64(indptr[first + i]), np.int64(indptr[first + i + 1])
+        p, stop = np.int64(indptr[U(first + i)]), np.int64(indptr[U(first + i + 1)])
         while p + 1 < stop:
-            even += values[p] * x[np.uint32(indices[p])]
-            odd += values[p + 1] * x[np.uint32(indices[p + 1])]
+            even += values[U(p)] * x[U(indices[U(p)])]
+            odd += values[U(p + 1)] * x[U(indices[U(p + 1)])]
             p += 2
         if p < stop:
-            even += values[p] * x[np.uint32(indices[p])]
+            even += values[U(p)] * x[U(indices[U(p)])]
         z[i] = even + odd
 
 
 def _add_csr(block, first, count, weights, out):  # type: ignore[no-untyped-def]
-    # Two sums at a time, so that indices are read less.
+    # Up to three sums at a time, which lie beside each other: see `empty_sums`.
     indptr, indices, values = block
-    pairs = len(out) - len(out) % 2
-    for i in range(count):
-        start, stop = np.int64(indptr[first + i]), np.int64(indptr[first + i + 1])
-        for q in range(0, pairs, 2):
-            k0, k1, t0, t1 = weights[q, i], weights[q + 1, i], out[q], out[q + 1]
-            for p in range(start, stop):
-                j = np.uint32(indices[p])
-                t0[j] += k0 * values[p]
-                t1[j] += k1 * values[p]
-        if pairs < len(out):
-            k0, t0 = weights[pairs, i], out[pairs]
-            for p in range(start, stop):
-                t0[np.uint32(indices[p])] += k0 * values[p]
+    for q in range(0, len(out), 3):
+        p, s, lanes = U(q + 1), U(q + 2), min(3, len(out) - q)
+        for i in range(count):
+            start, stop = np.int64(indptr[U(first + i)]), np.int64(indptr[U(first + i + 1)])
+            if lanes == 3:
+                k0, k1, k2 = weights[q, i], weights[p, i], weights[s, i]
+                for e in range(start, stop):
+                    j, v = U(indices[U(e)]), values[U(e)]
+                    # All read before any is written: they then fit one instruction.
+                    t0, t1, t2 = out[q, j] + k0 * v, out[p, j] + k1 * v, out[s, j] + k2 * v
+                    out[q, j], out[p, j], out[s, j] = t0, t1, t2
+            elif lanes == 2:
+                k0, k1 = weights[q, i], weights[p, i]
+                for e in range(start, stop):
+                    j, v = U(indices[U(e)]), values[U(e)]
+                    t0, t1 = out[q, j] + k0 * v, out[p, j] + k1 * v
+                    out[q, j], out[p, j] = t0, t1
+            else:
+                k0 = weights[q, i]
+                for e in range(start, stop):
+                    out[q, U(indices[U(e)])] += k0 * values[U(e)]
 
 
 def _rows_at_a_time(block: Any) -> int:
     # Few, so that the processor fetches the next rows while these are added; enough for vector instructions.
-    size = int(block.itemsize * block.shape[1])
-    return 4 if size >= 512 else min(4096 // size, 64)
+    return min(max(8, 4096 // int(block.itemsize * block.shape[1])), 64)
+
+
+def empty_sums(storage: str, count: int, n_columns: int) -> Any:
+    """Return zeros for ``add``, shape (count, n_columns): each sum contiguous, or each column for CSR."""
+    return np.zeros((n_columns, count)).T if storage == "csr" else np.zeros((count, n_columns))
 
 
 STORAGES = {
     "rows": RowKernels(_dots, _add, _rows_at_a_time),
     "columns": RowKernels(_dots_columns, _add_columns, lambda block: 512),
-    "csr": RowKernels(_dots_csr, _add_csr, lambda block: 64),
+    "csr": RowKernels(_dots_csr, _add_csr, lambda block: 256),
 }
 
 

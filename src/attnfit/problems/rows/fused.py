@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.designs.kernels import STORAGES
+from attnfit.designs.kernels import STORAGES, empty_sums
 from attnfit.designs.threads import available_threads, in_order
 from attnfit.losses.base import Loss, Moments
 from attnfit.losses.segments import Array
@@ -81,7 +81,7 @@ def _sum_up_run(
         shared = (beside, float(reference[long]) if long >= 0 else 0.0, float(constants[0]))
     n_columns, n_extras = _n_moments(loss.moments)
     n_rows_out = 1 if by_group else n_columns + bool(len(vectors[3]))
-    out = np.zeros((n_rows_out + origin, d))
+    out = empty_sums(storage, n_rows_out + origin, d)
     sums = np.zeros(n_columns + n_extras + 2)
     kernel = loop_of(loss, storage, by_group=by_group)
     # Several short groups at a time: one alone ends in loops too short to pay.

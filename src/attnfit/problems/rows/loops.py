@@ -15,7 +15,7 @@ from zlib import crc32
 import numba
 import numpy as np
 
-from attnfit.designs.kernels import OPTIONS, STORAGES
+from attnfit.designs.kernels import OPTIONS, STORAGES, U
 from attnfit.problems.rows.vector_exp import exp, vectorised
 
 dots: Any = None
@@ -72,9 +72,9 @@ def pieces(  # type: ignore[no-untyped-def]
         # Several short loops, each of which becomes vector instructions.
         for r in range(count):
             checks[r] += 0.0 * z[r]
-            y[r], v[r] = link(z[r] + offset[start + r] if len(offset) else z[r], reference)
+            y[r], v[r] = link(z[r] + offset[U(start + r)] if len(offset) else z[r], reference)
         for r in range(count):
-            i = start + r
+            i = U(start + r)
             columns, extras = moments(y[r], v[r], b[i], w[i] if len(w) else 1.0, reference, constant)
             for q, term in enumerate(columns + extras):
                 if q < n_columns:
@@ -82,7 +82,7 @@ def pieces(  # type: ignore[no-untyped-def]
                 totals[q, r] += term
         if len(penalty):
             for r in range(count):
-                weights[n_columns, r] = penalty[start + r] * z[r]
+                weights[n_columns, r] = penalty[U(start + r)] * z[r]
                 penalties += 0.5 * weights[n_columns, r] * z[r]
         if len(beside):
             weights[len(out) - 1, :count] = beside[start : start + count]
@@ -122,12 +122,12 @@ def whole_groups(  # type: ignore[no-untyped-def]
         for place in range(len(out)):
             for r in range(count):
                 logit = z[r] if place == 0 else 0.0
-                t[r] = logit + offset[start + r] if len(offset) else logit
+                t[r] = logit + offset[U(start + r)] if len(offset) else logit
             for g in range(first_group, stop_group):
                 # Any row serves as the shift that keeps exponentials in range, as long as it does.
                 first = bounds[g] - start
-                for r in range(first, bounds[g + 1] - start):
-                    reference[r] = t[first] if logarithmic else 0.0
+                for r in range(U(first), U(bounds[g + 1] - start)):
+                    reference[r] = t[U(first)] if logarithmic else 0.0
                     constant[r] = constants[g]
             # Loops over all rows, with nothing but formulas in them, become vector instructions.
             for r in range(count):
@@ -135,26 +135,26 @@ def whole_groups(  # type: ignore[no-untyped-def]
             for g in range(first_group, stop_group):
                 begin, end = bounds[g] - start, bounds[g + 1] - start
                 total = 0.0
-                for r in range(begin, end):
+                for r in range(U(begin), U(end)):
                     total += v[r] if logarithmic else y[r]
                 if logarithmic:
                     top = t[begin]
                     if not total < 1e300:
                         top, total = t[begin:end].max(), 0.0
-                        for r in range(begin, end):
+                        for r in range(U(begin), U(end)):
                             v[r] = link(t[r], top)[1]
                             total += v[r]
                     inverse, total = 1.0 / total, top + np.log(total)
                 else:
                     inverse = 1.0
-                for r in range(begin, end):
+                for r in range(U(begin), U(end)):
                     reference[r], scale[r] = total, inverse
             for r in range(count):
                 columns, extras = moments(
                     t[r] - reference[r] if logarithmic else y[r],
                     v[r] * scale[r],
-                    b[start + r],
-                    w[start + r] if len(w) else 1.0,
+                    b[U(start + r)],
+                    w[U(start + r)] if len(w) else 1.0,
                     reference[r],
                     constant[r],
                 )
@@ -168,7 +168,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
                     total = 1.0
                     if q >= n_columns or summed[q]:
                         total = 0.0
-                        for r in range(begin, end):
+                        for r in range(U(begin), U(end)):
                             total += parts[q, r]
                     sums[q] = total
                 closed = close(sums, extra_sums, reference[begin], constants[g])
@@ -176,11 +176,11 @@ def whole_groups(  # type: ignore[no-untyped-def]
                     value += closed.value
                 for q, coefficient in enumerate(closed.coefficients):
                     if coefficient != 0.0:
-                        for r in range(begin, end):
+                        for r in range(U(begin), U(end)):
                             weights[place, r] += coefficient * parts[q, r]
         if len(penalty):
             for r in range(count):
-                weights[0, r] += penalty[start + r] * z[r]
-                value += 0.5 * penalty[start + r] * z[r] * z[r]
+                weights[0, r] += penalty[U(start + r)] * z[r]
+                value += 0.5 * penalty[U(start + r)] * z[r] * z[r]
         add(data, first_row + start, count, weights, out)
     sums[-2], sums[-1] = value, check
