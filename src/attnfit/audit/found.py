@@ -22,7 +22,8 @@ class Position:
         Root mean square, over channels in units of their standard deviation, between the observation and
         what this token gives.
     margin : float
-        Distance of the nearest other candidate minus this one's; infinite where no other was tried.
+        Distance of the nearest other candidate minus this one's; infinite where no other was tried. At least
+        that for log-probabilities, which are compared exactly only where it decides.
     n_candidates : int
         Candidates evaluated for this position.
     method : {"known", "draft", "shortlist", "regression", "newton", "scan", "joint", "nearest"}
