@@ -157,6 +157,26 @@ def test_wrong_dimensions():
         softmax(groups=np.ones((N, 1)))
 
 
+@pytest.mark.parametrize("storage", [sparse.csr_array, sparse.csc_array, sparse.bsr_array])
+@pytest.mark.parametrize("index", [-1, 10**6])
+def test_indices_that_point_outside(storage, index):
+    """Products would read memory that is not theirs."""
+    A = storage(np.ones((N, D)))
+    A.indices[3] = index
+    spare = len(A.data) + 5
+    A.data, A.indices = np.resize(A.data, (spare, *A.data.shape[1:])), np.resize(A.indices, spare)
+    with pytest.raises(ValueError, match=rf"A is not a valid {A.format} matrix.*entry 3 has index {index}"):
+        problems.Softmax(A, np.ones(N) / N)
+    assert len(A.data) == len(A.indices) == spare
+
+
+def test_row_pointers_that_fall():
+    A = sparse.csr_array(np.ones((N, D)))
+    A.indptr[2], A.indptr[3] = A.indptr[3], A.indptr[2]
+    with pytest.raises(ValueError, match="A is not a valid csr matrix"):
+        problems.Softmax(A, np.ones(N) / N)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (12, 0), (0, 0)])
 @pytest.mark.parametrize("storage", [np.asarray, sparse.csr_array])
 def test_empty(shape, storage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ def as_design(A: Any, name: str = "A") -> Design:
     if sparse.issparse(A):
         _require_numeric(A.dtype, name)
         _require_shape(A.shape, name)
+        require_indices(A, name)
         design = SparseDesign(A)
         require_finite_rows(design.matrix, slice(0, A.shape[0]), name)
         return design
@@ -43,6 +45,23 @@ def as_design(A: Any, name: str = "A") -> Design:
     _require_shape(array.shape, name)
     require_finite_matrix(array, name)
     return DenseDesign(array)
+
+
+def require_indices(A: Any, name: str = "A") -> None:
+    """Raise ValueError if the index arrays of a sparse matrix point outside it: products would read there."""
+    if not hasattr(A, "indptr"):
+        return
+    try:
+        # A copy of the object, not of its arrays: checking may set them.
+        copy(A).check_format(full_check=True)
+    except ValueError as error:
+        limit = A.shape[0 if A.format == "csc" else 1]
+        outside = np.flatnonzero((A.indices < 0) | (A.indices >= limit))
+        where = f" (entry {outside[0]} has index {A.indices[outside[0]]})" if len(outside) else ""
+        raise ValueError(
+            f"{name} is not a valid {A.format} matrix: {error}{where}; build it from its entries, as "
+            "scipy.sparse.csr_array((values, (rows, columns)), shape=shape)"
+        ) from error
 
 
 def require_finite_matrix(array: NDArray[Any], name: str = "A", first_row: int = 0) -> None:
