@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import audit_reports
 from audit_reports import TEXTS, report
 
 from attnfit.audit.advice import percent
@@ -100,6 +101,15 @@ def test_verdict_and_advice():
     assert (
         "no proof of protection: hidden:1 with drop0; topk:5 with drop0 (position 0 was withheld)" in untested
     )
+
+
+def test_a_withheld_token_that_was_not_found_proves_little(monkeypatch):
+    monkeypatch.setitem(audit_reports.RIGHT, ("hidden:1", "drop0"), ((0, 3), (0, 2)))
+    monkeypatch.setitem(audit_reports.COSTS, "drop0", 0.2)
+    hidden = report().advice[0]
+    assert "drop0 does, on these texts: 0 % come back" in hidden
+    assert "a better attack may find it" in hidden
+    assert "a better attack" not in report().advice[1]
 
 
 def test_break_points_are_measured_beside_the_prediction():

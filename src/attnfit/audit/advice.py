@@ -103,6 +103,11 @@ def _of_access(report: Report, access: str, limit: float) -> str:
         told.append(
             f"{best.defence} does, on these texts: {percent(best.token_share)} come back{_cost(best)}."
         )
+        if "drop0" in best.defence.split("+"):
+            told.append(
+                "The token withheld is searched for among likely pairs, not all: a better attack may find "
+                "it, and the rest with it."
+            )
     else:
         told += _nothing_helps(report, access, weak)
     return " ".join(told)
