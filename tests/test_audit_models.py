@@ -13,13 +13,17 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from attnfit import audit  # noqa: E402
+from attnfit.audit.models import train_tiny  # noqa: E402
+from attnfit.audit.models.tiny import SHIPPED, load_tiny  # noqa: E402
+
+# Of the weights that ship; training again on another processor changes it.
+FINGERPRINT = "e7b8fab293d0ab47"
 
 
 @pytest.fixture
-def home(tiny, audit_cache, tmp_path):  # noqa: F811
+def home(tmp_path):
     """A directory of its own with the tiny model's files."""
-    (source,) = (audit_cache / "models").glob("tiny-*")
-    return shutil.copytree(source, tmp_path / "model")
+    return shutil.copytree(SHIPPED, tmp_path / "model")
 
 
 def test_tiny_is_what_it_says(tiny):  # noqa: F811
@@ -38,20 +42,55 @@ def test_tiny_has_memorised_its_sentences(tiny):  # noqa: F811
     assert np.mean(losses) < 0.45
 
 
-def test_training_is_deterministic(tiny, tmp_path, monkeypatch):  # noqa: F811
-    from attnfit.audit.models import tiny as module
+@pytest.fixture
+def short_training(monkeypatch):
+    monkeypatch.setattr(train_tiny, "GENERIC_STEPS", 3)
+    monkeypatch.setattr(train_tiny, "MAX_STEPS", 3)
+    monkeypatch.setattr(train_tiny, "N_GENERIC", 500)
 
-    monkeypatch.setattr(module, "GENERIC_STEPS", 3)
-    monkeypatch.setattr(module, "MAX_STEPS", 3)
-    monkeypatch.setattr(module, "N_GENERIC", 500)
+
+def test_training_is_deterministic(short_training, tmp_path):
     before = torch.random.get_rng_state()
     prints = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        module._train(tmp_path / name)
+        train_tiny.train(tmp_path / name)
         prints.append((tmp_path / name / "model.safetensors").read_bytes())
     assert prints[0] == prints[1]
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_tiny_is_part_of_the_package(tiny, monkeypatch, tmp_path):  # noqa: F811
+    """The same weights on every processor: training carries rounding on."""
+    assert tiny.fingerprint == FINGERPRINT
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 2**21
+    assert {file.name for file in SHIPPED.iterdir()} >= {
+        "config.json", "model.safetensors", "private.json", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    monkeypatch.setattr(train_tiny, "train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setenv("ATTNFIT_CACHE", str(tmp_path / "none"))
+    assert load_tiny().fingerprint == FINGERPRINT
+    assert not (tmp_path / "none").exists()
+
+
+def test_tiny_of_another_seed_is_trained_once(short_training, monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTNFIT_CACHE", str(tmp_path))
+    other = load_tiny(1)
+    assert other.private_texts != load_tiny().private_texts
+    monkeypatch.setattr(train_tiny, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert load_tiny(1).fingerprint == other.fingerprint != load_tiny().fingerprint
+
+
+def test_training_is_a_program():
+    """Without a word of warning."""
+    strict = ["-W", "error::RuntimeWarning:runpy"]
+    done = subprocess.run(
+        [sys.executable, *strict, "-m", "attnfit.audit.models.train_tiny", "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "directory" in done.stdout
 
 
 def test_states_and_logits_are_those_of_transformers(tiny):  # noqa: F811

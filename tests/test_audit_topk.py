@@ -45,20 +45,34 @@ def test_cheap_comparisons_are_lower_bounds(tiny, access):  # noqa: F811
     prefix = Prefix(tiny, 5)
     prefix.extend(tokens[:4])
     states = prefix.candidates(range(1024))
-    tried = topk.Tried(tiny, search._shown[4], search._values[4], search._allowed[4])
+    shown, values, allowed = search._shown[4], search._values[4], search._allowed[4]
+    tried = topk.Tried(tiny, shown, values, allowed)
     for first in range(0, 1024, 100):
         tried.add(list(range(first, min(first + 100, 1024))), states[first : first + 100])
-    chances = torch.log_softmax(tiny.unembed(states), -1)
-    exact = ((chances[:, search._shown[4]] - search._values[4]).abs() / search._allowed[4]).amax(-1)
-    assert (tried.gaps <= exact * 1.001 + 1e-3).all()
+    # In float64, from the same states: what the library computes in float32 is off by the rounding of sums
+    # of `width` products and of a few operations on logits of their size.
+    head = tiny.head.weight.double()
+    logits = states.double() @ head.T
+    exact = (torch.log_softmax(logits, -1)[:, shown] - values).abs().div(allowed).amax(-1)
+    products = (states.abs() @ tiny.head.weight.abs().T).amax()
+    eps = torch.finfo(torch.float32).eps
+    rounding = float((tiny.width * products + 8 * logits.abs().amax()) * eps / allowed.min())
+    assert rounding < 0.1
+
+    def same(one, other):
+        return bool(((one - other).abs() <= rounding).all())
+
+    assert (tried.gaps <= exact + rounding).all()
     assert tokens[4] in tried.agreeing
-    assert torch.allclose(tried.gaps[tried.agreeing], exact[tried.agreeing], rtol=1e-3)
+    assert same(tried.gaps[tried.agreeing], exact[tried.agreeing])
     for count in (1, 8, 200, 5000):
         tried.sharpen(count)
-        near = exact.argsort()[:count]
-        assert torch.allclose(tried.gaps[near], exact[near], rtol=1e-3)
-        assert torch.equal(tried.gaps.argsort()[:8], near[:8]) or count < 8
-    assert tried.gaps.argmin() == exact.argmin() == tokens[4]
+        # All are lower bounds and those of the nearest are exact, so the smallest are the smallest of all.
+        assert same(tried.gaps.sort().values[:count], exact.sort().values[:count])
+    # One number may agree better with another token; five do not.
+    nearest = float(exact[tokens[4]])
+    assert nearest <= 1.0 + rounding
+    assert access == "topk:1" or nearest < float(np.delete(exact.numpy(), tokens[4]).min()) - 2 * rounding
 
 
 @pytest.mark.parametrize("budget", [1, 2])
@@ -81,8 +95,7 @@ def test_the_search_ends_where_doubt_will_stay(tiny, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("defence", ["round:2", "round:1", "noise:0.01", "noise:0.1"])
-def test_the_next_position_removes_doubt_and_claims_nothing_wrong(tiny, monkeypatch, defence):  # noqa: F811
-    """A rival of a token must also give what follows: most that come near at one position do not."""
+def test_the_next_position_claims_nothing_wrong(tiny, monkeypatch, defence):  # noqa: F811
     monkeypatch.setattr(topk, "MANY", 128)
     claims = dict.fromkeys((64, 10**6), 0)
     for rivals in claims:
@@ -92,7 +105,29 @@ def test_the_next_position_removes_doubt_and_claims_nothing_wrong(tiny, monkeypa
             assert found.text == text or not found.verified
             claims[rivals] += found.verified
     assert claims[64] >= claims[10**6]
-    assert claims[64] > claims[10**6] or defence != "round:1"
+    assert claims[64] >= 1 or defence.startswith("noise")
+
+
+def test_the_next_position_removes_doubt(tiny, monkeypatch):  # noqa: F811
+    """A rival of a token must also give what follows: most that come near at one position do not.
+
+    Three numbers with one decimal leave doubt; the leads grow by nats, which no rounding of a forward pass
+    brings about.
+    """
+    monkeypatch.setattr(topk, "MANY", 128)
+    text = tiny.private_texts[1]
+    seen = audit.observe(tiny, text, "topk:3", "round:1")
+    after = audit.invert(tiny, seen)
+    monkeypatch.setattr(topk, "RIVALS", 10**6)
+    before = audit.invert(tiny, seen)
+    assert after.text == before.text == text
+    gained = np.subtract(after.leads, before.leads)
+    certain = topk.certain_lead(len(before.tokens))
+    assert (gained >= 0.0).all()
+    assert any(
+        gain > 1.0 and old < certain - 1.0 and new > certain + 1.0
+        for gain, old, new in zip(gained, before.leads, after.leads, strict=True)
+    )
 
 
 def test_going_back_ends(tiny, monkeypatch):  # noqa: F811

@@ -23,9 +23,9 @@ def load(source: str | PathLike[str], *, allow_pickle: bool = False) -> Model:
     Parameters
     ----------
     source : {"tiny", "smollm2", "minilm"} or path
-        "tiny" is trained on first use, in about a minute, to memorise private sentences
-        (``model.private_texts``); "smollm2" and "minilm" come in packages of their own. A path is a directory
-        in the format of the transformers library (causal model or encoder, safetensors) or a GGUF file.
+        "tiny" comes with this package and has memorised private sentences (``model.private_texts``);
+        "smollm2" and "minilm" come in packages of their own. A path is a directory in the format of the
+        transformers library (causal model or encoder, safetensors) or a GGUF file.
     allow_pickle : bool, default=False
         Also read checkpoints that are pickles, which can run any code: only your own.
 
