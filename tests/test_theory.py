@@ -40,10 +40,10 @@ ROWS = [
     "NEW-TL-4", "NEW-TL-5", "NEW-TL-6", "NEW-TL-7", "NEW-UT-1", "NEW-UT-2", "NEW-UT-3",
 ]  # fmt: skip
 FAILING = [
-    "WS-5.5.1", "WS-7.5.1", "WS-F3.2", "RH-8.1.3", "RH-10.3", "RH-11.2.1", "RH-10.6", "RH-11.2.2",
+    "WS-F3.2", "RH-8.1.3", "RH-10.3", "RH-11.2.1", "RH-10.6", "RH-11.2.2",
     "RH-8.3.1", "RH-8.3.2", "RH-9.5.1", "RH-9.5.2", "RH-5.5", "RH-5.6", "RH-11.1", "RH-1.5",
     "RH-F4.3.7", "RH-F4.3.8-9", "TT-6.6", "TT-7.5", "TT-7.12", "TT-10.3", "TT-F4.4", "TL-D.2.5",
-    "TL-D.2.6", "TL-D.2.7", "TL-D.2.8", "TL-D.2.9", "TL-D.2.10", "TL-D.2.11", "TL-D.1", "TL-5.1",
+    "TL-D.2.6", "TL-D.2.7", "TL-D.1", "TL-5.1",
     "TL-D.3.1", "TL-D.3.2", "TL-E.7", "TL-5.2", "TL-6.6", "TL-6.7", "TL-7.1", "UT-F.2.3", "UT-I.1",
     "UT-H.1.step",
 ]  # fmt: skip
@@ -67,8 +67,8 @@ def draw(kind, seed):
             "groups": (1, 2, 3, 6)[seed // 3 % 4],
             "n": 6,
         },
-        "two_layer": {"activation": ("tanh", "gelu")[seed % 2], "m": 1 + seed % 3},
-        "newton": {"accuracy": (0.01, 0.2)[seed % 2]},
+        "two_layer": {"activation": ("tanh", "gelu")[seed % 2], "m": (1, 4, 3)[seed % 3]},
+        "newton": {"accuracy": (0.01, 0.09)[seed % 2]},
     }.get(kind, {})
     size = R[seed % len(R)]
     return instances.random(kind, rng, R=size, scale=10.0 ** rng.uniform(-2, 1), **options)
@@ -103,29 +103,20 @@ def test_counterexamples_break_the_printed_form_only(bound):
 def test_numbers_of_the_counterexamples():
     ratio = {b.id: b.ratio(b.counterexample()) for b in TABLE if b.status == "fails"}
     known = {
-        "WS-5.5.1": 2.0, "RH-8.1.3": 1.5, "TT-6.6": 7.28 / 1.58, "TT-10.3": 2.04, "RH-5.5": 500.0,
-        "RH-11.1": 3.18,
-        "TL-7.1": 1.27, "TL-D.2.8": 4.0, "UT-H.1.step": 50.0, "TT-F4.4": 10.0, "RH-11.2.1": 2.4e6,
-        "TL-D.3.2": 109.7 / 103.1,
+        "RH-8.1.3": 1.5, "TT-6.6": 7.28 / 1.58, "TT-10.3": 2.04, "RH-5.5": 500.0, "RH-5.6": 25.0,
+        "RH-11.1": 2.0**14 * 1e6, "RH-1.5": 2.0**14 * 1e6, "TL-7.1": 1e6, "UT-H.1.step": 50.0,
+        "TT-F4.4": 10.0, "RH-11.2.1": 2.4e6, "TL-D.3.2": 109.7 / 103.1, "TL-D.1": 8.47 / 1.92,
+        "TL-D.2.5": 10.0, "TL-D.2.6": 10.0, "TL-D.2.7": 5.0,
     }  # fmt: skip
     for id, value in known.items():
         assert ratio[id] == pytest.approx(value, rel=0.01), id
-    assert ratio["TL-E.7"] > 1e40
+    # A quotient of 1.6e91 against 9.7e53 and 9.6e54.
+    assert ratio["TL-E.7"] == pytest.approx(1.6e91 / 9.75e53, rel=0.01)
+    assert ratio["TL-5.2"] == pytest.approx(1.6e91 / 9.6e54, rel=0.01)
     assert theory.check("TL-5.2", theory.table()["TL-5.2"].counterexample()).lhs == pytest.approx(32.0)
     assert theory.table()["TT-6.6"].lhs(theory.table()["TT-6.6"].counterexample()) == pytest.approx(
         7.28, abs=0.01
     )
-
-
-def test_the_first_part_of_the_shift_needs_the_factor_R_for_long_groups_too():
-    R, step = 20.0, 1e-3
-    A = np.array([[R], [0.0], [0.0]])
-    instance = instances.Regression(A, np.zeros(3), [R - step], [R - 1.2 * step], R=R)
-    check = theory.check("WS-5.5.1", instance)
-    assert check.violated == ()
-    assert check.ratio == pytest.approx(R / (2 * 3**1.5), rel=0.1)
-    # With the beta that R alone guarantees the statement is true.
-    assert theory.check("WS-5.5.1", dataclasses.replace(instance, beta=np.exp(-100.0))).holds
 
 
 @pytest.mark.parametrize("id", ["RH-10.3", "RH-10.2", "RH-11.2.1"])
@@ -161,7 +152,7 @@ def test_logits_beyond_the_range_of_exp(function, R):
         if KIND_OF[bound.id] != "regression":
             continue
         check = bound.check(instance)
-        assert not np.isnan(check.ratio), check
+        assert not np.isnan(check.ratio) or any("leaves double precision" in t for t in check.violated), check
         assert np.isfinite(check.log10_rhs) or check.log10_rhs == -np.inf, check
         if bound.status == "holds" and not check.violated:
             assert check.holds, check
@@ -236,7 +227,7 @@ def test_numbers_are_stable():
         for bound in TABLE:
             if KIND_OF[bound.id] == kind:
                 a, b = bound.check(pool[5]), bound.check(again)
-                assert (a.log10_lhs, a.log10_rhs, a.violated) == (b.log10_lhs, b.log10_rhs, b.violated)
+                np.testing.assert_equal(dataclasses.asdict(a), dataclasses.asdict(b))
 
 
 # ---- assumptions and input
@@ -325,7 +316,7 @@ def test_bad_input_is_named(make, message):
 
 @pytest.mark.parametrize(
     ("id", "least"),
-    [("WS-5.5.1", 1.5), ("TT-7.4", 0.1), ("TT-6.9", 0.8), ("TL-E.2.2", 0.9), ("UT-F.2.2", 0.9), ("NEW-TL-7",
+    [("TT-7.5", 1.5), ("TT-7.4", 0.1), ("TT-6.9", 0.8), ("TL-E.2.2", 0.9), ("UT-F.2.2", 0.9), ("NEW-TL-7",
     0.9),
      ("TT-10.3", 2.0), ("RH-F4.3.7", 1.5), ("TL-D.2.5", 9.0), ("NEW-TL-4", 0.6), ("NEW-UT-1", 0.1),
      ("NEW-UT-2", 0.1)],

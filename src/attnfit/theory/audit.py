@@ -40,7 +40,12 @@ class Audit:
     @property
     def failing(self) -> tuple[Check, ...]:
         """Printed bounds that fail on these data although their assumptions hold."""
-        return tuple(check for check in self.checks if not check.holds and not check.violated)
+        return tuple(c for c in self.checks if c.verdict in ("fails", "undefined") and not c.violated)
+
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Ids of the bounds of which these data say nothing: both sides are zero."""
+        return tuple(check.id for check in self.checks if not check.tested)
 
     @property
     def violated(self) -> dict[str, list[str]]:
@@ -57,7 +62,7 @@ class Audit:
         head = ("id", "lhs", "printed", "sharp", "slack", "printed bound", "violates")
         rows: list[tuple[str, ...]] = []
         for c in self.checks:
-            verdict = "undefined" if np.isnan(c.ratio) else "holds" if c.holds else "FAILS"
+            verdict = c.verdict.replace("fails", "FAILS")
             sharp = "" if c.log10_sharp is None else power(c.log10_sharp)
             rows.append((
                 c.id, power(c.log10_lhs), power(c.log10_rhs), sharp, _tens(c.slack), verdict,
@@ -67,6 +72,9 @@ class Audit:
             aligned(head, rows, right=(1, 2, 3, 4)),
             "slack: powers of ten between lhs and printed bound",
         ]
+        if self.untested:
+            count = f"{len(self.untested)} of {len(self.checks)} bounds"
+            lines.append(f"not tested, as both sides are zero: {count}")
         lines += [f"({number[text]}) {text}: {_listed(ids)}" for text, ids in violated.items()]
         return "\n".join([*lines, *self.notes])
 
@@ -128,4 +136,6 @@ def _speaks_of(bound: AnyBound, reading: Reading) -> bool:
 
 
 def _worst(bound: AnyBound, reading: Reading) -> Check:
-    return max((bound.check(instance) for instance in reading.instances), key=lambda check: -check.slack)
+    checks = [bound.check(instance) for instance in reading.instances]
+    tested = [check for check in checks if check.tested]
+    return max(tested, key=lambda check: -check.slack) if tested else checks[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -106,6 +106,28 @@ class Sharp(Generic[I]):
 
 
 @dataclass(frozen=True)
+class Corrected(Generic[I]):
+    """The printed right side against a left side without its misprints.
+
+    Attributes
+    ----------
+    what : str
+        Of what the left side is then.
+    log_lhs : callable
+    status : {"holds", "fails"}
+    worst : str
+    counterexample : callable, optional
+        Returns an instance that meets the assumptions of the bound and violates this form of it.
+    """
+
+    what: str
+    log_lhs: Side[I]
+    status: Literal["holds", "fails"]
+    worst: str
+    counterexample: Callable[[], I] | None = None
+
+
+@dataclass(frozen=True)
 class Check:
     """Both sides of a bound on one instance; prints as a few lines.
 
@@ -118,8 +140,11 @@ class Check:
         Of the printed bound, at the group, row or entry of the largest ratio.
     log10_sharp : float or None
         Of the sharp right side, None where there is none.
-    ratio, sharp_ratio : float or None
-        Left over right; the bound holds up to 1.
+    ratio, sharp_ratio, corrected_ratio : float or None
+        Left over right; the bound holds up to 1. The last two are None where there is no such form, or where
+        both of its sides are zero.
+    tested : bool
+        Whether the instance says anything: false where both sides are zero.
     R : float
         As given with the instance, or the smallest that the assumptions allow.
     violated : tuple of str
@@ -136,30 +161,51 @@ class Check:
     sharp_ratio: float | None
     R: float
     violated: tuple[str, ...]
+    tested: bool
+    corrected_ratio: float | None = None
+
+    @property
+    def verdict(self) -> Literal["holds", "fails", "undefined", "not tested"]:
+        """What the instance says of the printed bound; a ratio within rounding of 1 holds."""
+        if not self.tested:
+            return "not tested"
+        if np.isnan(self.ratio):
+            return "undefined"
+        return "holds" if self.ratio <= 1.0 + ROUNDING else "fails"
 
     @property
     def holds(self) -> bool:
-        """Whether the printed bound holds here; a ratio within rounding of 1 does."""
-        return bool(self.ratio <= 1.0 + ROUNDING)
+        """Whether the printed bound was tested here and holds."""
+        return self.verdict == "holds"
 
     @property
     def sharp_holds(self) -> bool | None:
-        """Whether the sharp one does; None where there is none."""
+        """Whether the sharp one does; None where there is none, or where it is not tested."""
         return None if self.sharp_ratio is None else bool(self.sharp_ratio <= 1.0 + ROUNDING)
 
     @property
+    def corrected_holds(self) -> bool | None:
+        """Whether the printed right side bounds the corrected left one; None where there is none."""
+        return None if self.corrected_ratio is None else bool(self.corrected_ratio <= 1.0 + ROUNDING)
+
+    @property
     def slack(self) -> float:
-        """By how many powers of ten the printed right side exceeds the left one; negative where it fails."""
+        """By how many powers of ten the printed right side exceeds the left one; negative where it fails, NaN
+        where it is not tested.
+        """
+        if not self.tested:
+            return np.nan
         if np.isnan(self.ratio):
             return -np.inf
         return np.inf if self.log10_lhs == -np.inf else self.log10_rhs - self.log10_lhs
 
     def __str__(self) -> str:
-        sharp = "" if self.log10_sharp is None else f", sharp {power(self.log10_sharp)}"
-        verdict = "holds" if self.holds else "fails"
+        forms = "" if self.log10_sharp is None else f", sharp {power(self.log10_sharp)}"
+        if self.corrected_ratio is not None:
+            forms += f", corrected left side {self.corrected_ratio:.3g}"
         lines = [
-            f"{self.id}: {power(self.log10_lhs)} <= {power(self.log10_rhs)} {verdict}"
-            f" (ratio {self.ratio:.3g}{sharp}, R = {self.R:.4g})"
+            f"{self.id}: {power(self.log10_lhs)} <= {power(self.log10_rhs)} {self.verdict}"
+            f" (ratio {self.ratio:.3g}{forms}, R = {self.R:.4g})"
         ]
         return "\n".join([*lines, *(f"  assumption violated: {text}" for text in self.violated)])
 
@@ -204,6 +250,8 @@ class Bound(Generic[I]):
         The smallest R the bound is claimed for.
     sharp : Sharp, optional
         The corrected form of a bound that fails, or a tighter one.
+    corrected : Corrected, optional
+        The same right side where misprints change the left one: both are judged.
     remark : str
     counterexample : callable, optional
         Returns an instance that meets the assumptions and violates the printed bound.
@@ -222,6 +270,7 @@ class Bound(Generic[I]):
     worst: str = ""
     floor: float = 0.0
     sharp: Sharp[I] | None = None
+    corrected: Corrected[I] | None = None
     remark: str = ""
     counterexample: Callable[[], I] | None = None
     models: tuple[str, ...] = ()
@@ -239,6 +288,8 @@ class Bound(Generic[I]):
     @property
     def verdict(self) -> str:
         """Status as a phrase."""
+        if self.corrected is not None and self.corrected.status != self.status:
+            return f"{self.status} as printed; {self.corrected.status} for {self.corrected.what}"
         if self.status == "holds":
             return "holds"
         return "fails as printed" + ("; corrected form holds" if self.sharp is not None else "")
@@ -285,30 +336,46 @@ class Bound(Generic[I]):
         if self.floor > R * (1.0 + ROUNDING):
             found.append(f"R = {R:.6g} is below the {self.floor:g} the bound is claimed for")
         with np.errstate(all="ignore"):
-            printed = _compare(self.log_lhs(instance), self.log_rhs(instance, R))
-            sharp = None
+            right = self.log_rhs(instance, R)
+            printed = _compare(self.log_lhs(instance), right)
+            sharp = corrected = None
             if self.sharp is not None:
                 left = self.log_lhs if self.sharp.log_lhs is None else self.sharp.log_lhs
                 sharp = _compare(left(instance), self.sharp.log_rhs(instance, R))
+            if self.corrected is not None:
+                corrected = _compare(self.corrected.log_lhs(instance), right)
             return Check(
                 id=self.id,
-                lhs=float(np.exp(printed[0])),
-                log10_lhs=printed[0] / LOG10,
-                log10_rhs=printed[1] / LOG10,
-                log10_sharp=None if sharp is None else sharp[1] / LOG10,
-                ratio=printed[2],
-                sharp_ratio=None if sharp is None else sharp[2],
+                lhs=float(np.exp(printed.log_lhs)),
+                log10_lhs=printed.log_lhs / LOG10,
+                log10_rhs=printed.log_rhs / LOG10,
+                log10_sharp=None if sharp is None else sharp.log_rhs / LOG10,
+                ratio=printed.ratio,
+                sharp_ratio=None if sharp is None or not sharp.tested else sharp.ratio,
                 R=R,
                 violated=tuple(text for text in found if text is not None),
+                tested=printed.tested,
+                corrected_ratio=None if corrected is None or not corrected.tested else corrected.ratio,
             )
 
 
-def _compare(log_lhs: ArrayLike, log_rhs: ArrayLike) -> tuple[float, float, float]:
-    """Return both logarithms and the ratio where it is largest; 0 <= 0 has ratio zero."""
+class _Compared(NamedTuple):
+    log_lhs: float
+    log_rhs: float
+    ratio: float
+    tested: bool
+
+
+def _compare(log_lhs: ArrayLike, log_rhs: ArrayLike) -> _Compared:
+    """Return both logarithms and the ratio where it is largest; where both sides are zero nothing is said."""
     left, right = np.broadcast_arrays(np.asarray(log_lhs, float), np.asarray(log_rhs, float))
-    gap = np.where(left == -np.inf, -np.inf, left - right).reshape(-1)
-    worst = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))
-    return float(left.reshape(-1)[worst]), float(right.reshape(-1)[worst]), float(np.exp(gap[worst]))
+    left, right = left.reshape(-1), right.reshape(-1)
+    says = (left > -np.inf) | (right > -np.inf) | np.isnan(left) | np.isnan(right)
+    gap = np.where((left == -np.inf) & ~np.isnan(right), -np.inf, left - right)
+    order = np.where(np.isnan(gap), np.inf, gap)
+    # Of ratios that are all zero, one that says something.
+    worst = int(np.argmax(order if order.max() > -np.inf else says))
+    return _Compared(float(left[worst]), float(right[worst]), float(np.exp(gap[worst])), bool(says.any()))
 
 
 AnyBound = Bound[Any]

@@ -30,6 +30,8 @@ Array = NDArray[np.float64]
 DRAWN = 0.3
 CLIMBS = 4
 DIFFERENCE = 1e-6
+# The score of a left side that is zero: within the assumptions, and nothing to climb from.
+LOWEST = -1e300
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def search(id: str, budget: int = 2000, random_state: Any = 0) -> Found:
     KeyError
         If there is no such bound; the message lists close matches.
     ValueError
-        If the budget is below 10.
+        If the budget is below 10, or too small to find an instance that meets the assumptions.
 
     Examples
     --------
@@ -122,8 +124,13 @@ def search(id: str, budget: int = 2000, random_state: Any = 0) -> Found:
     if bound.counterexample is not None:
         known = bound.counterexample()
         recorded = bound.check(known)
-        if not found.ratio >= recorded.ratio or found.violated:
+        if not (best.score > -np.inf and found.ratio >= recorded.ratio):
             found, instance = recorded, known
+    elif best.score == -np.inf:
+        raise ValueError(
+            f"none of {used} instances meets the assumptions of {id} and says something of it; allow a "
+            f"larger budget than {budget}"
+        )
     return Found(found, instance, used)
 
 
@@ -137,14 +144,14 @@ def _settings(bound: AnyBound) -> Iterator[tuple[Family, float]]:
                 for n, d, groups in ((4, 2, 1), (4, 1, 2), (9, 2, 3), (1, 1, 1)):
                     yield Regressions(n, d, groups, function), R
     elif kind == "two_layer":
-        for activation in ("tanh", None) if "h''" not in bound.remark else ("tanh",):
-            for n, d, m in ((3, 2, 2), (2, 2, 1)):
+        for activation in ("tanh", None):
+            for n, d, m in ((3, 2, 2), (2, 2, 1), (2, 2, 2)):
                 yield Layered(n, d, m, activation), max(bound.floor, 1.0)
     elif kind == "recovery":
         for R in (1.05, 3.0):
             yield Recoveries(3, 2), R
     elif kind == "newton":
-        for accuracy in (0.01, 0.1) if "0.01" not in bound.statement else (0.01,):
+        for accuracy in (0.01, 0.09):
             for k in (0, 10):
                 yield Steps(0, 2, accuracy, k), 1.0
     else:
@@ -153,11 +160,11 @@ def _settings(bound: AnyBound) -> Iterator[tuple[Family, float]]:
 
 
 def _score(bound: AnyBound, family: Family, R: float, arrays: Arrays) -> float:
-    """Return the logarithm of the ratio, minus infinity outside the assumptions."""
+    """Return the logarithm of the ratio, minus infinity outside the assumptions or where none is tested."""
     result = bound.check(family.build(arrays, R))
-    if result.violated or np.isnan(result.ratio) or result.log10_lhs == -np.inf:
+    if result.violated or result.verdict in ("not tested", "undefined"):
         return -np.inf
-    return result.log10_lhs - result.log10_rhs
+    return max(result.log10_lhs - result.log10_rhs, LOWEST)
 
 
 def _climb(bound: AnyBound, start: _Candidate, budget: int) -> tuple[_Candidate, int]:
@@ -175,13 +182,13 @@ def _climb(bound: AnyBound, start: _Candidate, budget: int) -> tuple[_Candidate,
 
     theta = np.concatenate([array.reshape(-1) / sizes[name] for name, array in start.arrays.items()])
     score, used, rate = start.score, 0, 0.1
-    while np.isfinite(score) and used + len(theta) + 1 <= budget and rate > 1e-4:
+    while np.isfinite(score) and score > LOWEST and used + len(theta) + 1 <= budget and rate > 1e-4:
         gradient = np.zeros_like(theta)
         for k in range(len(theta)):
             moved = theta.copy()
             moved[k] += DIFFERENCE
             near = _score(bound, start.family, start.R, arrays(moved))
-            gradient[k] = (near - score) / DIFFERENCE if np.isfinite(near) else 0.0
+            gradient[k] = (near - score) / DIFFERENCE if np.isfinite(near) and near > LOWEST else 0.0
         used += len(theta)
         length = float(np.linalg.norm(gradient))
         if length == 0.0:

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnfit.theory.bound import PAPERS, AnyBound, Check
 from attnfit.theory.bounds import (
+    algorithms,
     facts,
     newton,
     recovery,
@@ -24,7 +25,8 @@ from attnfit.theory.bounds import (
 _ROOMS: tuple[list[Any], ...] = (
     weight_shift.BOUNDS, rescaled.BOUNDS, rescaled_hessian.BOUNDS, rescaled_changes.BOUNDS, tensor.BOUNDS,
     tensor_losses.BOUNDS,
-    two_layer.BOUNDS, two_layer_changes.BOUNDS, recovery.BOUNDS, newton.BOUNDS, facts.BOUNDS,
+    two_layer.BOUNDS, two_layer_changes.BOUNDS, recovery.BOUNDS, newton.BOUNDS,
+    algorithms.BOUNDS, facts.BOUNDS,
 )  # fmt: skip
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnfit.theory.bound import Bound, Sharp
+from attnfit.theory.bound import Bound, Condition, Sharp
 from attnfit.theory.bounds.assumptions import BETA, EXP, SIZE, SMALL, WITHIN, A, X
 from attnfit.theory.instances.regression import Regression
-from attnfit.theory.logs import Array, log_norm, product
+from attnfit.theory.logs import Array, log, log_norm, product
 
 MODELS = ("softmax",)
+# Lemmas 5.5 and 7.5 want beta in (0, 1).
+LARGEST_BETA = 0.9999
 
 
 def inverse_normaliser(id: str, which: str = "x") -> Bound[Regression]:
@@ -110,16 +112,28 @@ def _second(i: Regression, which: str) -> Array:
     return log_norm(move.du, move.scale) - move.start.log_alpha
 
 
-def _aligned_counterexample(which: str) -> Regression:
-    """One row along x, at the bound: the normaliser is e^{R^2}, and changes by R |x - y| of itself."""
-    R, step = 4.0, 1e-3
-    if which == "x":
-        return Regression([[R]], [0.0], [R], [R - step], R=R)
-    return Regression([[R]], [0.0], [R], [R - step], A_moved=[[R - step]], R=R)
+def _log_beta(i: Regression, which: str) -> Array:
+    """Return ``log beta``: given, or the largest that both ``alpha >= beta`` and ``beta < 1`` allow."""
+    beta = i.log_beta(which)
+    return beta if i.beta is not None else np.minimum(beta, np.log(LARGEST_BETA))
+
+
+def _beta_in_range(i: Regression, R: float) -> str | None:
+    if i.beta is None or 0.0 < i.beta < 1.0:
+        return None
+    return f"beta = {i.beta:.6g} is not in (0, 1)"
+
+
+BETA_IN_RANGE = Condition[Regression]("0 < beta < 1", _beta_in_range)
+
+
+def _first_change(i: Regression, which: str) -> Array:
+    """Return ``log(e^m - 1)`` with m the largest change of a logit."""
+    return log(np.expm1(np.abs(i.move(which).dz).max(axis=1)))
 
 
 def _shift(which: str, section: str) -> list[Bound[Regression]]:
-    assumed = (*WITHIN[which], SMALL[which], BETA[which], EXP)
+    assumed = (*WITHIN[which], SMALL[which], BETA[which], BETA_IN_RANGE, EXP)
     size = SIZE[which]
     number = {"5": ("5.6", "5.7", "5.8"), "7": ("7.6", "7.7", "7.8")}[section]
     return [
@@ -130,21 +144,16 @@ def _shift(which: str, section: str) -> list[Bound[Regression]]:
             Regression,
             lambda i: _first(i, which),
             lambda i, R: product(
-                2, i.lengths**1.5, i.move(which).size, exponent=2 * R * R - 2 * i.log_beta(which)
+                2, i.lengths**1.5, i.move(which).size, exponent=2 * R * R - 2 * _log_beta(i, which)
             ),
             assumed,
-            status="fails",
-            worst="1.97; R/(2 n^1.5) for large R",
+            worst="8e-10; below 1/16 by proof",
             floor=4.0,
             sharp=Sharp(
-                f"|delta_1| <= 2 beta^-2 n^1.5 R e^{{2R^2}} {size}",
-                lambda i, R: product(
-                    2, i.lengths**1.5, R, i.move(which).size, exponent=2 * R * R - 2 * i.log_beta(which)
-                ),
+                "|delta_1| <= e^{|z' - z|_inf} - 1, z the logits", lambda i, R: _first_change(i, which)
             ),
-            remark="the proof gives a further factor R, which is needed where beta is near e^{R^2}; with "
-            "beta = e^{-R^2} the printed form holds (1e-14)",
-            counterexample=lambda: _aligned_counterexample(which),
+            remark="the proof gives a further factor R, which beta < 1 makes up for: |delta_1| = |f'| |1 - "
+            "alpha'/alpha| <= e^{R s} - 1 with s <= 2R the move, convex in s",
             models=MODELS,
         ),
         Bound(
@@ -154,10 +163,10 @@ def _shift(which: str, section: str) -> list[Bound[Regression]]:
             Regression,
             lambda i: _second(i, which),
             lambda i, R: product(
-                2, i.lengths**0.5, R, i.move(which).size, exponent=R * R - i.log_beta(which)
+                2, i.lengths**0.5, R, i.move(which).size, exponent=R * R - _log_beta(i, which)
             ),
             assumed,
-            worst="0.50",
+            worst="6e-8",
             floor=4.0,
             models=MODELS,
         ),
@@ -168,10 +177,10 @@ def _shift(which: str, section: str) -> list[Bound[Regression]]:
             Regression,
             lambda i: log_norm(i.move(which).df),
             lambda i, R: product(
-                4, i.lengths**1.5, R, i.move(which).size, exponent=2 * R * R - 2 * i.log_beta(which)
+                4, i.lengths**1.5, R, i.move(which).size, exponent=2 * R * R - 2 * _log_beta(i, which)
             ),
             assumed,
-            worst="1e-5",
+            worst="5e-16",
             floor=4.0,
             sharp=half_of_the_logits(which),
             models=MODELS,

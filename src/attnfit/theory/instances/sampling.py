@@ -125,16 +125,15 @@ class Layered(Family):
         }  # fmt: skip
 
     def build(self, arrays: Arrays, R: float) -> TwoLayer:
-        """Scale everything within R."""
+        """Scale everything within R; targets are not negative."""
         x = within(arrays["x"], R)
         y = within(x + arrays["dx"], R)
         h = Wave(*map(float, arrays["wave"])).activation() if self.activation is None else self.activation
         L_h = max(h.slope, h.curvature) if isinstance(h, Activation) else None
         if L_h is not None and L_h <= 0.0:
             L_h = 1e-12
-        return TwoLayer(
-            within(arrays["A1"], R), within(arrays["A2"], R), within(arrays["b"], R), x, y, h, R=R, L_h=L_h
-        )
+        b = within(np.abs(arrays["b"]), R)
+        return TwoLayer(within(arrays["A1"], R), within(arrays["A2"], R), b, x, y, h, R=R, L_h=L_h)
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Steps(Family):
         spectrum = np.linalg.eigvalsh(H)
         r = max(float(np.linalg.norm(arrays["e"])), 1e-300)
         M = 0.1 * spectrum[0] / r * float(np.clip(arrays["M"][0], 0.0, 1.0))
-        t = 2.0 / float(spectrum[0] + spectrum[-1]) * float(np.clip(arrays["t"][0], 1e-3, 1.0))
+        t = 1.999 / float(spectrum[0] + spectrum[-1]) * float(np.clip(arrays["t"][0], 1e-3, 1.0))
         return Step(H, arrays["e"], E, arrays["q"], M, t=t, k=self.k)
 
 

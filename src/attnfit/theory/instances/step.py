@@ -32,10 +32,10 @@ class Step:
     q : array_like, shape (d,), optional
         Normed to length 1.
     M : float
-    shrinkage : float
-        The required distance over ``|e|``, for statements on the number of steps.
+    previous : float, optional
+        The distance from x* one step before, for statements that assume how it shrank; None at the start.
     t : float, optional
-        Step of gradient descent; 2/(m + L) by default, with m and L the extreme eigenvalues of H.
+        Step of gradient descent; 1.9/(m + L) by default, with m and L the extreme eigenvalues of H.
     k : int
         Its number of steps.
 
@@ -50,7 +50,7 @@ class Step:
     E: Any = None
     q: Any = None
     M: float = 0.0
-    shrinkage: float = 1e-6
+    previous: float | None = None
     t: float | None = None
     k: int = 0
     R: float | None = None
@@ -67,7 +67,7 @@ class Step:
         q = np.eye(d)[0] if self.q is None else as_point(self.q, (d,), "q")
         length = float(np.linalg.norm(q))
         put(self, "q", q / length if length > 0 else np.eye(d)[0])
-        for name in ("shrinkage", "t"):
+        for name in ("previous", "t"):
             as_number(getattr(self, name), name)
         as_number(self.M, "M", positive=False)
         if self.spectrum[0] <= 0.0:
@@ -126,5 +126,5 @@ class Step:
 
     @property
     def descent_step(self) -> float:
-        """The step of gradient descent: given, or 2/(m + L)."""
-        return 2.0 / float(self.spectrum[0] + self.spectrum[-1]) if self.t is None else self.t
+        """The step of gradient descent: given, or 1.9/(m + L)."""
+        return 1.9 / float(self.spectrum[0] + self.spectrum[-1]) if self.t is None else self.t
