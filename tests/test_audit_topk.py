@@ -111,11 +111,11 @@ def test_the_next_position_claims_nothing_wrong(tiny, monkeypatch, defence):  # 
 def test_the_next_position_removes_doubt(tiny, monkeypatch):  # noqa: F811
     """A rival of a token must also give what follows: most that come near at one position do not.
 
-    Three numbers with one decimal leave doubt; the leads grow by nats, which no rounding of a forward pass
-    brings about.
+    Three numbers with one decimal leave doubt. Rounding of a forward pass moves a gap by a thousandth of
+    itself, and so a lead by 0.003 nats.
     """
     monkeypatch.setattr(topk, "MANY", 128)
-    text = tiny.private_texts[1]
+    text = tiny.private_texts[0]
     seen = audit.observe(tiny, text, "topk:3", "round:1")
     after = audit.invert(tiny, seen)
     monkeypatch.setattr(topk, "RIVALS", 10**6)
@@ -125,7 +125,7 @@ def test_the_next_position_removes_doubt(tiny, monkeypatch):  # noqa: F811
     certain = topk.certain_lead(len(before.tokens))
     assert (gained >= 0.0).all()
     assert any(
-        gain > 1.0 and old < certain - 1.0 and new > certain + 1.0
+        gain > 1.0 and old < certain - 0.3 and new > certain + 0.3
         for gain, old, new in zip(gained, before.leads, after.leads, strict=True)
     )
 

@@ -59,7 +59,7 @@ def test_a_search_that_finds_nothing_says_so(monkeypatch):
     never = theory.bound.Condition("never", lambda i, R: "violated")
     closed = dataclasses.replace(OF["WS-8.1"], assumptions=(never,))
     monkeypatch.setattr(importlib.import_module("attnfit.theory.search"), "table", lambda: {"WS-8.1": closed})
-    with pytest.raises(ValueError, match="none of 12 instances meets the assumptions of WS-8.1"):
+    with pytest.raises(ValueError, match="none of 12 instances meets the assumptions of WS-8"):
         theory.search("WS-8.1", 30)
 
 
@@ -149,7 +149,7 @@ def test_several_right_hand_sides_show_one_that_says_something():
     rng = np.random.default_rng(1)
     A1, A2, b = rng.standard_normal((5, 2)), rng.standard_normal((3, 5)), rng.random((3, 2))
     x = rng.standard_normal((2, 2))
-    y = x + [[0.0, 1e-3], [0.0, 1e-3]]
+    y = x + np.array([0.0, 1e-3])
     report = theory.audit(problems.TwoLayer(A1, A2, b, "tanh"), x, y)
     assert report["TL-E.3.4"].tested and report["TL-E.3.4"].holds
 
@@ -414,7 +414,7 @@ def test_runs_are_those_of_autodiff(function):
     point = as_tensor(x).requires_grad_()
     g = torch.autograd.grad(value(point), point)[0].numpy()
     assert np.linalg.norm(g) < 1e-10 * loss.w2
-    other = as_tensor(x + [0.1, -0.2]).requires_grad_()
+    other = as_tensor(x + np.array([0.1, -0.2])).requires_grad_()
     g = torch.autograd.grad(value(other), other)[0].numpy()
     H = torch.autograd.functional.hessian(value, other.detach()).numpy()
     step = np.linalg.solve(loss.S, loss.newton(loss.S @ other.detach().numpy()))
