@@ -192,8 +192,6 @@ def test_what_overflows_is_refused():
         assert not certificates.certify(far, scale * rng.standard_normal(3)).valid
     with pytest.raises(ValueError, match="x_ref: the loss overflows there"):
         certificates.good_start(problems.Exponential(np.array([[1.0], [0.5]]), np.ones(2)), [0.0], [800.0])
-    with pytest.raises(ValueError, match="no condition for TwoLayer"):
-        certificates.good_start(problems.TwoLayer(np.eye(3), np.eye(3), np.ones(3)), np.zeros(3), np.zeros(3))
 
 
 def test_the_curvature_of_a_saddle_is_in_the_units_of_the_user():
