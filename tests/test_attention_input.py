@@ -24,7 +24,13 @@ CASES = [
     ({"A2": changed(A2, (2, 1), np.inf)}, "A2 contains inf at row 2, column 1"),
     ({"B": changed(B, (3, 1), np.nan)}, "B contains NaN at row 3, column 1"),
     ({"B": changed(B, (3, 1), np.inf).astype(np.float16)}, "B contains inf at row 3, column 1"),
-    ({"B": changed(B, (2, 2), -0.25)}, r"B is negative at row 2, column 2 \(-0.25\); maps are shares"),
+    *(
+        (
+            {"B": changed(B, (2, 2), -0.25), "loss": loss},
+            rf"B is negative at row 2, column 2 \(-0.25\); loss '{loss}' takes shares >= 0",
+        )
+        for loss in ("cross_entropy", "kl", "log_ratio")
+    ),
     ({"B": B.T}, r"B has shape \(3, 4\); expected \(queries, keys\) = \(4, 3\)"),
     ({"B": None}, "B is missing; loss 'squared' needs the maps"),
     ({"B": [["a"] * 3] * 4}, "B has dtype"),
@@ -53,7 +59,7 @@ CASES = [
     ({"A1": [A1, A1[:, :1]], "A2": [A2, A2], "B": [B, B]}, r"A1\[1\] has 1 features but A1\[0\] has 2"),
     ({"A1": [A1, A1], "A2": [A2, A2], "B": [B, B.T]}, r"B\[1\] has shape"),
     (
-        {"A1": [A1, A1], "A2": [A2, A2], "B": [B, changed(B, (0, 2), -1)]},
+        {"A1": [A1, A1], "A2": [A2, A2], "B": [B, changed(B, (0, 2), -1)], "loss": "kl"},
         r"B\[1\] is negative at row 0, column 2",
     ),
     (
@@ -73,10 +79,10 @@ def test_named(changes, message):
 def test_a_negative_entry_behind_a_mask_does_no_harm():
     seen = np.ones((4, 3), bool)
     seen[2, 2] = False
-    problem = problems.Attention(A1, A2, changed(B, (2, 2), -1.0), mask=seen)
+    problem = problems.Attention(A1, A2, changed(B, (2, 2), -1.0), "kl", mask=seen)
     assert np.isfinite(problem.value(np.zeros((2, 2))))
     with pytest.raises(ValueError, match="row 3, column 1"):
-        problems.Attention(A1, A2, changed(B, (3, 1), -1.0), mask=seen)
+        problems.Attention(A1, A2, changed(B, (3, 1), -1.0), "kl", mask=seen)
 
 
 def test_unnormalised_outputs_that_overflow_say_so():

@@ -80,7 +80,7 @@ def test_faults_are_named(tmp_path, few_pairs):
     bad = B.copy()
     bad[11, 7] = -0.5
     with pytest.raises(ValueError, match="B is negative at row 11, column 7"):
-        problems.Attention(A1, A2, stored("npy", bad, tmp_path / "B"))
+        problems.Attention(A1, A2, stored("npy", bad, tmp_path / "B"), "cross_entropy")
     bad[11, 7] = np.nan
     with pytest.raises(ValueError, match=r"B contains NaN at row 11, column 7 .*B\.npy"):
         problems.Attention(A1, A2, stored("npy", bad, tmp_path / "B"))

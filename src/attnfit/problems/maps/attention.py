@@ -17,7 +17,7 @@ from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
 from attnfit.problems.base import Reduction
 from attnfit.problems.inputs import as_point, as_ridge, choose
 from attnfit.problems.maps.pairs import read_pairs
-from attnfit.problems.maps.targets import first_negative, smallest_normal, smallest_positive
+from attnfit.problems.maps.targets import first_negative, signs, smallest_normal
 from attnfit.problems.maps.whitening import Whitening
 from attnfit.problems.rows.data import DERIVED
 from attnfit.problems.rows.grouped import GroupedProblem
@@ -74,9 +74,10 @@ class Attention(GroupedProblem):
     A2 : array_like, shape (n2, d2), or a list of them
         Keys. May be A1 itself.
     B : array_like or source on disk, shape (n1, n2), or a list of them
-        Maps, in any precision, which is kept; zeros are data. On disk (a memory map, a zarr array, what
-        `attnfit.designs.open_source` returns) they are read by blocks of queries. None where the loss has no
-        target.
+        Maps, in any precision, which is kept; zeros are data, and negative entries too where the loss takes
+        no logarithm of them ("squared", "linear_cross_entropy", "rescaled", "exponential"). On disk (a
+        memory map, a zarr array, what `attnfit.designs.open_source` returns) they are read by blocks of
+        queries. None where the loss has no target.
     loss : str
     mask : "causal", or array_like of bool, shape (n1, n2), or a list, optional
         True where a query attends to a key. A causal mask lets the last query see every key.
@@ -162,13 +163,13 @@ class Attention(GroupedProblem):
         self.weights, self.offset, self.penalty = pairs.weights, pairs.offset, pairs.penalty
         self.ridge = as_ridge(ridge)
         self._smallest_normal = smallest_normal(self.b)
-        # The function may be odd only where outputs are not shares.
-        if function != "sinh" and loss not in ("exponential", "entropy", "sparse"):
-            self._require_shares()
         starts = self.design.starts[:-1]
         self.groups = Groups(starts, None, np.arange(len(starts)))
         self.long_groups = np.zeros(0, dtype=np.intp)
-        self._set_loss(_loss(loss, function))
+        found = _loss(loss, function)
+        if found.shares or isinstance(found, LogRatio):
+            self._require_shares(loss)
+        self._set_loss(found)
 
     def _set_loss(self, loss: Loss) -> None:
         self.loss = loss
@@ -186,12 +187,16 @@ class Attention(GroupedProblem):
         segments = Segments(starts[first:last] - starts[first], rows.stop - rows.start)
         return Chunk(rows, rows, segments, slice(first, last))
 
-    def _require_shares(self) -> None:
+    def _require_shares(self, loss: str) -> None:
+        """Refuse negative targets where the loss takes their logarithms."""
         pair, value = first_negative(self.b)
         if pair >= 0:
             s, i, k = self._where(pair)
             name = "B" if len(self.design.sequences) == 1 else f"B[{s}]"
-            raise ValueError(f"{name} is negative at row {i}, column {k} ({value:g}); maps are shares >= 0")
+            raise ValueError(
+                f"{name} is negative at row {i}, column {k} ({value:g}); loss {loss!r} takes shares >= 0 "
+                "(the squared, rescaled and linear cross entropy losses take any maps)"
+            )
 
     def _where(self, pair: int) -> tuple[int, int, int]:
         """Return sequence, query and key of a pair."""
@@ -361,9 +366,11 @@ class Attention(GroupedProblem):
         return isinstance(self.loss, SoftmaxLoss | LogRatio) and not isinstance(self.loss, Entropy)
 
     def zeros_are_rounded(self) -> bool:
-        """Whether entries below the format's normal numbers show that zeros, if any, are smaller ones yet."""
-        smallest, has_zeros = smallest_positive(self.b)
-        return not has_zeros or smallest < self._smallest_normal
+        """Whether entries below the format's normal numbers show that zeros, if any, are smaller ones yet;
+        entries of both signs are no rounded shares.
+        """
+        found = signs(self.b)
+        return not found.negative and (not found.zeros or found.smallest < self._smallest_normal)
 
     def _has_closed_form(self) -> bool:
         """Whether log B is known for every pair, up to a constant a row where outputs are normalised."""
@@ -373,7 +380,8 @@ class Attention(GroupedProblem):
             return False
         if len(design.sequences) > 1 or design.n_features or design.sequences[0].mask is not None:
             return False
-        return not smallest_positive(self.b)[1]
+        found = signs(self.b)
+        return not (found.zeros or found.negative)
 
     def _closed_form(self) -> Array:
         """Return ``A1^+ (log B - offset) A2^+^T``, shape (d1, d2), which reproduces an exact map."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,21 @@ def smallest_normal(b: NDArray[Any] | Column) -> float:
     return float(np.finfo(np.float64).tiny)
 
 
-def smallest_positive(b: NDArray[Any] | Column) -> tuple[float, bool]:
-    """Return the smallest positive entry, infinite without one, and whether some entry is not positive."""
-    smallest, others = np.inf, False
+class Signs(NamedTuple):
+    """The smallest positive entry, infinite without one, and whether there are zeros and negative entries."""
+
+    smallest: float
+    zeros: bool
+    negative: bool
+
+
+def signs(b: NDArray[Any] | Column) -> Signs:
+    """Return what the signs of the entries are."""
+    smallest, zeros, negative = np.inf, False, False
     for _, values in pieces(b):
-        positive = values > 0
-        smallest = min(smallest, float(values.min(initial=np.inf, where=positive)))
-        others = others or not positive.all()
-    return smallest, others
+        smallest = min(smallest, float(values.min(initial=np.inf, where=values > 0)))
+        zeros, negative = zeros or bool((values == 0).any()), negative or bool((values < 0).any())
+    return Signs(smallest, zeros, negative)
 
 
 def first_negative(b: NDArray[Any] | Column) -> tuple[int, float]:
