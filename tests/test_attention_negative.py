@@ -51,7 +51,8 @@ def test_attention_is_the_vector_problem_on_kronecker_rows(loss, function, seed,
     flat = x.reshape(-1)
     scale = max(1.0, abs(theirs.value(flat)), np.abs(theirs.hessian(flat)).max())
     assert ours.value(x) == pytest.approx(theirs.value(flat), rel=1e-10, abs=1e-12 * scale)
-    np.testing.assert_allclose(ours.gradient(x).reshape(-1), theirs.gradient(flat), rtol=1e-8, atol=1e-11 * scale)
+    gradient = ours.gradient(x).reshape(-1)
+    np.testing.assert_allclose(gradient, theirs.gradient(flat), rtol=1e-8, atol=1e-11 * scale)
     np.testing.assert_allclose(ours.hessian(x), theirs.hessian(flat), rtol=1e-8, atol=1e-11 * scale)
 
 
