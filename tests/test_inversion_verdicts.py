@@ -259,7 +259,7 @@ def test_recovered_means_that_no_other_tuple_fits():
             outputs = layer.layer.forward(np.stack([x.T for x in found.inputs])).output
             left = np.linalg.norm(outputs - layer.B, axis=(1, 2)) / np.linalg.norm(layer.B)
             assert left.max() <= precision * (1 + 1e-9)
-    # With single exchanges only, one in seven of those recovered is not the only one.
+    # With single exchanges only, one in eight of those recovered is not the only one.
     assert recovered > 80
     assert ambiguous > 5
     assert wrong <= 0.01 * recovered
