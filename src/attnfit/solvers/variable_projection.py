@@ -30,11 +30,13 @@ SIZES, DEVIATIONS = (0.05, 0.25, 0.5, 1.0), (0.25, 0.75, 2.0)
 TOGETHER, NARROW, MANY, SOME = 4, 8, 50, 20
 # Of one text after so many steps, the share of these that go on: those that end at a zero residual are mostly
 # among the lower ones by then.
-CULLED = {12: 0.5, 24: 0.25}
+CULLED = {10: 0.4, 16: 0.2}
+# So many starts in the lowest minimum end the search.
+REACHED, REACHED_ONE_TEXT = 2, 4
 # Starts by default, and numbers that those at once work on.
 STARTS, STARTS_ONE_TEXT, BATCH = 40, 400, 200 * (1 << 20) // 8
 # Damping as a share of the mean diagonal: of the first step, and its least.
-DAMPING, LEAST_DAMPING, LEAST_GAIN = 1e-2, 1e-12, 1e-4
+DAMPING, LEAST_DAMPING, LEAST_GAIN = 1e-4, 1e-12, 1e-4
 # Logits of a smaller deviation show X C Y of one text and little else.
 WEAK = 0.5
 TINY = float(np.finfo(np.float64).tiny)
@@ -46,8 +48,8 @@ class VariableProjection:
 
     Several texts, or a mask, are started from the solution to first order in X: there the covariances of keys
     and values that queries see differ, and the bilinear problem fixes X and Y. One text without a mask is
-    started from random X. Starts go on until the residual is zero, until two have reached the lowest value
-    (on planted instances one that is not the planted minimum is reached once), or until they are used up.
+    started from random X. Starts go on until the residual is zero, until the lowest value was reached
+    twice (by one text without a mask four times), or until they are used up.
 
     Parameters
     ----------
@@ -113,6 +115,7 @@ class VariableProjection:
         end = descend(
             problem, at, MatrixFree(), scale, tracker, phase="fit: polish", tol=tol, max_iter=max_iter
         )
+        search.settle(end.at.value)
         message = search.verdict(end.at.x) if x0 is None and end.status == "converged" else ""
         return Outcome(end, scale, search.local_values, search.n_iter + end.n_iter, DESCRIPTION, message)
 
@@ -133,7 +136,7 @@ class VariableProjection:
             else:
                 search.descend(search.to_first_order(X), STEPS, phase)
             late = alike and search.tracker.seconds() > self.seconds
-            if search.is_exact or search.n_reached >= 2 or late:
+            if search.is_exact or search.n_reached >= (REACHED_ONE_TEXT if alike else REACHED) or late:
                 return
 
 
@@ -193,6 +196,11 @@ class Search:
     def finish(self) -> None:
         """Descend further from the best end."""
         self._descend(self.exactly, self.best[None], self.max_iter, "best")
+        self.settle(self.least)
+
+    def settle(self, value: float) -> None:
+        """Take what the best end came down to as its value."""
+        self.least = min(value, self.least)
         self.values[int(np.argmin(self.values))] = self.least
 
     def verdict(self, x: Array) -> str:
