@@ -99,8 +99,8 @@ def report(quick: bool) -> str:
     text = (
         "Outputs of a planted (X, Y), without noise; queries, keys, values, X and Y are normal. An exact fit "
         f"has a residual of at most {ZERO:.0e} of |B|. attnfit is `minimize` at its defaults: at most 40 "
-        "starts, 400 (or 60 s) for one text without a mask. 0.1.0 is the first release, with five starts of Newton's "
-        "method, on the same instances. The error of X is relative, heads in the best order."
+        "starts, 400 (or 60 s) for one text without a mask. 0.1.0 is the first release, five starts of "
+        "Newton's method, on the same instances. The error of X is relative, heads in the best order."
     )
     return f"## planted attention outputs\n\n{text}\n\n" + table(header, rows)
 
