@@ -295,6 +295,39 @@ def test_uniform_attention_keeps_no_order():
     assert found.tokens.tolist() == [20, 3, 11]
 
 
+def test_tables_of_different_sizes_and_of_one_row():
+    # Heads with more values than tokens: every row is tested by itself first.
+    rng = np.random.default_rng(0)
+    table, W, V = (
+        rng.standard_normal((50, 12)),
+        rng.standard_normal((12, 12)) / 12,
+        rng.standard_normal((12, 12)),
+    )
+    layer = problems.LayerInversion(W, V, np.zeros((4, 12)))
+    layer = layer.with_output(layer.output(table[[0, 6, 7, 8]].T))
+    sizes = [1, 40, 50, 20]
+    found = inversion.recover(layer, vocabulary=lambda position: table[: sizes[position]], random_state=0)
+    assert found.verdict == "recovered"
+    assert found.tokens.tolist() == [0, 6, 7, 8]
+    assert [rows.tolist() for rows in found.equal_rows] == [[0], [6], [7], [8]]
+    assert np.isinf(found.margins[0])
+    assert np.isfinite(found.margins[1:]).all()
+    alone = layer.with_output(layer.output(table[[0] * 4].T))
+    found = inversion.recover(alone, vocabulary=table[:1])
+    assert found.verdict == "recovered"
+    assert found.message.endswith("it has no others")
+
+
+def test_uniform_attention_is_named_where_no_tuple_is_found():
+    rng = np.random.default_rng(0)
+    table, V = rng.standard_normal((60, 4)), rng.standard_normal((4, 4))
+    layer = problems.LayerInversion(np.zeros((4, 4)), V, np.zeros((4, 4)))
+    output = layer.output(rng.standard_normal((4, 4)))
+    found = inversion.recover(layer, output, vocabulary=table, n_starts=2, random_state=0)
+    assert found.verdict == "not recovered"
+    assert found.message.endswith("; the attention is uniform: order is not in the output")
+
+
 @pytest.mark.parametrize("size", [6, 60])
 def test_a_search_that_fails_says_so(size):
     layer, table, tokens = tabled(3, size, seed=1)

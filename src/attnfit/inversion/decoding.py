@@ -138,18 +138,21 @@ def _within_spans(
     layer: LayerInversion, vocabulary: Vocabulary, spans: SpanTest, callback: Callback
 ) -> tuple[Index, Vocabulary]:
     """Return the rows that the spans of the heads' values leave at each position, the likeliest first: their
-    numbers, shape (n_unknown, N), and themselves.
+    numbers, shape (n_unknown, N), and themselves. Fewer than others are filled up with the first again.
     """
-    left, rows = [], []
+    left, tables = [], []
     for position in layer.unknown:
         table = vocabulary.rows(int(position))
         scores = spans.scores(table)
         few = np.argpartition(scores, min(CANDIDATES, len(scores)) - 1)[:CANDIDATES]
         left.append(few[np.argsort(scores[few])])
-        rows.append(table[left[-1]])
-        callback(len(rows), len(layer.unknown))
-    place = {int(position): i for i, position in enumerate(layer.unknown)}
-    return np.stack(left), Vocabulary(lambda position: rows[place[position]], layer.d, layer.n)
+        tables.append(table[left[-1]])
+        callback(len(left), len(layer.unknown))
+    widest = max(map(len, left))
+    fill = [np.r_[np.arange(len(few)), np.zeros(widest - len(few), dtype=np.intp)] for few in left]
+    rows = {int(p): table[own] for p, table, own in zip(layer.unknown, tables, fill, strict=True)}
+    numbers = np.stack([few[own] for few, own in zip(left, fill, strict=True)])
+    return numbers, Vocabulary(lambda position: rows[position], layer.d, layer.n)
 
 
 def _jointly(

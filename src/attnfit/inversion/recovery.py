@@ -53,8 +53,8 @@ class Recovery:
         ``||output(x) - B||_F / ||B||_F``. It counts as zero where what is left of it beside `residual_floor`
         is at most the precision.
     inputs : list of ndarray
-        The distinct zero-residual inputs found; with a vocabulary at most ten. Where uniform attention leaves
-        the order open, the tokens in the order of their rows.
+        The distinct zero-residual inputs found; with a vocabulary at most ten beside x. Where uniform
+        attention leaves the order open, the tokens in the order of their rows.
     n_starts : int
         Descents made, or decodings with a vocabulary.
     identifiability : Identifiability
@@ -347,8 +347,12 @@ def _judge_tokens(
         )
         return "ambiguous", message, inputs
     message = (
-        f"recovered: {len(margins)} rows of the vocabulary reproduce the output (residual {left}), and with "
-        f"any one of them exchanged at least {margins.min():.1e} is left"
+        f"recovered: {len(margins)} rows of the vocabulary reproduce the output (residual {left}), and "
+        + (
+            f"with any one of them exchanged at least {margins.min():.1e} is left"
+            if np.isfinite(margins.min())
+            else "it has no others"
+        )
     )
     same = [
         f"token {position} is row {token} (= {_listed(np.setdiff1d(rows, token))})"

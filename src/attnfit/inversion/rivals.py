@@ -55,7 +55,7 @@ class Rivals:
         """Return the same in other numbers of the rows at each position, shape (n_unknown, N)."""
         every = np.arange(len(numbers))
         seconds = np.where(self.seconds < 0, -1, numbers[every, self.seconds])
-        equal = [row[same] for row, same in zip(numbers, self.equal, strict=True)]
+        equal = [np.unique(row[same]) for row, same in zip(numbers, self.equal, strict=True)]
         others = [numbers[every, other] for other in self.others]
         return Rivals(seconds, self.second_squares, equal, others, self.rows)
 
