@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attnfit.problems.base import MAX_DENSE
 from attnfit.problems.maps.projected import ProjectedAttention
 from attnfit.problems.maps.separable import Points, Separable
-from attnfit.solvers.curvature import MatrixFree
+from attnfit.solvers.curvature import Kept, MatrixFree
 from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.newton import Outcome
 from attnfit.solvers.tracking import StopFit, Tracker
@@ -37,6 +37,13 @@ REACHED, REACHED_ONE_TEXT = 2, 4
 STARTS, STARTS_ONE_TEXT, BATCH = 40, 400, 200 * (1 << 20) // 8
 # Damping as a share of the mean diagonal: of the first step, and its least.
 DAMPING, LEAST_DAMPING, LEAST_GAIN = 1e-4, 1e-12, 1e-4
+# Newton's method ends the best descent, in so many steps; up to FEW unknowns with the Hessian itself.
+POLISH, FEW = 30, 500
+SAID = {
+    "converged": "converged",
+    "max_iter": "not converged in max_iter steps from the best end",
+    "precision": "no further decrease is possible in float64",
+}
 # Logits of a smaller deviation show X C Y of one text and little else.
 WEAK = 0.5
 TINY = float(np.finfo(np.float64).tiny)
@@ -112,11 +119,13 @@ class VariableProjection:
             return Outcome(end, scale, search.local_values, search.n_iter, DESCRIPTION)
         with tracker.timed("evaluate"):
             at = problem.evaluate(search.best.reshape(-1), origin=True)
-        end = descend(
-            problem, at, MatrixFree(), scale, tracker, phase="fit: polish", tol=tol, max_iter=max_iter
-        )
+        strategy = Kept() if problem.n_unknowns <= FEW else MatrixFree()
+        steps = min(max_iter, POLISH)
+        end = descend(problem, at, strategy, scale, tracker, phase="fit: polish", tol=tol, max_iter=steps)
         search.settle(end.at.value)
-        message = search.verdict(end.at.x) if x0 is None and end.status == "converged" else ""
+        message = ""
+        if x0 is None and end.status != "interrupted":
+            message = f"{SAID.get(end.status, end.status)}: {search.verdict(end.at.x)}"
         return Outcome(end, scale, search.local_values, search.n_iter + end.n_iter, DESCRIPTION, message)
 
     def _search(self, search: Search, rng: np.random.Generator) -> None:
@@ -214,11 +223,11 @@ class Search:
         if share <= EXACT:
             if n_equations > n_unknowns:
                 return (
-                    f"converged: exact fit (residual {share:.1e} of |B|, {n_equations:,} equations for "
+                    f"exact fit (residual {share:.1e} of |B|, {n_equations:,} equations for "
                     f"{n_unknowns:,} unknowns), found by one of {starts}"
                 )
             return (
-                f"converged: residual {share:.1e} of |B|, but {n_equations:,} equations for {n_unknowns:,} "
+                f"residual {share:.1e} of |B|, but {n_equations:,} equations for {n_unknowns:,} "
                 "unknowns leave room for other X and Y"
             )
         if self.n_reached > 1:
@@ -228,7 +237,7 @@ class Search:
                 f"warning: reached by one of {starts}: a lower one may exist; more starts, several texts or "
                 "a causal mask help"
             )
-        said = f"converged: {said}; the squared residual is {share**2:.1e} of |B|^2, {self._shares(share**2)}"
+        said += f"; the squared residual is {share**2:.1e} of |B|^2, {self._shares(share**2)}"
         if self.seen_alike and float(self.exactly.spread(at.X).max()) < WEAK:
             said += "; X is determined only up to X C Y to first order"
         return said
