@@ -5,6 +5,7 @@ import pytest
 import torch
 from autodiff import as_tensor
 from instances import relative
+from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
 from attnfit.problems.maps.separable import Separable
@@ -302,3 +303,13 @@ def test_named_errors(changes, message):
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         VariableProjection(**options)
+
+
+def test_a_search_that_stops_short_says_what_it_found():
+    problem, _, _ = planted(2, 40, 30, 5, 4, 3, scale=0.4, noise=0.1)
+    with pytest.warns(
+        ConvergenceWarning, match="from the best end: warning: reached by one of 2"
+    ):
+        result = minimize(problem, solver=VariableProjection(n_starts=2), max_iter=2, random_state=0)
+    assert result.status == "max_iter"
+    assert "of what uniform attention leaves" in result.message

@@ -41,7 +41,7 @@ DAMPING, LEAST_DAMPING, LEAST_GAIN = 1e-4, 1e-12, 1e-4
 POLISH, FEW = 30, 500
 SAID = {
     "converged": "converged",
-    "max_iter": "not converged in max_iter steps from the best end",
+    "max_iter": "not converged from the best end",
     "precision": "no further decrease is possible in float64",
 }
 # Logits of a smaller deviation show X C Y of one text and little else.
