@@ -307,9 +307,7 @@ def test_bad_options(options):
 
 def test_a_search_that_stops_short_says_what_it_found():
     problem, _, _ = planted(2, 40, 30, 5, 4, 3, scale=0.4, noise=0.1)
-    with pytest.warns(
-        ConvergenceWarning, match="from the best end: warning: reached by one of 2"
-    ):
+    with pytest.warns(ConvergenceWarning, match="from the best end: warning: reached by one of 2"):
         result = minimize(problem, solver=VariableProjection(n_starts=2), max_iter=2, random_state=0)
     assert result.status == "max_iter"
     assert "of what uniform attention leaves" in result.message

@@ -358,3 +358,16 @@ def test_two_tokens_that_stand_in_for_two_others_are_both_listed():
     sets = sorted(sorted(map(tuple, x.T.tolist())) for x in found.inputs)
     assert sorted(map(tuple, table[[0, 1]].tolist())) in sets
     assert sorted(map(tuple, table[[4, 5]].tolist())) in sets
+
+
+def test_all_pairs_of_a_small_table_are_tried():
+    # Rows 2 and 3 together give what 0 and 1 do, but alone they are farther off than all others.
+    rng = np.random.default_rng(4)
+    table = rng.standard_normal((12, 2))
+    table[2], table[3] = table[0] + [40.0, 0.0], table[1] - [40.0, 0.0]
+    flat = problems.LayerInversion(np.diag([1e-12, 0.0]), np.eye(2), np.zeros((2, 2)))
+    found = inversion.recover(flat, flat.output(table[[0, 1]].T), vocabulary=table, random_state=0)
+    assert found.verdict == "ambiguous"
+    sets = [sorted(map(tuple, x.T.tolist())) for x in found.inputs]
+    assert sorted(map(tuple, table[[0, 1]].tolist())) in sets
+    assert sorted(map(tuple, table[[2, 3]].tolist())) in sets
