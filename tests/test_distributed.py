@@ -99,7 +99,7 @@ def test_starts_of_a_recovery_run_on_the_workers(client):
     X = 0.5 * rng.standard_normal((4, 6))
     z = X.T @ W @ X
     B = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) @ X.T @ V
-    layer = problems.LayerInversion(W, V, B)
+    layer = problems.LayerInversion(W, V, B, known={0: X[:, 0]})
     here, there = (inversion.recover(layer, random_state=0, client=c) for c in (None, client))
     assert here.verdict == there.verdict == "recovered"
     assert np.array_equal(here.x, there.x)

@@ -53,10 +53,14 @@ def test_counting():
     V = np.ones((2, 3))
     B = np.ones((4, 3))
     assert inversion.identifiable(problems.LayerInversion(np.eye(2), V, B)).value_rank == 1
-    shapes = {3: "isolated and mostly unique", 2: "isolated, often not unique", 1: "not isolated"}
-    for m, counting in shapes.items():
-        layer = problems.LayerInversion(np.eye(2), V[:, :m], B[:, :m])
+    rows = np.random.default_rng(0).standard_normal((4, 3))
+    shapes = {2: "isolated and mostly unique", 1: "isolated, often not unique"}
+    for heads, counting in shapes.items():
+        W = [np.eye(2) * (h + 1) for h in range(heads)]
+        layer = problems.LayerInversion(W, np.split(rows, 2)[:heads], B)
         assert inversion.identifiable(layer).counting == counting
+        assert inversion.identifiable(layer).n_equations == 4 * min(2 * heads, 3)
+    assert inversion.identifiable(problems.LayerInversion(np.eye(2), V, B)).counting == "not isolated"
 
 
 def test_directions_that_the_output_does_not_determine():

@@ -71,7 +71,8 @@ def invert_encoder_attention(model: Model, output: Any, *, error: Any = 0.0) -> 
     assert found.tokens is not None
     assert found.margins is not None
     tokens = [int(token) for token in found.tokens]
-    verified = found.verdict == "recovered"
+    # Rows that are equal are one token to the layer, and several words to a reader.
+    verified = found.verdict == "recovered" and all(len(rows) == 1 for rows in found.equal_rows or [])
     positions = tuple(
         Position(token, found.residual, float(margin) - found.residual, model.n_vocabulary, "scan")
         for token, margin in zip(tokens, found.margins, strict=True)

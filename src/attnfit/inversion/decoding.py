@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.inversion.exchange import improve, rivals
+from attnfit.inversion.exchange import improve
 from attnfit.inversion.joint import MOVES, NOISE, JointDecoder
+from attnfit.inversion.rivals import Rivals, rivals
 from attnfit.inversion.sequential import decode_in_order, is_sequential
 from attnfit.inversion.span import SpanTest
 from attnfit.inversion.vocabulary import Vocabulary
@@ -23,6 +25,10 @@ Callback = Callable[[float, int], Any]
 
 # Rows of the table that the test of spans leaves at each position.
 CANDIDATES = 64
+# Where a search fails, all tuples are tried if they are no more than this.
+MOST_TUPLES = 100_000
+# Numbers of attention held at once.
+BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -36,27 +42,26 @@ class Decoded:
     rows : ndarray, shape (n_unknown, d)
     square : float
         Squared residual of the output.
-    method : {"in order", "spans", "jointly"}
     n_decodings : int
-    seconds : ndarray of int, shape (n_unknown,)
-        The row that comes nearest to the output in the place of each token alone; -1 without another.
-    second_squares : ndarray, shape (n_unknown,)
-        Squared residuals with these.
+    rivals : Rivals
+        What was tried in their place.
+    exhausted : bool
+        Whether all tuples of the table were tried.
     """
 
     tokens: Index
     rows: Array
     square: float
-    method: str
     n_decodings: int
-    seconds: Index
-    second_squares: Array
+    rivals: Rivals
+    exhausted: bool
 
 
 def decode(
     layer: LayerInversion,
     vocabulary: Vocabulary,
     precision: float,
+    enough: float,
     n_starts: int,
     rng: np.random.Generator,
     callback: Callback,
@@ -71,69 +76,83 @@ def decode(
     layer : LayerInversion
     vocabulary : Vocabulary
     precision : float
-        Relative residual that counts as reproduced.
+        Relative error of the output.
+    enough : float
+        Squared residual at which it counts as reproduced.
     n_starts : int
         Largest number of chains of joint decodings.
     rng : numpy.random.Generator
     callback : callable
         Called with the tokens or chains done, and their number.
     """
-    enough = precision**2 * float(np.sum(layer.B**2))
     small = layer.n_unknowns <= MAX_DENSE
     spans = SpanTest.of(layer, precision)
+    numbers, tokens, square, made, exhausted = None, None, np.inf, 0, False
     if is_sequential(layer):
-        found = _compared(
-            layer, vocabulary, decode_in_order(layer, vocabulary, enough, callback), "in order", 1
-        )
+        tokens = decode_in_order(layer, vocabulary, enough, callback)
     elif spans is not None:
-        return _within_spans(layer, vocabulary, spans, enough, n_starts, rng, callback)
-    elif small:
-        return _jointly(layer, vocabulary, enough, n_starts, rng, callback)
-    else:
+        numbers, vocabulary = _within_spans(layer, vocabulary, spans, callback)
+        tokens = improve(layer, vocabulary, numbers, np.zeros(len(numbers), dtype=np.intp), enough)
+    elif not small:
         raise ValueError(
             f"{layer.n_unknowns} unknowns are more than the {MAX_DENSE} that are decoded jointly; give known "
             "tokens, or the outputs of heads with more values than tokens"
         )
-    if found.square <= enough or not small:
-        return found
-    return min(
-        found, _jointly(layer, vocabulary, enough, n_starts, rng, callback), key=lambda one: one.square
-    )
+    if tokens is not None:
+        square, made = JointDecoder(layer, vocabulary).square(tokens), 1
+    if tokens is None or (not square <= enough and small):
+        joint, joint_square, joint_made = _jointly(layer, vocabulary, enough, n_starts, rng, callback)
+        if tokens is None or joint_square < square:
+            tokens, square, made = joint, joint_square, joint_made
+    if not square <= enough:
+        tokens, square, exhausted = _every_tuple(layer, vocabulary, tokens, square)
+    rows = vocabulary.tokens(layer.unknown, tokens)
+    others = rivals(layer, vocabulary, tokens, enough, numbers)
+    if numbers is not None:
+        tokens, others = numbers[np.arange(len(numbers)), tokens], others.renumbered(numbers)
+    return Decoded(tokens, rows, square, made, others, exhausted)
+
+
+def _every_tuple(
+    layer: LayerInversion, vocabulary: Vocabulary, tokens: Index, square: float
+) -> tuple[Index, float, bool]:
+    """Return the nearest tokens of all, and True, where they can all be tried; else those given."""
+    tables = [vocabulary.rows(int(position)) for position in layer.unknown[: MOST_TUPLES.bit_length()]]
+    sizes = [len(table) for table in tables]
+    if len(tables) < len(layer.unknown) or prod(sizes) > MOST_TUPLES:
+        return tokens, square, False
+    every = np.stack(np.unravel_index(np.arange(prod(sizes)), sizes), axis=1)
+    squares = np.empty(len(every))
+    step = max(1, BLOCK // layer.n**2)
+    for first in range(0, len(every), step):
+        part = every[first : first + step]
+        T = np.tile(layer.rows_with(np.zeros((len(tables), layer.d))), (len(part), 1, 1))
+        for i, position in enumerate(layer.unknown):
+            T[:, position] = tables[i][part[:, i]]
+        squares[first : first + step] = np.sum((layer.layer.forward(T).output - layer.B) ** 2, axis=(1, 2))
+    best = int(np.argmin(np.where(np.isnan(squares), np.inf, squares)))
+    return (every[best], float(squares[best]), True) if squares[best] < square else (tokens, square, True)
 
 
 def _within_spans(
-    layer: LayerInversion,
-    vocabulary: Vocabulary,
-    spans: SpanTest,
-    enough: float,
-    n_starts: int,
-    rng: np.random.Generator,
-    callback: Callback,
-) -> Decoded:
-    """Return what is found among the rows that the spans of the heads' values leave."""
-    left, rows = [], []
+    layer: LayerInversion, vocabulary: Vocabulary, spans: SpanTest, callback: Callback
+) -> tuple[Index, Vocabulary]:
+    """Return the rows that the spans of the heads' values leave at each position, the likeliest first: their
+    numbers, shape (n_unknown, N), and themselves. Fewer than others are filled up with the first again.
+    """
+    left, tables = [], []
     for position in layer.unknown:
         table = vocabulary.rows(int(position))
         scores = spans.scores(table)
         few = np.argpartition(scores, min(CANDIDATES, len(scores)) - 1)[:CANDIDATES]
         left.append(few[np.argsort(scores[few])])
-        rows.append(table[left[-1]])
-        callback(len(rows), len(layer.unknown))
-    place = {int(position): i for i, position in enumerate(layer.unknown)}
-    narrow = Vocabulary(lambda position: rows[place[position]], layer.d, layer.n)
-    numbers = np.stack(left)
-    tokens = improve(layer, narrow, numbers, np.zeros(len(rows), dtype=np.intp), enough)
-    found = _compared(layer, narrow, tokens, "spans", 1)
-    if found.square > enough and layer.n_unknowns <= MAX_DENSE:
-        found = min(
-            found, _jointly(layer, narrow, enough, n_starts, rng, callback), key=lambda one: one.square
-        )
-    every = np.arange(len(numbers))
-    return replace(
-        found,
-        tokens=numbers[every, found.tokens],
-        seconds=np.where(found.seconds < 0, -1, numbers[every, found.seconds]),
-    )
+        tables.append(table[left[-1]])
+        callback(len(left), len(layer.unknown))
+    widest = max(map(len, left))
+    fill = [np.r_[np.arange(len(few)), np.zeros(widest - len(few), dtype=np.intp)] for few in left]
+    rows = {int(p): table[own] for p, table, own in zip(layer.unknown, tables, fill, strict=True)}
+    numbers = np.stack([few[own] for few, own in zip(left, fill, strict=True)])
+    return numbers, Vocabulary(lambda position: rows[position], layer.d, layer.n)
 
 
 def _jointly(
@@ -143,8 +162,10 @@ def _jointly(
     n_starts: int,
     rng: np.random.Generator,
     callback: Callback,
-) -> Decoded:
-    """Return the best that chains of joint decodings find."""
+) -> tuple[Index, float, int]:
+    """Return the best tokens that chains of joint decodings find, their squared residual and how many were
+    made.
+    """
     joint = JointDecoder(layer, vocabulary)
     bases = [layer.rows(point) for point in reversed(layer.starts(rng).values())]
     tokens, square, made = np.zeros(len(layer.unknown), dtype=np.intp), np.inf, 0
@@ -160,14 +181,4 @@ def _jointly(
             tokens, square = found, least
         if square <= enough:
             break
-    return _compared(layer, vocabulary, tokens, "jointly", made)
-
-
-def _compared(
-    layer: LayerInversion, vocabulary: Vocabulary, tokens: Index, method: str, n_decodings: int
-) -> Decoded:
-    """Return tokens with their residual and their rivals."""
-    rows = vocabulary.tokens(layer.unknown, tokens)
-    output = layer.layer.forward(layer.rows_with(rows)).output
-    square = float(np.sum((output - layer.B) ** 2))
-    return Decoded(tokens, rows, square, method, n_decodings, *rivals(layer, vocabulary, tokens))
+    return tokens, square, made

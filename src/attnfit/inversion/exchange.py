@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.inversion.pairs import pair_squares
 from attnfit.inversion.vocabulary import Vocabulary
 from attnfit.problems.inversion.layer import AttentionLayer, Pass, softmax_rows
 from attnfit.problems.inversion.layer_problem import LayerProblem
@@ -12,9 +13,6 @@ from attnfit.problems.inversion.layer_problem import LayerProblem
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
-# Rows of the table nearest to a chosen one, to first order in the change of the output, that are tried
-# exactly; of few rows all are, which costs less than a Jacobian.
-RIVALS = 32
 # Numbers of attention held at once.
 BLOCK = 1 << 22
 
@@ -78,24 +76,20 @@ def improve(
     tokens, least = _exchanged_singly(problem, tables, tokens, enough)
     while least > enough:
         # Swapped neighbours both look right by themselves: their rows differ by the position only.
-        trials = []
-        for i in every:
-            for j in every[i + 1 :]:
-                here = np.flatnonzero(numbers[i] == numbers[j, tokens[j]])
-                there = np.flatnonzero(numbers[j] == numbers[i, tokens[i]])
-                if len(here) and len(there):
-                    swapped = tokens.copy()
-                    swapped[i], swapped[j] = here[0], there[0]
-                    trials.append(swapped)
-        best, square = tokens, least
-        for trial in trials:
-            output = problem.layer.forward(problem.rows_with(tables[every, trial])).output
-            there_square = float(np.sum((output - problem.B) ** 2))
-            if there_square < square * (1.0 - 1e-9):
-                best, square = trial, there_square
-        if square >= least:
+        found = [np.flatnonzero(row[:, None] == numbers[every, tokens]) for row in numbers]
+        places = np.full((len(every), len(every)), -1)
+        for i, cells in enumerate(found):
+            places[i, cells % len(every)] = cells // len(every)
+        pairs = np.argwhere(np.triu((places >= 0) & (places.T >= 0), 1))
+        put = np.stack([places[pairs[:, 0], pairs[:, 1]], places[pairs[:, 1], pairs[:, 0]]], axis=1)
+        at = problem.layer.forward(problem.rows_with(tables[every, tokens]))
+        squares = pair_squares(problem, at, tables, pairs, put, enough)
+        if not len(squares) or not squares.min() < least * (1.0 - 1e-9):
             return tokens
-        tokens, least = _exchanged_singly(problem, tables, best, enough)
+        best = int(np.argmin(squares))
+        swapped = tokens.copy()
+        swapped[pairs[best]] = put[best]
+        tokens, least = _exchanged_singly(problem, tables, swapped, enough)
     return tokens
 
 
@@ -118,23 +112,3 @@ def _exchanged_singly(
             tokens[i], T[position] = best, tables[i, best]
         i = (i + 1) % len(tokens)
     return tokens, least
-
-
-def rivals(problem: LayerProblem, vocabulary: Vocabulary, tokens: Index) -> tuple[Index, Array]:
-    """Return for each unknown position the other row of the table that comes nearest to the output in the
-    place of its token, and the squared residual with it.
-    """
-    T = problem.rows_with(vocabulary.tokens(problem.unknown, tokens))
-    at = problem.layer.forward(T)
-    seconds, squares = np.full(len(tokens), -1), np.full(len(tokens), np.inf)
-    for i, position in enumerate(problem.unknown):
-        table = vocabulary.rows(int(position))
-        near = np.delete(np.arange(len(table)), tokens[i])
-        if len(near) > 4 * RIVALS:
-            J = problem.layer.jacobian(at, problem.unknown[i : i + 1])
-            apart = table[near] - T[position]
-            near = near[np.argsort(np.einsum("cl,cl->c", apart @ (J.T @ J), apart))[:RIVALS]]
-        if len(near):
-            tried = exchanged_squares(problem, at, int(position), table[near])
-            seconds[i], squares[i] = near[np.argmin(tried)], tried.min()
-    return seconds, squares

@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from attnfit.inversion.counting import count
 from attnfit.problems import LayerInversion
 
 Array = NDArray[np.float64]
 
 # Singular values below this share of the largest are rounding.
 RANK_TOLERANCE = 1e-12
+# By the sign of equations less unknowns.
+COUNTING = {-1: "not isolated", 0: "isolated, often not unique", 1: "isolated and mostly unique"}
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class Identifiability:
     Attributes
     ----------
     n_equations, n_unknowns : int
-        Numbers in the output, and in the unknown tokens.
+        Independent numbers in the output that depend on unknown tokens, the rank of the value maps below one
+        another to a row, and numbers in these tokens. Columns of the output that are zero, repeated or
+        combinations of others do not count.
     value_rank : int
         Rank of the value maps side by side: below d, some directions of a token show in the attention only.
     counting : {"isolated and mostly unique", "isolated, often not unique", "not isolated"}
         For generic weights. More equations than unknowns: in all experiments a zero residual was the input.
-        As many: zero residuals are isolated, but others than the input are common. Fewer: a continuum.
+        As many: zero residuals are isolated, but others than the input are common. Fewer: a continuum. With a
+        mask this holds for every set of unknown tokens and the rows that depend on it: the worst decides.
     singular_values : ndarray, optional
         Of the Jacobian at the point.
     rank : int, optional
@@ -61,13 +67,11 @@ def identifiable(layer: LayerInversion, x: Any = None) -> Identifiability:
     -------
     Identifiability
     """
-    n_equations, n_unknowns = layer.B.size, layer.n_unknowns
+    counted = count(layer)
+    n_equations, n_unknowns = counted.n_equations, counted.n_unknowns
     values = np.hstack([head.V for head in layer.layer.heads])
     value_rank = int(np.linalg.matrix_rank(values))
-    if n_equations < n_unknowns:
-        counting = "not isolated"
-    else:
-        counting = "isolated" + (", often not unique" if n_equations == n_unknowns else " and mostly unique")
+    counting = COUNTING[counted.excess]
     if x is None:
         return Identifiability(n_equations, n_unknowns, value_rank, counting)
     J = layer.jacobian(x)

@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 # error.
 SAME = 1e-6
 SAME_ERRORS = 1e3
+# A descent in balanced columns that ends within this many times the errors goes on in the columns as given.
+NEAR = 100.0
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,28 @@ class Found:
 
 def search(
     layer: LayerInversion,
-    precision: float,
+    enough: float,
     n_starts: int,
     max_iter: int,
     rng: np.random.Generator,
     callback: Callable[[float, int], Any],
     client: Any = None,
+    *,
+    until_first: bool,
 ) -> Found:
     """Descend from ``B V^+``, from the moments of the output and from Gaussian tokens.
 
-    Where there are more equations than unknowns it ends at the first zero residual; otherwise all starts are
-    used, to find out whether there are several. The callback gets the starts done, with the share of the
-    running one, and those planned. With a Dask client the starts run on its workers, with the same result.
+    A squared residual of at most ``enough`` counts as zero. With ``until_first`` the first one ends the
+    search; otherwise all starts are used, to find out whether there are several. The callback gets the starts
+    done, with the share of the running one, and those planned. With a Dask client the starts run on its
+    workers, with the same result.
     """
-    planned = list(layer.starts(rng).values())[:n_starts]
-    starts = np.vstack([*planned, layer.gaussian_starts(n_starts - len(planned), rng)])
-    goal = float(np.linalg.norm(layer.gradient(np.zeros(layer.shape))))
-    descend = partial(_descend, layer=layer, goal=goal, max_iter=max_iter, zero=precision**2)
-    enough = precision**2 * float(np.sum(layer.B**2))
+    share = enough / (float(np.sum(layer.B**2)) or 1.0)
+    precision = float(np.sqrt(share))
+    balanced = layer.balanced(float(np.sqrt(precision)))
+    planned = list(balanced.starts(rng).values())[:n_starts]
+    starts = np.vstack([*planned, balanced.gaussian_starts(n_starts - len(planned), rng)])
+    descend = partial(_descend, balanced=balanced, layer=layer, max_iter=max_iter, zero=share)
     same = max(SAME, SAME_ERRORS * precision)
     best, least, done = starts[0], np.inf, 0
     inputs: list[Array] = []
@@ -78,7 +84,7 @@ def search(
             if square <= enough:
                 if not any(np.linalg.norm(other - x) <= same * np.linalg.norm(other) for other in inputs):
                     inputs.append(x)
-                if layer.B.size > layer.n_unknowns:
+                if until_first:
                     break
     return Found(best, least, inputs, done)
 
@@ -107,8 +113,8 @@ def _elsewhere(
 def _descend(
     start: Array,
     *,
+    balanced: LayerInversion,
     layer: LayerInversion,
-    goal: float,
     max_iter: int,
     zero: float,
     tell: Callable[[float], Any] | None = None,
@@ -119,7 +125,13 @@ def _descend(
         if tell is not None:
             tell(min(record.iteration / max_iter, 1.0))
 
-    tracker = Tracker(lambda: 0.0, share)
-    fit = DampedFits(layer, start[None].copy(), 1e-10, goal, max_iter, tracker, "recover", zero=zero)
-    fit.descend()
-    return fit.x[0], float(fit.squares[0])
+    x = start[None].copy()
+    for problem in (balanced, layer):
+        goal = float(np.linalg.norm(problem.gradient(np.zeros(problem.shape))))
+        fit = DampedFits(problem, x, 1e-10, goal, max_iter, Tracker(lambda: 0.0, share), "recover", zero=zero)
+        fit.descend()
+        x = fit.x
+        # What errors of the output leave where columns of little weight were enlarged.
+        if not fit.squares[0] <= NEAR * np.sqrt(zero) * np.sum(problem.B**2):
+            break
+    return x[0], float(layer.evaluate_many(x).squares[0])

@@ -10,6 +10,7 @@ from attnfit.solvers.result import History, Record, Result
 from attnfit.solvers.sampled_two_layer import SampledTwoLayer
 from attnfit.solvers.simplex import ActiveSet
 from attnfit.solvers.tracking import StopFit
+from attnfit.solvers.variable_projection import VariableProjection
 
 __all__ = [
     "ActiveSet",
@@ -23,5 +24,6 @@ __all__ = [
     "Result",
     "SampledTwoLayer",
     "StopFit",
+    "VariableProjection",
     "minimize",
 ]

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+# Heads whose logits differ by less than this share are one.
+SAME_ATTENTION = 1e-10
+
 
 @dataclass(frozen=True)
 class Head:
@@ -192,6 +195,25 @@ class AttentionLayer:
             # Advanced indices that are not adjacent come first.
             J[..., unknown, :, :, columns] += np.moveaxis(query_jacobian(s, unknown), -3, 0)
         return J.reshape(*batch, n * m, d * u)
+
+
+def merged_heads(heads: list[Head]) -> list[Head]:
+    """Return the heads with those of one attention as one: ``P T V + P T V' = P T (V + V')``."""
+    merged: list[Head] = []
+    for head in heads:
+        same = (k for k, other in enumerate(merged) if _attend_alike(head, other))
+        k = next(same, None)
+        if k is None:
+            merged.append(head)
+        else:
+            merged[k] = Head(head.M, merged[k].V + head.V, head.c)
+    return merged
+
+
+def _attend_alike(head: Head, other: Head) -> bool:
+    size = np.linalg.norm(head.M) + np.linalg.norm(head.c)
+    apart = np.linalg.norm(head.M - other.M) + np.linalg.norm(head.c - other.c)
+    return bool(apart <= SAME_ATTENTION * size)
 
 
 def query_jacobian(s: HeadState, rows: NDArray[np.intp]) -> Array:

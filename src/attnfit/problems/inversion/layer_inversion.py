@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from attnfit.problems.inputs import as_point
 from attnfit.problems.inversion.cases import residual_hessian
-from attnfit.problems.inversion.layer import AttentionLayer
+from attnfit.problems.inversion.layer import AttentionLayer, Head, merged_heads
 from attnfit.problems.inversion.layer_problem import LayerProblem
 from attnfit.problems.inversion.moments import moment_tokens
 from attnfit.problems.inversion.projections import heads_of_projections
@@ -132,6 +132,33 @@ class LayerInversion(LayerProblem):
             )
         other = copy.copy(self)
         other.B, other._latest = output - self._shift, None
+        return other
+
+    def projected(self) -> LayerInversion:
+        """Return the same problem with the rows of B projected on what the value maps produce: the part
+        that no input gives only adds a constant to the loss.
+        """
+        other = copy.copy(self)
+        other.B, other._latest = (self.B @ self.row_space.T) @ self.row_space, None
+        return other
+
+    def balanced(self, floor: float) -> LayerInversion:
+        """Return the problem with output columns combined so that the value maps below one another have
+        orthonormal ones; singular values below a share of the largest are scaled by that share's inverse.
+
+        Which columns a zero residual was given in then makes no difference to a descent: combinations of
+        them by a regular matrix, however scaled, become the same problem but for a rotation.
+        """
+        values = np.vstack([head.V for head in merged_heads(self.layer.heads)])
+        _, sizes, rows = np.linalg.svd(values @ self.row_space.T, full_matrices=False)
+        if not len(sizes):
+            return self
+        change = (rows @ self.row_space).T / np.maximum(sizes, floor * sizes[0])
+        heads = [Head(head.M, head.V @ change, head.c) for head in self.layer.heads]
+        other = copy.copy(self)
+        other.__dict__.pop("row_space", None)
+        other.layer, other.B, other._latest = AttentionLayer(heads, self.layer.mask), self.B @ change, None
+        other.m, other._shift = len(sizes), np.zeros(len(sizes))
         return other
 
     def with_gamma(self, gamma: float) -> LayerInversion:

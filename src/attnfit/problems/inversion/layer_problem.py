@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from attnfit.problems.base import Problem, majorant
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.inversion.curvature import gauss_newton_diagonal, layer_curvature, symmetric
-from attnfit.problems.inversion.layer import AttentionLayer, Pass
+from attnfit.problems.inversion.layer import AttentionLayer, Pass, merged_heads
 
 Array = NDArray[np.float64]
+
+# Singular values of the value maps below this share of the largest are zero.
+RANK_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,17 @@ class LayerProblem(Problem):
     def n_passes(self) -> float:
         """Forward passes of the layer since the problem was made."""
         return self._n_evaluated
+
+    @cached_property
+    def row_space(self) -> Array:
+        """Orthonormal rows that span what the value maps produce, shape (r, m).
+
+        Every row of an output is ``sum_h (P_h T)_i V_h``: a combination of the rows of all V_h below one
+        another. Output columns that are zero, repeated or dependent on others leave r as it is.
+        """
+        values = np.vstack([head.V for head in merged_heads(self.layer.heads)])
+        _, s, rows = np.linalg.svd(values, full_matrices=False)
+        return np.asarray(rows[s > RANK_TOLERANCE * max(float(s[0]), np.finfo(float).tiny)])
 
     def rows(self, x: Array) -> Array:
         """Return all tokens as rows, shape (..., n, d), of flat points (..., n_unknowns)."""

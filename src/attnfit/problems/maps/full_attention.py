@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.designs.kronecker import BLOCK_PAIRS, KroneckerDesign
+from attnfit.designs.kronecker import KroneckerDesign
 from attnfit.problems.base import Problem, Reduction, majorant
 from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.inputs import as_point, as_ridge, as_vector
-from attnfit.problems.maps.pairs import read_factor, read_pairs
+from attnfit.problems.inputs import as_point, as_ridge
 from attnfit.problems.maps.projected import ProjectedAttention
+from attnfit.problems.maps.texts import Maps, read_texts, text_maps
 from attnfit.problems.maps.whitening import Whitening
 
 Array = NDArray[np.float64]
@@ -23,42 +23,47 @@ KEPT_PAIRS = 1 << 24
 
 
 class FullAttention(Problem):
-    """Fit (X, Y) so that attention outputs are given: ``0.5 sum_i w_i |(P A3 Y - B)_i|^2 + ridge``.
+    """Fit (X, Y) so that attention outputs are given: ``0.5 sum_i w_i |(sum_h P_h A3 Y_h - B)_i|^2 + ridge``.
 
-    ``P = softmax(A1 X A2^T + offset)`` row by row over unmasked keys; the ridge is ``0.5 ridge (||X||_F^2 +
-    ||Y||_F^2)``. The source prints the loss without the 0.5.
+    ``P_h = softmax(A1 X_h A2^T + offset)`` row by row over unmasked keys; the ridge is ``0.5 ridge
+    (||X||_F^2 + ||Y||_F^2)``. The source prints the loss without the 0.5, for one head and one text.
 
     Parameters
     ----------
-    A1 : array_like, shape (n, d1)
-        Queries.
-    A2 : array_like, shape (k, d2)
+    A1 : array_like, shape (n, d1), or a list of them
+        Queries; a list holds one matrix a text, and so do then A2, A3, B and, where given, mask, weights and
+        offset. X and Y are the same for all texts, and a query attends to keys of its text only.
+    A2 : array_like, shape (k, d2), or a list
         Keys.
-    A3 : array_like, shape (k, v)
+    A3 : array_like, shape (k, v), or a list
         What values are made of.
-    B : array_like, shape (n, m)
+    B : array_like, shape (n, m), or a list
         Outputs.
-    mask : "causal" or array_like of bool, shape (n, k), optional
-    weights : array_like, shape (n,), optional
-    offset : array_like, shape (n, k), optional
+    mask : "causal" or array_like of bool, shape (n, k), or a list, optional
+    weights : array_like, shape (n,), or a list, optional
+    offset : array_like, shape (n, k), or a list, optional
     ridge : float
-        Needed where A3 has dependent columns, or more columns than there are outputs: Y is then not
-        determined.
+        Needed where A3 has dependent columns, or more columns (times heads) than there are outputs: Y is then
+        not determined.
+    n_heads : int
+        Heads whose outputs are added. They are a set: their order means nothing.
 
     Raises
     ------
     ValueError
-        If anything is not finite or of the wrong shape, or Z = P A3 is singular for every X and ridge is
-        zero.
+        If anything is not finite or of the wrong shape, a query sees no key, or Z = [P_1 A3 ... P_H A3] is
+        singular for every X and ridge is zero.
 
     Notes
     -----
-    The unknown is the vector (X, Y), each in C order: see `split`. With ``Z = P A3``, ``C = Z Y - B``,
-    ``G = w C`` and ``S = P o (G Y^T A3^T - rowsum)``: ``dL/dX = A1^T S A2``, ``dL/dY = Z^T G``. Y is linear
-    in the model, so `minimize` eliminates it (`projected`). Source: "Local Convergence of Approximate Newton
-    Method for Two Layer Nonlinear Regression", attention optimisation problem, with exact derivatives; Golub
-    and Pereyra, "The differentiation of pseudo-inverses and nonlinear least squares problems whose variables
-    separate" (1973).
+    The unknown is the vector (X, Y), each in C order, X of shape (d1, d2) and Y of (v, m), with a leading
+    axis of heads where there are several: see `split`. With ``C = Z Y - B``, ``G = w C`` and ``S_h = P_h o
+    (G Y_h^T A3^T - rowsum)``: ``dL/dX_h = A1^T S_h A2``, ``dL/dY = Z^T G``, summed over texts. Y is linear in
+    the model, so `minimize` eliminates it (`projected`). To first order in X one text without a mask shows
+    ``X C Y`` only, C being the covariance of keys and values; several texts or a causal mask have several C.
+    Source: "Local Convergence of Approximate Newton Method for Two Layer Nonlinear Regression", attention
+    optimisation problem, with exact derivatives; Golub and Pereyra, "The differentiation of pseudo-inverses
+    and nonlinear least squares problems whose variables separate" (1973).
     """
 
     linear = False
@@ -75,22 +80,16 @@ class FullAttention(Problem):
         weights: Any = None,
         offset: Any = None,
         ridge: float = 0.0,
+        n_heads: int = 1,
     ) -> None:
-        pairs = read_pairs(A1, A2, None, mask, None, offset, None, 0.0)
-        self.design = pairs.design
-        if len(self.design.sequences) > 1:
-            raise ValueError("A1 must be one matrix: outputs of several sequences are not fitted together")
-        block = self.design.sequences[0]
-        n, k = len(block.queries), len(block.keys)
-        self.A1, self.A2, self.mask = block.queries, block.keys, block.mask
-        self.offset = None if offset is None else np.asarray(offset, dtype=np.float64)
-        self.A3, self.B = read_factor(A3, "A3"), read_factor(B, "B")
-        for name, rows, other, expected in (("A3", len(self.A3), "A2", k), ("B", len(self.B), "A1", n)):
-            if rows != expected:
-                raise ValueError(f"{name} has {rows} rows but {other} has {expected}; they must agree")
-        self.weights = np.ones(n)
-        if weights is not None:
-            self.weights = as_vector(weights, n, "weights", non_negative=True, rows_of="A1")
+        if isinstance(n_heads, bool) or not isinstance(n_heads, int | np.integer) or n_heads < 1:
+            raise ValueError(f"n_heads must be an integer >= 1, not {n_heads!r}")
+        self.n_heads = int(n_heads)
+        self.design, self.texts, self.weights = read_texts(A1, A2, A3, B, mask, weights, offset)
+        self.A1 = np.concatenate([text.A1 for text in self.texts])
+        self.A2 = np.concatenate([text.A2 for text in self.texts])
+        self.A3 = np.concatenate([text.A3 for text in self.texts])
+        self.B = np.concatenate([text.B for text in self.texts])
         self.ridge: float | Array = as_ridge(ridge)
         self._require_regular()
         self._pairs_read = 0
@@ -98,62 +97,72 @@ class FullAttention(Problem):
     def _require_regular(self) -> None:
         v = self.A3.shape[1]
         rank = int(np.linalg.matrix_rank(self.A3))
-        if self.ridge == 0.0 and min(rank, len(self.A1)) < v:
+        if self.ridge == 0.0 and (rank < v or len(self.A1) < self.n_heads * v):
             what = f"A3 has rank {rank}" if rank < v else f"there are only {len(self.A1)} outputs"
+            heads = f" in {self.n_heads} heads" if self.n_heads > 1 else ""
             raise ValueError(
-                f"Z = softmax(A1 X A2^T) A3 is singular for every X: {what} but A3 has {v} columns, so Y "
-                "is not determined; pass ridge > 0, or drop columns of A3"
+                f"Z = softmax(A1 X A2^T) A3 is singular for every X: {what} but A3 has {v} columns{heads}, "
+                "so Y is not determined; pass ridge > 0, or drop columns of A3"
             )
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(d1 d2 + v m,): X, then Y."""
-        d1, d2, v, m = self._sizes
-        return (d1 * d2 + v * m,)
+        """(heads (d1 d2 + v m),): X, then Y."""
+        d1, d2, v, m = self.sizes
+        return (self.n_heads * (d1 * d2 + v * m),)
 
     @property
-    def _sizes(self) -> tuple[int, int, int, int]:
-        return self.A1.shape[1], self.A2.shape[1], self.A3.shape[1], self.B.shape[1]
+    def sizes(self) -> tuple[int, int, int, int]:
+        """d1, d2, v and m."""
+        text = self.texts[0]
+        return text.A1.shape[1], text.A2.shape[1], text.A3.shape[1], text.B.shape[1]
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of a query and a key of its text."""
+        return sum(len(text.A1) * len(text.A2) for text in self.texts)
 
     @property
     def n_passes(self) -> float:
-        """Reads of the maps since the problem was made."""
-        return self._pairs_read / (len(self.A1) * len(self.A2))
+        """Reads of the maps of all heads since the problem was made."""
+        return self._pairs_read / (self.n_pairs * self.n_heads)
+
+    def count_read(self, n_pairs: int) -> None:
+        """Count entries of maps that were formed outside."""
+        self._pairs_read += n_pairs
 
     def split(self, x: Any) -> tuple[Array, Array]:
-        """Return X, shape (d1, d2), and Y, shape (v, m)."""
-        d1, d2, v, m = self._sizes
-        flat = as_point(x, self.shape)
-        return flat[: d1 * d2].reshape(d1, d2), flat[d1 * d2 :].reshape(v, m)
+        """Return X, shape (d1, d2), and Y, shape (v, m); of several heads (heads, d1, d2), (heads, v, m)."""
+        X, Y = self._split(as_point(x, self.shape))
+        return (X[0], Y[0]) if self.n_heads == 1 else (X, Y)
+
+    def _split(self, flat: Array) -> tuple[Array, Array]:
+        """Return X and Y with their axis of heads."""
+        d1, d2, v, m = self.sizes
+        size = self.n_heads * d1 * d2
+        return flat[:size].reshape(-1, d1, d2), flat[size:].reshape(-1, v, m)
 
     def join(self, X: Array, Y: Array) -> Array:
         """Return the unknown made of X and Y."""
         return np.concatenate([np.reshape(X, -1), np.reshape(Y, -1)])
 
-    def predict(self, x: Any) -> Array:
-        """Return the fitted outputs ``P A3 Y``, shape (n, m)."""
-        X, Y = self.split(x)
-        return np.concatenate([(P @ self.A3) @ Y for _, P in self.maps(X)])
+    def predict(self, x: Any) -> Any:
+        """Return the fitted outputs, shape (n, m), or a list of them, one a text."""
+        X, Y = self._split(as_point(x, self.shape))
+        stacked = np.concatenate([maps.values(maps.P) for maps in self.maps(X)]) @ Y.reshape(-1, Y.shape[2])
+        if len(self.texts) == 1:
+            return stacked
+        return np.split(stacked, [text.first for text in self.texts[1:]])
 
-    def maps(self, X: Array) -> Iterator[tuple[slice, Array]]:
-        """Yield the maps P by blocks of queries: (rows, array of shape (rows, k))."""
-        step = max(8, BLOCK_PAIRS // len(self.A2))
-        for first in range(0, len(self.A1), step):
-            rows = slice(first, min(first + step, len(self.A1)))
-            z = (self.A1[rows] @ X) @ self.A2.T
-            if self.offset is not None:
-                z += self.offset[rows]
-            if self.mask is not None:
-                z[~self.mask[rows]] = -np.inf
-            z -= z.max(axis=1, keepdims=True)
-            np.exp(z, out=z)
-            z /= z.sum(axis=1, keepdims=True)
-            self._pairs_read += z.size
-            yield rows, z
+    def maps(self, X: Array) -> Iterator[Maps]:
+        """Yield the maps for X, shape (heads, d1, d2), by blocks of queries."""
+        for maps in text_maps(self.texts, X):
+            self._pairs_read += maps.P.size
+            yield maps
 
-    def kept_maps(self, X: Array) -> Callable[[], Iterable[tuple[slice, Array]]]:
+    def kept_maps(self, X: Array) -> Callable[[], Iterable[Maps]]:
         """Return a function that gives the maps again, from memory where they are small."""
-        if len(self.A1) * len(self.A2) > KEPT_PAIRS:
+        if self.n_pairs * self.n_heads > KEPT_PAIRS:
             return lambda: self.maps(X)
         kept = list(self.maps(X))
         return lambda: kept
@@ -172,29 +181,51 @@ class FullAttention(Problem):
         """Return the projected problem over whitened queries and keys."""
         whitening = Whitening.of(self.design, centred=True)
         projected = ProjectedAttention(self.with_design(whitening.design))
-        projected.ridge = self.ridge * whitening.ridge
+        heads = self.n_heads
+        projected.ridge = self.ridge * np.tile(whitening.ridge, heads)
 
         def lift(y: Array) -> Array:
-            return np.concatenate([whitening.lift(y), projected.values(y).reshape(-1)])
+            X = [whitening.lift(part) for part in y.reshape(heads, -1)]
+            return np.concatenate([*X, projected.values(y).reshape(-1)])
 
-        size = self.A1.shape[1] * self.A2.shape[1]
+        def restrict(x: Array) -> Array:
+            return np.concatenate([whitening.restrict(X.reshape(-1)) for X in self._split(x)[0]])
+
         note = "Y eliminated" + (f"; {whitening.note}" if whitening.note else "")
-        return Reduction(projected, lift, lambda x: whitening.restrict(x[:size]), note)
+        return Reduction(projected, lift, restrict, note)
 
     def with_design(self, design: KroneckerDesign) -> FullAttention:
         """Return the problem with other queries and keys of the same pairs."""
-        block = design.sequences[0]
+        texts, offsets = self.texts, [text.offset for text in self.texts]
+        weights = [self.weights[t.first : t.first + len(t.A1)] for t in texts]
+        parts: list[list[Any]] = [
+            [block.queries for block in design.sequences],
+            [block.keys for block in design.sequences],
+            [text.A3 for text in texts],
+            [text.B for text in texts],
+        ]
+        one = len(texts) == 1
+        A1, A2, A3, B = (part[0] if one else part for part in parts)
+        masks = [np.ones((len(t.A1), len(t.A2)), dtype=bool) if t.mask is None else t.mask for t in texts]
         return FullAttention(
-            block.queries, block.keys, self.A3, self.B,
-            mask=block.mask, weights=self.weights, offset=self.offset, ridge=float(np.max(self.ridge)),
+            A1, A2, A3, B,
+            mask=masks[0] if one else masks,
+            weights=weights[0] if one else weights,
+            offset=None if offsets[0] is None else offsets[0] if one else offsets,
+            ridge=float(np.max(self.ridge)),
+            n_heads=self.n_heads,
         )  # fmt: skip
 
     # ---- for the solvers
 
-    def slope(self, P: Array, G: Array, Y: Array) -> Array:
-        """Return ``P o (G Y^T A3^T - rowsum)``: the gradient in the logits."""
-        back = (G @ Y.T) @ self.A3.T
-        return np.asarray(P * (back - np.sum(P * back, axis=1, keepdims=True)))
+    def slope(self, maps: Maps, G: Array, Y: Array) -> Array:
+        """Return ``P_h o (G Y_h^T A3^T - rowsum)``, the gradient in the logits, shape (heads, rows, k)."""
+        back = (G @ np.swapaxes(Y, 1, 2)) @ maps.text.A3.T
+        return np.asarray(maps.P * (back - np.sum(maps.P * back, axis=2, keepdims=True)))
+
+    def pulled(self, maps: Maps, S: Array) -> Array:
+        """Return the gradient in X of a gradient in the logits, ``A1^T S_h A2``, shape (heads, d1, d2)."""
+        return np.asarray(maps.A1.T @ (S @ maps.text.A2))
 
     def evaluate(
         self,
@@ -206,15 +237,16 @@ class FullAttention(Problem):
         hessian: bool = False,
     ) -> Evaluation:
         """Return value and gradient at x."""
-        X, Y = self.split(x)
-        value, by_x, by_y = 0.0, np.zeros_like(X), np.zeros_like(Y)
-        for rows, P in self.maps(X):
-            Z = P @ self.A3
-            C = Z @ Y - self.B[rows]
-            G = self.weights[rows, None] * C
+        X, Y = self._split(x)
+        flat = Y.reshape(-1, Y.shape[2])
+        value, by_x, by_y = 0.0, np.zeros_like(X), np.zeros_like(flat)
+        for maps in self.maps(X):
+            Z = maps.values(maps.P)
+            C = Z @ flat - self.B[maps.rows]
+            G = self.weights[maps.rows, None] * C
             value += 0.5 * float(np.sum(G * C))
             by_y += Z.T @ G
-            by_x += self.A1[rows].T @ (self.slope(P, G, Y) @ self.A2)
+            by_x += self.pulled(maps, self.slope(maps, G, Y))
         value += 0.5 * float(np.sum(self.ridge * x * x))
         gradient = self.join(by_x, by_y) + self.ridge * x
         start = self.evaluate(np.zeros_like(x)).gradient if origin else None
@@ -222,70 +254,78 @@ class FullAttention(Problem):
 
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
         """Return (dX, dY) -> H (dX, dY)."""
-        X, Y = self.split(at.x)
-        maps = self.kept_maps(X)
+        X, Y = self._split(at.x)
+        again = self.kept_maps(X)
 
         def product(direction: Array) -> Array:
-            dX, dY = self.split(direction)
-            by_x, by_y = np.zeros_like(X), np.zeros_like(Y)
-            for rows, P in maps():
-                part = self.second(rows, P, Y, dX, dY)
+            dX, dY = self._split(direction)
+            by_x, by_y = np.zeros_like(X), np.zeros((Y.size // Y.shape[2], Y.shape[2]))
+            for maps in again():
+                part = self.second(maps, Y, dX, dY)
                 by_x += part[0]
                 by_y += part[1]
             return np.asarray(self.join(by_x, by_y) + self.ridge * direction)
 
         return product
 
-    def moved(self, rows: slice, P: Array, dX: Array) -> Array:
-        """Return the change of the maps, ``J(P)(A1 dX A2^T)``."""
-        u = (self.A1[rows] @ dX) @ self.A2.T
-        return np.asarray(P * (u - np.sum(P * u, axis=1, keepdims=True)))
+    def moved(self, maps: Maps, dX: Array) -> Array:
+        """Return the change of the maps, ``J(P_h)(A1 dX_h A2^T)``."""
+        u = (maps.A1 @ dX) @ maps.text.A2.T
+        return np.asarray(maps.P * (u - np.sum(maps.P * u, axis=2, keepdims=True)))
 
-    def second(self, rows: slice, P: Array, Y: Array, dX: Array, dY: Array) -> tuple[Array, Array]:
+    def second(self, maps: Maps, Y: Array, dX: Array, dY: Array) -> tuple[Array, Array]:
         """Return the part of a block of queries in the product of the Hessian with (dX, dY)."""
-        w = self.weights[rows, None]
-        Z = P @ self.A3
-        G = w * (Z @ Y - self.B[rows])
-        dP = self.moved(rows, P, dX)
-        dZ = dP @ self.A3
-        dG = w * (dZ @ Y + Z @ dY)
-        back = (G @ Y.T) @ self.A3.T
-        dback = (dG @ Y.T + G @ dY.T) @ self.A3.T
-        mean = np.sum(P * back, axis=1, keepdims=True)
-        dmean = np.sum(dP * back + P * dback, axis=1, keepdims=True)
+        w, P, A3 = self.weights[maps.rows, None], maps.P, maps.text.A3
+        flat, dflat = Y.reshape(-1, Y.shape[2]), dY.reshape(-1, Y.shape[2])
+        Z = maps.values(P)
+        G = w * (Z @ flat - self.B[maps.rows])
+        dP = self.moved(maps, dX)
+        dZ = maps.values(dP)
+        dG = w * (dZ @ flat + Z @ dflat)
+        Yt, dYt = np.swapaxes(Y, 1, 2), np.swapaxes(dY, 1, 2)
+        back = (G @ Yt) @ A3.T
+        dback = (dG @ Yt + G @ dYt) @ A3.T
+        mean = np.sum(P * back, axis=2, keepdims=True)
+        dmean = np.sum(dP * back + P * dback, axis=2, keepdims=True)
         dS = dP * (back - mean) + P * (dback - dmean)
-        return self.A1[rows].T @ (dS @ self.A2), dZ.T @ G + Z.T @ dG
+        return self.pulled(maps, dS), dZ.T @ G + Z.T @ dG
 
     def hessian_at(self, at: Evaluation, sample: Any = None, *, absolute: bool = False) -> Array:
-        """Return the Hessian from its blocks in X and Y; an array of shape (n, m d2 + v d2) is formed by
+        """Return the Hessian from its blocks in X and Y; an array of shape (n, heads d2 (m + v)) is formed by
         blocks.
 
         With ``absolute`` all eigenvalues are taken by absolute value.
         """
-        X, Y = self.split(at.x)
-        (d1, d2), (v, m) = X.shape, Y.shape
-        W = self.A3 @ Y
-        keys = self.A2 - self.A2.mean(axis=0)
-        xx, xy = np.zeros((d1, d1, d2, d2)), np.zeros((d1, d2, v, m))
-        yy = np.zeros((v, v))
-        for rows, P in self.maps(X):
-            A1, w = self.A1[rows], self.weights[rows]
-            Z, mu = P @ self.A3, P @ keys
-            G = w[:, None] * (Z @ Y - self.B[rows])
-            S = self.slope(P, G, Y)
-            outputs = _cross(P, W, keys) - (P @ W)[:, :, None] * mu[:, None, :]
-            values = _cross(P, self.A3, keys) - Z[:, :, None] * mu[:, None, :]
-            g = S @ keys
-            inner = np.einsum("i,ijl,ijq->ilq", w, outputs, outputs, optimize=True) + _cross(S, keys, keys)
-            inner -= g[:, :, None] * mu[:, None, :] + mu[:, :, None] * g[:, None, :]
-            xx += np.einsum("ip,iq,ilr->pqlr", A1, A1, inner, optimize=True)
-            xy += np.einsum("ip,i,ijl,iu->pluj", A1, w, outputs, Z, optimize=True)
-            xy += np.einsum("ip,ij,iul->pluj", A1, G, values, optimize=True)
+        X, Y = self._split(at.x)
+        (heads, d1, d2), (v, m) = X.shape, Y.shape[1:]
+        flat = Y.reshape(-1, m)
+        xx = np.zeros((heads, d1, d2, heads, d1, d2))
+        xy = np.zeros((heads, d1, d2, heads * v, m))
+        yy = np.zeros((heads * v, heads * v))
+        for maps in self.maps(X):
+            text, A1, w, P = maps.text, maps.A1, self.weights[maps.rows], maps.P
+            keys = text.A2 - text.A2.mean(axis=0)
+            Z = maps.values(P)
+            G = w[:, None] * (Z @ flat - self.B[maps.rows])
+            S = self.slope(maps, G, Y)
+            outputs = []
+            for h in range(heads):
+                W, mu, g = text.A3 @ Y[h], P[h] @ keys, S[h] @ keys
+                outputs.append(_cross(P[h], W, keys) - (P[h] @ W)[:, :, None] * mu[:, None, :])
+                values = _cross(P[h], text.A3, keys) - (P[h] @ text.A3)[:, :, None] * mu[:, None, :]
+                own = _cross(S[h], keys, keys) - g[:, :, None] * mu[:, None, :] - mu[:, :, None] * g[:, None]
+                xx[h, :, :, h] += np.einsum("ip,iq,ilr->plqr", A1, A1, own, optimize=True)
+                part = np.einsum("ip,ij,iul->pluj", A1, G, values, optimize=True)
+                xy[h, :, :, h * v : (h + 1) * v] += part
+            T = np.stack(outputs)
+            inner = np.einsum("i,hijl,gijr->hilgr", w, T, T, optimize=True)
+            xx += np.einsum("ip,iq,hilgr->hplgqr", A1, A1, inner, optimize=True)
+            xy += np.einsum("ip,i,hijl,iu->hpluj", A1, w, T, Z, optimize=True)
             yy += Z.T @ (w[:, None] * Z)
-        size = d1 * d2
-        H = np.empty((size + v * m,) * 2)
-        H[:size, :size] = xx.transpose(0, 2, 1, 3).reshape(size, size)
-        H[:size, size:] = xy.reshape(size, v * m)
+        size = heads * d1 * d2
+        H = np.empty((size + heads * v * m,) * 2)
+        H[:size, :size] = xx.reshape(size, size)
+        H[:size, size:] = xy.reshape(size, -1)
         H[size:, :size] = H[:size, size:].T
         H[size:, size:] = np.kron(yy, np.eye(m))
         H[np.diag_indices(len(H))] += self.ridge
@@ -293,12 +333,13 @@ class FullAttention(Problem):
 
     def diagonal_at(self, at: Evaluation) -> Array:
         """Return one number for X and one for each row of Y: the mean curvature and that of Z."""
-        X, Y = self.split(at.x)
-        by_y = np.zeros(self.A3.shape[1])
-        for rows, P in self.maps(X):
-            by_y += np.einsum("i,iu,iu->u", self.weights[rows], P @ self.A3, P @ self.A3)
+        X, Y = self._split(at.x)
+        by_y = np.zeros(self.n_heads * Y.shape[1])
+        for maps in self.maps(X):
+            Z = maps.values(maps.P)
+            by_y += self.weights[maps.rows] @ (Z * Z)
         by_x = self.projected().diagonal_at(Evaluation(X.reshape(-1), at.value, at.gradient))
-        return np.asarray(np.concatenate([by_x, np.repeat(by_y, Y.shape[1])]) + self.ridge)
+        return np.asarray(np.concatenate([by_x, np.repeat(by_y, Y.shape[2])]) + self.ridge)
 
 
 def _cross(P: Array, left: Array, right: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,17 +15,20 @@ from attnfit.problems.inputs import as_point
 
 if TYPE_CHECKING:
     from attnfit.problems.maps.full_attention import FullAttention
+    from attnfit.problems.maps.texts import Maps
 
 Array = NDArray[np.float64]
 
 # Where all queries attend alike, Z has rank one: this share of its size keeps the equations for Y regular.
+# Two steps of refinement take off what it adds in directions that Z has.
 FLOOR = 1e-13
+REFINEMENTS = 2
 # Starts of `minimize`: logits of this size, drawn anew each.
 START_SIZE, N_STARTS = 0.5, 5
 
 
 class ProjectedAttention(Problem):
-    """``phi(X) = min_Y L(X, Y)`` of a `FullAttention` problem, over X of shape (d1, d2).
+    """``phi(X) = min_Y L(X, Y)`` of a `FullAttention` problem, over X of shape (d1, d2), or (heads, d1, d2).
 
     ``Y(X) = (Z^T W Z + ridge)^-1 Z^T W B``. The gradient of phi is that of L in X at Y(X); the Hessian is
     ``H_XX - H_XY H_YY^-1 H_YX``.
@@ -42,8 +45,13 @@ class ProjectedAttention(Problem):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(d1, d2)."""
-        return self.full.A1.shape[1], self.full.A2.shape[1]
+        """(d1, d2), of several heads (heads, d1, d2)."""
+        d1, d2, _, _ = self.full.sizes
+        return (d1, d2) if self.full.n_heads == 1 else (self.full.n_heads, d1, d2)
+
+    def by_head(self, x: Array) -> Array:
+        """Return X of shape (heads, d1, d2)."""
+        return x.reshape(self.full.n_heads, *self.shape[-2:])
 
     @property
     def n_passes(self) -> float:
@@ -53,7 +61,8 @@ class ProjectedAttention(Problem):
     def initial_point(self, random_state: Any = None) -> Array:
         """Return a small random X: at zero all queries attend alike, which Y cannot tell apart."""
         X = np.random.default_rng(random_state).standard_normal(self.shape)
-        spread = float(np.std((self.full.A1 @ X) @ self.full.A2[:1000].T))
+        text = self.full.texts[0]
+        spread = float(np.std((text.A1 @ X) @ text.A2[:1000].T))
         return np.asarray(X * (START_SIZE / (spread or 1.0)))
 
     def starts(self, rng: np.random.Generator) -> dict[str, Array]:
@@ -61,19 +70,25 @@ class ProjectedAttention(Problem):
         return {f"small {i + 1}": self.initial_point(rng).reshape(-1) for i in range(N_STARTS)}
 
     def values(self, x: Any) -> Array:
-        """Return Y(X), shape (v, m)."""
-        X = as_point(x, self.shape).reshape(self.shape)
-        return self._project(self.full.maps(X))[2]
+        """Return Y(X), shape (v, m), of several heads (heads, v, m)."""
+        Y = self._project(self.full.maps(self.by_head(as_point(x, self.shape))))[2]
+        return Y[0] if self.full.n_heads == 1 else Y
 
-    def _project(self, maps: Any) -> tuple[Array, Array, Array]:
-        """Return Z, shape (n, v), the factor of its normal matrix, and Y."""
+    def _project(self, maps: Iterable[Maps]) -> tuple[Array, Array, Array]:
+        """Return Z, shape (n, heads v), L with ``L L^T = Z^T W Z + ridge``, and Y, shape (heads, v, m).
+
+        L comes from Z itself: its square would lose the digits that tell small attention from none.
+        """
         full = self.full
-        Z = np.concatenate([P @ full.A3 for _, P in maps])
-        weighted = full.weights[:, None] * Z
-        gram = Z.T @ weighted
-        gram[np.diag_indices(len(gram))] += self.value_ridge
-        factor = linalg.cholesky(gram, lower=True)
-        return Z, factor, _solve(factor, weighted.T @ full.B)
+        Z = np.concatenate([one.values(one.P) for one in maps])
+        w = np.sqrt(full.weights)[:, None]
+        floor = np.sqrt(self.value_ridge) * np.eye(Z.shape[1])
+        factor = np.asarray(np.linalg.qr(np.concatenate([w * Z, floor]), mode="r")).T
+        ridge = float(np.max(full.ridge))
+        Y = np.zeros((Z.shape[1], full.B.shape[1]))
+        for _ in range(1 + REFINEMENTS):
+            Y += _solve(factor, Z.T @ (w**2 * (full.B - Z @ Y)) - ridge * Y)
+        return Z, factor, Y.reshape(full.n_heads, -1, full.B.shape[1])
 
     def evaluate(
         self,
@@ -86,33 +101,33 @@ class ProjectedAttention(Problem):
     ) -> Evaluation:
         """Return phi and its gradient at x."""
         full = self.full
-        X = x.reshape(self.shape)
-        maps = full.kept_maps(X)
-        Z, _, Y = self._project(maps())
-        C = Z @ Y - full.B
+        X = self.by_head(x)
+        again = full.kept_maps(X)
+        Z, _, Y = self._project(again())
+        C = Z @ _stacked(Y) - full.B
         G = full.weights[:, None] * C
         gradient = np.zeros_like(X)
-        for rows, P in maps():
-            gradient += full.A1[rows].T @ (full.slope(P, G[rows], Y) @ full.A2)
-        value = 0.5 * float(np.sum(G * C) + self.value_ridge * np.sum(Y * Y) + np.sum(self.ridge * x * x))
+        for maps in again():
+            gradient += full.pulled(maps, full.slope(maps, G[maps.rows], Y))
+        ridge = float(np.max(full.ridge))
+        value = 0.5 * float(np.sum(G * C) + ridge * np.sum(Y * Y) + np.sum(self.ridge * x * x))
         start = self.evaluate(np.zeros_like(x)).gradient if origin else None
         return Evaluation(x, value, gradient.reshape(-1) + self.ridge * x, origin_gradient=start)
 
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
         """Return dX -> (H_XX - H_XY H_YY^-1 H_YX) dX, exactly."""
         full = self.full
-        X = at.x.reshape(self.shape)
-        maps = full.kept_maps(X)
-        Z, factor, Y = self._project(maps())
-        G = full.weights[:, None] * (Z @ Y - full.B)
+        again = full.kept_maps(self.by_head(at.x))
+        Z, factor, Y = self._project(again())
+        G = full.weights[:, None] * (Z @ _stacked(Y) - full.B)
 
         def product(v: Array) -> Array:
-            dX = v.reshape(self.shape)
-            dZ = np.concatenate([full.moved(rows, P, dX) @ full.A3 for rows, P in maps()])
-            dY = -_solve(factor, dZ.T @ G + Z.T @ (full.weights[:, None] * (dZ @ Y)))
+            dX = self.by_head(v)
+            dZ = np.concatenate([maps.values(full.moved(maps, dX)) for maps in again()])
+            dY = -_solve(factor, dZ.T @ G + Z.T @ (full.weights[:, None] * (dZ @ _stacked(Y))))
             out = np.zeros_like(dX)
-            for rows, P in maps():
-                out += full.second(rows, P, Y, dX, dY)[0]
+            for maps in again():
+                out += full.second(maps, Y, dX, dY.reshape(Y.shape))[0]
             return np.asarray(out.reshape(-1) + self.ridge * v)
 
         return product
@@ -124,23 +139,23 @@ class ProjectedAttention(Problem):
         the gradient is exact, the product positive semidefinite.
         """
         full = self.full
-        maps = full.kept_maps(at.x.reshape(self.shape))
-        Z, factor, Y = self._project(maps())
+        again = full.kept_maps(self.by_head(at.x))
+        Z, factor, Y = self._project(again())
         w = full.weights[:, None]
 
         def product(v: Array) -> Array:
-            dX = v.reshape(self.shape)
-            change = np.concatenate([full.moved(rows, P, dX) @ full.A3 for rows, P in maps()]) @ Y
+            dX = self.by_head(v)
+            change = np.concatenate([maps.values(full.moved(maps, dX)) for maps in again()]) @ _stacked(Y)
             change -= Z @ _solve(factor, Z.T @ (w * change))
             out = np.zeros_like(dX)
-            for rows, P in maps():
-                out += full.A1[rows].T @ (full.slope(P, (w * change)[rows], Y) @ full.A2)
+            for maps in again():
+                out += full.pulled(maps, full.slope(maps, (w * change)[maps.rows], Y))
             return np.asarray(out.reshape(-1) + self.ridge * v)
 
         return product
 
     def gauss_newton_product(self, x: Any, v: Any) -> Array:
-        """Return the product of Kaufman's Gauss-Newton matrix at x with v, shape (d1, d2)."""
+        """Return the product of Kaufman's Gauss-Newton matrix at x with v, in the shape of X."""
         at = self._evaluate_checked(x)
         return self.gauss_newton_operator(at)(as_point(v, self.shape, "v")).reshape(self.shape)
 
@@ -166,3 +181,7 @@ class ProjectedAttention(Problem):
 
 def _solve(factor: Array, right: Array) -> Array:
     return np.asarray(linalg.cho_solve((factor, True), right))
+
+
+def _stacked(Y: Array) -> Array:
+    return Y.reshape(-1, Y.shape[2])

@@ -1,0 +1,91 @@
+"""How many independent numbers of an output there are for the unknown tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.csgraph import maximum_flow
+
+from attnfit.problems.inversion.layer_problem import LayerProblem
+
+Seen = NDArray[np.bool_]
+
+# Capacities of scipy's maximum flow are of 32 bits.
+LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Count:
+    """Equations against unknowns.
+
+    Attributes
+    ----------
+    n_equations : int
+        Output rows that an unknown token reaches, each distinct one once, times the rank of the value maps
+        below one another.
+    n_unknowns : int
+    excess : {-1, 0, 1}
+        Sign of the least ``equations - unknowns`` over all sets of unknown tokens, the others taken as given:
+        a mask may leave too few rows for some while there are enough in all.
+    """
+
+    n_equations: int
+    n_unknowns: int
+    excess: int
+
+
+def count(layer: LayerProblem) -> Count:
+    """Count the equations of a layer."""
+    rank, d, u = len(layer.row_space), layer.d, len(layer.unknown)
+    seen = _seen(layer)
+    total = rank * len(seen)
+    excess = int(np.sign(total - d * u))
+    if not seen.all() and excess >= 0:
+        if not _enough(seen, rank, d, strictly=False):
+            excess = -1
+        elif not _enough(seen, rank, d, strictly=True):
+            excess = 0
+    return Count(total, layer.n_unknowns, excess)
+
+
+def _seen(layer: LayerProblem) -> Seen:
+    """Return which unknown tokens each output row depends on, shape (rows, n_unknown).
+
+    A row depends on its keys, and on its query where that has more than one key to choose from. Rows of equal
+    known queries with equal keys say the same.
+    """
+    n = layer.n
+    mask = np.ones((n, n), dtype=bool) if layer.layer.mask is None else layer.layer.mask
+    seen = mask.copy()
+    own = np.arange(n)
+    seen[own, own] |= mask.sum(axis=1) > 1
+    known = np.delete(own, layer.unknown)
+    alike = np.column_stack([layer.known.T[known], mask[known]])
+    first = np.unique(alike, axis=0, return_index=True)[1] if len(known) else known
+    kept = np.sort(np.concatenate([layer.unknown, known[first]]))
+    rows = seen[np.ix_(kept, layer.unknown)]
+    return np.asarray(rows[rows.any(axis=1)])
+
+
+def _enough(seen: Seen, rank: int, d: int, *, strictly: bool) -> bool:
+    """Return whether every set of tokens is reached by at least (or by more than) as many equations as it has
+    unknowns: by Hall's theorem, whether a flow from tokens through the rows they reach meets all demands.
+
+    More than as many is as many with a demand raised by less than one in all. With capacities scaled by k
+    that is one a token, and k need only exceed their number; a smaller k asks for more.
+    """
+    n_rows, u = seen.shape
+    k = min(u + 1, (LARGEST // u - 1) // max(d, rank)) if strictly else 1
+    demand = k * d + strictly
+    source, sink = 0, 1 + u + n_rows
+    token, row = 1 + np.arange(u), 1 + u + np.arange(n_rows)
+    at, to = np.nonzero(seen)
+    tails = np.concatenate([np.zeros(u, dtype=int), token[to], row])
+    heads = np.concatenate([token, row[at], np.full(n_rows, sink)])
+    room = np.concatenate([np.full(u, demand), np.full(len(at), demand), np.full(n_rows, k * rank)])
+    size = sink + 1
+    graph = sparse.csr_array((room.astype(np.int32), (tails, heads)), shape=(size, size))
+    return bool(maximum_flow(graph, source, sink).flow_value == demand * u)
