@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.certificates.ball import ChunkRows, Stages, sums_on_ball
+from attnfit.certificates.centred import centred
 from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
 from attnfit.certificates.layer import certify_layer
-from attnfit.certificates.lipschitz import lipschitz_constant
+from attnfit.certificates.lipschitz import lipschitz_constant, missing_bound
 from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.two_layer import certify_layers
 from attnfit.problems.evaluation import Evaluation
@@ -21,6 +22,8 @@ from attnfit.problems.inversion.layer_problem import LayerProblem
 from attnfit.problems.layers.layered import LayeredProblem
 from attnfit.problems.maps.attention import Attention
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
 
 Array = NDArray[np.float64]
 
@@ -74,7 +77,10 @@ def certify(problem: Any, x: Any) -> Certificate:
             f"none is known for {type(problem).__name__}, whose factors are not unique; compare "
             "result.local_values of several starts"
         )
-    grouped: GroupedProblem = problem
+    missing = missing_bound(problem.loss)
+    if missing is not None:
+        return refused(missing)
+    grouped = centred(problem)
     at = grouped.evaluate(as_point(x, grouped.shape))
     return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
 
@@ -95,12 +101,41 @@ class RowBall:
         """Return None: these losses are smooth."""
         return None
 
+    def seen(self, directions: Array) -> float:
+        """Return the largest ``|a_i . v| / (|a_i| . |v|)`` over rows that count and directions v: one read."""
+        return float(self.problem.reduce(_seen, directions).share)
+
     def rounding(self) -> float:
         """Bound the effect of rounding in A x and in the sums on the whitened gradient, to first order."""
         problem = self.problem
         sums = sums_on_ball(problem, self.at, self.whitener, _rounding, 0.0)
         ridge = np.linalg.norm(np.abs(self.whitener).T @ np.abs(problem.ridge * self.at.x))
         return 4.0 * float(np.finfo(np.float64).eps) * float(sums["rounding"] + ridge)
+
+
+@dataclass(frozen=True)
+class _Largest:
+    """A maximum over rows, merged over parts of the data."""
+
+    share: float
+
+    def merge(self, other: _Largest) -> _Largest:
+        return _Largest(max(self.share, other.share))
+
+
+def _seen(part: StoredProblem, chunks: list[Chunk], directions: Array) -> _Largest:
+    """Return the largest change of a logit relative to its terms; rows in groups without weight do not count."""
+    largest = 0.0
+    for chunk in part.ahead(chunks):
+        block, w = part.fetch(chunk), part.targets(chunk)[1] + np.zeros(chunk.segments.n_rows)
+        size = np.asarray(abs(block) @ np.abs(directions))
+        along = np.abs(np.asarray(block @ directions))
+        share = np.divide(along, size, out=np.zeros_like(along), where=size > 0.0).max(axis=1, initial=0.0)
+        if chunk.long < 0:
+            weight = chunk.segments.spread(chunk.segments.max(w)) if part.loss.coupled else w
+            share = np.where(weight > 0.0, share, 0.0)
+        largest = max(largest, float(share.max(initial=0.0)))
+    return _Largest(largest)
 
 
 def _rounding(rows: ChunkRows, radius: float) -> Stages:

@@ -80,6 +80,10 @@ class LayerBall:
         """Return None: attention is smooth."""
         return None
 
+    def seen(self, directions: Array) -> float:
+        """Return inf: what attention does not see of an open direction is not known."""
+        return np.inf
+
     def lipschitz(self, radius: float) -> float:
         """Return a Lipschitz constant of the whitened Hessian on a ball."""
         if not np.isfinite(radius):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,9 @@ class MixtureCertificate(Certificate):
 
     ``radius`` and ``radii`` bound ``||f - f*||_2`` for every optimal f* (infinite where the signatures of the
     optimal face are dependent), ``scaled_radius`` bounds ``||w^(1/2) A2 (f - f*)||_2``, which is unique.
-    ``radius``, ``scaled_radius`` and ``lambda_min`` are those of the worst right-hand side, ``value_gap``
-    the sum of all gaps; ``eta`` and ``lipschitz`` are zero: the problem is quadratic in f.
+    ``radius`` and ``scaled_radius`` are of all right-hand sides together (the root of the sum of squares),
+    ``value_gap`` the sum of all gaps, ``lambda_min`` the smallest; ``eta`` and ``lipschitz`` are zero: the
+    problem is quadratic in f.
 
     Attributes
     ----------
@@ -38,12 +39,10 @@ class MixtureCertificate(Certificate):
         Duality gap of each right-hand side, rounding included: ``L(f) - L* <= gap``.
     relative_gap : ndarray, shape (k,)
         Relative to ``0.5 sum w b^2``, or to the loss where that is larger; `valid` means all are below 1e-9.
-    radii : ndarray, shape (k,)
     """
 
-    gap: Array
-    relative_gap: Array
-    radii: Array
+    gap: Array = field(default_factory=lambda: np.zeros(0))
+    relative_gap: Array = field(default_factory=lambda: np.zeros(0))
 
 
 def certify_mixture(problem: LayeredProblem, x: Any) -> MixtureCertificate:
@@ -84,17 +83,20 @@ def certify_mixture(problem: LayeredProblem, x: Any) -> MixtureCertificate:
     n_open = int((~np.isfinite(radii)).sum())
     return MixtureCertificate(
         valid=valid,
-        radius=float(radii.max()) if valid else np.inf,
-        scaled_radius=float(np.sqrt(2.0 * gap.max())),
+        radius=float(np.linalg.norm(radii)) if valid else np.inf,
+        scaled_radius=float(np.sqrt(2.0 * gap.sum())),
         value_gap=float(gap.sum()),
         reason=_reason(relative, n_open),
         eta=0.0,
         lipschitz=0.0,
         lambda_min=float(smallest.min()),
         n_unidentified=n_open,
+        valid_for_predictions=valid,
+        radii=radii,
+        scaled_radii=np.sqrt(2.0 * gap),
+        value_gaps=gap,
         gap=gap,
         relative_gap=relative,
-        radii=radii,
     )
 
 
