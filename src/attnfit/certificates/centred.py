@@ -12,6 +12,7 @@ import numpy as np
 from attnfit.designs import SparseDesign
 from attnfit.designs.centring import CentredDesign, GroupReference
 from attnfit.losses.segments import Array
+from attnfit.problems.evaluation import Drawn
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.problems.rows.merging import merged
 from attnfit.problems.rows.partition import Chunk
@@ -64,9 +65,13 @@ def _with_centred_rows(part: Any, references: dict[int, Array]) -> Any:
 
 
 def _reduce_centred(
-    problem: GroupedProblem, references: dict[int, Array], work: Callable[..., Any], *args: Any
+    problem: GroupedProblem,
+    references: dict[int, Array],
+    work: Callable[..., Any],
+    *args: Any,
+    drawn: Drawn | None = None,
 ) -> Any:
-    return problem.reduce(_on_centred_rows, references, work, *args)
+    return problem.reduce(_on_centred_rows, references, work, *args, drawn=drawn)
 
 
 def _on_centred_rows(
