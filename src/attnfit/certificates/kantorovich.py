@@ -121,8 +121,7 @@ class Certificate:
         """
         words = RIGOROUS if self.rigorous else FIRST_ORDER
         if self.valid:
-            loose = " (loose)" if self.radius > LOOSE * (float(np.linalg.norm(x)) + 1.0) else ""
-            return f"within {self.radius:.2e} of the exact stationary point{loose}, {words}"
+            return within(self.radius, x, words)
         if not self.valid_for_predictions:
             return f"none: {self.reason}"
         known = np.isfinite(self.coefficient_radius)
@@ -131,6 +130,12 @@ class Certificate:
             largest = float(self.coefficient_radius[known].max())
             told += f", and {int(known.sum())} of {known.size} coefficients, each within {largest:.2e}"
         return f"{told}; x is not: {self.reason}"
+
+
+def within(radius: float, x: Array, words: str = FIRST_ORDER) -> str:
+    """Return in words how near x is to a stationary point, and that this is loose where it says little."""
+    loose = " (loose)" if radius > LOOSE * (float(np.linalg.norm(x)) + 1.0) else ""
+    return f"within {radius:.2e} of the exact stationary point{loose}, {words}"
 
 
 class Ball(Protocol):
@@ -270,7 +275,7 @@ def certified(
     rigorous: bool = False,
 ) -> Certificate:
     """Return the certificate of a ball of radius rho in the whitened variables."""
-    identified, radius = white.identified(rho), rho * white.spread
+    identified, radius = white.identified(rho), float(rho * white.spread)
     return Certificate(
         valid=True,
         radius=radius,
