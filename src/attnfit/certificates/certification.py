@@ -15,6 +15,7 @@ from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, re
 from attnfit.certificates.layer import certify_layer
 from attnfit.certificates.lipschitz import lipschitz_constant, missing_bound
 from attnfit.certificates.mixture import certify_mixture
+from attnfit.certificates.rigorous import certify_rigorously
 from attnfit.certificates.two_layer import certify_layers
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
@@ -31,7 +32,7 @@ Array = NDArray[np.float64]
 DENSE_ENTRIES = 1 << 27
 
 
-def certify(problem: Any, x: Any) -> Certificate:
+def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     """Certify x: find a ball around it that contains exactly one stationary point.
 
     With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of
@@ -40,11 +41,18 @@ def certify(problem: Any, x: Any) -> Certificate:
     they are, up to five more where groups are longer than a block, and d^2 numbers. A mixture is certified
     by its duality gap instead.
 
+    The rows are centred by group first where the loss ignores what a group shares. Rounding is bounded to first
+    order with a probabilistic constant: errors are taken as independent, with sqrt(d) in place of d.
+
     Parameters
     ----------
     problem : Softmax, Exponential, Rescaled, Attention, TwoLayer, ReluSoftmax, ThreeLayer or LayerInversion
     x : array_like, in the problem's natural shape
-        Of several right-hand sides all are certified, and the worst is reported.
+        Of several right-hand sides all are certified: the radius is that of all of x.
+    rigorous : bool
+        Bound rounding without assumptions on its errors: the ball is proven, given IEEE double arithmetic and exp
+        to 2 units. Of dense rows in memory, of exponential and softmax losses without row penalty; all else is
+        refused by name.
 
     Returns
     -------
@@ -61,6 +69,10 @@ def certify(problem: Any, x: Any) -> Certificate:
     with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.two_layer`, which
     replace the papers' ``n^4 exp(20 R^2)``.
     """
+    if rigorous and (isinstance(problem, Attention) or not isinstance(problem, GroupedProblem)):
+        return refused(
+            f"no rigorous certificate is known for {type(problem).__name__}; call certificate() without rigorous"
+        )
     if isinstance(problem, LayeredProblem):
         return certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
     if isinstance(problem, LayerProblem):
@@ -80,8 +92,11 @@ def certify(problem: Any, x: Any) -> Certificate:
     missing = missing_bound(problem.loss)
     if missing is not None:
         return refused(missing)
+    x = as_point(x, problem.shape)
     grouped = centred(problem)
-    at = grouped.evaluate(as_point(x, grouped.shape))
+    if rigorous:
+        return certify_rigorously(problem, x, grouped)
+    at = grouped.evaluate(x)
     return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
 
 

@@ -272,14 +272,18 @@ def certified(
     eta: float,
     lambda_min: float,
     n_unidentified: int = 0,
+    scaled: float | None = None,
     rigorous: bool = False,
 ) -> Certificate:
-    """Return the certificate of a ball of radius rho in the whitened variables."""
+    """Return the certificate of a ball of radius rho in the whitened variables; ``scaled`` is the radius in the
+    norm of H, rho itself where ``T^T H T = 1``.
+    """
+    scaled = rho if scaled is None else scaled
     identified, radius = white.identified(rho), float(rho * white.spread)
     return Certificate(
         valid=True,
         radius=radius,
-        scaled_radius=float(rho),
+        scaled_radius=float(scaled),
         value_gap=float(value_gap),
         reason=reason,
         eta=eta,
@@ -290,7 +294,7 @@ def certified(
         identified=identified,
         coefficient_radius=identified.coefficient_radius,
         radii=np.array([radius]),
-        scaled_radii=np.array([rho]),
+        scaled_radii=np.array([scaled]),
         value_gaps=np.array([value_gap]),
         rigorous=rigorous,
     )
