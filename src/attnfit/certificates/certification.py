@@ -80,7 +80,7 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     if isinstance(problem, Attention):
         if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
             return refused(
-                f"a proof takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, more "
+                f"a certificate takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, more "
                 f"than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
             )
         x, problem = as_point(x, problem.shape), problem.dense()

@@ -24,7 +24,7 @@ def certify_layer(problem: LayerProblem, x: Any) -> Certificate:
     """
     if problem.n_unknowns > MAX_DENSE:
         return refused(
-            f"a proof takes all eigenvalues of a matrix of {problem.n_unknowns:,} unknowns, more than "
+            f"a certificate takes all eigenvalues of a matrix of {problem.n_unknowns:,} unknowns, more than "
             f"{MAX_DENSE:,}; give known tokens"
         )
     at = problem.evaluate(as_point(x, problem.shape).copy())

@@ -25,7 +25,7 @@ RANK = 1e-10
 
 @dataclass(frozen=True)
 class MixtureCertificate(Certificate):
-    """What is proven about the proportions ``f = softmax(x)`` of a mixture.
+    """What is certified of the proportions ``f = softmax(x)`` of a mixture.
 
     ``radius`` and ``radii`` bound ``||f - f*||_2`` for every optimal f* (infinite where the signatures of the
     optimal face are dependent), ``scaled_radius`` bounds ``||w^(1/2) A2 (f - f*)||_2``, which is unique.
