@@ -147,8 +147,10 @@ class MixtureReport:
             f"{self.result.seconds:.2f} s",
             f"{good:,} of {k:,} certified optimal to 1e-9 (largest gap {worst:.1e} of half the squared norm)",
         ]
-        if self.certificate.n_unidentified:
-            facts.append(f"proportions not unique in {self.certificate.n_unidentified:,}")
+        for verdict in ("not unique", "not proven unique"):
+            n = int((self.certificate.uniqueness == verdict).sum())
+            if n:
+                facts.append(f"proportions {verdict} in {n:,}")
         return facts
 
     def write(self, path: Path) -> None:
