@@ -1,4 +1,4 @@
-"""What a certificate says of open directions, single coefficients, several right-hand sides and foreign losses."""
+"""What a certificate says of open directions, coefficients, several right-hand sides and foreign losses."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def test_a_layer_ignores_what_all_logits_share():
     rng = np.random.default_rng(0)
     A2 = rng.standard_normal((40, 5))
     b = np.tanh(A2 @ rng.dirichlet(np.ones(5)))
-    proof = quietly(problems.TwoLayer(None, A2, b + 0.01 * rng.standard_normal(40), "tanh"), tol=1e-12).certificate()
+    proof = quietly(
+        problems.TwoLayer(None, A2, b + 0.01 * rng.standard_normal(40), "tanh"), tol=1e-12
+    ).certificate()
     assert proof.n_unidentified == 1
     assert proof.valid_for_predictions
     assert np.isinf(proof.coefficient_radius).all()

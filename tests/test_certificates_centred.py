@@ -175,7 +175,9 @@ def test_pieces_of_a_group_agree_on_what_is_subtracted():
 
 
 def test_an_entry_stored_twice_is_one_entry():
-    twice = sparse.csr_array((np.array([1.0, 2.0, 4.0]), np.array([0, 0, 0]), np.array([0, 2, 3])), shape=(2, 2))
+    twice = sparse.csr_array(
+        (np.array([1.0, 2.0, 4.0]), np.array([0, 0, 0]), np.array([0, 2, 3])), shape=(2, 2)
+    )
     start = np.zeros(1, dtype=int)
     assert np.array_equal(centre_rows(twice, start).toarray(), [[0.0, 0.0], [1.0, 0.0]])
     assert np.array_equal(GroupReference.of(twice).row, [3.0, 0.0])

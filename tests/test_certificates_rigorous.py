@@ -154,7 +154,9 @@ def test_enclosures_hold_exact_results(values, where):
     mid, rad = (np.array(v) for v in zip(*values, strict=True))
     a, b = Enclosure(mid, rad), Enclosure(mid[::-1].copy(), rad[::-1].copy())
     with mpmath.workdps(40):
-        one = [mpmath.mpf(m) + mpmath.mpf(r) * mpmath.mpf(t) for m, r, t in zip(mid, rad, where, strict=False)]
+        one = [
+            mpmath.mpf(m) + mpmath.mpf(r) * mpmath.mpf(t) for m, r, t in zip(mid, rad, where, strict=False)
+        ]
         other = [
             mpmath.mpf(m) + mpmath.mpf(r) * mpmath.mpf(t)
             for m, r, t in zip(b.mid, b.rad, where[5:], strict=False)

@@ -17,8 +17,8 @@ def ranges(signatures, f, w=None):
     for i in range(n):
         for sign in (1.0, -1.0):
             found = optimize.linprog(
-                sign * np.eye(n)[i], A_eq=np.vstack([A, np.ones(n)]), b_eq=np.append(A @ f, 1.0), method="highs",
-                options={"primal_feasibility_tolerance": 1e-9},
+                sign * np.eye(n)[i], A_eq=np.vstack([A, np.ones(n)]), b_eq=np.append(A @ f, 1.0),
+                method="highs", options={"primal_feasibility_tolerance": 1e-9},
             )  # fmt: skip
             ends.append(sign * found.fun if found.success else f[i])
     return np.abs(np.array(ends).reshape(n, 2) - f[:, None]).max(axis=1)

@@ -75,6 +75,10 @@ def _reduce_centred(
 
 
 def _on_centred_rows(
-    part: StoredProblem, chunks: list[Chunk], references: dict[int, Array], work: Callable[..., Any], *args: Any
+    part: StoredProblem,
+    chunks: list[Chunk],
+    references: dict[int, Array],
+    work: Callable[..., Any],
+    *args: Any,
 ) -> Any:
     return work(_with_centred_rows(part, references), chunks, *args)

@@ -41,8 +41,8 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     they are, up to five more where groups are longer than a block, and d^2 numbers. A mixture is certified
     by its duality gap instead.
 
-    The rows are centred by group first where the loss ignores what a group shares. Rounding is bounded to first
-    order with a probabilistic constant: errors are taken as independent, with sqrt(d) in place of d.
+    The rows are centred by group first where the loss ignores what a group shares. Rounding is bounded to
+    first order with a probabilistic constant: errors are taken as independent, with sqrt(d) in place of d.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     x : array_like, in the problem's natural shape
         Of several right-hand sides all are certified: the radius is that of all of x.
     rigorous : bool
-        Bound rounding without assumptions on its errors: the ball is proven, given IEEE double arithmetic and exp
-        to 2 units. Of dense rows in memory, of exponential and softmax losses without row penalty; all else is
-        refused by name.
+        Bound rounding without assumptions on its errors: the ball is proven, given IEEE double arithmetic
+        and exp to 2 units. Of dense rows in memory, of exponential and softmax losses without row penalty;
+        all else is refused by name.
 
     Returns
     -------
@@ -71,7 +71,8 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     """
     if rigorous and (isinstance(problem, Attention) or not isinstance(problem, GroupedProblem)):
         return refused(
-            f"no rigorous certificate is known for {type(problem).__name__}; call certificate() without rigorous"
+            f"no rigorous certificate is known for {type(problem).__name__}; call certificate() without "
+            "rigorous"
         )
     if isinstance(problem, LayeredProblem):
         return certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
@@ -80,8 +81,8 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     if isinstance(problem, Attention):
         if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
             return refused(
-                f"a certificate takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, more "
-                f"than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
+                f"a certificate takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, "
+                f"more than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
             )
         x, problem = as_point(x, problem.shape), problem.dense()
     if not isinstance(problem, GroupedProblem):
@@ -117,7 +118,7 @@ class RowBall:
         return None
 
     def seen(self, directions: Array) -> float:
-        """Return the largest ``|a_i . v| / (|a_i| . |v|)`` over rows that count and directions v: one read."""
+        """Return the largest ``|a_i . v| / (|a_i| . |v|)`` over rows that count and directions v."""
         return float(self.problem.reduce(_seen, directions).share)
 
     def rounding(self) -> float:
@@ -139,7 +140,7 @@ class _Largest:
 
 
 def _seen(part: StoredProblem, chunks: list[Chunk], directions: Array) -> _Largest:
-    """Return the largest change of a logit relative to its terms; rows in groups without weight do not count."""
+    """Return the largest change of a logit relative to its terms; groups without weight do not count."""
     largest = 0.0
     for chunk in part.ahead(chunks):
         block, w = part.fetch(chunk), part.targets(chunk)[1] + np.zeros(chunk.segments.n_rows)

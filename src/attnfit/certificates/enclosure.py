@@ -1,15 +1,16 @@
 """Arrays known to within a radius, with rounding included: midpoint-radius arithmetic.
 
-Every operation returns an enclosure of the exact result for all numbers within the operands' radii, provided that
-sums and products round to nearest in IEEE double precision, in any order of summation and with or without fused
-multiplication, and that the computed exponential is within 2 units in the last place. Rump, "Fast and parallel
-interval arithmetic" (1999), doi:10.1023/A:1022374804152; Higham, "Accuracy and Stability of Numerical Algorithms"
-(2002), Section 3.1 for ``gamma_n = n u / (1 - n u)``.
+Every operation returns an enclosure of the exact result for all numbers within the operands' radii,
+provided that sums and products round to nearest in IEEE double precision, in any order of summation and
+with or without fused multiplication, and that the computed exponential is within 2 units in the last place.
+Rump, "Fast and parallel interval arithmetic" (1999), doi:10.1023/A:1022374804152; Higham, "Accuracy and
+Stability of Numerical Algorithms" (2002), Section 3.1 for ``gamma_n = n u / (1 - n u)``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,8 +50,8 @@ class Enclosure:
         """Largest absolute value."""
         return (np.abs(self.mid) + self.rad) * OUTWARD
 
-    def __getitem__(self, index: object) -> Enclosure:
-        return Enclosure(self.mid[index], self.rad[index])  # type: ignore[index]
+    def __getitem__(self, index: Any) -> Enclosure:
+        return Enclosure(self.mid[index], self.rad[index])
 
     def __add__(self, other: Enclosure) -> Enclosure:
         return self.rounded(self.mid + other.mid, self.rad + other.rad)
@@ -117,4 +118,4 @@ class Enclosure:
 
     def row_norms(self) -> Array:
         """Return an upper bound of the norm of each row."""
-        return np.linalg.norm(self.size, axis=1) * OUTWARD
+        return np.asarray(np.linalg.norm(self.size, axis=1) * OUTWARD)

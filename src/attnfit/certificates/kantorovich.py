@@ -33,9 +33,9 @@ RIGOROUS = "proven, given IEEE double arithmetic and exp to 2 units"
 class Identified:
     """What is known of x although some directions are open.
 
-    x* is here the stationary point among the points that differ from x in identified directions only, the open
-    ones held: where no row sees those (`Certificate.valid_for_predictions`) it is a stationary point of the
-    loss, and all others have the same predictions.
+    x* is here the stationary point among the points that differ from x in identified directions only, the
+    open ones held: where no row sees those (`Certificate.valid_for_predictions`) it is a stationary point
+    of the loss, and all others have the same predictions.
 
     Attributes
     ----------
@@ -56,9 +56,10 @@ class Identified:
 class Certificate:
     """What is known about the stationary point x* next to x.
 
-    A statement about exact arithmetic: x* is the exact stationary point of the data as stored, and rounding in
-    the computed gradient is bounded to first order with a probabilistic constant (errors taken as independent,
-    sqrt(d) in place of d); with `rigorous` it is proven, given IEEE double arithmetic and exp to 2 units.
+    A statement about exact arithmetic: x* is the exact stationary point of the data as stored, and rounding
+    in the computed gradient is bounded to first order with a probabilistic constant (errors taken as
+    independent, sqrt(d) in place of d); with `rigorous` it is proven, given IEEE double arithmetic and exp
+    to 2 units.
 
     Attributes
     ----------
@@ -252,10 +253,10 @@ def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array],
             constant=constant, **known,
         )  # fmt: skip
     rho = 2.0 * eta / (1.0 + np.sqrt(1.0 - 2.0 * h))
-    found = certified(
-        white, rho, 0.5 * rho**2 * (1.0 + constant * rho), f"Newton-Kantorovich: M eta = {h:.3g} <= 1/2",
-        constant=constant, **known,
-    )  # fmt: skip
+    # At a distance s the loss is at most eta s - s^2 / 2 + M s^3 / 6 lower, which grows up to s = rho.
+    gap = 0.5 * rho**2 * (1.0 - constant * rho / 1.5)
+    reason = f"Newton-Kantorovich: M eta = {h:.3g} <= 1/2"
+    found = certified(white, rho, gap, reason, constant=constant, **known)
     if flat == 0:
         return found
     pure = np.where(np.abs(white.open) > noise, white.open, 0.0) / scale[:, None]
@@ -275,8 +276,8 @@ def certified(
     scaled: float | None = None,
     rigorous: bool = False,
 ) -> Certificate:
-    """Return the certificate of a ball of radius rho in the whitened variables; ``scaled`` is the radius in the
-    norm of H, rho itself where ``T^T H T = 1``.
+    """Return the certificate of a ball of radius rho in the whitened variables; ``scaled`` is the radius in
+    the norm of H, rho itself where ``T^T H T = 1``.
     """
     scaled = rho if scaled is None else scaled
     identified, radius = white.identified(rho), float(rho * white.spread)
@@ -311,8 +312,8 @@ def _open(found: Certificate, white: Whitening, unseen: bool) -> Certificate:
     nothing = np.full(1, np.inf)
     if unseen:
         reason = (
-            f"{many}, seen by no row of the data: {listed}; drop columns or add ridge. certificate.identified "
-            f"holds in the others ({found.reason})"
+            f"{many}, seen by no row of the data: {listed}; drop columns or add ridge. "
+            f"certificate.identified holds in the others ({found.reason})"
         )
         return replace(found, valid=False, radius=np.inf, radii=nothing, reason=reason)
     reason = (

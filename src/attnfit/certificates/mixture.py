@@ -35,8 +35,8 @@ NULL = 1e-9
 class MixtureCertificate(Certificate):
     """What is certified of the proportions ``f = softmax(x)`` of a mixture.
 
-    ``radius`` and ``radii`` bound ``||f - f*||_2`` for every optimal f* (infinite where f* is not unique, or not
-    proven to be), ``scaled_radius`` bounds ``||w^(1/2) A2 (f - f*)||_2``, which is unique.
+    ``radius`` and ``radii`` bound ``||f - f*||_2`` for every optimal f* (infinite where f* is not unique,
+    or not proven to be), ``scaled_radius`` bounds ``||w^(1/2) A2 (f - f*)||_2``, which is unique.
     ``radius`` and ``scaled_radius`` are of all right-hand sides together (the root of the sum of squares),
     ``value_gap`` the sum of all gaps, ``lambda_min`` the smallest; ``eta`` and ``lipschitz`` are zero: the
     problem is quadratic in f.
@@ -48,8 +48,8 @@ class MixtureCertificate(Certificate):
     relative_gap : ndarray, shape (k,)
         Relative to ``0.5 sum w b^2``, or to the loss where that is larger; `valid` means all are below 1e-9.
     uniqueness : ndarray of str, shape (k,)
-        "unique", "not unique" (a direction in which the proportions can go without a change of the fit is known)
-        or "not proven unique".
+        "unique", "not unique" (a direction in which the proportions can go without a change of the fit is
+        known) or "not proven unique".
     """
 
     gap: Array = field(default_factory=lambda: np.zeros(0))
@@ -62,8 +62,8 @@ def certify_mixture(problem: LayeredProblem, x: Any) -> MixtureCertificate:
 
     With q the gradient of the loss in f, convexity gives ``L(f) - L* <= <q, f> - min_i q_i``; a signature
     whose slack ``q_i - min q`` is s has an optimal proportion of at most gap / s, and strong convexity on
-    the remaining face bounds the rest. Where signatures of that face are dependent, a linear programme decides
-    whether the proportions can go anywhere, for up to 64 different sets of signatures present.
+    the remaining face bounds the rest. Where signatures of that face are dependent, a linear programme
+    decides whether the proportions can go anywhere, for up to 64 different sets of signatures present.
 
     Parameters
     ----------
@@ -138,7 +138,8 @@ UNIQUE, NOT_UNIQUE, NOT_PROVEN = "unique", "not unique", "not proven unique"
 def _radii(
     problem: LayeredProblem, gap: Array, faces: Mask, left: Array, present: Mask, traces: Array
 ) -> tuple[Array, Array, NDArray[np.str_]]:
-    """Return bounds of ``||f - f*||``, the smallest eigenvalues on the faces and the verdicts, shape (k,) each.
+    """Return bounds of ``||f - f*||``, the smallest eigenvalues on the faces and the verdicts, shape (k,)
+    each.
 
     ``w^(1/2) A2 (f - f*)`` has norm at most ``sqrt(2 gap)``, and at most ``left`` of f* lies off the face;
     ``traces`` of f are on signatures that are not present.

@@ -1,11 +1,11 @@
 """A ball around x that is proven, given IEEE double arithmetic and exp to 2 units.
 
-Everything is an `Enclosure`: the rows less the first of their group, logits, outputs, gradient and the whitened
-Hessian. With any T, here an approximate whitener, let ``eta >= |T^T grad|`` and ``beta >= ||1 - T^T H T||_F``: if
-``beta < 1/2`` then H is positive definite, ``eta' = eta / (1 - beta)`` bounds the Newton step, and with M a
-Lipschitz constant of ``T^T H(x + T y) T`` on ``|y| <= 2 eta'`` and ``h = M eta' / (1 - beta) <= 1/2`` the stationary
-point is within ``2 eta' / (1 + sqrt(1 - 2 h)) ||T||``. No eigenvalue is trusted. Rump, "Verification methods"
-(2010), doi:10.1017/S096249291000005X.
+Everything is an `Enclosure`: the rows less the first of their group, logits, outputs, gradient and the
+whitened Hessian. With any T, here an approximate whitener, let ``eta >= |T^T grad|`` and ``beta >= ||1 -
+T^T H T||_F``: if ``beta < 1/2`` then H is positive definite, ``eta' = eta / (1 - beta)`` bounds the Newton
+step, and with M a Lipschitz constant of ``T^T H(x + T y) T`` on ``|y| <= 2 eta'`` and ``h = M eta' / (1 -
+beta) <= 1/2`` the stationary point is within ``2 eta' / (1 + sqrt(1 - 2 h)) ||T||``. No eigenvalue is
+trusted. Rump, "Verification methods" (2010), doi:10.1017/S096249291000005X.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ WIDEN = 1e-8
 
 
 def certify_rigorously(problem: GroupedProblem, x: Array, centred: GroupedProblem) -> Certificate:
-    """Certify x with every rounding error bounded; ``centred`` proposes the whitener, on rows centred by group."""
+    """Certify x with every rounding error bounded; ``centred`` rows propose the whitener."""
     obstacle = _unsupported(problem)
     if obstacle is not None:
-        return refused(f"no rigorous certificate is known for {obstacle}; call certificate() without rigorous")
+        return refused(
+            f"no rigorous certificate is known for {obstacle}; call certificate() without rigorous"
+        )
     at = centred.evaluate(x)
     white = _whitening(centred, at) if np.isfinite(at.value) else None
     if white is None:
@@ -96,7 +98,9 @@ class _Rows:
         """The rows less their mean under the softmax; the rows themselves where they are not coupled."""
         if self.constants is None:
             return self.A
-        means = [(self.f * self.A[:, j]).sums(self.segments).spread(self.segments) for j in range(len(self.x))]
+        means = [
+            (self.f * self.A[:, j]).sums(self.segments).spread(self.segments) for j in range(len(self.x))
+        ]
         columns = [self.A[:, j] - mean for j, mean in enumerate(means)]
         return Enclosure(
             np.stack([c.mid for c in columns], axis=1), np.stack([c.rad for c in columns], axis=1)
@@ -128,9 +132,7 @@ def _rows_of(problem: GroupedProblem, x: Array) -> _Rows:
     constants = (W * B).sums(segments)
     if isinstance(loss, CrossEntropy):
         total = constants.spread(segments) * f
-        return _Rows(
-            loss, segments, rows, z, f, total - W * B, total, b, w, constants.size, None, x, ridge
-        )
+        return _Rows(loss, segments, rows, z, f, total - W * B, total, b, w, constants.size, None, x, ridge)
     p, g2 = _parts(loss, f, B, W)
     gamma = (p * f).sums(segments).spread(segments)
     slope, weight = f * (p - gamma), f * (g2 - gamma)
@@ -175,12 +177,14 @@ def _ball(rows: _Rows, T: Enclosure, white: Whitening) -> Certificate:
     length = eta / (1.0 - beta) * OUTWARD
     constant = _lipschitz(rows, Q, 2.0 * length * OUTWARD)
     h = constant * length / (1.0 - beta) * OUTWARD
-    known = {"eta": length, "constant": constant, "lambda_min": 1.0 / white.spread**2}
+    lambda_min = 1.0 / white.spread**2
     if not h <= 0.5:
         return refused(
             f"the Newton step is too long for the curvature to be constant: M eta = {h:.3g} exceeds 1/2; "
             "tighten tol or add ridge",
-            **known,
+            eta=length,
+            constant=constant,
+            lambda_min=lambda_min,
         )
     rho = 2.0 * length / (1.0 + np.sqrt(1.0 - 2.0 * h)) * OUTWARD
     # In y the quadratic part of the loss is at most (1 + beta) / 2, and x* is the minimum of the ball.
@@ -188,7 +192,10 @@ def _ball(rows: _Rows, T: Enclosure, white: Whitening) -> Certificate:
     # The scaled radius is in the norm of H itself: |H^(1/2) T y| <= sqrt(1 + beta) |y|.
     reason = f"Newton-Kantorovich in interval arithmetic: M eta = {h:.3g} <= 1/2"
     scaled = float(rho * np.sqrt(1.0 + beta) * OUTWARD)
-    return certified(white, rho * OUTWARD, gap, reason, scaled=scaled, rigorous=True, **known)
+    return certified(
+        white, rho * OUTWARD, gap, reason, constant=constant, eta=length, lambda_min=lambda_min,
+        scaled=scaled, rigorous=True,
+    )  # fmt: skip
 
 
 def _lipschitz(rows: _Rows, Q: Enclosure, radius: float) -> float:
@@ -229,9 +236,7 @@ def _lipschitz(rows: _Rows, Q: Enclosure, radius: float) -> float:
     def mean(values: Interval) -> Interval:
         product = f * values
         wide = WIDEN * segments.sum(product.magnitude)
-        return Interval(
-            spread(segments.sum(product.low) - wide), spread(segments.sum(product.high) + wide)
-        )
+        return Interval(spread(segments.sum(product.low) - wide), spread(segments.sum(product.high) + wide))
 
     g2 = over(rows.loss.g2)
     omega = high * (over(rows.loss.g3) - mean(over(rows.loss.p))).magnitude
@@ -254,7 +259,7 @@ def _third_of_exponential(function: str, z: Enclosure, reach: Array, b: Array) -
 def _shifted(Q: Enclosure, weights: Array, shift: Array) -> float:
     """Bound a Gram whose centres may have moved by ``shift``."""
     moved = float(np.sum(weights * shift**2)) * OUTWARD
-    return (np.sqrt(_gram_norm(Q, weights)) + np.sqrt(moved)) ** 2 * OUTWARD
+    return float((np.sqrt(_gram_norm(Q, weights)) + np.sqrt(moved)) ** 2 * OUTWARD)
 
 
 def _gram_norm(Q: Enclosure, weights: Array) -> float:

@@ -1,10 +1,10 @@
 """Rows less a row of their group: what a softmax cannot tell from the rows themselves.
 
-A loss of a softmax ignores what all rows of a group share, so ``a_i - a_ref(g)`` gives the same loss, gradient
-and Hessian in x as ``a_i``. In floating point it does not: columns with a large common part (years, ids, time
-stamps, 1e7 + 3) lose the digits that tell the rows apart. The difference of two numbers within a factor of two
-of each other is exact (Sterbenz, "Floating-Point Computation" (1974), Theorem 4.3.1); where they differ by more
-it is rounded once, like any datum.
+A loss of a softmax ignores what all rows of a group share, so ``a_i - a_ref(g)`` gives the same loss,
+gradient and Hessian in x as ``a_i``. In floating point it does not: columns with a large common part
+(years, ids, time stamps, 1e7 + 3) lose the digits that tell the rows apart. The difference of two numbers
+within a factor of two of each other is exact (Sterbenz, "Floating-Point Computation" (1974), Theorem
+4.3.1); where they differ by more it is rounded once, like any datum.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class CentredDesign(Design):
         return getattr(self.inner, name)
 
     @property
-    def rows_read(self) -> int:  # type: ignore[override]
+    def rows_read(self) -> int:
         """Number of rows fetched from the inner design."""
         return self.inner.rows_read
 

@@ -55,7 +55,18 @@ class Closed(NamedTuple):
 
 # What makes a loss: a class that overrides one of these is another loss.
 FORMULAS = frozenset(
-    ("link", "normalise", "moments", "close", "slope", "gram_terms", "p", "g2", "g3", "third_derivative_bound")
+    (
+        "link",
+        "normalise",
+        "moments",
+        "close",
+        "slope",
+        "gram_terms",
+        "p",
+        "g2",
+        "g3",
+        "third_derivative_bound",
+    )
 )
 
 
@@ -64,15 +75,16 @@ class Loss(ABC):
 
     ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in z.
     ``logarithmic`` says that the normaliser is the logarithm of a sum over the group, rather than the sum.
-    ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then those
-    of ``exp(z - reference)`` are one, and the rest play no part. ``shares`` names a loss that takes no
-    negative targets, ``has_target`` says whether the target plays a part. ``shift_invariant`` says that the loss
-    ignores a number added to all logits of a group.
+    ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then
+    those of ``exp(z - reference)`` are one, and the rest play no part. ``shares`` names a loss that takes
+    no negative targets, ``has_target`` says whether the target plays a part. ``shift_invariant`` says that
+    the loss ignores a number added to all logits of a group.
 
-    ``certifiable`` states that the loss is three times continuously differentiable and that its class says by
-    how much at most the third derivative moves the curvature: an uncoupled loss by `third_derivative_bound`, a
-    softmax loss by ``g3``, with ``p``, ``g2`` and ``g3`` monotone in f. The statement belongs to the formulas
-    beside it: a subclass that overrides one of `FORMULAS` does not inherit it and has to make its own.
+    ``certifiable`` states that the loss is three times continuously differentiable and that its class says
+    by how much at most the third derivative moves the curvature: an uncoupled loss by
+    `third_derivative_bound`, a softmax loss by ``g3``, with ``p``, ``g2`` and ``g3`` monotone in f. The
+    statement belongs to the formulas beside it: a subclass that overrides one of `FORMULAS` does not
+    inherit it and has to make its own.
     """
 
     coupled: bool = True
@@ -159,8 +171,8 @@ class Loss(ABC):
         return self.gram_terms(z, b, w, state)[0]
 
     def third_derivative_bound(self, low: Array, high: Array, b: Array, w: Array) -> Array | None:
-        """Return a bound of ``|d^3 loss / dz^3|`` of each row over logits in ``[low, high]``, shape (n_rows,);
-        None where the loss states none, or couples rows.
+        """Return a bound of ``|d^3 loss / dz^3|`` of each row over logits in ``[low, high]``, shape
+        (n_rows,); None where the loss states none, or couples rows.
         """
         return None
 

@@ -22,8 +22,8 @@ Index = NDArray[np.intp]
 
 # Outputs below this count as left out; of many outputs, below a tenth of the equal share.
 LEFT_OUT = 1e-5
-# A direction is sought that raises an output against so many others, the largest: more than that costs more than
-# a read of the data, and the mean of all is tried besides.
+# A direction is sought that raises an output against so many others, the largest: more than that costs more
+# than a read of the data, and the mean of all is tried besides.
 N_AGAINST = 256
 # Shares to which one that is left out is raised on trial.
 SHARES = np.array([1e-4, 1e-3, 1e-2, 0.1, 0.5])
@@ -109,7 +109,7 @@ def _directions(problem: LayeredProblem, layers: Layers, i: int, j: int) -> list
     for direction in (against_all, against_mean):
         rise = float(against_mean @ direction)
         if rise > 1e-10 * float(np.linalg.norm(against_mean) * np.linalg.norm(direction)):
-            out.append(direction / rise)
+            out.append(np.asarray(direction / rise, dtype=np.float64))
     return out
 
 
