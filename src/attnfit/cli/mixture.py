@@ -50,7 +50,7 @@ def fit_mixture(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Find the proportions, >= 0 and summing to one, of signatures in mixtures, and bound the distance to the optimum."""
+    """Find the proportions of signatures in mixtures, >= 0 and summing to one, each with its duality gap."""
     for path, option in ((save, "--save"), (json_path, "--json")):
         check_output(path, option)
     if save is not None and save.suffix.lower() != ".csv":

@@ -1,0 +1,188 @@
+"""The constants of layers: third derivatives by autodiff never exceed them, and no coefficient can be dropped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from autodiff import as_tensor
+from layer_reference import layer
+from layered_instances import ACTIVATIONS, LayeredInstance
+from test_certificate_constants import derivatives, third_along
+
+from attnfit import certificates, problems
+from attnfit.certificates.layer import LayerBall as InversionBall
+from attnfit.certificates.two_layer import LayerBall
+
+
+def two_layer(A1, A2, b, activation="tanh", **options):
+    """A problem of one right-hand side, its objective and the ball around a point in the user's variables."""
+    inst = LayeredInstance(
+        "TwoLayer", (np.array(A1, float), np.array(A2, float)), np.array(b, float), activation
+    )
+    inst.options.update(options)
+    problem = inst.problem()
+
+    def ball(x, T=None):
+        T = np.eye(len(x)) if T is None else T
+        return LayerBall(problem, problem.evaluate(np.array(x, float)), T)
+
+    return inst.objective, ball
+
+
+def scalar(outer, b, activation="tanh", x=0.0, **options):
+    """Two outputs and one unknown that moves them against each other; third derivative and constant at x."""
+    objective, ball = two_layer([[0.5], [-0.5]], [outer], [b], activation, **options)
+    third = abs(third_along(objective, np.array([x]), np.ones(1)))
+    return third, ball([x]).lipschitz(0.0)
+
+
+def test_the_jerk_of_the_activation_counts_in_full():
+    """Far from the target, where h' is steepest: |c| L3 |K|^3, within a tenth."""
+    third, constant = scalar([100.0, -100.0], 3000.0)
+    assert 0.9 * constant <= third <= constant
+
+
+def test_slope_times_curvature_of_the_activation_counts():
+    """At the target, where h' h'' is largest: 3 L1 L2 |K|^3 is at most a third too large."""
+    y = np.arctanh(np.sqrt(0.2))
+    outer = np.array([100.0, -100.0]) + y
+    third, constant = scalar(outer, np.tanh(y))
+    assert 0.65 * constant <= third <= constant
+
+
+def test_weights_count_once():
+    for w in (0.01, 1.0, 100.0):
+        third, constant = scalar([100.0, -100.0], 3000.0, weights=np.array([w]))
+        assert 0.9 * constant <= third <= constant
+
+
+def test_the_bend_of_the_softmax_counts():
+    """A linear layer at its target: all there is is 3 K . D^2 y."""
+    third, constant = scalar([1.0, -1.0], np.tanh(0.4), "identity", x=0.8)
+    assert 0.1 < third <= constant < 10 * third
+
+
+def test_the_third_derivative_of_the_softmax_counts():
+    """A linear layer whose output does not move at first, far from its target."""
+    A1 = np.array([[1.0], [0.2], [-1.3], [0.4]])
+    f = np.full(4, 0.25)
+    c = A1[:, 0] - f @ A1[:, 0]
+    v = f @ c**2
+    # The first two derivatives of the outputs at zero, and what centring makes of a constant, are not seen.
+    seen = np.stack([f * c, f * (c**2 - v), np.ones(4)])
+    outer = np.linalg.svd(seen)[2][-1]
+    for weight in (1.0, 9.0):
+        objective, ball = two_layer(A1, [outer], [-1e6], "identity", weights=np.array([weight]))
+        third = abs(third_along(objective, np.zeros(1), np.ones(1)))
+        assert 0.01 * ball([0.0]).lipschitz(0.0) < third <= ball([0.0]).lipschitz(0.0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("radius", [1e-4, 0.3])
+def test_no_third_derivative_on_the_ball_exceeds_the_constant(activation, radius):
+    rng = np.random.default_rng(1)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        n, m, d = int(rng.integers(2, 6)), int(rng.integers(1, 4)), 2
+        A1, A2 = 2.0 * rng.standard_normal((n, d)), 3.0 ** (seed - 1) * rng.standard_normal((m, n))
+        w = rng.uniform(0.1, 3.0, m)
+        objective, ball = two_layer(A1, A2, rng.standard_normal(m), activation, weights=w, ridge=0.1)
+        x, T = rng.standard_normal(d), 0.5 * rng.standard_normal((d, d))
+        constant = ball(x, T).lipschitz(radius)
+        for y in rng.standard_normal((6, d)):
+            point = x + radius * T @ y / np.linalg.norm(y)
+            for u in rng.standard_normal((6, d)):
+                assert abs(third_along(objective, point, T @ u / np.linalg.norm(u))) <= constant * (1 + 1e-9)
+
+
+def softmax_derivatives(rows, v):
+    """First three derivatives of the softmax of ``t C v`` at outputs f, by autodiff."""
+    logits = as_tensor(rows)
+    parts = []
+    for i in range(len(rows)):
+        found = derivatives(lambda t, i=i: torch.softmax(logits + t * as_tensor(v), 0)[i], 0.0, 3)
+        parts.append([float(value) for value in found[1:]])
+    return np.linalg.norm(np.array(parts), axis=0)
+
+
+def test_the_derivatives_of_a_softmax_are_bounded():
+    """s1, s2, s3 for any outputs, and for outputs none of which is large."""
+    rng = np.random.default_rng(0)
+    reached = np.zeros(3)
+    for _ in range(300):
+        n = int(rng.integers(2, 8))
+        logits, v = rng.uniform(0, 4) * rng.standard_normal(n), rng.standard_normal(n)
+        f = np.exp(logits - logits.max())
+        f /= f.sum()
+        rho = np.linalg.norm(v - f @ v)
+        top = f.max()
+        sizes = softmax_derivatives(logits, v) / rho ** np.arange(1, 4)
+        own = [
+            min(0.5, top),
+            min(np.sqrt(0.5), 2.0 * top),
+            min(2.5, np.sqrt(2.0) * top + 3.0 * top**2 + np.sqrt(2.0) * top**1.5),
+        ]
+        assert (sizes <= own).all()
+        reached = np.maximum(reached, sizes / own)
+    even = softmax_derivatives(np.zeros(2), np.array([1.0, -1.0]))[0] / np.sqrt(2.0)
+    assert np.isclose(even, 0.5)
+    assert reached[0] > 0.9
+
+
+# ---- inversion of a layer
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "causal", "heads": 2}, {"n_known": 2, "bias": True}])
+@pytest.mark.parametrize("radius", [0.0, 1e-2])
+def test_rates_of_a_layer_bound_their_own_derivatives(options, radius):
+    """Second and third derivative of the residuals, apart: what is summed up in the constant."""
+    reference, x = layer(n=4, d=2, **options)
+    problem = reference.problem()
+    rng = np.random.default_rng(0)
+    T = 0.3 * rng.standard_normal((len(x), len(x)))
+    ball = InversionBall(problem, problem.evaluate(x), T)
+    second, third = ball._rates(radius)
+    reached = np.zeros(2)
+    for _ in range(8):
+        y, u = rng.standard_normal((2, len(x)))
+        point, along = x + radius * T @ y / np.linalg.norm(y), T @ u / np.linalg.norm(u)
+        outputs = reference.output(as_tensor(point)).numel()
+        parts = [
+            derivatives(
+                lambda t, k=k, p=point, a=along: reference.residuals(as_tensor(p) + t *
+                as_tensor(a)).reshape(-1)[k], 0.0, 3,
+            )[2:]
+            for k in range(outputs)
+        ]  # fmt: skip
+        sizes = np.linalg.norm(np.array(parts, dtype=float), axis=0)
+        assert (sizes <= np.array([second, third]) * (1 + 1e-9)).all()
+        reached = np.maximum(reached, sizes / [second, third])
+    assert (reached > 1e-4).all()
+
+
+def test_the_constant_is_made_of_slope_rates_and_residual():
+    """3 r' . r'' + r . r''': on the ball each grows by the next."""
+    reference, x = layer(n=4, d=2)
+    problem = reference.problem()
+    ball = InversionBall(problem, problem.evaluate(x), 0.3 * np.eye(len(x)))
+    second, third = ball._rates(0.0)
+    J = problem.layer.jacobian(ball.at.forward, problem.unknown)
+    assert np.isclose(ball.slope, 0.3 * np.linalg.norm(J, 2))
+    assert np.isclose(ball.residual, np.linalg.norm(ball.at.residuals))
+    assert np.isclose(ball.lipschitz(0.0), 3.0 * ball.slope * second + ball.residual * third)
+    second, third = ball._rates(0.1)
+    slope = ball.slope + 0.1 * second
+    assert np.isclose(ball.lipschitz(0.1), 3.0 * slope * second + (ball.residual + 0.1 * slope) * third)
+
+
+def test_a_layer_that_ends_in_the_kink_of_relu_says_which_row():
+    rng = np.random.default_rng(1)
+    A1, A2 = rng.standard_normal((9, 3)), rng.standard_normal((12, 9))
+    x = rng.standard_normal(3)
+    problem = problems.ReluSoftmax(A1, A2, problems.ReluSoftmax(A1, A2, np.zeros(12)).predict(x))
+    ball = LayerBall(problem, problem.evaluate(x), np.eye(3))
+    nearest = np.min(np.abs(A1 @ x) / np.linalg.norm(A1, axis=1))
+    assert ball.obstacle(0.99 * nearest) is None
+    assert "row" in ball.obstacle(1.01 * nearest)
+    assert certificates.certify(problem, x).valid
