@@ -1,4 +1,4 @@
-"""Every coefficient of every bound: third derivatives by autodiff never exceed it, and somewhere come close."""
+"""Every coefficient of every bound: autodiff never exceeds it, and somewhere comes close."""
 
 from __future__ import annotations
 

@@ -126,6 +126,19 @@ def test_each_coefficient_has_its_own_radius(family, loss):
     assert proof.coefficient_radius[3] < 0.1 * proof.radius
 
 
+def test_coefficient_radii_have_the_shape_of_x():
+    rng = np.random.default_rng(0)
+    A1, A2 = rng.standard_normal((6, 2)), rng.standard_normal((7, 3))
+    B = rng.dirichlet(np.ones(7), 6)
+    problem = problems.Attention(A1, A2, B, "cross_entropy", ridge=0.1)
+    assert quietly(problem).certificate().coefficient_radius.shape == (2, 3)
+    refused = certificates.certify(problems.Exponential(np.ones((3, 2)), np.ones(3), "cosh"), np.zeros(2))
+    assert not refused.valid
+    assert np.isinf(refused.coefficient_radius).tolist() == [True, True]
+    mixture = quietly(problems.TwoLayer(None, rng.random((5, 3)), rng.random((5, 2)), "identity"))
+    assert mixture.certificate().coefficient_radius.shape == (3, 2)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_coefficient_radii_scale_with_the_columns(seed):
     """Property 22: scaled and centred data have the same certificate, within a factor of two."""
@@ -278,7 +291,7 @@ def test_the_bound_of_an_activation_that_is_missing_is_named():
 def test_a_summary_says_what_is_certified():
     inst, _, A = with_open_columns()
     known = str(SoftmaxRegressor("cross_entropy").fit(inst.A, inst.b, groups=inst.ids).summary())
-    assert "certificate: within " in known
+    assert "certificate: valid, within " in known
     assert "probabilistic constant" in known
     partly = str(SoftmaxRegressor("cross_entropy").fit(A, inst.b, groups=inst.ids).summary())
     assert "certificate: predictions are certified" in partly

@@ -1,4 +1,4 @@
-"""The constants of layers: third derivatives by autodiff never exceed them, and no coefficient can be dropped."""
+"""The constants of layers: autodiff never exceeds them, and no coefficient can be dropped."""
 
 from __future__ import annotations
 

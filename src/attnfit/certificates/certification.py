@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,13 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.two_layer`, which
     replace the papers' ``n^4 exp(20 R^2)``.
     """
+    found, each = _certify(problem, x, rigorous), np.full(problem.shape, np.inf)
+    if found.coefficient_radius.size == each.size:
+        each = found.coefficient_radius.reshape(each.shape)
+    return replace(found, coefficient_radius=each)
+
+
+def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
     if rigorous and (isinstance(problem, Attention) or not isinstance(problem, GroupedProblem)):
         return refused(
             f"no rigorous certificate is known for {type(problem).__name__}; call certificate() without "

@@ -119,7 +119,8 @@ def _certified(model: Any) -> str:
         _ = model.certified_radius_
         told = model.certificate_.describe(model.coef_)
         names = getattr(model, "feature_names_in_", [f"x{j}" for j in range(len(model.coef_))])
-        return re.sub(r"\bcolumn (\d+)\b", lambda match: str(names[int(match[1])]), told)
+        named = re.sub(r"\bcolumn (\d+)\b", lambda match: str(names[int(match[1])]), told)
+        return f"valid, {named}" if model.certificate_.valid else named
     from attnfit.certificates.kantorovich import within
 
     radius = model.__dict__.get("certified_radius_")
@@ -127,7 +128,7 @@ def _certified(model: Any) -> str:
         return "not computed; read certificate_ of the fitted estimator (before saving it)"
     if not isfinite(radius):
         return "none; certificate_ of the fitted estimator says why"
-    return within(radius, model.coef_)
+    return f"valid, {within(radius, model.coef_)}"
 
 
 def _error_lines(model: Any, errors: Array, names: Any, *, wanted: bool) -> list[str]:
