@@ -14,7 +14,7 @@ from instances import ALL_LOSSES, instance
 
 from attnfit import certificates, minimize, problems
 from attnfit.certificates.kantorovich import newton_kantorovich
-from attnfit.certificates.lipschitz import lipschitz_constant
+from attnfit.certificates.lipschitz import lipschitz_constant, output_bounds
 from attnfit.certificates.mixture import _on_face
 from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential, Total
 from attnfit.losses.log_ratio import LogRatio
@@ -172,6 +172,26 @@ def test_no_third_derivative_on_the_ball_exceeds_its_constant(family, loss, size
                 for u in rng.standard_normal((6, 3)):
                     reached = abs(third_along(reference, point, T @ u / np.linalg.norm(u)))
                     assert reached <= constant * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.3])
+def test_outputs_on_the_ball_are_enclosed_and_the_ends_are_near(share):
+    """Two outcomes of which one grows at the cost of the other."""
+    f = np.array([1.0 - share, share])
+    c = np.array([-share, 1.0 - share])
+    radius = np.log(1.5 / share)
+    reach = radius * np.abs(c)
+    total = np.sum(f * np.exp(reach)) * np.ones(2)
+    outputs, logs = output_bounds(np.log(f), reach, total)
+    seen = []
+    for y in np.linspace(-radius, radius, 101):
+        moved = f * np.exp(c * y) / np.sum(f * np.exp(c * y))
+        assert (outputs.low <= moved).all() and (moved <= outputs.high).all()
+        assert (logs.low <= np.log(moved)).all() and (np.log(moved) <= logs.high).all()
+        seen.append(moved)
+    lowest = np.min(seen, axis=0)
+    assert (outputs.low >= 0.3 * lowest).all()
+    assert (logs.low >= np.log(lowest) - 1.2).all()
 
 
 # ---- the majorant

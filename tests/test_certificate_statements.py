@@ -75,16 +75,25 @@ def test_open_directions_that_no_row_sees_are_told_from_flat_ones():
     assert np.isinf([flat.radius, flat.scaled_radius, flat.value_gap]).all()
 
 
-def test_rows_without_weight_see_nothing():
-    inst, _, A = with_open_columns()
-    weights = np.ones(len(A))
-    weights[inst.ids == 2] = 0.0
-    A = A[:, :4].copy()
-    A[inst.ids == 2, 3] += 1.0
-    proof = quietly(inst.problem(A=A, weights=weights)).certificate()
-    assert proof.valid_for_predictions
-    flat = quietly(problems.Exponential(np.ones((3, 2)), np.ones(3))).certificate()
-    assert flat.valid_for_predictions
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared"])
+def test_rows_that_do_not_count_see_nothing(loss):
+    """A group without weight, or without a target where that is all that weighs it."""
+    inst, _ = instance("Softmax", loss, sizes=(20, 15, 9), d=3, noise=0.1)
+    A = np.column_stack([inst.A, inst.A[:, 0]])
+    last = inst.ids == 2
+    A[last, 3] += np.random.default_rng(0).standard_normal(9)
+    weights = np.where(last, 0.0, 1.0)
+    assert quietly(inst.problem(A=A, weights=weights)).certificate().valid_for_predictions
+    if loss == "cross_entropy":
+        empty = np.where(last, 0.0, inst.b)
+        assert quietly(inst.problem(A=A, b=empty)).certificate().valid_for_predictions
+    weights[last] = 1e-3
+    proof = quietly(inst.problem(A=A, weights=weights), tol=1e-12).certificate()
+    assert proof.n_unidentified == 0
+    flat = quietly(
+        problems.Exponential(np.array([[1.0, 1.0], [2.0, 2.0], [0.0, 1.0]]), np.ones(3), weights=[1, 1, 0])
+    )
+    assert flat.certificate().valid_for_predictions
 
 
 def test_a_layer_ignores_what_all_logits_share():

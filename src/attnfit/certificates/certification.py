@@ -17,6 +17,7 @@ from attnfit.certificates.lipschitz import lipschitz_constant, missing_bound
 from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
 from attnfit.certificates.two_layer import certify_layers
+from attnfit.losses.softmax import CrossEntropy
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.inversion.layer_problem import LayerProblem
@@ -150,15 +151,25 @@ def _seen(part: StoredProblem, chunks: list[Chunk], directions: Array) -> _Large
     """Return the largest change of a logit relative to its terms; groups without weight do not count."""
     largest = 0.0
     for chunk in part.ahead(chunks):
-        block, w = part.fetch(chunk), part.targets(chunk)[1] + np.zeros(chunk.segments.n_rows)
+        block = part.fetch(chunk)
         size = np.asarray(abs(block) @ np.abs(directions))
         along = np.abs(np.asarray(block @ directions))
         share = np.divide(along, size, out=np.zeros_like(along), where=size > 0.0).max(axis=1, initial=0.0)
-        if chunk.long < 0:
-            weight = chunk.segments.spread(chunk.segments.max(w)) if part.loss.coupled else w
-            share = np.where(weight > 0.0, share, 0.0)
-        largest = max(largest, float(share.max(initial=0.0)))
+        largest = max(largest, float(share[_counting(part, chunk)].max(initial=0.0)))
     return _Largest(largest)
+
+
+def _counting(part: StoredProblem, chunk: Chunk) -> NDArray[np.bool_]:
+    """Return which rows enter the loss: those of a group with a weight, of cross entropy with a target."""
+    _, w, constant = part.targets(chunk)
+    n, segments = chunk.segments.n_rows, chunk.segments
+    if isinstance(part.loss, CrossEntropy):
+        return np.asarray((segments.spread(constant) + np.zeros(n)) > 0.0)
+    w = w + np.zeros(n)
+    if not part.loss.coupled:
+        return np.asarray(w > 0.0)
+    # A row without weight counts beside others; of a long group these may be elsewhere.
+    return np.asarray((segments.spread(segments.max(w)) + np.zeros(n) > 0.0) | (chunk.long >= 0))
 
 
 def _rounding(rows: ChunkRows, radius: float) -> Stages:

@@ -124,8 +124,7 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
         _add_shifted(rows, "rows", rows.spread(rows.constant) * high * (norms + shift), shift)
         return
     total = rows.spread((yield (rows.sum(inflated),))[0])
-    f_ball = Interval(f * np.exp(-reach) / total, high)
-    h_ball = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
+    f_ball, h_ball = output_bounds(h, reach, total)
 
     def ball(formula) -> Interval:  # type: ignore[no-untyped-def]
         # p, g2 and g3 are monotone in f (in h = log f for entropy): the ends of f give the ends of the
@@ -146,6 +145,16 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
     e = rows.spread(np.linalg.norm(vectors, axis=1) + drift)
     _add_shifted(rows, "rows", omega * (norms + shift), shift)
     _add_shifted(rows, "centres", e * high, shift)
+
+
+def output_bounds(h: Array, reach: Array, total: Array) -> tuple[Interval, Interval]:
+    """Return bounds of the outputs f and of their logarithms where centred logits move by at most ``reach``.
+
+    The normaliser of centred logits does not fall, by Jensen's inequality, and grows to at most ``total``,
+    the group's sum of ``f exp(reach)``.
+    """
+    logs = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
+    return Interval(np.exp(h - reach) / total, np.minimum(1.0, np.exp(h + reach))), logs
 
 
 def _add_shifted(rows: ChunkRows, name: str, weights: Array, shift: Array) -> None:
