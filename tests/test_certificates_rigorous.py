@@ -127,6 +127,12 @@ def test_what_has_no_enclosure_is_refused_by_name():
         assert name in proof.reason
 
 
+def test_more_rows_than_the_enclosures_allow_for_are_refused(monkeypatch):
+    monkeypatch.setattr("attnfit.certificates.rigorous.MOST_TERMS", 20)
+    inst, x = instance("Softmax", "cross_entropy", d=3)
+    assert "more than 20 rows" in certificates.certify(inst.problem(), x, rigorous=True).reason
+
+
 def test_refusals_of_the_rigorous_ball():
     problem, _, x = draw(0)
     far = certificates.certify(problem, x + 3.0, rigorous=True)

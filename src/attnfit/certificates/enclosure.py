@@ -17,8 +17,9 @@ import numpy as np
 from attnfit.losses.segments import Array, Segments
 
 U = 2.0**-53
-# Radii are sums of non-negative terms: their own rounding, of up to 1e7 terms, is less than this.
+# Radii are sums of non-negative terms: their own rounding, of so many terms, is less than this.
 OUTWARD = 1.0 + 1e-8
+MOST_TERMS = 10_000_000
 # Covers what underflows.
 TINY = float(np.finfo(np.float64).tiny)
 

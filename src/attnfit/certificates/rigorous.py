@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnfit.certificates.ball import Interval
-from attnfit.certificates.enclosure import OUTWARD, Enclosure
+from attnfit.certificates.enclosure import MOST_TERMS, OUTWARD, Enclosure
 from attnfit.certificates.kantorovich import Certificate, Whitening, certified, refused
 from attnfit.designs.dense import DenseDesign
 from attnfit.losses.exponential import SquaredExponential
 from attnfit.losses.segments import Array, Segments
-from attnfit.losses.softmax import LOSSES, CrossEntropy, Entropy, SoftmaxLoss
+from attnfit.losses.softmax import LOSSES, CrossEntropy, Entropy, SoftmaxLoss, Squared
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers.curvature import natural_scale
@@ -29,6 +29,7 @@ from attnfit.solvers.trust_region import Eigenmodel
 
 # Ranges over the ball are widened by this share of their terms.
 WIDEN = 1e-8
+KNOWN = {SquaredExponential, *map(type, LOSSES.values())}
 
 
 def certify_rigorously(problem: GroupedProblem, x: Array, centred: GroupedProblem) -> Certificate:
@@ -53,10 +54,12 @@ def certify_rigorously(problem: GroupedProblem, x: Array, centred: GroupedProble
 def _unsupported(problem: GroupedProblem) -> str | None:
     """Return what of the problem has no enclosure here."""
     loss = problem.loss
-    if loss not in LOSSES.values() and type(loss) is not SquaredExponential:
+    if type(loss) not in KNOWN:
         return f"the loss {type(loss).__name__}"
     if not problem.is_whole or type(problem.design) is not DenseDesign:
         return "rows that are not a dense matrix in memory"
+    if problem.n_rows + problem.n_unknowns > MOST_TERMS:
+        return f"more than {MOST_TERMS:,} rows"
     return "a row_penalty" if problem.penalty is not None else None
 
 
@@ -153,7 +156,7 @@ def _parts(loss: SoftmaxLoss, f: Enclosure, B: Enclosure, W: Enclosure) -> tuple
     if isinstance(loss, Entropy):
         one, h = Enclosure.exact(np.ones_like(f.mid)), f.log()
         return -W * (h + one), -W * (h + one.scaled(2.0))
-    if loss is LOSSES["squared"]:
+    if isinstance(loss, Squared):
         return W * (f - B), W * (f.scaled(2.0) - B)
     return -W * B, -W * B
 
