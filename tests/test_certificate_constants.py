@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -204,7 +204,7 @@ class Cubic:
     g: float
     M: float
     n_unknowns = 1
-    gradient: float = 0.0
+    asked: list = field(default_factory=list)
 
     def hessian_at(self, at):
         return np.ones((1, 1))
@@ -216,9 +216,10 @@ class Cubic:
         return 0.0
 
     def obstacle(self, radius):
-        return None
+        self.asked.append(radius)
 
     def lipschitz(self, radius):
+        self.asked.append(radius)
         return self.M
 
     def value(self, t):
@@ -238,6 +239,9 @@ def test_the_majorant_is_reached(h):
     assert np.isclose(proof.scaled_radius, root, rtol=1e-9)
     assert np.isclose(proof.value_gap, -cubic.value(root), rtol=1e-9)
     assert np.isclose(proof.lambda_min, 1.0)
+    # The curvature was bounded where x* may be.
+    assert min(cubic.asked) >= proof.radius
+    assert len(cubic.asked) == 2
 
 
 def test_half_is_the_limit():

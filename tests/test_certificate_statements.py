@@ -24,9 +24,9 @@ def quietly(problem, **options):
 
 
 def with_open_columns(seed=0):
-    """Columns 0, 3 and 4 are open: twice the same, and a constant; 1 and 2 are not."""
+    """Columns 0, 3 and 4 are open: four times the first, and a constant; 1 and 2 are not."""
     inst, _ = instance("Softmax", "cross_entropy", sizes=(20, 15, 9), d=3, noise=0.1, seed=seed)
-    A = np.column_stack([inst.A, inst.A[:, 0], np.full(len(inst.A), 7.0)])
+    A = np.column_stack([inst.A, 4.0 * inst.A[:, 0], np.full(len(inst.A), 7.0)])
     return inst, inst.problem(A=A), A
 
 
@@ -46,16 +46,16 @@ def test_what_is_identified_although_directions_are_open(seed):
     assert known.basis.shape == (5, 3)
     np.testing.assert_allclose(known.basis.T @ known.basis, np.eye(3), atol=1e-12)
     # Along the open directions the basis is silent.
-    np.testing.assert_allclose(known.basis.T @ np.array([1.0, 0, 0, -1, 0]), 0.0, atol=1e-10)
+    np.testing.assert_allclose(known.basis.T @ np.array([4.0, 0, 0, -1, 0]), 0.0, atol=1e-10)
     np.testing.assert_allclose(known.basis.T @ np.eye(5)[4], 0.0, atol=1e-10)
     with mpmath.workdps(DIGITS):
-        start = np.array([x[0] + x[3], x[1], x[2]])
+        start = np.array([x[0] + 4.0 * x[3], x[1], x[2]])
         answer, _ = exact_answer(stationarity("Softmax", "cross_entropy", inst.A, inst.b, inst.ids), start)
         _, each = error_of(start, answer)
     assert (each[1:] <= proof.coefficient_radius[1:3]).all()
     assert (proof.coefficient_radius[1:3] < 1e-3).all()
     # Any point with the same predictions will do for x*.
-    exact = np.array([float(answer[0]) - x[3], float(answer[1]), float(answer[2]), x[3], x[4]])
+    exact = np.array([float(answer[0]) - 4.0 * x[3], float(answer[1]), float(answer[2]), x[3], x[4]])
     assert np.linalg.norm(known.basis.T @ (x - exact)) <= known.radius * (1 + 1e-9)
     assert problem.value(x) - result.value <= proof.value_gap * (1 + 1e-6) + 1e-13
 
@@ -73,6 +73,26 @@ def test_open_directions_that_no_row_sees_are_told_from_flat_ones():
     assert "although the data see it" in flat.reason
     assert not flat.valid_for_predictions
     assert np.isinf([flat.radius, flat.scaled_radius, flat.value_gap]).all()
+
+
+def test_a_faint_part_in_an_open_direction_is_a_part():
+    """A column that is another and a hundredth of a third: all three are open."""
+    inst, _ = instance("Softmax", "cross_entropy", sizes=(20, 15, 9), d=3, noise=0.1)
+    A = np.column_stack([inst.A, inst.A[:, 0] + 0.01 * inst.A[:, 1]])
+    proof = quietly(inst.problem(A=A)).certificate()
+    assert proof.valid_for_predictions
+    assert np.isfinite(proof.coefficient_radius).tolist() == [False, False, True, False]
+    assert "column 0, column 1, column 3" in proof.reason
+
+
+def test_ill_conditioned_columns_hide_no_faint_one():
+    """Where rounding blurs the open direction, a row that sees it is not taken for blind."""
+    inst, _ = instance("Softmax", "cross_entropy", sizes=(20, 15, 9), d=2, noise=0.1)
+    rng = np.random.default_rng(0)
+    beside = inst.A * [3e-4, 1e-8] * rng.standard_normal(inst.A.shape)
+    proof = quietly(inst.problem(A=np.column_stack([inst.A, inst.A + beside]))).certificate()
+    assert proof.n_unidentified == 1
+    assert not proof.valid_for_predictions
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared"])

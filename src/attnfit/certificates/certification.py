@@ -39,8 +39,8 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of
     radius ``2 eta`` in the norm of H: if ``h = M eta <= 1/2``, then
     ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes five reads of the data, wherever
-    they are, up to five more where groups are longer than a block, and d^2 numbers. A mixture is certified
-    by its duality gap instead.
+    they are, up to five more where groups are longer than a block (six of sparse rows), one where directions
+    are open, and d^2 numbers. A mixture is certified by its duality gap instead.
 
     The rows are centred by group first where the loss ignores what a group shares. Rounding is bounded to
     first order with a probabilistic constant: errors are taken as independent, with sqrt(d) in place of d.
