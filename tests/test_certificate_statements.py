@@ -75,10 +75,11 @@ def test_open_directions_that_no_row_sees_are_told_from_flat_ones():
     assert np.isinf([flat.radius, flat.scaled_radius, flat.value_gap]).all()
 
 
-def test_a_faint_part_in_an_open_direction_is_a_part():
-    """A column that is another and a hundredth of a third: all three are open."""
+@pytest.mark.parametrize("part", [0.01, 1e-8])
+def test_a_faint_part_in_an_open_direction_is_a_part(part):
+    """A column that is another and a hundredth, or less, of a third: all three are open."""
     inst, _ = instance("Softmax", "cross_entropy", sizes=(20, 15, 9), d=3, noise=0.1)
-    A = np.column_stack([inst.A, inst.A[:, 0] + 0.01 * inst.A[:, 1]])
+    A = np.column_stack([inst.A, inst.A[:, 0] + part * inst.A[:, 1]])
     proof = quietly(inst.problem(A=A)).certificate()
     assert proof.valid_for_predictions
     assert np.isfinite(proof.coefficient_radius).tolist() == [False, False, True, False]

@@ -130,7 +130,94 @@ def test_the_derivatives_of_a_softmax_are_bounded():
     assert reached[0] > 0.9
 
 
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_the_third_derivative_is_the_sum_of_three_parts(activation):
+    """The coefficients of the constant are those of the chain rule, and its factors bound their parts."""
+    rng = np.random.default_rng(0)
+    A1, A2, b = rng.standard_normal((5, 2)), rng.standard_normal((3, 5)), rng.standard_normal(3)
+    w, x, u = rng.uniform(0.5, 2.0, 3), rng.standard_normal(2), rng.standard_normal(2)
+    u /= np.linalg.norm(u)
+    objective, ball = two_layer(A1, A2, b, activation, weights=w)
+    outputs = [
+        derivatives(
+            lambda t, k=k: (as_tensor(A2) @ torch.softmax(as_tensor(A1) @ (as_tensor(x) + t * as_tensor(u)),
+            0))[k], 0.0, 3,
+        )
+        for k in range(3)
+    ]  # fmt: skip
+    y, K, bend, jerk = np.array(outputs, dtype=float).T
+    h, d1, d2, d3 = derivatives(ACTIVATIONS[activation], y, 3)
+    c = h - b
+    third = np.sum(w * (3.0 * d1 * d2 + c * d3) * K**3)
+    second = np.sum(w * 3.0 * (d1**2 + c * d2) * K * bend)
+    first = np.sum(w * d1 * c * jerk)
+    assert np.isclose(third + second + first, third_along(objective, x, u))
+    f = np.exp(A1 @ x)
+    f /= f.sum()
+    rows = A1 - f @ A1
+    rho, top = np.linalg.norm(rows, 2), f.max()
+    s1, s2 = min(0.5, top), min(np.sqrt(0.5), 2.0 * top)
+    s3 = min(2.5, np.sqrt(2.0) * top + 3.0 * top**2 + np.sqrt(2.0) * top**1.5)
+    A_w, longest = np.linalg.norm(np.sqrt(w)[:, None] * A2, 2), np.linalg.norm(A2, axis=1).max()
+    J = A2 @ (f[:, None] * rows)
+    row = min(np.linalg.norm(J, axis=1).max(), longest * s1 * rho)
+    norm = min(np.linalg.norm(np.sqrt(w)[:, None] * J, 2), A_w * s1 * rho)
+    known = {
+        "tanh": (1.0, 4.0 / (3.0 * np.sqrt(3.0)), 2.0),
+        "sigmoid": (0.25, 1.0 / (6.0 * np.sqrt(3.0)), 0.125),
+    }
+    L1, L2, L3 = known[activation]
+    largest, length = np.abs(c).max(), np.linalg.norm(np.sqrt(w) * c)
+    parts = [
+        (3.0 * L1 * L2 + largest * L3) * row * norm**2,
+        3.0 * (L1**2 + largest * L2) * norm * s2 * rho**2 * A_w,
+        L1 * s3 * rho**3 * A_w * length,
+    ]
+    for part, bound in zip((third, second, first), parts, strict=True):
+        assert abs(part) <= bound
+    assert np.isclose(ball(x).lipschitz(0.0), sum(parts), rtol=1e-10)
+
+
 # ---- inversion of a layer
+
+
+def test_the_derivatives_of_attention_are_those_of_the_rates():
+    """Second and third derivative of a softmax whose logits have a second derivative."""
+    rng = np.random.default_rng(0)
+    logits, z, bend = rng.standard_normal((3, 5))
+    p = np.exp(logits)
+    p /= p.sum()
+    z, bend = z - p @ z, bend - p @ bend
+    second = p * (z**2 - p @ z**2 + bend)
+    third = p * (z**3 - 3.0 * z * (p @ z**2) - p @ z**3 + 3.0 * (z * bend - p @ (z * bend)))
+    for i in range(5):
+        found = derivatives(
+            lambda t, i=i: torch.softmax(as_tensor(logits) + t * as_tensor(z) + 0.5 * t**2 *
+            as_tensor(bend), 0)[i], 0.0, 3,
+        )  # fmt: skip
+        assert np.isclose(found[2], second[i])
+        assert np.isclose(found[3], third[i])
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "causal", "heads": 2}])
+def test_rates_are_made_of_their_parts(options):
+    reference, x = layer(n=4, d=2, **options)
+    problem = reference.problem()
+    ball = InversionBall(problem, problem.evaluate(x), 0.3 * np.eye(len(x)))
+    rows = np.zeros((2, 4))
+    for state, bounds in zip(ball.at.forward.heads, ball.bounds, strict=True):
+        for i in range(4):
+            p, z = state.P[i], bounds.logits[i]
+            # Half a second derivative, and its mean: both signs.
+            bend = 2.0 * (bounds.bend[i] + p @ bounds.bend[i])
+            for k in range(4):
+                z2 = z[k] ** 2 + p @ z**2 + bend[k]
+                z3 = z[k] ** 3 + 3.0 * z[k] * (p @ z**2) + p @ z**3
+                z3 += 3.0 * (z[k] * bend[k] + p @ (z * bend))
+                gap, value = bounds.gaps[i, k], bounds.values[k]
+                rows[0, i] += p[k] * (z2 * gap + 2.0 * z[k] * value)
+                rows[1, i] += p[k] * (z3 * gap + 3.0 * z2 * value)
+    np.testing.assert_allclose(ball._rates(0.0), np.linalg.norm(rows, axis=1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": "causal", "heads": 2}, {"n_known": 2, "bias": True}])
