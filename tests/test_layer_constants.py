@@ -131,10 +131,11 @@ def test_the_derivatives_of_a_softmax_are_bounded():
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
-def test_the_third_derivative_is_the_sum_of_three_parts(activation):
+@pytest.mark.parametrize("spread", [1.0, 5.0])
+def test_the_third_derivative_is_the_sum_of_three_parts(activation, spread):
     """The coefficients of the constant are those of the chain rule, and its factors bound their parts."""
     rng = np.random.default_rng(0)
-    A1, A2, b = rng.standard_normal((5, 2)), rng.standard_normal((3, 5)), rng.standard_normal(3)
+    A1, A2, b = spread * rng.standard_normal((5, 2)), rng.standard_normal((3, 5)), rng.standard_normal(3)
     w, x, u = rng.uniform(0.5, 2.0, 3), rng.standard_normal(2), rng.standard_normal(2)
     u /= np.linalg.norm(u)
     objective, ball = two_layer(A1, A2, b, activation, weights=w)
@@ -156,6 +157,8 @@ def test_the_third_derivative_is_the_sum_of_three_parts(activation):
     f /= f.sum()
     rows = A1 - f @ A1
     rho, top = np.linalg.norm(rows, 2), f.max()
+    # Outputs none of which is large, and one that is.
+    assert (top > 0.6) == (spread > 1.0)
     s1, s2 = min(0.5, top), min(np.sqrt(0.5), 2.0 * top)
     s3 = min(2.5, np.sqrt(2.0) * top + 3.0 * top**2 + np.sqrt(2.0) * top**1.5)
     A_w, longest = np.linalg.norm(np.sqrt(w)[:, None] * A2, 2), np.linalg.norm(A2, axis=1).max()
