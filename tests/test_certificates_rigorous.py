@@ -144,8 +144,9 @@ def test_refusals_of_the_rigorous_ball():
     assert "a direction is open" in open_one.reason
 
 
-FINITE = st.floats(-1e3, 1e3).map(lambda v: float(np.float32(v)))
-RADIUS = st.floats(0.0, 1.0)
+# Thirds use all digits, so that sums and products round.
+FINITE = st.one_of(st.floats(-1e3, 1e3), st.integers(-999, 999).map(lambda k: k / 3.0))
+RADIUS = st.one_of(st.just(0.0), st.floats(0.0, 1.0))
 VALUES = st.lists(st.tuples(FINITE, RADIUS), min_size=2, max_size=5)
 
 
@@ -183,6 +184,28 @@ def test_enclosures_hold_exact_results(values, where):
         product = Enclosure(a.mid[None, :], a.rad[None, :]) @ Enclosure(b.mid[:, None], b.rad[:, None])
         assert holds(product, mpmath.fdot(one, other), (0, 0))
         assert a.norm() >= mpmath.sqrt(mpmath.fsum(v**2 for v in one))
+
+
+def test_sums_that_cancel_are_known_to_the_rounding_of_their_terms():
+    rng = np.random.default_rng(0)
+    terms = rng.standard_normal(999) / 3.0
+    terms = np.concatenate([terms, -rng.permutation(terms), [1e-9]])
+    ones = Enclosure.exact(np.ones((len(terms), 1)))
+    product = Enclosure.exact(terms[None, :]) @ ones
+    total = Enclosure.exact(terms).sums(Segments(np.array([0]), len(terms)))
+    with mpmath.workdps(40):
+        exact = mpmath.fsum(map(mpmath.mpf, terms.tolist()))
+        assert holds(product, exact, (0, 0))
+        assert holds(total, exact, 0)
+    # One rounding of the result would not do.
+    assert product.rad[0, 0] > 100 * 2.0**-53 * abs(product.mid[0, 0])
+    assert total.rad[0] > 100 * 2.0**-53 * abs(total.mid[0])
+
+
+def test_exponentials_of_wide_enclosures():
+    for rad in (0.1, 1.0, 3.0):
+        found = Enclosure(np.array([0.3]), np.array([rad])).exp()
+        assert holds(found, mpmath.exp(mpmath.mpf(0.3) + mpmath.mpf(rad)), 0)
 
 
 def test_reciprocals_and_logarithms_of_what_may_be_zero_are_unbounded():
