@@ -7,6 +7,7 @@ import pytest
 from scipy import optimize, sparse
 
 from attnfit import certificates, minimize, problems
+from attnfit.certificates.mixture import _decide
 
 
 def ranges(signatures, f, w=None):
@@ -119,3 +120,15 @@ def test_the_radius_of_all_right_hand_sides():
     assert np.isclose(proof.radius, np.sqrt(np.sum(proof.radii**2)))
     assert np.isclose(proof.scaled_radius, np.sqrt(np.sum(proof.scaled_radii**2)))
     assert np.isclose(proof.value_gap, proof.gap.sum())
+
+
+def test_the_dual_vector_bounds_what_is_elsewhere():
+    """Two signatures, one present: how much of the other there can be, and what of it is there already."""
+    verdict, dual = _decide(np.eye(2), np.array([True, False]))
+    assert verdict == "unique"
+    for share in (1e-6, 1e-3):
+        # f = (1, 0) against f* = (1 - share, share), and both the latter.
+        moved = float(dual.mass_off(np.array([np.sqrt(2.0) * share]), np.zeros(1))[0])
+        assert share <= moved <= 1.5 * share
+        both = float(dual.mass_off(np.zeros(1), np.array([share]))[0])
+        assert 2.0 * share * (1 - 1e-9) <= both <= 2.1 * share
