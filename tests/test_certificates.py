@@ -97,14 +97,16 @@ def test_far_away_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize("column", [1.0, 7.0])
-def test_unidentified_directions_are_left_out_of_the_statement(column):
+def test_nothing_is_certified_of_x_while_directions_are_open(column):
     inst, _ = instance("Softmax", "squared", sizes=(20, 15, 9), d=3, noise=0.1)
     A = np.column_stack([inst.A, inst.A[:, 0], np.full(len(inst.A), column)])
     result = minimize(inst.problem(A=A))
     proof = result.certificate()
-    assert proof.valid
+    assert not proof.valid
+    assert proof.radius == np.inf
     assert proof.n_unidentified == 2
-    assert "2 are not" in proof.reason
+    assert "2 directions are open" in proof.reason
+    assert "column 0, column 3, column 4" in proof.reason
 
 
 def test_nothing_identified():

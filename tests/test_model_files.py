@@ -48,9 +48,12 @@ def fitted():
     return models()
 
 
+NOT_SAVED = ("result_", "_training", "row_penalty", "certificate_")
+
+
 def state(model):
     """Everything a model says of itself."""
-    out = {k: v for k, v in vars(model).items() if k not in ("result_", "_training", "row_penalty")}
+    out = {k: v for k, v in vars(model).items() if k not in NOT_SAVED}
     report = {k: v for k, v in vars(model.result_).items() if k not in ("problem", "history", "unidentified")}
     report["unidentified"] = np.array(model.result_.unidentified)
     return {**out, "row_penalty": np.array(model.row_penalty), "report": report}

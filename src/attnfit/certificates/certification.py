@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,17 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.certificates.ball import ChunkRows, Stages, sums_on_ball
+from attnfit.certificates.centred import centred
 from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
 from attnfit.certificates.layer import certify_layer
-from attnfit.certificates.lipschitz import lipschitz_constant
+from attnfit.certificates.lipschitz import lipschitz_constant, missing_bound
 from attnfit.certificates.mixture import certify_mixture
+from attnfit.certificates.rigorous import certify_rigorously
 from attnfit.certificates.two_layer import certify_layers
+from attnfit.losses.softmax import CrossEntropy
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.inversion.layer_problem import LayerProblem
 from attnfit.problems.layers.layered import LayeredProblem
 from attnfit.problems.maps.attention import Attention
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
 
 Array = NDArray[np.float64]
 
@@ -28,20 +33,27 @@ Array = NDArray[np.float64]
 DENSE_ENTRIES = 1 << 27
 
 
-def certify(problem: Any, x: Any) -> Certificate:
+def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     """Certify x: find a ball around it that contains exactly one stationary point.
 
     With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of
     radius ``2 eta`` in the norm of H: if ``h = M eta <= 1/2``, then
     ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes five reads of the data, wherever
-    they are, up to five more where groups are longer than a block, and d^2 numbers. A mixture is certified
-    by its duality gap instead.
+    they are, up to five more where groups are longer than a block (six of sparse rows), one where directions
+    are open, and d^2 numbers. A mixture is certified by its duality gap instead.
+
+    The rows are centred by group first where the loss ignores what a group shares. Rounding is bounded to
+    first order with a probabilistic constant: errors are taken as independent, with sqrt(d) in place of d.
 
     Parameters
     ----------
     problem : Softmax, Exponential, Rescaled, Attention, TwoLayer, ReluSoftmax, ThreeLayer or LayerInversion
     x : array_like, in the problem's natural shape
-        Of several right-hand sides all are certified, and the worst is reported.
+        Of several right-hand sides all are certified: the radius is that of all of x.
+    rigorous : bool
+        Bound rounding without assumptions on its errors: the ball is proven, given IEEE double arithmetic
+        and exp to 2 units. Of dense rows in memory, of exponential and softmax losses without row penalty;
+        all else is refused by name.
 
     Returns
     -------
@@ -58,6 +70,18 @@ def certify(problem: Any, x: Any) -> Certificate:
     with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.two_layer`, which
     replace the papers' ``n^4 exp(20 R^2)``.
     """
+    found, each = _certify(problem, x, rigorous), np.full(problem.shape, np.inf)
+    if found.coefficient_radius.size == each.size:
+        each = found.coefficient_radius.reshape(each.shape)
+    return replace(found, coefficient_radius=each)
+
+
+def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
+    if rigorous and (isinstance(problem, Attention) or not isinstance(problem, GroupedProblem)):
+        return refused(
+            f"no rigorous certificate is known for {type(problem).__name__}; call certificate() without "
+            "rigorous"
+        )
     if isinstance(problem, LayeredProblem):
         return certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
     if isinstance(problem, LayerProblem):
@@ -65,8 +89,8 @@ def certify(problem: Any, x: Any) -> Certificate:
     if isinstance(problem, Attention):
         if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
             return refused(
-                f"a proof takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, more "
-                f"than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
+                f"a certificate takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, "
+                f"more than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
             )
         x, problem = as_point(x, problem.shape), problem.dense()
     if not isinstance(problem, GroupedProblem):
@@ -74,8 +98,14 @@ def certify(problem: Any, x: Any) -> Certificate:
             f"none is known for {type(problem).__name__}, whose factors are not unique; compare "
             "result.local_values of several starts"
         )
-    grouped: GroupedProblem = problem
-    at = grouped.evaluate(as_point(x, grouped.shape))
+    missing = missing_bound(problem.loss)
+    if missing is not None:
+        return refused(missing)
+    x = as_point(x, problem.shape)
+    grouped = centred(problem)
+    if rigorous:
+        return certify_rigorously(problem, x, grouped)
+    at = grouped.evaluate(x)
     return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
 
 
@@ -95,12 +125,51 @@ class RowBall:
         """Return None: these losses are smooth."""
         return None
 
+    def seen(self, directions: Array) -> float:
+        """Return the largest ``|a_i . v| / (|a_i| . |v|)`` over rows that count and directions v."""
+        return float(self.problem.reduce(_seen, directions).share)
+
     def rounding(self) -> float:
         """Bound the effect of rounding in A x and in the sums on the whitened gradient, to first order."""
         problem = self.problem
         sums = sums_on_ball(problem, self.at, self.whitener, _rounding, 0.0)
         ridge = np.linalg.norm(np.abs(self.whitener).T @ np.abs(problem.ridge * self.at.x))
         return 4.0 * float(np.finfo(np.float64).eps) * float(sums["rounding"] + ridge)
+
+
+@dataclass(frozen=True)
+class _Largest:
+    """A maximum over rows, merged over parts of the data."""
+
+    share: float
+
+    def merge(self, other: _Largest) -> _Largest:
+        return _Largest(max(self.share, other.share))
+
+
+def _seen(part: StoredProblem, chunks: list[Chunk], directions: Array) -> _Largest:
+    """Return the largest change of a logit relative to its terms; groups without weight do not count."""
+    largest = 0.0
+    for chunk in part.ahead(chunks):
+        block = part.fetch(chunk)
+        size = np.asarray(abs(block) @ np.abs(directions))
+        along = np.abs(np.asarray(block @ directions))
+        share = np.divide(along, size, out=np.zeros_like(along), where=size > 0.0).max(axis=1, initial=0.0)
+        largest = max(largest, float(share[_counting(part, chunk)].max(initial=0.0)))
+    return _Largest(largest)
+
+
+def _counting(part: StoredProblem, chunk: Chunk) -> NDArray[np.bool_]:
+    """Return which rows enter the loss: those of a group with a weight, of cross entropy with a target."""
+    _, w, constant = part.targets(chunk)
+    n, segments = chunk.segments.n_rows, chunk.segments
+    if isinstance(part.loss, CrossEntropy):
+        return np.asarray((segments.spread(constant) + np.zeros(n)) > 0.0)
+    w = w + np.zeros(n)
+    if not part.loss.coupled:
+        return np.asarray(w > 0.0)
+    # A row without weight counts beside others; of a long group these may be elsewhere.
+    return np.asarray((segments.spread(segments.max(w)) + np.zeros(n) > 0.0) | (chunk.long >= 0))
 
 
 def _rounding(rows: ChunkRows, radius: float) -> Stages:

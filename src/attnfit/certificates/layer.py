@@ -24,7 +24,7 @@ def certify_layer(problem: LayerProblem, x: Any) -> Certificate:
     """
     if problem.n_unknowns > MAX_DENSE:
         return refused(
-            f"a proof takes all eigenvalues of a matrix of {problem.n_unknowns:,} unknowns, more than "
+            f"a certificate takes all eigenvalues of a matrix of {problem.n_unknowns:,} unknowns, more than "
             f"{MAX_DENSE:,}; give known tokens"
         )
     at = problem.evaluate(as_point(x, problem.shape).copy())
@@ -79,6 +79,10 @@ class LayerBall:
     def obstacle(self, radius: float) -> str | None:
         """Return None: attention is smooth."""
         return None
+
+    def seen(self, directions: Array) -> float:
+        """Return inf: what attention does not see of an open direction is not known."""
+        return np.inf
 
     def lipschitz(self, radius: float) -> float:
         """Return a Lipschitz constant of the whitened Hessian on a ball."""

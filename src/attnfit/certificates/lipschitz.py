@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from attnfit.certificates.ball import ChunkRows, Formula, Interval, Stages, sums_on_ball
 from attnfit.losses.base import Loss
-from attnfit.losses.exponential import SquaredExponential, Total
+from attnfit.losses.exponential import output_range
 from attnfit.losses.log_ratio import LogRatio
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
@@ -67,33 +67,37 @@ def largest_eigenvalue(gram: Any, whitener: Array) -> float:
     return max(0.0, float(np.linalg.eigvalsh(whitened)[-1]))
 
 
+def missing_bound(loss: Loss) -> str | None:
+    """Return why no constant is known for a loss: it states no bound of its third derivative."""
+    name = type(loss).__name__
+    if not loss.states_third_derivative:
+        what = "g3" if isinstance(loss, SoftmaxLoss) else "third_derivative_bound"
+        return (
+            f"the loss {name} states no bound of its third derivative; give its class {what} and "
+            "certifiable = True, if it is three times continuously differentiable"
+        )
+    if loss.coupled and not isinstance(loss, SoftmaxLoss | SquaredRescaled | LogRatio):
+        return f"no bound of the third derivative is known for the coupled loss {name}"
+    return None
+
+
 def _formula(loss: Loss, n_groups: int) -> Formula:
     if isinstance(loss, SoftmaxLoss):
         return _softmax
-    if isinstance(loss, SquaredExponential):
-        return _exponential
     if isinstance(loss, SquaredRescaled):
         return partial(_rescaled, one_group=n_groups == 1)
-    if isinstance(loss, Total):
-        return _total
+    if not loss.coupled:
+        return _uncoupled
     raise TypeError(f"no Lipschitz constant is known for {type(loss).__name__}")
 
 
-def _total(rows: ChunkRows, radius: float) -> Stages:
-    """Bound ``sum w e^z p q^2``."""
+def _uncoupled(rows: ChunkRows, radius: float) -> Stages:
+    """Bound ``sum phi'''(z) p q^2`` row by row."""
     norms = rows.norms(centred=False)
-    rows.add_gram("rows", rows.w * np.exp(rows.z + radius * norms) * norms, centred=False)
-    yield from ()
-
-
-def _exponential(rows: ChunkRows, radius: float) -> Stages:
-    """Bound ``sum w v (4 u - b) p q^2`` row by row: the weight t = w (v^2 + (u - b) u) has
-    ``dt/dz = w v (4 u - b)``.
-    """
-    norms = rows.norms(centred=False)
-    u, v = _outputs(rows, radius * norms)
-    slope = rows.w * v.magnitude * np.maximum(np.abs(4 * u.low - rows.b), np.abs(4 * u.high - rows.b))
-    rows.add_gram("rows", slope * norms, centred=False)
+    reach = radius * norms
+    bound = rows.part.loss.third_derivative_bound(rows.z - reach, rows.z + reach, rows.b, rows.w)
+    assert bound is not None
+    rows.add_gram("rows", bound * norms, centred=False)
     yield from ()
 
 
@@ -115,13 +119,12 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
     reach = radius * norms
     inflated = f * np.exp(reach)
     high = np.minimum(1.0, inflated)
-    if isinstance(loss, CrossEntropy):
+    if isinstance(loss, CrossEntropy) and type(loss).g3 is CrossEntropy.g3:
         shift = radius * rows.spread((yield (rows.sum(high * norms**2),))[0])
         _add_shifted(rows, "rows", rows.spread(rows.constant) * high * (norms + shift), shift)
         return
     total = rows.spread((yield (rows.sum(inflated),))[0])
-    f_ball = Interval(f * np.exp(-reach) / total, high)
-    h_ball = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
+    f_ball, h_ball = output_bounds(h, reach, total)
 
     def ball(formula) -> Interval:  # type: ignore[no-untyped-def]
         # p, g2 and g3 are monotone in f (in h = log f for entropy): the ends of f give the ends of the
@@ -142,6 +145,16 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
     e = rows.spread(np.linalg.norm(vectors, axis=1) + drift)
     _add_shifted(rows, "rows", omega * (norms + shift), shift)
     _add_shifted(rows, "centres", e * high, shift)
+
+
+def output_bounds(h: Array, reach: Array, total: Array) -> tuple[Interval, Interval]:
+    """Return bounds of the outputs f and of their logarithms where centred logits move by at most ``reach``.
+
+    The normaliser of centred logits does not fall, by Jensen's inequality, and grows to at most ``total``,
+    the group's sum of ``f exp(reach)``.
+    """
+    logs = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
+    return Interval(np.exp(h - reach) / total, np.minimum(1.0, np.exp(h + reach))), logs
 
 
 def _add_shifted(rows: ChunkRows, name: str, weights: Array, shift: Array) -> None:
@@ -195,11 +208,5 @@ def _rescaled_constant(sums: dict[str, Any], top: Any) -> float:
 def _outputs(rows: ChunkRows, reach: Array) -> tuple[Interval, Interval]:
     """Return the ranges of u and u' on ``z +- reach``."""
     loss: Any = rows.part.loss
-    low, high = rows.z - reach, rows.z + reach
-    if loss.function == "exp":
-        u = Interval(np.exp(low), np.exp(high))
-        return u, u
-    sinh = Interval(np.sinh(low), np.sinh(high))
-    closest = np.where((low < 0) & (high > 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
-    cosh = Interval(np.cosh(closest), np.cosh(np.maximum(np.abs(low), np.abs(high))))
-    return (cosh, sinh) if loss.function == "cosh" else (sinh, cosh)
+    u_low, u_high, v_low, v_high = output_range(loss.function, rows.z - reach, rows.z + reach)
+    return Interval(u_low, u_high), Interval(v_low, v_high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import norm as sparse_norm
 
-from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
+from attnfit.certificates.kantorovich import Certificate, combined, newton_kantorovich, refused
+from attnfit.designs.centring import centre_rows
+from attnfit.losses.activations import Activation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.layers.curvature import outer_rows
 from attnfit.problems.layers.evaluation import LayeredEvaluation, Layers
 from attnfit.problems.layers.layered import LayeredProblem
+from attnfit.problems.layers.logit_maps import LinearMap
 
 Array = NDArray[np.float64]
 
@@ -23,7 +27,7 @@ EPS = float(np.finfo(np.float64).eps)
 
 
 def certify_layers(problem: LayeredProblem, x: Any) -> Certificate:
-    """Certify x for every right-hand side and return the certificate of the worst.
+    """Certify x for every right-hand side: radii add up as norms of columns do, value gaps as values do.
 
     Parameters
     ----------
@@ -38,20 +42,35 @@ def certify_layers(problem: LayeredProblem, x: Any) -> Certificate:
     -----
     ReLU problems are certified within the region of x in which no entry of ``A1 x`` changes sign.
     """
-    if not problem.activation.bounds_known:
-        return refused(
-            "bounds of the activation's derivatives are not known; certificates need one of the built-in "
-            "activations"
-        )
+    missing = _missing_bounds(problem.activation)
+    if missing is not None:
+        return refused(missing)
+    problem = _centred(problem)
     X = as_point(x, problem.shape).reshape(-1, problem.n_columns)
     proofs = [_certify_column(problem.columns(np.array([j])), X[:, j]) for j in range(problem.n_columns)]
-    worst = max(range(len(proofs)), key=lambda j: (not proofs[j].valid, proofs[j].radius))
-    proof = proofs[worst]
-    if len(proofs) == 1:
-        return proof
-    n_valid = sum(p.valid for p in proofs)
-    reason = f"{n_valid} of {len(proofs)} right-hand sides certified, the worst is {worst}: {proof.reason}"
-    return Certificate(**(vars(proof) | {"reason": reason}))
+    return combined(proofs)
+
+
+def _missing_bounds(h: Activation) -> str | None:
+    """Return which bounds of an activation's derivatives are not known."""
+    bounds = (("|h'|", h.slope), ("|h''|", h.curvature), ("|h'''|", h.jerk))
+    unknown = [name for name, bound in bounds if not np.isfinite(bound)]
+    if not unknown:
+        return None
+    return (
+        f"the activation {h.name!r} states no bound of {', '.join(unknown)}; take one of the built-in "
+        "activations, or pass an attnfit.losses.activations.Activation with slope, curvature and jerk"
+    )
+
+
+def _centred(problem: LayeredProblem) -> LayeredProblem:
+    """Return the problem with the first row of A1 subtracted from all, which no softmax can tell."""
+    first = problem.logit_map
+    if not isinstance(first, LinearMap) or first.matrix is None or problem.penalty is not None:
+        return problem
+    other = copy(problem)
+    other.logit_map = LinearMap(centre_rows(first.matrix, np.zeros(1, dtype=np.intp)), first.shape[0])
+    return other
 
 
 def _certify_column(problem: LayeredProblem, x: Array) -> Certificate:
@@ -157,6 +176,17 @@ class LayerBall:
             "tol or fit from "
             "another start"
         )
+
+    def seen(self, directions: Array) -> float:
+        """Return the largest change of a logit, less that of the first row, relative to its terms."""
+        first, problem = self.problem.logit_map, self.problem
+        if not isinstance(first, LinearMap) or problem.penalty is not None or problem.ridge > 0.0:
+            return np.inf
+        along = first.forward(None, directions)
+        if first.matrix is None:
+            along = along - along[0]
+        size = first.magnitudes(np.abs(directions))
+        return float(np.max(np.abs(along) / np.where(size > 0.0, size, 1.0), initial=0.0))
 
     def rounding(self) -> float:
         """Bound the effect of rounding on the whitened gradient, to first order."""

@@ -176,7 +176,7 @@ def make_report(estimator: Any, model: str, target: str) -> FitReport:
         title=f"{model} regression of {target}, {choice}",
         columns={key: list(values) for key, values in estimator.summary().columns().items()},
         result=estimator.result_,
-        certificate=estimator.result_.certificate(),
+        certificate=estimator.certificate_,
         loss=estimator.loss_value_,
         n_rows=estimator.n_rows_,
         n_groups=getattr(estimator, "n_groups_", 0),

@@ -50,7 +50,7 @@ def fit_mixture(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Find the proportions, >= 0 and summing to one, of signatures in mixtures, with proof of optimality."""
+    """Find the proportions of signatures in mixtures, >= 0 and summing to one, each with its duality gap."""
     for path, option in ((save, "--save"), (json_path, "--json")):
         check_output(path, option)
     if save is not None and save.suffix.lower() != ".csv":
@@ -147,8 +147,10 @@ class MixtureReport:
             f"{self.result.seconds:.2f} s",
             f"{good:,} of {k:,} certified optimal to 1e-9 (largest gap {worst:.1e} of half the squared norm)",
         ]
-        if self.certificate.n_unidentified:
-            facts.append(f"proportions not unique in {self.certificate.n_unidentified:,}")
+        for verdict in ("not unique", "not proven unique"):
+            n = int((self.certificate.uniqueness == verdict).sum())
+            if n:
+                facts.append(f"proportions {verdict} in {n:,}")
         return facts
 
     def write(self, path: Path) -> None:

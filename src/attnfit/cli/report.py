@@ -61,9 +61,11 @@ class FitReport:
     @property
     def message(self) -> str:
         """The solver's message with the names of the columns."""
+        return in_options(self._named(self.result.message))
+
+    def _named(self, sentence: str) -> str:
         names = self.columns["name"]
-        named = re.sub(r"\bcolumn (\d+)\b", lambda match: str(names[int(match[1])]), self.result.message)
-        return in_options(named)
+        return re.sub(r"\bcolumn (\d+)\b", lambda match: str(names[int(match[1])]), sentence)
 
     def facts(self) -> list[str]:
         """Return the closing line in pieces."""
@@ -77,10 +79,8 @@ class FitReport:
         ]
         if "resumed from" in result.message:
             facts.append(result.message[result.message.index("resumed from") :])
-        if self.certificate.valid:
-            facts.append(f"certified within {self.certificate.radius:.1e} of the exact optimum")
-        else:
-            facts.append(f"no certificate: {self.certificate.reason}")
+        told = self._named(self.certificate.describe(result.x))
+        facts.append(f"certified {told}" if self.certificate.valid else f"certificate {told}")
         return facts
 
     def local_values(self) -> dict[str, float]:
@@ -149,6 +149,8 @@ class FitReport:
                     "valid": certificate.valid,
                     "radius": certificate.radius,
                     "scaled_radius": certificate.scaled_radius,
+                    "valid_for_predictions": certificate.valid_for_predictions,
+                    "coefficient_radius": certificate.coefficient_radius.tolist(),
                     "reason": certificate.reason,
                 },
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,11 @@ from attnfit.estimators.summary import Summary, summarise
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers import Result, minimize
 
+if TYPE_CHECKING:
+    from attnfit.certificates import Certificate
+
 Array = NDArray[np.float64]
-LAZY = ("_covariance", "covariance_", "standard_errors_", "r2_", "certified_radius_")
+LAZY = ("_covariance", "covariance_", "standard_errors_", "r2_", "certificate_", "certified_radius_")
 
 
 class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
@@ -103,11 +106,19 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         return float(r2_score(y, fitted, sample_weight=weights)) if len(y) > 1 else float("nan")
 
     @cached_property
+    def certificate_(self) -> Certificate:
+        """What is certified of ``coef_``; reads the data when first asked for."""
+        self._training_problem("certificate_")
+        return self.result_.certificate()
+
+    @cached_property
     def certified_radius_(self) -> float:
-        """Radius about ``coef_`` that holds the exact stationary point; infinite where unproven."""
-        self._training_problem("certified_radius_")
-        certificate = self.result_.certificate()
-        return float(certificate.radius) if certificate.valid else float("inf")
+        """Radius about ``coef_`` that holds the exact stationary point, rounding bounded to first order;
+        infinite where `certificate_` is not valid.
+        """
+        if "certificate_" not in self.__dict__:
+            self._training_problem("certified_radius_")
+        return float(self.certificate_.radius) if self.certificate_.valid else float("inf")
 
     def _training_problem(self, wanted: str) -> GroupedProblem:
         if not hasattr(self, "result_"):

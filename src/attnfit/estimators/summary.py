@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -104,15 +105,30 @@ def _fit_lines(model: Any) -> list[str]:
     ]
     if not result.converged:
         lines.append(result.message)
-    if _at_hand(model, "certified_radius_") and isfinite(model.certified_radius_):
-        lines.append(
-            f"certificate: the exact stationary point lies within {model.certified_radius_:.2e} "
-            "of these coefficients"
-        )
+    lines.append(f"certificate: {_certified(model)}")
     unbalanced = getattr(model, "n_unbalanced_groups_", 0)
     if unbalanced:
         lines.append(f"the targets of {unbalanced} of {model.n_groups_} groups do not sum to one")
     return lines
+
+
+def _certified(model: Any) -> str:
+    """Return what is certified, or why nothing is, with the names of the columns."""
+    if _at_hand(model, "certificate_"):
+        # Kept with the model when it is saved.
+        _ = model.certified_radius_
+        told = model.certificate_.describe(model.coef_)
+        names = getattr(model, "feature_names_in_", [f"x{j}" for j in range(len(model.coef_))])
+        named = re.sub(r"\bcolumn (\d+)\b", lambda match: str(names[int(match[1])]), told)
+        return f"valid, {named}" if model.certificate_.valid else named
+    from attnfit.certificates.kantorovich import within
+
+    radius = model.__dict__.get("certified_radius_")
+    if radius is None:
+        return "not computed; read certificate_ of the fitted estimator (before saving it)"
+    if not isfinite(radius):
+        return "none; certificate_ of the fitted estimator says why"
+    return f"valid, {within(radius, model.coef_)}"
 
 
 def _error_lines(model: Any, errors: Array, names: Any, *, wanted: bool) -> list[str]:

@@ -156,7 +156,7 @@ class TwoLayerRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     @cached_property
     def certificate_(self) -> Any:
-        """What is proven about the fit; reads the data when first asked for."""
+        """What is certified of the fit; reads the data when first asked for."""
         check_is_fitted(self)
         if self.result_.problem is None:
             raise AttributeError("certificate_ needs the training data, which a pickled model does not carry")

@@ -53,14 +53,38 @@ class Closed(NamedTuple):
     centre: Array | float
 
 
+# What makes a loss: a class that overrides one of these is another loss.
+FORMULAS = frozenset(
+    (
+        "link",
+        "normalise",
+        "moments",
+        "close",
+        "slope",
+        "gram_terms",
+        "p",
+        "g2",
+        "g3",
+        "third_derivative_bound",
+    )
+)
+
+
 class Loss(ABC):
     """A loss of the logits ``z`` of one block of rows; ``b`` is the target, ``w`` the row weight.
 
     ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in z.
     ``logarithmic`` says that the normaliser is the logarithm of a sum over the group, rather than the sum.
-    ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then those
-    of ``exp(z - reference)`` are one, and the rest play no part. ``shares`` names a loss that takes no
-    negative targets, ``has_target`` says whether the target plays a part.
+    ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then
+    those of ``exp(z - reference)`` are one, and the rest play no part. ``shares`` names a loss that takes
+    no negative targets, ``has_target`` says whether the target plays a part. ``shift_invariant`` says that
+    the loss ignores a number added to all logits of a group.
+
+    ``certifiable`` states that the loss is three times continuously differentiable and that its class says
+    by how much at most the third derivative moves the curvature: an uncoupled loss by
+    `third_derivative_bound`, a softmax loss by ``g3``, with ``p``, ``g2`` and ``g3`` monotone in f. The
+    statement belongs to the formulas beside it: a subclass that overrides one of `FORMULAS` does not
+    inherit it and has to make its own.
     """
 
     coupled: bool = True
@@ -69,6 +93,8 @@ class Loss(ABC):
     exact_sums: tuple[int, ...] = ()
     shares: str = ""
     has_target: bool = True
+    shift_invariant: bool = False
+    certifiable: bool = False
 
     # (z, reference) to the two functions of the logit on which `moments` is built: z - reference and its
     # exponential for a softmax, u(z) and its derivative for a hyperbolic function.
@@ -143,6 +169,22 @@ class Loss(ABC):
                 "hessian or hvp"
             )
         return self.gram_terms(z, b, w, state)[0]
+
+    def third_derivative_bound(self, low: Array, high: Array, b: Array, w: Array) -> Array | None:
+        """Return a bound of ``|d^3 loss / dz^3|`` of each row over logits in ``[low, high]``, shape
+        (n_rows,); None where the loss states none, or couples rows.
+        """
+        return None
+
+    @property
+    def states_third_derivative(self) -> bool:
+        """Whether the class that made the formulas, and no other, says that the loss is `certifiable`."""
+        for cls in type(self).__mro__:
+            if "certifiable" in vars(cls):
+                return bool(vars(cls)["certifiable"])
+            if not FORMULAS.isdisjoint(vars(cls)):
+                return False
+        return False
 
     @abstractmethod
     def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:

@@ -32,6 +32,17 @@ def _sinh(z: Array, reference: Array | float) -> tuple[Array, Array]:
 FUNCTIONS = {"exp": _exp, "cosh": _cosh, "sinh": _sinh}
 
 
+def output_range(function: str, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
+    """Return the smallest and the largest u, then those of u', for logits in ``[low, high]``, entrywise."""
+    if function == "exp":
+        u = np.exp(low), np.exp(high)
+        return *u, *u
+    sinh = np.sinh(low), np.sinh(high)
+    closest = np.where((low < 0) & (high > 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
+    cosh = np.cosh(closest), np.cosh(np.maximum(np.abs(low), np.abs(high)))
+    return (*cosh, *sinh) if function == "cosh" else (*sinh, *cosh)
+
+
 class UncoupledLoss(Loss):
     """A sum over rows: one column, coefficient one, no state."""
 
@@ -53,6 +64,8 @@ class UncoupledLoss(Loss):
 
 class SquaredExponential(UncoupledLoss):
     """``0.5 sum w (u(z) - b)^2``."""
+
+    certifiable = True
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -76,6 +89,12 @@ class SquaredExponential(UncoupledLoss):
         v = self.link(z, 0.0)[1]
         return [GramTerm(w * v * v, None, None)]
 
+    def third_derivative_bound(self, low: Array, high: Array, b: Array, w: Array) -> Array:
+        # The weight t = w (v^2 + (u - b) u) has dt/dz = w v (4 u - b).
+        u_low, u_high, v_low, v_high = output_range(self.function, low, high)
+        slope = np.maximum(np.abs(v_low), np.abs(v_high))
+        return np.asarray(w * slope * np.maximum(np.abs(4.0 * u_low - b), np.abs(4.0 * u_high - b)))
+
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         u, v = self.link(z, 0.0)
         return w * (v * v + np.abs((u - b) * u))
@@ -90,6 +109,7 @@ class PoissonDeviance(UncoupledLoss):
     """
 
     convex = True
+    certifiable = True
 
     @staticmethod
     def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
@@ -106,6 +126,9 @@ class PoissonDeviance(UncoupledLoss):
     ) -> tuple[list[GramTerm], Array | None]:
         return [GramTerm(w * np.exp(z), None, None)], None
 
+    def third_derivative_bound(self, low: Array, high: Array, b: Array, w: Array) -> Array:
+        return np.asarray(w * np.exp(high))
+
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         return w * np.exp(z)
 
@@ -117,6 +140,7 @@ class Total(UncoupledLoss):
     """``sum w exp(z)``, the loss that the papers on sparsity use; no target enters."""
 
     convex = True
+    certifiable = True
     link = staticmethod(_exp)
 
     @staticmethod
@@ -130,6 +154,9 @@ class Total(UncoupledLoss):
     ) -> tuple[list[GramTerm], Array | None]:
         return [GramTerm(w * np.exp(z), None, None)], None
 
+    def third_derivative_bound(self, low: Array, high: Array, b: Array, w: Array) -> Array:
+        return np.asarray(w * np.exp(high))
+
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         return np.asarray(w * np.exp(z))
 
@@ -141,6 +168,7 @@ class LeastSquares(UncoupledLoss):
     """``0.5 sum w (z - b)^2``: the start of sinh regression, whose inverse exists for every target."""
 
     convex = True
+    certifiable = True
 
     @staticmethod
     def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
@@ -157,6 +185,9 @@ class LeastSquares(UncoupledLoss):
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[list[GramTerm], Array | None]:
         return [GramTerm(w + 0.0 * z, None, None)], None
+
+    def third_derivative_bound(self, low: Array, high: Array, b: Array, w: Array) -> Array:
+        return np.asarray(0.0 * high)
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         return w + 0.0 * z

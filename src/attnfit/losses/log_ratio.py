@@ -23,6 +23,8 @@ class LogRatio(Loss):
     """
 
     convex = True
+    shift_invariant = True
+    certifiable = True
     exact_sums = (0, 1)
 
     @staticmethod

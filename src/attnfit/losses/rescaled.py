@@ -22,6 +22,8 @@ from attnfit.losses.segments import Array, Segments
 class SquaredRescaled(Loss):
     """``0.5 sum w (u - alpha b)^2``; the reference is alpha, the state (alpha, beta)."""
 
+    certifiable = True
+
     def __init__(self, function: str) -> None:
         self.function = function
         self.link = FUNCTIONS[function]

@@ -26,6 +26,7 @@ class SoftmaxLoss(Loss):
     """
 
     logarithmic = True
+    shift_invariant = True
 
     @staticmethod
     def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
@@ -53,9 +54,9 @@ class SoftmaxLoss(Loss):
     def g2(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         """``Phi''(f) f + Phi'(f)``, shape (n_rows,)."""
 
-    @abstractmethod
     def g3(self, f: Array, h: Array, b: Array, w: Array) -> Array:
-        """``Phi'''(f) f^2 + 3 Phi''(f) f + Phi'(f)``, shape (n_rows,)."""
+        """``Phi'''(f) f^2 + 3 Phi''(f) f + Phi'(f)``, shape (n_rows,): of a `certifiable` loss."""
+        raise TypeError(f"{type(self).__name__} states no third derivative")
 
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         h = z - state[0]
@@ -86,6 +87,7 @@ class SoftmaxLoss(Loss):
 class Squared(SoftmaxLoss):
     """``0.5 sum w (f - b)^2``."""
 
+    certifiable = True
     exact_sums = (0,)
 
     @staticmethod
@@ -126,6 +128,7 @@ class CrossEntropy(SoftmaxLoss):
     """``-sum w b log f``: convex; its gradient is ``sigma f - w b`` with ``sigma = sum w b``."""
 
     convex = True
+    certifiable = True
     shares = "cross_entropy"
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
@@ -164,6 +167,7 @@ class CrossEntropy(SoftmaxLoss):
 class KullbackLeibler(CrossEntropy):
     """``sum w b (log b - log f)``, with ``0 log 0 = 0``."""
 
+    certifiable = True
     shares = "kl"
 
     @staticmethod
@@ -178,6 +182,7 @@ class KullbackLeibler(CrossEntropy):
 class LinearCrossEntropy(SoftmaxLoss):
     """``-sum w b f``: the form some papers print as cross entropy, without the logarithm."""
 
+    certifiable = True
     exact_sums = (0,)
 
     @staticmethod
@@ -206,6 +211,7 @@ class LinearCrossEntropy(SoftmaxLoss):
 class Entropy(SoftmaxLoss):
     """``-sum w f log f``: no target enters."""
 
+    certifiable = True
     exact_sums = (0, 1)
     has_target = False
 

@@ -135,10 +135,16 @@ class Result:
     unidentified: Array | None = None
     column_status: NDArray[np.str_] | None = None
 
-    def certificate(self) -> Certificate:
+    def certificate(self, rigorous: bool = False) -> Certificate:
         """Return the Newton-Kantorovich certificate at x: a radius within which the exact stationary point
         lies.
+
+        Parameters
+        ----------
+        rigorous : bool
+            Bound rounding without assumptions; by default to first order, with a probabilistic constant. See
+            `attnfit.certificates.certify`.
         """
         from attnfit.certificates import certify
 
-        return certify(self.problem, self.x)
+        return certify(self.problem, self.x, rigorous)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
+from scipy.special import logsumexp
 
 from attnfit.problems.layers.duality import target_sizes
 from attnfit.problems.layers.evaluation import Escape, Layers
@@ -18,8 +20,11 @@ from attnfit.problems.layers.layered import LayeredProblem
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
-# Outputs below this count as left out.
+# Outputs below this count as left out; of many outputs, below a tenth of the equal share.
 LEFT_OUT = 1e-5
+# A direction is sought that raises an output against so many others, the largest: more than that costs more
+# than a read of the data, and the mean of all is tried besides.
+N_AGAINST = 256
 # Shares to which one that is left out is raised on trial.
 SHARES = np.array([1e-4, 1e-3, 1e-2, 0.1, 0.5])
 N_CANDIDATES = 8
@@ -40,10 +45,10 @@ def false_optima(problem: LayeredProblem, X: Array, values: Array, layers: Layer
     """
     sizes = FALL * np.maximum(values, target_sizes(problem))
     promise = np.sum(layers.f * layers.q, axis=0) - layers.q
-    promise = np.where((layers.f < LEFT_OUT) & (promise > sizes), promise, 0.0)
+    promise = np.where((layers.f < _threshold(layers)) & (promise > sizes), promise, 0.0)
     found = {}
     for j in np.flatnonzero(promise.any(axis=0)):
-        for i in np.argsort(-promise[:, j])[:N_CANDIDATES]:
+        for i in _largest(promise[:, j], N_CANDIDATES):
             if promise[i, j] <= 0.0:
                 break
             lower = _lower_point(problem, X[:, j], layers, int(i), int(j), values[j] - sizes[j])
@@ -53,21 +58,33 @@ def false_optima(problem: LayeredProblem, X: Array, values: Array, layers: Layer
     return found
 
 
+def _threshold(layers: Layers) -> float:
+    return min(LEFT_OUT, 0.1 / len(layers.f))
+
+
+def _largest(values: Array, count: int) -> Index:
+    """Return where the largest values are, in falling order."""
+    some = np.argpartition(-values, count - 1)[:count] if len(values) > count else np.arange(len(values))
+    return np.asarray(some[np.argsort(-values[some], kind="stable")])
+
+
 def _lower_point(
     problem: LayeredProblem, x: Array, layers: Layers, i: int, j: int, below: float
 ) -> Array | None:
     """Return where the loss of column j is least when its output i is raised, None if not below a value."""
+    one = problem.columns(np.array([j]))
+    many = problem.columns(np.full(len(SHARES), j))
+    z = layers.linear[:, j] if one.offset is None else layers.linear[:, j] + one.offset[:, 0]
+    # Against the sum of all others, of which there may be many.
+    steps = logsumexp(z) - z[i] + np.log(SHARES / (1.0 - SHARES))
+    lowest = None
     for direction in _directions(problem, layers, i, j):
-        one = problem.columns(np.array([j]))
-        z = layers.linear[:, j] if one.offset is None else layers.linear[:, j] + one.offset[:, 0]
-        steps = z.max() - z[i] + np.log(SHARES / (1.0 - SHARES))
         trials = x[:, None] + direction[:, None] * steps
-        many = problem.columns(np.full(len(SHARES), j))
         values = many.evaluate(trials.reshape(-1)).column_values
         best = int(np.argmin(np.where(np.isnan(values), np.inf, values)))
         if values[best] < below:
-            return np.asarray(trials[:, best])
-    return None
+            below, lowest = float(values[best]), np.array(trials[:, best])
+    return lowest
 
 
 def _directions(problem: LayeredProblem, layers: Layers, i: int, j: int) -> list[Array]:
@@ -78,17 +95,25 @@ def _directions(problem: LayeredProblem, layers: Layers, i: int, j: int) -> list
     if layers.pattern is None and first.matrix is None:
         return [unit[:, 0]]
     pattern = None if layers.pattern is None else layers.pattern[:, [j]]
-    kept = np.flatnonzero(layers.f[:, j] >= LEFT_OUT)
-    picks = np.zeros((first.shape[0], len(kept) + 1))
-    picks[i] = 1.0
-    picks[kept, 1 + np.arange(len(kept))] -= 1.0
-    # Columns: row i against the mean of the kept ones, and against each of them.
-    picks[kept, 0] -= 1.0 / len(kept)
-    differences = first.adjoint(pattern, picks)
+    f = layers.f[:, j]
+    kept = np.flatnonzero(f >= _threshold(layers))
+    against = kept[_largest(f[kept], N_AGAINST)]
+    picks = np.zeros((first.shape[0], 1))
+    picks[kept] = -1.0 / len(kept)
+    picks[i] += 1.0
+    # Row i against the mean of the kept ones, and against each of the largest.
+    against_mean = first.adjoint(pattern, picks)[:, 0]
+    differences = _rows(first, pattern, [i]) - _rows(first, pattern, against)
     out = []
-    against_all, *_ = np.linalg.lstsq(differences[:, 1:].T, np.ones(len(kept)), rcond=1e-10)
-    for direction in (against_all, differences[:, 0]):
-        rise = float(differences[:, 0] @ direction)
-        if rise > 1e-10 * float(np.linalg.norm(differences[:, 0]) * np.linalg.norm(direction)):
-            out.append(direction / rise)
+    against_all, *_ = np.linalg.lstsq(differences, np.ones(len(against)), rcond=1e-10)
+    for direction in (against_all, against_mean):
+        rise = float(against_mean @ direction)
+        if rise > 1e-10 * float(np.linalg.norm(against_mean) * np.linalg.norm(direction)):
+            out.append(np.asarray(direction / rise, dtype=np.float64))
     return out
+
+
+def _rows(first: Any, pattern: Any, rows: Any) -> Array:
+    """Return some rows of the map, dense, shape (n_rows, d)."""
+    found = first.matrix[rows] if pattern is None else first.rows(pattern, rows)[:, 0]
+    return np.asarray(found.toarray() if sparse.issparse(found) else found)

@@ -1,0 +1,271 @@
+"""A ball around x that is proven, given IEEE double arithmetic and exp to 2 units.
+
+Everything is an `Enclosure`: the rows less the first of their group, logits, outputs, gradient and the
+whitened Hessian. With any T, here an approximate whitener, let ``eta >= |T^T grad|`` and ``beta >= ||1 -
+T^T H T||_F``: if ``beta < 1/2`` then H is positive definite, ``eta' = eta / (1 - beta)`` bounds the Newton
+step, and with M a Lipschitz constant of ``T^T H(x + T y) T`` on ``|y| <= 2 eta'`` and ``h = M eta' / (1 -
+beta) <= 1/2`` the stationary point is within ``2 eta' / (1 + sqrt(1 - 2 h)) ||T||``. No eigenvalue is
+trusted. Rump, "Verification methods" (2010), doi:10.1017/S096249291000005X.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnfit.certificates.ball import Interval
+from attnfit.certificates.enclosure import MOST_TERMS, OUTWARD, Enclosure
+from attnfit.certificates.kantorovich import Certificate, Whitening, certified, refused
+from attnfit.designs.dense import DenseDesign
+from attnfit.losses.exponential import SquaredExponential
+from attnfit.losses.segments import Array, Segments
+from attnfit.losses.softmax import LOSSES, CrossEntropy, Entropy, SoftmaxLoss, Squared
+from attnfit.problems.evaluation import Evaluation
+from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.solvers.curvature import natural_scale
+from attnfit.solvers.trust_region import Eigenmodel
+
+# Ranges over the ball are widened by this share of their terms.
+WIDEN = 1e-8
+KNOWN = {SquaredExponential, *map(type, LOSSES.values())}
+
+
+def certify_rigorously(problem: GroupedProblem, x: Array, centred: GroupedProblem) -> Certificate:
+    """Certify x with every rounding error bounded; ``centred`` rows propose the whitener."""
+    obstacle = _unsupported(problem)
+    if obstacle is not None:
+        return refused(
+            f"no rigorous certificate is known for {obstacle}; call certificate() without rigorous"
+        )
+    at = centred.evaluate(x)
+    white = _whitening(centred, at) if np.isfinite(at.value) else None
+    if white is None:
+        return refused(
+            "x is no strict minimum in float64: a direction is open or has negative curvature; certificate() "
+            "says which"
+        )
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        rows = _rows_of(problem, x)
+        return _ball(rows, Enclosure.exact(white.T), white)
+
+
+def _unsupported(problem: GroupedProblem) -> str | None:
+    """Return what of the problem has no enclosure here."""
+    loss = problem.loss
+    if type(loss) not in KNOWN:
+        return f"the loss {type(loss).__name__}"
+    if not problem.is_whole or type(problem.design) is not DenseDesign:
+        return "rows that are not a dense matrix in memory"
+    if problem.n_rows + problem.n_unknowns > MOST_TERMS:
+        return f"more than {MOST_TERMS:,} rows"
+    return "a row_penalty" if problem.penalty is not None else None
+
+
+def _whitening(problem: GroupedProblem, at: Evaluation) -> Whitening | None:
+    """Return an approximate whitener of all directions, None where there is none."""
+    hessian, scale = problem.hessian_at(at), natural_scale(problem, at)
+    if not np.isfinite(hessian).all():
+        return None
+    model = Eigenmodel(hessian / np.multiply.outer(scale, scale))
+    if model.values[0] <= model.floor:
+        return None
+    T = model.vectors / np.sqrt(model.values) / scale[:, None]
+    return Whitening(T, np.zeros((len(scale), 0)), scale, 0.0)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The problem at x in enclosures: rows (n, d), gradient in the logits and curvature of every row.
+
+    ``f`` are the outputs; ``constants`` and the groups' ``gamma`` are those of a softmax, None otherwise.
+    """
+
+    loss: SoftmaxLoss | SquaredExponential
+    segments: Segments
+    A: Enclosure
+    z: Enclosure
+    f: Enclosure
+    slope: Enclosure
+    weight: Enclosure
+    b: Array
+    w: Array
+    constants: Array | None
+    g2: Enclosure | None
+    x: Array
+    ridge: Array
+
+    @property
+    def centred(self) -> Enclosure:
+        """The rows less their mean under the softmax; the rows themselves where they are not coupled."""
+        if self.constants is None:
+            return self.A
+        means = [
+            (self.f * self.A[:, j]).sums(self.segments).spread(self.segments) for j in range(len(self.x))
+        ]
+        columns = [self.A[:, j] - mean for j, mean in enumerate(means)]
+        return Enclosure(
+            np.stack([c.mid for c in columns], axis=1), np.stack([c.rad for c in columns], axis=1)
+        )
+
+
+def _rows_of(problem: GroupedProblem, x: Array) -> _Rows:
+    order, starts, loss = problem.groups.order, problem.groups.starts, problem.loss
+    stored = np.asarray(problem.design.array, dtype=np.float64)
+    A = stored if order is None else stored[order]
+    n = len(A)
+    segments = Segments(starts if loss.coupled else np.zeros(1, dtype=np.intp), n)
+    rows = Enclosure.exact(A)
+    if loss.coupled:
+        rows = rows - Enclosure.exact(np.repeat(A[starts], segments.sizes, axis=0))
+    z = rows @ Enclosure.exact(x[:, None])
+    z = z[:, 0] if problem.offset is None else z[:, 0] + Enclosure.exact(np.asarray(problem.offset))
+    b = np.asarray(problem.b) + np.zeros(n)
+    w = np.ones(n) if problem.weights is None else np.asarray(problem.weights) + np.zeros(n)
+    ridge = np.asarray(problem.ridge) + np.zeros(len(x))
+    B, W = Enclosure.exact(b), Enclosure.exact(w)
+    if isinstance(loss, SquaredExponential):
+        u, v = _outputs(loss.function, z)
+        slope, weight = W * (u - B) * v, W * (v * v + (u - B) * u)
+        return _Rows(loss, segments, rows, z, u, slope, weight, b, w, None, None, x, ridge)
+    assert isinstance(loss, SoftmaxLoss)
+    e = (z - Enclosure.exact(segments.spread(segments.max(z.mid)) + np.zeros(n))).exp()
+    f = e * e.sums(segments).reciprocal().spread(segments)
+    constants = (W * B).sums(segments)
+    if isinstance(loss, CrossEntropy):
+        total = constants.spread(segments) * f
+        return _Rows(loss, segments, rows, z, f, total - W * B, total, b, w, constants.size, None, x, ridge)
+    p, g2 = _parts(loss, f, B, W)
+    gamma = (p * f).sums(segments).spread(segments)
+    slope, weight = f * (p - gamma), f * (g2 - gamma)
+    return _Rows(loss, segments, rows, z, f, slope, weight, b, w, constants.size, g2, x, ridge)
+
+
+def _outputs(function: str, z: Enclosure) -> tuple[Enclosure, Enclosure]:
+    """Return u and u' of an exponential loss, by exponentials alone."""
+    if function == "exp":
+        return z.exp(), z.exp()
+    up, down = z.exp().scaled(0.5), (-z).exp().scaled(0.5)
+    cosh, sinh = up + down, up - down
+    return (cosh, sinh) if function == "cosh" else (sinh, cosh)
+
+
+def _parts(loss: SoftmaxLoss, f: Enclosure, B: Enclosure, W: Enclosure) -> tuple[Enclosure, Enclosure]:
+    """Return p and g2 of `attnfit.losses.softmax` for the losses that are not cross entropy."""
+    if isinstance(loss, Entropy):
+        one, h = Enclosure.exact(np.ones_like(f.mid)), f.log()
+        return -W * (h + one), -W * (h + one.scaled(2.0))
+    if isinstance(loss, Squared):
+        return W * (f - B), W * (f.scaled(2.0) - B)
+    return -W * B, -W * B
+
+
+def _ball(rows: _Rows, T: Enclosure, white: Whitening) -> Certificate:
+    d = len(rows.x)
+    shrink = Enclosure.exact(rows.ridge)
+    gradient = (rows.A.T @ rows.slope) + shrink * Enclosure.exact(rows.x)
+    eta = (T.T @ gradient).norm()
+    centred = rows.centred
+    Q = centred @ T
+    weighted = Enclosure(rows.weight.mid[:, None], rows.weight.rad[:, None]) * Q
+    K = (Q.T @ weighted) + (T.T @ (Enclosure(shrink.mid[:, None], shrink.rad[:, None]) * T))
+    beta = (K - Enclosure.exact(np.eye(d))).norm()
+    if not beta < 0.5:
+        return refused(
+            f"the Hessian is not proven to be positive definite: ||1 - T^T H T|| is bounded by {beta:.3g}, "
+            "which is not below 1/2; rescale columns or add ridge",
+            eta=eta,
+        )
+    length = eta / (1.0 - beta) * OUTWARD
+    constant = _lipschitz(rows, Q, 2.0 * length * OUTWARD)
+    h = constant * length / (1.0 - beta) * OUTWARD
+    lambda_min = 1.0 / white.spread**2
+    if not h <= 0.5:
+        return refused(
+            f"the Newton step is too long for the curvature to be constant: M eta = {h:.3g} exceeds 1/2; "
+            "tighten tol or add ridge",
+            eta=length,
+            constant=constant,
+            lambda_min=lambda_min,
+        )
+    rho = 2.0 * length / (1.0 + np.sqrt(1.0 - 2.0 * h)) * OUTWARD
+    # In y the quadratic part of the loss is at most (1 + beta) / 2, and x* is the minimum of the ball.
+    gap = 0.5 * rho**2 * (1.0 + beta + constant * rho) * OUTWARD
+    # The scaled radius is in the norm of H itself: |H^(1/2) T y| <= sqrt(1 + beta) |y|.
+    reason = f"Newton-Kantorovich in interval arithmetic: M eta = {h:.3g} <= 1/2"
+    scaled = float(rho * np.sqrt(1.0 + beta) * OUTWARD)
+    return certified(
+        white, rho * OUTWARD, gap, reason, constant=constant, eta=length, lambda_min=lambda_min,
+        scaled=scaled, rigorous=True,
+    )  # fmt: skip
+
+
+def _lipschitz(rows: _Rows, Q: Enclosure, radius: float) -> float:
+    """Bound the third derivative on the ball by the formulas of `attnfit.certificates.lipschitz`.
+
+    Ranges are widened by 1e-8 of the size of their terms, far more than their rounding.
+    """
+    if not np.isfinite(radius):
+        return np.inf
+    q = Q.row_norms()
+    reach = radius * q * OUTWARD
+    if isinstance(rows.loss, SquaredExponential):
+        third = _third_of_exponential(rows.loss.function, rows.z, reach, rows.b)
+        return _gram_norm(Q, rows.w * third * q * OUTWARD)
+    segments = rows.segments
+
+    def spread(values: Array) -> Array:
+        return np.repeat(values, segments.sizes)
+
+    high = np.minimum(1.0, rows.f.size * np.exp(reach) * OUTWARD)
+    total = spread(segments.sum(rows.f.size * np.exp(reach)) * OUTWARD)
+    shift = radius * spread(segments.sum(high * q**2)) * OUTWARD
+    if rows.g2 is None:
+        assert rows.constants is not None
+        return _shifted(Q, spread(rows.constants) * high * (q + shift) * OUTWARD, shift)
+    low = np.maximum(rows.f.mid - rows.f.rad, 0.0) * np.exp(-reach) / total / OUTWARD
+    # The normaliser of centred rows grows, by no more than ``total``.
+    logs = rows.f.log() if isinstance(rows.loss, Entropy) else Enclosure.exact(np.zeros_like(high))
+    bottom, top = logs.mid - logs.rad - reach - (total - 1.0), np.minimum(0.0, logs.mid + logs.rad + reach)
+    f = Interval(low, high)
+    slack = WIDEN * rows.w * (4.0 * high + np.abs(rows.b) + np.abs(bottom) + 3.0)
+
+    def over(formula: Callable[..., Array]) -> Interval:
+        # Monotone in f: its ends give the ends of the formula.
+        one, other = formula(low, bottom, rows.b, rows.w), formula(high, top, rows.b, rows.w)
+        return Interval(np.minimum(one, other) - slack, np.maximum(one, other) + slack)
+
+    def mean(values: Interval) -> Interval:
+        product = f * values
+        wide = WIDEN * segments.sum(product.magnitude)
+        return Interval(spread(segments.sum(product.low) - wide), spread(segments.sum(product.high) + wide))
+
+    g2 = over(rows.loss.g2)
+    omega = high * (over(rows.loss.g3) - mean(over(rows.loss.p))).magnitude
+    tau = (f * (g2 - mean(g2))).magnitude
+    e = spread(segments.sum(tau * q)) * OUTWARD
+    return _shifted(Q, omega * (q + shift) * OUTWARD, shift) + 3.0 * _shifted(Q, e * high * OUTWARD, shift)
+
+
+def _third_of_exponential(function: str, z: Enclosure, reach: Array, b: Array) -> Array:
+    """Bound ``|u' (4 u - b)|`` for logits within reach."""
+    if function == "exp":
+        # The ends are rounded as the logits are.
+        wide = z.rad + reach + WIDEN * (1.0 + np.abs(z.mid))
+        low, high = np.exp(z.mid - wide), np.exp(z.mid + wide)
+        return np.asarray(high * (np.maximum(np.abs(4.0 * low - b), np.abs(4.0 * high - b))) * OUTWARD)
+    largest = np.exp((z.size + reach) * OUTWARD) * OUTWARD
+    return np.asarray(largest * (4.0 * largest + np.abs(b)))
+
+
+def _shifted(Q: Enclosure, weights: Array, shift: Array) -> float:
+    """Bound a Gram whose centres may have moved by ``shift``."""
+    moved = float(np.sum(weights * shift**2)) * OUTWARD
+    return float((np.sqrt(_gram_norm(Q, weights)) + np.sqrt(moved)) ** 2 * OUTWARD)
+
+
+def _gram_norm(Q: Enclosure, weights: Array) -> float:
+    """Bound the largest eigenvalue of ``Q^T diag(weights) Q`` for non-negative weights."""
+    weighted = Enclosure.exact(weights[:, None]) * Q
+    return (Q.T @ weighted).norm()

@@ -1,0 +1,183 @@
+"""Columns with a large part common to a group: certificates see the differences, wherever the rows are."""
+
+from __future__ import annotations
+
+import warnings
+
+import mpmath
+import numpy as np
+import pytest
+from exact_answers import DIGITS, error_of, exact_answer, stationarity
+from instances import instance
+from scipy import sparse
+
+from attnfit import certificates, minimize, problems
+from attnfit.designs.centring import GroupReference, centre_rows
+
+SHIFT = 1e7
+
+
+def shifted(seed=1, sizes=(3, 3, 3, 3), d=2):
+    """Rows whose last column is shifted by some 1e7 a group, targets, groups."""
+    rng = np.random.default_rng(seed)
+    ids = np.repeat(np.arange(len(sizes)), sizes)
+    A = rng.standard_normal((len(ids), d))
+    A[:, -1] += SHIFT + SHIFT * rng.standard_normal(len(sizes))[ids]
+    b = rng.gamma(1.0, size=len(ids))
+    return A, b / np.bincount(ids, weights=b)[ids], ids
+
+
+def quietly(problem, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return minimize(problem, **options)
+
+
+def by_group(A, ids):
+    """The same rows less the first of their group."""
+    return A - A[np.unique(ids, return_index=True)[1]][ids]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared", "kl"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fit_of_shifted_columns_is_covered_or_refused(loss, seed):
+    """Whatever the fit of the raw columns arrives at, the radius holds; at the fit of the centred ones it is
+    as small as if nothing had been shifted.
+    """
+    A, b, ids = shifted(seed)
+    problem = problems.Softmax(A, b, ids, loss=loss)
+    good = quietly(problems.Softmax(by_group(A, ids), b, ids, loss=loss), tol=1e-12).x
+    with mpmath.workdps(DIGITS):
+        answer, _ = exact_answer(stationarity("Softmax", loss, A, b, ids), good)
+        for x in (quietly(problem).x, good, good + 1e-6):
+            proof = certificates.certify(problem, x)
+            if proof.valid:
+                error, each = error_of(x, answer)
+                assert error <= proof.radius
+                assert (each <= proof.coefficient_radius).all()
+        assert certificates.certify(problem, good).radius < 1e-9
+
+
+def test_shifts_change_no_certificate():
+    """Of exact shifts, to the last digit."""
+    rng = np.random.default_rng(0)
+    A, b, ids = shifted(0, sizes=(5, 4, 6), d=3)
+    A = np.round(by_group(A, ids) * 1024) / 1024
+    moved = A + np.round(SHIFT * rng.standard_normal((3, 3)))[ids]
+    x = quietly(problems.Softmax(A, b, ids, loss="cross_entropy")).x
+    plain, far = (
+        certificates.certify(problems.Softmax(M, b, ids, loss="cross_entropy"), x) for M in (A, moved)
+    )
+    assert plain.valid
+    assert plain.radius == far.radius
+    assert plain.lipschitz == far.lipschitz
+    assert np.array_equal(plain.coefficient_radius, far.coefficient_radius)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_array])
+@pytest.mark.parametrize("order", ["by group", "mixed"])
+def test_long_groups_of_shifted_columns(monkeypatch, kind, order):
+    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1)
+    monkeypatch.setattr("attnfit.designs.sparse.BLOCK_ENTRIES", 1)
+    A, b, ids = shifted(2, sizes=(150, 7, 90), d=3)
+    A[::3, 0] = 0.0
+    x = quietly(problems.Softmax(by_group(A, ids), b, ids, loss="cross_entropy"), tol=1e-12).x
+    rows = np.random.default_rng(0).permutation(len(b)) if order == "mixed" else np.arange(len(b))
+    problem = problems.Softmax(kind(A[rows]), b[rows], ids[rows], loss="cross_entropy")
+    assert problem.n_long == 2
+    whole = certificates.certify(problems.Softmax(by_group(A, ids), b, ids, loss="cross_entropy"), x)
+    split = certificates.certify(problem, x)
+    assert whole.valid and split.valid
+    assert np.isclose(split.lipschitz, whole.lipschitz, rtol=1e-6)
+    assert split.radius < 10 * whole.radius < 1e-7
+
+
+@pytest.mark.parametrize("pieces", [(100, 100, 47), (150, 7, 90)])
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_array])
+def test_shifted_columns_in_several_places(pieces, kind):
+    """Groups that go on in the next partition share one reference row."""
+    da = pytest.importorskip("dask.array")
+    A, b, ids = shifted(2, sizes=(150, 7, 90), d=3)
+    x = quietly(problems.Softmax(by_group(A, ids), b, ids, loss="cross_entropy"), tol=1e-12).x
+    rows = da.from_array(A, chunks=(pieces, 3))
+    if kind is sparse.csr_array:
+        rows = rows.map_blocks(kind, dtype=float, meta=kind((0, 0)))
+    vectors = [da.from_array(v, chunks=(pieces,)) for v in (b, ids)]
+    problem = problems.Softmax(rows, *vectors, loss="cross_entropy")
+    here = certificates.certify(problems.Softmax(A, b, ids, loss="cross_entropy"), x)
+    there = certificates.certify(problem, x)
+    assert here.valid and there.valid
+    assert np.isclose(there.lipschitz, here.lipschitz, rtol=1e-6)
+    assert there.radius < 10 * here.radius < 1e-7
+
+
+def test_shifted_columns_on_disk(tmp_path):
+    A, b, ids = shifted(3, sizes=(40, 7, 30), d=3)
+    x = quietly(problems.Softmax(by_group(A, ids), b, ids, loss="cross_entropy"), tol=1e-12).x
+    np.save(tmp_path / "A.npy", A)
+    stored = problems.Softmax(np.load(tmp_path / "A.npy", mmap_mode="r"), b, ids, loss="cross_entropy")
+    here = certificates.certify(problems.Softmax(A, b, ids, loss="cross_entropy"), x)
+    there = certificates.certify(stored, x)
+    assert there.valid
+    assert np.isclose(there.radius, here.radius, rtol=1e-9)
+
+
+def test_a_layer_of_shifted_columns():
+    rng = np.random.default_rng(4)
+    A1 = np.round(1024 * rng.standard_normal((30, 3))) / 1024
+    A2 = rng.standard_normal((8, 30))
+    b = np.tanh(A2 @ np.full(30, 1 / 30)) + 0.05 * rng.standard_normal(8)
+    near, far = (problems.TwoLayer(M, A2, b, "tanh", ridge=0.1) for M in (A1, A1 + 2.0**24))
+    # The target of a ridge is not shifted: only what no softmax can tell is.
+    x = quietly(near).x
+    one, other = certificates.certify(near, x), certificates.certify(far, x)
+    assert one.valid
+    assert one.radius == other.radius
+
+
+def test_only_what_the_loss_ignores_is_subtracted():
+    """Exponentials and row penalties tell rows from shifted ones."""
+    inst, _ = instance("Softmax", "cross_entropy", sizes=(9, 8), d=3, noise=0.1)
+    for problem in (inst.problem(row_penalty=0.5), problems.Exponential(inst.A, inst.b + 1.0)):
+        result = quietly(problem, tol=1e-12)
+        near = result.x + 1e-4
+        proof = certificates.certify(problem, near)
+        assert proof.valid
+        assert np.linalg.norm(result.x - near) <= proof.radius < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sparse_rows_are_centred_where_that_fills_nothing_in(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 6, 7)
+    starts = np.cumsum(sizes) - sizes
+    A = rng.standard_normal((sizes.sum(), 4)) * (rng.random((sizes.sum(), 4)) < 0.7)
+    A[:, 3] = 5.0 + np.arange(len(A))
+    block = sparse.csr_array(A)
+    centred = centre_rows(block, starts).toarray()
+    assert np.array_equal(block.toarray(), A)
+    for first, size in zip(starts, sizes, strict=True):
+        group = slice(first, first + size)
+        full = (A[group] != 0.0).all(axis=0)
+        assert np.array_equal(centred[group], A[group] - np.where(full, A[first], 0.0))
+    assert np.array_equal(centre_rows(A, starts), A - np.repeat(A[starts], sizes, axis=0))
+
+
+def test_pieces_of_a_group_agree_on_what_is_subtracted():
+    A = np.array([[5.0, 0.0, 2.0], [6.0, 1.0, 2.0], [7.0, 3.0, 0.0]])
+    for pieces, row in ((A, A[0]), (sparse.csr_array(A), [5.0, 0.0, 0.0])):
+        merged = GroupReference.of(pieces[:2]).merge(GroupReference.of(pieces[2:]))
+        assert np.array_equal(merged.row, row)
+        start = np.zeros(1, dtype=int)
+        parts = [centre_rows(part, start, {0: merged.row}) for part in (pieces[:2], pieces[2:])]
+        parts = [part.toarray() if sparse.issparse(part) else part for part in parts]
+        assert np.array_equal(np.concatenate(parts), A - row)
+
+
+def test_an_entry_stored_twice_is_one_entry():
+    twice = sparse.csr_array(
+        (np.array([1.0, 2.0, 4.0]), np.array([0, 0, 0]), np.array([0, 2, 3])), shape=(2, 2)
+    )
+    start = np.zeros(1, dtype=int)
+    assert np.array_equal(centre_rows(twice, start).toarray(), [[0.0, 0.0], [1.0, 0.0]])
+    assert np.array_equal(GroupReference.of(twice).row, [3.0, 0.0])
