@@ -32,7 +32,10 @@ def draw(family, loss, seed):
         options["weights"] = rng.uniform(0.2, 3.0, len(A))
     if rng.random() < 0.3:
         options["offset"] = 0.5 * rng.standard_normal(len(A))
-    if loss in ("entropy", "linear_cross_entropy") or rng.random() < 0.2:
+    if (loss in ("entropy", "linear_cross_entropy") or rng.random() < 0.2) or (family, loss) == (
+        "Rescaled",
+        "exp",
+    ):
         options["ridge"] = 0.3 * float(np.mean(A**2))
     problem = inst.problem(A=A, **options)
     exact = stationarity(family, loss, A, inst.b, inst.ids, **options)

@@ -131,10 +131,10 @@ def test_rescaled(cars):
     assert "rescaled regression of share, function exp" in result.stdout
 
 
-def test_several_local_minima_are_listed(cars):
-    result = run(
-        "fit", "rescaled", cars, "--target", "share", "--group", "market", "--features", "prices,hpwt"
-    )
+def test_several_local_minima_are_listed(tmp_path):
+    rows = [[0.6, 0.01], [0.7, 0.43], [-3.9, 0.08], [0.6, 0.47]]
+    path = write_rows(tmp_path / "two.csv", ["x", "y"], rows)
+    result = run("fit", "softmax", path, "--target", "y", "--loss", "squared", "--features", "x")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1].startswith(
         "2 local minima of the objective, of which the lowest is shown: "

@@ -57,7 +57,7 @@ def test_names(fit, options, expected):
         (["--features", "x,x"], "Column 'x' is twice in --features; name it once"),
         (["--loss", "square"], "There is no loss 'square'; did you mean 'squared'?"),
         (["--function", "cosh"], "--function belongs to exponential and rescaled; leave it out for softmax"),
-        (["--tol", "-1"], "tol must be positive"),
+        (["--tol", "-1"], "tol must be a number in"),
         (["--ridge", "-1"], "ridge must be a finite number >= 0"),
         (["--save", "nowhere/m.safetensors"], "--save: there is no folder nowhere; make it first"),
         (["--plot", "fit.docx"], "--plot: no picture can be written as 'fit.docx'; it must be one of: "),

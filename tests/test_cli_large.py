@@ -52,10 +52,10 @@ def test_a_checkpoint_is_taken_up(travel, tmp_path, monkeypatch):
     again = run(*command)
     assert again.exit_code == 0, again.output
     assert "resumed from" in again.output.replace("\n", " ")
-    other = run(*command[:-2], "--loss", "squared", "--checkpoint", "fit.ckpt")
+    other = run(*command[:-2], "--loss", "kl", "--checkpoint", "fit.ckpt")
     assert "another" in one_error(other)
     assert "--afresh" in one_error(other)
-    assert run(*command[:-2], "--loss", "squared", "--checkpoint", "fit.ckpt", "--afresh").exit_code == 0
+    assert run(*command[:-2], "--loss", "kl", "--checkpoint", "fit.ckpt", "--afresh").exit_code == 0
 
 
 def test_a_cluster(travel, tmp_path, monkeypatch):

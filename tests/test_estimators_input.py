@@ -50,7 +50,7 @@ def with_bad(array, index, value):
         ({"loss": "hinge"}, {}, "loss must be one of 'squared'"),
         ({"ridge": -1.0}, {}, "ridge must be a finite number >= 0"),
         ({"row_penalty": np.ones(5)}, {}, r"row_penalty has shape \(5,\)"),
-        ({"tol": 0.0}, {}, "tol must be positive"),
+        ({"tol": 0.0}, {}, "tol must be a number in"),
         ({"max_iter": -1}, {}, "max_iter must not be negative"),
         ({"loss": "entropy"}, {"sample_weight": np.ones(6), "groups": None}, "has no form; pass groups"),
     ],

@@ -84,7 +84,7 @@ def test_separable_choices_say_so(scale, loss):
     assert not result.converged
     assert "separable" in result.message
     assert "ridge" in result.message
-    assert np.isfinite(result.x).all()
+    assert not np.isfinite(result.x[0])
 
 
 def test_a_ridge_makes_separable_choices_fit():
@@ -171,6 +171,7 @@ def test_fits_are_finite_or_a_named_error(case):
         except OverflowError as error:
             assert "overflow" in str(error)
             return
-    assert finite(result.x, result.value, result.gradient, result.gradient_norm)
+    assert finite(result.value, result.gradient, result.gradient_norm)
+    assert finite(result.x) or result.separation is not None
     assert result.message
     assert result.converged == (result.status == "converged")

@@ -109,7 +109,6 @@ def test_relu_problems_start_away_from_the_kink(family):
     assert not np.any(problem.gradient(np.zeros(4)))
     result = minimize(problem, tol=1e-10, random_state=0)
     assert result.value < 1e-12
-    assert len(result.local_values) > 1
     # Away from the answer all rows of relu can be off: no gradient, and no minimum.
     dead = problem.evaluate(np.zeros(4))
     assert "relu" in problem.false_optimum(dead)

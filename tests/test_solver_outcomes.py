@@ -108,11 +108,12 @@ def test_uniform_targets_have_their_answer_at_zero():
 
 
 def test_targets_that_are_uniform_but_for_rounding():
-    """The gradient at zero is rounding of the targets already: nothing can be much smaller."""
+    """The gradient at zero is rounding of the targets already: the next step moves no logit by more."""
     A = np.random.default_rng(0).standard_normal((2000, 3))
-    with pytest.warns(ConvergenceWarning, match="no further decrease is possible in float64"):
-        result = minimize(problems.Softmax(A, np.full(2000, 1 / 2000, dtype=np.float32)), random_state=0)
-    assert result.status == "precision"
+    problem = problems.Softmax(A, np.full(2000, 1 / 2000, dtype=np.float32))
+    result = minimize(problem, random_state=0, n_starts=1)
+    assert result.converged
+    assert np.allclose(result.x, 0.0, atol=1e-8)
     assert np.abs(result.x).max() < 1e-6
     assert result.n_passes < 50
 
@@ -167,7 +168,7 @@ def test_every_local_value_is_reported_and_the_best_returned():
     lows = np.flatnonzero((values[1:-1] < values[:-2]) & (values[1:-1] < values[2:])) + 1
     assert len(lows) == 2
     result = minimize(problem)
-    assert set(result.local_values) == {"convex", "zero"}
+    assert len(result.local_values) == 2
     assert np.allclose(sorted(result.local_values.values()), sorted(values[lows]), atol=1e-5)
     assert result.value == min(result.local_values.values())
     for low in lows:
@@ -237,10 +238,10 @@ def test_too_few_iterations_warn_and_return_the_best_point():
 
 def test_a_tolerance_beyond_float64_says_so():
     inst, _ = instance("Softmax", "squared", sizes=(20, 20), noise=0.2)
-    with pytest.warns(ConvergenceWarning):
-        result = minimize(inst.problem(), tol=1e-25)
-    assert result.status in ("precision", "max_iter")
-    assert result.gradient_norm < 1e-10
+    result = minimize(inst.problem(), tol=1e-25)
+    assert result.converged
+    assert "rounding of the data" in result.message
+    assert 1e-25 < result.move < 1e-6
 
 
 @pytest.mark.parametrize("arguments", [{"tol": 0.0}, {"tol": np.nan}, {"max_iter": -1}])

@@ -39,10 +39,9 @@ def recovered():
     """The verdict on an input that a layer gives away."""
     rng = np.random.default_rng(1)
     d, n = 3, 4
-    W, V, X = rng.standard_normal((d, d)), rng.standard_normal((d, 6)), rng.standard_normal((d, n))
-    logits = X.T @ W @ X
-    P = np.exp(logits - logits.max(axis=1, keepdims=True))
-    B = (P / P.sum(axis=1, keepdims=True)) @ X.T @ V
+    # Two heads: twice as many equations as unknowns.
+    W, V = rng.standard_normal((2, d, d)), rng.standard_normal((2, d, 6))
+    B = problems.LayerInversion(W, V, np.zeros((n, 6))).output(rng.standard_normal((d, n)))
     return inversion.recover(problems.LayerInversion(W, V, B), random_state=0).verdict
 
 

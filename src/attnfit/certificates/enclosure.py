@@ -20,6 +20,8 @@ U = 2.0**-53
 # Radii are sums of non-negative terms: their own rounding, of so many terms, is less than this.
 OUTWARD = 1.0 + 1e-8
 MOST_TERMS = 10_000_000
+# Roots of squares that underflow.
+UNDERFLOW = 1e-153
 # Covers what underflows.
 TINY = float(np.finfo(np.float64).tiny)
 
@@ -115,8 +117,10 @@ class Enclosure:
 
     def norm(self) -> float:
         """Return an upper bound of the Euclidean (Frobenius) norm."""
-        return float(np.linalg.norm(self.size)) * OUTWARD
+        return float(np.linalg.norm(self.size) * OUTWARD + np.sqrt(self.size.size) * UNDERFLOW)
 
     def row_norms(self) -> Array:
         """Return an upper bound of the norm of each row."""
-        return np.asarray(np.linalg.norm(self.size, axis=1) * OUTWARD)
+        return np.asarray(
+            np.linalg.norm(self.size, axis=1) * OUTWARD + np.sqrt(self.size.shape[1]) * UNDERFLOW
+        )

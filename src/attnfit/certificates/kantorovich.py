@@ -17,6 +17,8 @@ from attnfit.solvers.trust_region import Eigenmodel
 Array = NDArray[np.float64]
 
 EPS = float(np.finfo(np.float64).eps)
+# Covers the rounding of a radius itself.
+OUTWARD = 1.0 + 1e-8
 # A certificate whose radius exceeds this share of ``|x| + 1`` says little about x.
 LOOSE = 1e-2
 # A direction that moves every logit by less than this share of what its terms could is seen by no row.
@@ -279,7 +281,9 @@ def certified(
     """Return the certificate of a ball of radius rho in the whitened variables; ``scaled`` is the radius in
     the norm of H, rho itself where ``T^T H T = 1``.
     """
-    scaled = rho if scaled is None else scaled
+    # The rounding of the radius itself.
+    rho = rho * OUTWARD
+    scaled = rho if scaled is None else scaled * OUTWARD
     identified, radius = white.identified(rho), float(rho * white.spread)
     return Certificate(
         valid=True,

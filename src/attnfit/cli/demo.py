@@ -94,6 +94,7 @@ def fit(data: Dataset, loss: str) -> Fit:
     with warnings.catch_warnings():
         # TRAP says it for the one data set of choices.
         warnings.filterwarnings("ignore", "y holds choices", UserWarning)
+        warnings.filterwarnings("ignore", ".* no curvature in float64", UserWarning)
         model = SoftmaxRegressor(loss=loss).fit(data.A, data.b, groups=data.groups, sample_weight=weights)
     reference, result = data.references[loss], model.result_
     names = data.feature_names

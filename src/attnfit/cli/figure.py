@@ -38,6 +38,6 @@ def draw(path: Path, estimator: Any, X: Any, inputs: dict[str, Any], report: Fit
     plots.coefficients(
         report.columns["name"], report.columns["coefficient"], report.columns["standard_error"], ax=middle
     )
-    plots.convergence(report.result.history, estimator.tol, ax=right)
+    plots.convergence(report.result.history, ax=right)
     figure.suptitle("; ".join([report.title, *report.facts()[:2]]), x=0.01, ha="left", fontsize=11)
     figure.savefig(path)

@@ -115,17 +115,18 @@ def _fit(estimator: Any, model: str, rows: Rows, scale: Scale, progress: FitProg
         memory_limit=scale.memory_limit,
     )
     estimator.result_, estimator.coef_ = result, result.x
+    estimator._limit = None if result.separation is None else result.separation.point
     estimator.n_iter_, estimator.n_rows_ = max(1, result.n_iter), problem.n_rows
     estimator.n_features_in_ = problem.n_unknowns
     estimator.loss_value_ = inference.loss_without_penalties(problem, result.x, result.value)
     # One more number a row would have to be kept.
     estimator.__dict__["r2_"] = float("nan")
     progress.say("standard errors")
-    estimator.__dict__["_covariance"] = inference.covariance(problem, result.x)
+    estimator.__dict__["_covariance"] = inference.covariance_of(result, problem)
     if model != "exponential":
         estimator.n_groups_, estimator.n_unbalanced_groups_ = problem.n_groups, 0
         if problem.n_groups == 1:
-            setattr(estimator, estimator._normaliser_name, _normaliser(problem, result.x))
+            setattr(estimator, estimator._normaliser_name, _normaliser(problem, estimator._point))
 
 
 def _normaliser(problem: Any, x: Any) -> float:

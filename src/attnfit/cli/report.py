@@ -97,7 +97,16 @@ class FitReport:
         """Return what a reader of the coefficients should know besides."""
         remarks = []
         pairs = zip(self.columns["name"], self.columns["standard_error"], strict=True)
-        unknown = [str(name) for name, error in pairs if math.isnan(error)]
+        finite = [math.isfinite(value) for value in self.columns["coefficient"]]
+        endless = [str(n) for n, known in zip(self.columns["name"], finite, strict=True) if not known]
+        if endless:
+            n = len(self.result.separation.rows)
+            remarks.append(
+                f"No finite value: {', '.join(endless)}. The outputs of {n:,} row{'s'[: n > 1]} go to "
+                "zero; the other coefficients are those of the fit without these rows"
+            )
+        shown = [pair for pair, known in zip(pairs, finite, strict=True) if known]
+        unknown = [str(name) for name, error in shown if math.isnan(error)]
         if 0 < len(unknown) < len(self.columns["name"]) or self.certificate.n_unidentified:
             what = ", ".join(unknown) or "some combinations of coefficients"
             remarks.append(

@@ -66,6 +66,26 @@ class Design(LinearOperator):
     def parts(self, rows: Rows) -> tuple[Any, int]:
         """Return what those loops read these rows from, and where the first of them is; counts nothing."""
 
+    def column_sizes(self, n_rows: int | None = None) -> Array | None:
+        """Return the largest size of an entry of each column in the first rows, shape (d,); None where the
+        rows are not in memory.
+        """
+        return None
+
+    def scaled(self, factors: Array) -> Design:
+        """Return the matrix with its columns multiplied, shape (d,), in memory."""
+        raise ValueError("these rows are not in memory; scale the columns where they are")
+
+    def take(self, rows: Rows) -> Design:
+        """Return the matrix of some rows, in memory.
+
+        Raises
+        ------
+        ValueError
+            If the rows are not in memory.
+        """
+        raise ValueError("these rows are not in memory; load them to leave some out")
+
     def product(self, block: Any, x: Array) -> Array:
         """Return ``block @ x`` for a block of this design, shape (n_rows,)."""
         return np.asarray(block @ x)

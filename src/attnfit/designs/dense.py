@@ -31,6 +31,19 @@ class DenseDesign(Design):
         """Time of a weighted Gram over that of a value and gradient (measured for d = 16 to 256)."""
         return int(self.shape[1]) / 25.0
 
+    def column_sizes(self, n_rows: int | None = None) -> Array | None:
+        """Return the largest size of an entry of each column."""
+        rows = np.asarray(self.array[:n_rows], dtype=np.float64)
+        return np.asarray(np.maximum(rows.max(axis=0), -rows.min(axis=0)))
+
+    def scaled(self, factors: Array) -> DenseDesign:
+        """Return the matrix with its columns multiplied."""
+        return DenseDesign(np.asarray(self.array, dtype=np.float64) * factors)
+
+    def take(self, rows: Rows) -> DenseDesign:
+        """Return the matrix of some rows."""
+        return DenseDesign(np.asarray(self.array)[rows])
+
     def product(self, block: Array, x: Array) -> Array:
         """Return ``block @ x``, shape (n_rows,)."""
         if not (self._compiled and block.flags.c_contiguous):

@@ -33,6 +33,23 @@ class SparseDesign(Design):
         super().__init__(matrix.shape)
         self.matrix = sparse.csr_array(matrix)
 
+    def column_sizes(self, n_rows: int | None = None) -> Array | None:
+        """Return the largest size of an entry of each column."""
+        rows = self.matrix if n_rows is None else row_view(self.matrix, 0, min(n_rows, self.shape[0]))
+        sizes = np.zeros(int(self.shape[1]))
+        np.maximum.at(sizes, rows.indices, np.abs(rows.data.astype(np.float64)))
+        return sizes
+
+    def scaled(self, factors: Array) -> SparseDesign:
+        """Return the matrix with its columns multiplied."""
+        matrix = self.matrix.astype(np.float64)
+        matrix.data = matrix.data * factors[matrix.indices]
+        return SparseDesign(matrix)
+
+    def take(self, rows: Rows) -> SparseDesign:
+        """Return the matrix of some rows."""
+        return SparseDesign(self.matrix[rows])
+
     @property
     def block_rows(self) -> int:
         return max(64, int(BLOCK_ENTRIES / max(1.0, self.matrix.nnz / max(1, self.shape[0]))))

@@ -38,6 +38,8 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
     max_iter: int
     random_state: Any
     coef_: Array
+    # A finite point that gives the fitted outputs, where some coefficients have no finite value.
+    _limit: Array | None
     n_features_in_: int
     loss_value_: float
     n_rows_: int
@@ -71,6 +73,7 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         )
         self.result_ = result
         self.coef_ = result.x
+        self._limit = None if result.separation is None else result.separation.point
         # The first evaluation may be the last; scikit-learn counts it as an iteration.
         self.n_iter_ = max(1, result.n_iter)
         self.n_rows_ = len(y)
@@ -82,7 +85,8 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
 
     @cached_property
     def _covariance(self) -> tuple[Array, NDArray[np.bool_]]:
-        return inference.covariance(self._training_problem("covariance_"), self.coef_)
+        problem = self._training_problem("covariance_")
+        return inference.covariance_of(self.result_, problem)
 
     @cached_property
     def covariance_(self) -> Array:
@@ -99,7 +103,7 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         """Coefficient of determination on the training rows."""
         problem = self._training_problem("r2_")
         y, weights, counts = self._training
-        fitted = problem.predict(self.coef_)[: len(y)]
+        fitted = problem.predict(self._point)[: len(y)]
         if counts is not None:
             # The problem gives the sum over the copies of a row.
             fitted, weights = fitted / counts, counts
@@ -119,6 +123,11 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         if "certificate_" not in self.__dict__:
             self._training_problem("certified_radius_")
         return float(self.certificate_.radius) if self.certificate_.valid else float("inf")
+
+    @property
+    def _point(self) -> Array:
+        """The coefficients, or a finite point with the same outputs."""
+        return self.coef_ if self._limit is None else self._limit
 
     def _training_problem(self, wanted: str) -> GroupedProblem:
         if not hasattr(self, "result_"):
@@ -163,5 +172,5 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         state: dict[str, Any] = dict(super().__getstate__())
         state.pop("_training", None)
         if "result_" in state:
-            state["result_"] = replace(state["result_"], problem=None)
+            state["result_"] = replace(state["result_"], problem=None, separation=None)
         return state

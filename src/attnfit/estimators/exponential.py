@@ -39,7 +39,7 @@ class ExponentialRegressor(BaseRegressor):
     row_penalty : float or array_like of shape (n,)
     solver : attnfit.solvers.Newton or GradientDescent, optional
     tol : float
-        Relative to the gradient at zero, in scaled variables.
+        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
     max_iter : int
     random_state : int, optional
         Seed of the row samples on large data.
@@ -144,7 +144,7 @@ class ExponentialRegressor(BaseRegressor):
         """
         check_is_fitted(self)
         design = read_features(self, X, reset=False)
-        z = linear_predictor(design, self.coef_, read_offset(offset, int(design.shape[0])))
+        z = linear_predictor(design, self._point, read_offset(offset, int(design.shape[0])))
         with np.errstate(over="ignore"):
             out = FUNCTIONS[self.function](z, 0.0)[0]
         if not np.isfinite(out).all():

@@ -19,7 +19,7 @@ from safetensors.numpy import save as to_bytes
 from attnfit import solvers
 from attnfit.estimators import model_header
 from attnfit.estimators.model_header import ModelFileError
-from attnfit.solvers import History, Result
+from attnfit.solvers import History, Result, Status
 from attnfit.solvers.checkpoint_file import replace_file
 
 FORMAT_VERSION = 1
@@ -32,6 +32,8 @@ def save(model: Any, path: str | PathLike[str]) -> None:
 
     check_is_fitted(model)
     arrays = {"coef": model.coef_, "gradient": model.result_.gradient}
+    if model._limit is not None:
+        arrays["limit"] = model._limit
     if model.result_.unidentified is not None and model.result_.unidentified.shape[1]:
         arrays["unidentified"] = model.result_.unidentified
     if "_covariance" in model.__dict__:
@@ -102,7 +104,7 @@ def load(path: str | PathLike[str]) -> Any:
         )
     try:
         model = model_header.new_model(header, arrays)
-        model_header.check_arrays(arrays, header["n_features_in"])
+        model_header.check_arrays(arrays, header["n_features_in"], header["result"]["status"])
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
     _restore(model, header, arrays)
@@ -111,6 +113,7 @@ def load(path: str | PathLike[str]) -> Any:
 
 def _restore(model: Any, header: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
     model.coef_ = arrays["coef"]
+    model._limit = arrays.get("limit")
     model.n_features_in_ = header["n_features_in"]
     if header["feature_names_in"] is not None:
         model.feature_names_in_ = np.array(header["feature_names_in"], dtype=object)
@@ -119,8 +122,9 @@ def _restore(model: Any, header: dict[str, Any], arrays: dict[str, NDArray[np.fl
     if "covariance" in arrays:
         model._covariance = (arrays["covariance"], arrays["identified"] != 0.0)
     report = dict(header["result"])
-    if report["gradient_norm"] is None:
-        report["gradient_norm"] = float("nan")
+    for name in ("gradient_norm", "move", "decrement"):
+        report[name] = float("nan") if report[name] is None else report[name]
+    report["status"] = Status(report["status"])
     report["local_values"] = {
         name: float("inf") if value is None else value for name, value in report["local_values"].items()
     }

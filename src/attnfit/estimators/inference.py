@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from attnfit.losses.softmax import CrossEntropy
 from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.solvers import Result
 from attnfit.solvers.curvature import natural_scale
 from attnfit.solvers.trust_region import Eigenmodel
 
@@ -42,6 +43,20 @@ def covariance(problem: GroupedProblem, x: Array) -> tuple[Array, NDArray[np.boo
     return inverse @ problem.score_gram(x) @ inverse, identified
 
 
+def covariance_of(result: Result, problem: GroupedProblem) -> tuple[Array, NDArray[np.bool_]]:
+    """Return `covariance` at the end of a fit; where there is no finite minimum that of the remaining rows,
+    NaN for coefficients without a finite value.
+    """
+    separation = result.separation
+    if separation is None:
+        return covariance(problem, result.x)
+    finite = np.isfinite(result.x)
+    if not separation.has_rest:
+        return np.full((len(finite), len(finite)), np.nan), np.zeros_like(finite)
+    found, identified = covariance(separation.problem, np.asarray(separation.rest.x))
+    return np.where(finite & finite[:, None], found, np.nan), identified & finite
+
+
 def standard_errors(covariance: Array, identified: NDArray[np.bool_]) -> Array:
     """Return the roots of the diagonal, NaN where a coefficient is not identified."""
     return np.where(identified, np.sqrt(np.maximum(np.diag(covariance), 0.0)), np.nan)
@@ -49,6 +64,8 @@ def standard_errors(covariance: Array, identified: NDArray[np.bool_]) -> Array:
 
 def loss_without_penalties(problem: GroupedProblem, x: Array, value: float) -> float:
     """Return the loss at x given the objective; reads the data only where there is a row penalty."""
+    if problem.penalty is None and not np.any(problem.ridge):
+        return value
     if problem.penalty is None:
         return value - 0.5 * float(np.sum(problem.ridge * x * x))
     bare = copy(problem)

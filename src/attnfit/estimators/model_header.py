@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from attnfit import solvers
 from attnfit.losses.exponential import FUNCTIONS
 from attnfit.losses.softmax import LOSSES
+from attnfit.solvers import Status
 
 # Attributes of a fitted estimator; `_check_fit` knows which of them a class has.
 FIT: dict[str, type] = {
@@ -37,7 +38,12 @@ RESULT: dict[str, type] = {
     "seconds": float,
     "solver": str,
     "local_values": dict,
+    "move": float,
+    "decrement": float,
+    "n_flat": int,
 }
+# Numbers that are not known for every fit.
+UNKNOWN = ("gradient_norm", "move", "decrement", "n_flat")
 SOLVERS = ("Newton", "LevenbergMarquardt", "GradientDescent")
 
 
@@ -70,7 +76,8 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
         _check_param(key, value)
     params["solver"] = _decode_solver(params["solver"])
     _check_features(header)
-    _check_fields("result", header["result"], RESULT, optional=("gradient_norm",))
+    _check_fields("result", header["result"], RESULT, optional=UNKNOWN)
+    _require(header["result"]["status"] in set(Status), "the status of result is none that a fit has")
     _require(
         all(v is None or _is(v, float) for v in header["result"]["local_values"].values()),
         "local_values of result are not numbers",
@@ -79,9 +86,12 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
     return cls(**params)
 
 
-def check_arrays(arrays: dict[str, NDArray[Any]], d: int) -> None:
-    """Check names, dtypes, shapes and entries of the arrays of a model with d features."""
-    known = {"coef", "gradient", "covariance", "identified", "unidentified", "row_penalty"}
+def check_arrays(arrays: dict[str, NDArray[Any]], d: int, status: str) -> None:
+    """Check names, dtypes, shapes and entries of the arrays of a model with d features; some coefficients
+    have no finite value where the fit ended so.
+    """
+    endless = status in (Status.SEPARABLE, Status.NO_MINIMUM)
+    known = {"coef", "limit", "gradient", "covariance", "identified", "unidentified", "row_penalty"}
     _require(
         {"coef", "gradient"} <= set(arrays) <= known,
         f"the arrays are {sorted(arrays)}; expected some of {sorted(known)}",
@@ -89,7 +99,7 @@ def check_arrays(arrays: dict[str, NDArray[Any]], d: int) -> None:
     _require(
         ("covariance" in arrays) == ("identified" in arrays), "covariance and identified must come together"
     )
-    shapes = {"coef": (d,), "gradient": (d,), "covariance": (d, d), "identified": (d,)}
+    shapes = {"coef": (d,), "limit": (d,), "gradient": (d,), "covariance": (d, d), "identified": (d,)}
     for name, array in arrays.items():
         shape = array.shape
         if name == "unidentified":
@@ -100,7 +110,8 @@ def check_arrays(arrays: dict[str, NDArray[Any]], d: int) -> None:
             fits = shape == shapes[name]
         _require(fits, f"array {name} has shape {shape}, which does not fit {d} features")
         _require(array.dtype == np.float64, f"array {name} has dtype {array.dtype}, expected float64")
-        _require(bool(np.isfinite(array).all()), f"array {name} contains NaN or inf")
+        may_be_open = endless and name in ("coef", "covariance")
+        _require(may_be_open or bool(np.isfinite(array).all()), f"array {name} contains NaN or inf")
 
 
 def _check_fit(fit: Any, cls: Any) -> None:

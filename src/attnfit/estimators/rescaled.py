@@ -35,7 +35,7 @@ class RescaledSoftmaxRegressor(ShareRegressor):
         Add to each group a row of zeros whose target is one minus the sum of the others.
     solver : attnfit.solvers.Newton or GradientDescent, optional
     tol : float
-        Relative to the gradient at zero, in scaled variables.
+        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
     max_iter : int
     random_state : int, optional
         Seed of the row samples on large data.

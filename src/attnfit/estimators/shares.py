@@ -87,7 +87,7 @@ class ShareRegressor(BaseRegressor):
         self.n_unbalanced_groups_ = choices.n_unbalanced
         self.__dict__.pop(self._normaliser_name, None)
         if self.n_groups_ == 1:
-            z = reading.linear_predictor(problem.design, self.coef_, problem.offset)
+            z = reading.linear_predictor(problem.design, self._point, problem.offset)
             normaliser = loss.reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))
             setattr(self, self._normaliser_name, float(normaliser[0]))
         self._after_fit(choices)
@@ -126,7 +126,7 @@ class ShareRegressor(BaseRegressor):
         check_is_fitted(self)
         design = reading.read_features(self, X, reset=False)
         n = int(design.shape[0])
-        z = reading.linear_predictor(design, self.coef_, reading.read_offset(offset, n))
+        z = reading.linear_predictor(design, self._point, reading.read_offset(offset, n))
         sets, loss = parse_groups(groups, n), self._loss()
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if groups is None and hasattr(self, self._normaliser_name):

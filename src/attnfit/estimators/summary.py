@@ -139,11 +139,17 @@ def _error_lines(model: Any, errors: Array, names: Any, *, wanted: bool) -> list
     unit = "group" if getattr(model, "n_groups_", 1) > 1 else "row"
     observed = hasattr(model, "log_likelihood_")
     kind = "inverse observed information" if observed else f"sandwich, one score a {unit}"
-    open_ones = [str(name) for name, error in zip(names, errors, strict=True) if np.isnan(error)]
-    if not open_ones:
-        return [f"standard errors: {kind}"]
-    shown = ", ".join(open_ones[:5]) + (", ..." if len(open_ones) > 5 else "")
-    return [
-        f"standard errors: {kind}",
-        f"not identified by the data: {shown} (shown with the smallest norm; no standard errors)",
-    ]
+    finite = np.isfinite(model.coef_)
+    lines = [f"standard errors: {kind}"]
+    endless = [str(name) for name, known in zip(names, finite, strict=True) if not known]
+    if endless:
+        lines.append(f"no finite value: {_some(endless)} (the data are separable)")
+    unseen = np.isnan(errors) & finite
+    open_ones = [str(name) for name, is_open in zip(names, unseen, strict=True) if is_open]
+    if open_ones:
+        lines.append(f"not identified by the data: {_some(open_ones)} (shown with the smallest norm)")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")

@@ -37,7 +37,8 @@ class TwoLayerRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     solver : optional
         A solver of `attnfit.solvers`.
     tol : float
-        Relative to the gradient at zero; mixtures are solved exactly whatever it is.
+        Largest change of a log-odds of the softmax that the next Newton step may still make; mixtures are
+        solved exactly whatever it is.
     max_iter : int
     random_state : int, optional
 

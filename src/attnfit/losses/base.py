@@ -78,7 +78,8 @@ class Loss(ABC):
     ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then
     those of ``exp(z - reference)`` are one, and the rest play no part. ``shares`` names a loss that takes
     no negative targets, ``has_target`` says whether the target plays a part. ``shift_invariant`` says that
-    the loss ignores a number added to all logits of a group.
+    the loss ignores a number added to all logits of a group, ``needs_mass`` that a group whose targets sum
+    to zero plays no part.
 
     ``certifiable`` states that the loss is three times continuously differentiable and that its class says
     by how much at most the third derivative moves the curvature: an uncoupled loss by
@@ -95,6 +96,7 @@ class Loss(ABC):
     has_target: bool = True
     shift_invariant: bool = False
     certifiable: bool = False
+    needs_mass: bool = False
 
     # (z, reference) to the two functions of the logit on which `moments` is built: z - reference and its
     # exponential for a softmax, u(z) and its derivative for a hyperbolic function.

@@ -129,6 +129,7 @@ class CrossEntropy(SoftmaxLoss):
 
     convex = True
     certifiable = True
+    needs_mass = True
     shares = "cross_entropy"
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:

@@ -22,7 +22,7 @@ def convergence(history: Sequence[Record], tol: float | None = None, ax: Axes | 
     history : sequence of Record
         ``result.history``.
     tol : float, optional
-        Draw the tolerance of the fit.
+        Mark this relative gradient.
     ax : matplotlib.axes.Axes, optional
         Where to draw; a new figure by default.
 
@@ -46,7 +46,7 @@ def convergence(history: Sequence[Record], tol: float | None = None, ax: Axes | 
     if tol is not None:
         ax.axhline(tol, color=GREY, linewidth=1.0, linestyle="--")
         ax.annotate(
-            f"tol {tol:.0e}",
+            f"{tol:.0e}",
             (0.0, tol),
             xycoords=("axes fraction", "data"),
             xytext=(3, 3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,22 @@ MAX_DENSE = 3_000
 DENSE_COPIES = 6
 # Blocks that are worked on, and the code that is compiled for it.
 WORK_BYTES = 1 << 26
+
+
+class Moved(NamedTuple):
+    """What steps do to the fitted logits.
+
+    Attributes
+    ----------
+    largest : ndarray, shape (k,)
+        The largest change of a logit along each step.
+    least : float
+        The smallest output, relative to the largest of its group, of a row that the loss lets fall; infinite
+        where the loss always has a minimum.
+    """
+
+    largest: Array
+    least: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,10 @@ class Problem(ABC):
         """Whether zero is a minimum that says nothing about the data."""
         return False
 
+    def is_trivial(self, at: Evaluation) -> bool:
+        """Return whether a point is a minimum that says nothing about the data."""
+        return False
+
     def initial_point(self, random_state: Any = None) -> Array:
         """Return a point to start from, in the natural shape."""
         return np.zeros(self.shape)
@@ -120,6 +140,39 @@ class Problem(ABC):
     def false_optimum(self, at: Evaluation) -> str | None:
         """Return why a point without gradient is no minimum, None if nothing speaks against it."""
         return None
+
+    # ---- what a verdict looks at
+
+    # Whether the unknown has an effect through logits alone, so that `unseen_directions` tells which
+    # directions may be flat.
+    has_logits: bool = False
+
+    def moves(self, at: Evaluation, steps: Array) -> Moved | None:
+        """Return by how much each step changes a fitted logit at most, in one read.
+
+        Parameters
+        ----------
+        at : Evaluation
+        steps : ndarray, shape (n_unknowns, k)
+
+        Returns
+        -------
+        Moved or None
+            None where the problem has no logits: steps are then compared with the point itself.
+        """
+        return None
+
+    def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
+        """Return which unknowns no datum and no penalty sees, shape (n_unknowns,): what a Hessian has there
+        is rounding.
+        """
+        return np.zeros(self.n_unknowns, dtype=bool)
+
+    def unseen_directions(self, at: Evaluation) -> Array:
+        """Return an orthonormal basis, shape (n_unknowns, k), of the directions along which no datum and no
+        penalty changes.
+        """
+        return np.zeros((self.n_unknowns, 0))
 
     # ---- what a fit takes
 

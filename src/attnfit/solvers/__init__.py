@@ -8,9 +8,11 @@ from attnfit.solvers.minimize import minimize
 from attnfit.solvers.newton import Newton
 from attnfit.solvers.result import History, Record, Result
 from attnfit.solvers.sampled_two_layer import SampledTwoLayer
+from attnfit.solvers.separation import Separation
 from attnfit.solvers.simplex import ActiveSet
 from attnfit.solvers.tracking import StopFit
 from attnfit.solvers.variable_projection import VariableProjection
+from attnfit.solvers.verdicts import Status
 
 __all__ = [
     "ActiveSet",
@@ -23,6 +25,8 @@ __all__ = [
     "Record",
     "Result",
     "SampledTwoLayer",
+    "Separation",
+    "Status",
     "StopFit",
     "VariableProjection",
     "minimize",

@@ -54,14 +54,25 @@ class Eigenmodels:
         lengths = np.linalg.norm(along, axis=1, keepdims=True)
         along = np.where(flat & (np.abs(along) <= 1e-3 * lengths), 0.0, along)
         idle = along == 0.0
-        q = np.where(idle, 0.0, -along / np.where(flat, 1.0, self.values))
-        newton = (self.values[:, 0] > -floor[:, 0]) & ~(flat & ~idle).any(axis=1)
+        # Curvature that is negative by rounding counts by its size.
+        q = np.where(idle, 0.0, -along / np.where(flat, 1.0, np.abs(self.values)))
+        newton = ~self.negative & ~(flat & ~idle).any(axis=1)
         newton &= np.linalg.norm(q, axis=1) <= radius
         other = np.flatnonzero(~newton)
         if len(other):
             q[other] = _to_boundary(self.values[other], along[other], radius[other], floor[other])
         predicted = -np.sum(along * q + 0.5 * self.values * q * q, axis=1)
         return Steps(np.matmul(self.vectors, q[:, :, None])[:, :, 0], predicted, ~newton)
+
+    def approach(self, g: Array) -> Array:
+        """Return the Newton steps with the curvature taken by absolute value, off flat directions, shape
+        (k, d): how far a stationary point is, whatever its kind.
+        """
+        along = np.matmul(self.vectors.transpose(0, 2, 1), g[:, :, None])[:, :, 0]
+        size = np.where(
+            np.abs(self.values) > RANK_TOLERANCE * self.size[:, None], np.abs(self.values), np.inf
+        )
+        return np.asarray(np.matmul(self.vectors, (-along / size)[:, :, None])[:, :, 0])
 
 
 def _to_boundary(values: Array, along: Array, radius: Array, floor: Array) -> Array:
@@ -81,13 +92,15 @@ def _to_boundary(values: Array, along: Array, radius: Array, floor: Array) -> Ar
     lowest = np.maximum(0.0, -values[:, 0])
     low, high = lowest, lowest + np.linalg.norm(along, axis=1) / radius + floor[:, 0]
     shift = 0.5 * (low + high)
-    for _ in range(100):
-        denominators = values + shift[:, None]
-        norm = np.linalg.norm(along / denominators, axis=1)
-        if (np.abs(norm - radius) <= 1e-6 * radius).all():
-            break
-        low, high = np.where(norm > radius, shift, low), np.where(norm > radius, high, shift)
-        slope = np.sum(along**2 / denominators**3, axis=1) / norm**2
-        step = shift + (norm - radius) / (radius * slope)
-        shift = np.where((low < step) & (step < high), step, 0.5 * (low + high))
-    return np.asarray(-along / (values + shift[:, None]))
+    # Where the gradient vanishes no Newton step for the shift is known: the interval is halved.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for _ in range(100):
+            denominators = values + shift[:, None]
+            norm = np.linalg.norm(along / denominators, axis=1)
+            if (np.abs(norm - radius) <= 1e-6 * radius).all():
+                break
+            low, high = np.where(norm > radius, shift, low), np.where(norm > radius, high, shift)
+            slope = np.sum(along**2 / denominators**3, axis=1) / norm**2
+            step = shift + (norm - radius) / (radius * slope)
+            shift = np.where((low < step) & (step < high), step, 0.5 * (low + high))
+        return np.asarray(np.where(along == 0.0, 0.0, -along / (values + shift[:, None])))

@@ -5,16 +5,24 @@ and builds a model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.designs.gram import flatness
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.sketching import RowSampler
-from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel, KrylovModel, SecantModel, Step
+from attnfit.solvers.trust_region import (
+    RANK_TOLERANCE,
+    CholeskyModel,
+    Eigenmodel,
+    KrylovModel,
+    SecantModel,
+    Step,
+)
 
 Array = NDArray[np.float64]
 
@@ -34,37 +42,124 @@ DEAR = 0.5
 COARSE = 0.5
 
 
-class Model(Protocol):
-    """A quadratic model in the variables ``scale * x``."""
+class Quadratic(Protocol):
+    """A quadratic model in scaled variables."""
 
     @property
     def negative(self) -> bool:
         """Whether negative curvature was met."""
         ...
 
-    def solve(self, g: Array, radius: float) -> Step:
+    def solve(self, g: Array, radius: float, *, steep_only: bool = False) -> Step:
         """Return the minimiser within the radius."""
         ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """A quadratic model of the objective in the variables ``scale * x``.
+
+    Attributes
+    ----------
+    quadratic : Quadratic
+    scale : ndarray, shape (d,)
+        The root of each unknown's curvature where the model was made.
+    exact_at : ndarray, shape (d,), optional
+        The point at which the model has the curvature of all the data; None where it has that of a sample.
+    """
+
+    quadratic: Quadratic
+    scale: Array
+    exact_at: Array | None = None
+
+    def solve(self, gradient: Array, radius: float, *, steep_only: bool = False) -> Step:
+        """Return the minimiser within the radius; ``p`` is in the user's units."""
+        step = self.quadratic.solve(gradient / self.scale, radius, steep_only=steep_only)
+        return replace(step, p=step.p / self.scale, size=float(np.linalg.norm(step.p)))
+
+    def approach(self, gradient: Array) -> Array | None:
+        """Return how far a stationary point is, whatever its kind, shape (d,); None without a matrix."""
+        if self.base is None:
+            return None
+        eigen = self.base.eigen if isinstance(self.base, CholeskyModel) else self.base
+        return eigen.approach(gradient / self.scale) / self.scale
+
+    def norm(self, v: Array) -> float:
+        """Return the length of a step in scaled variables."""
+        return float(np.linalg.norm(self.scale * v))
+
+    def dual_norm(self, gradient: Array) -> float:
+        """Return the length of a gradient in scaled variables."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.linalg.norm(gradient / self.scale))
+
+    @property
+    def negative(self) -> bool:
+        """Whether negative curvature was met."""
+        return self.quadratic.negative
+
+    @property
+    def base(self) -> Eigenmodel | CholeskyModel | None:
+        """The matrix that the model is built on, None where there is none."""
+        inner = self.quadratic.base if isinstance(self.quadratic, SecantModel) else self.quadratic
+        return inner if isinstance(inner, Eigenmodel | CholeskyModel) else None
+
+    def without_pairs(self) -> Model:
+        """Return the model of the matrix alone."""
+        return self if self.base is None else replace(self, quadratic=self.base)
+
+    @property
+    def flat(self) -> Array | None:
+        """An orthonormal basis, in the user's units, of the directions without curvature, shape (d, k); None
+        if unknown.
+        """
+        if self.base is None:
+            return None
+        if self.base.n_flat == 0:
+            return np.zeros((len(self.scale), 0))
+        eigen = self.base.eigen if isinstance(self.base, CholeskyModel) else self.base
+        return np.asarray(np.linalg.qr(eigen.unidentified / self.scale[:, None])[0])
 
 
 class Strategy(Protocol):
     """What the descent asks of a curvature strategy."""
 
-    def request(self, contraction: float | None) -> dict[str, Any]:
-        """Return what the next evaluation shall bring along, given the last step's ratio of gradient
-        norms.
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
+        """Return what the next evaluation shall bring along, given the last step's ratio of gradient norms
+        (None where there is none to judge by); with ``exact`` the curvature of all the data.
         """
         ...
 
-    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
         """Return the model at an accepted point."""
         ...
 
 
-def dense_model(hessian: Array, scale: Array) -> Eigenmodel | CholeskyModel:
-    """Return the model of a d x d Hessian."""
-    scaled = hessian / np.multiply.outer(scale, scale)
-    return Eigenmodel(scaled) if len(scale) <= SMALL else CholeskyModel(scaled)
+def equilibrated(hessian: Array) -> Array:
+    """Return the scale that gives a matrix a unit diagonal, shape (d,); more where an entry beside the
+    diagonal would exceed it, which only indefinite matrices have.
+    """
+    diagonal = np.abs(np.diag(hessian))
+    scale = np.sqrt(np.where(diagonal > 0.0, diagonal, 1.0))
+    for _ in range(5):
+        largest = (np.abs(hessian) / scale).max(axis=1) / scale
+        if not (largest > 2.0).any():
+            break
+        scale = scale * np.sqrt(np.maximum(largest, 1.0))
+    return scale
+
+
+def dense_model(problem: Problem, hessian: Array, at: Evaluation, exact_at: Array | None = None) -> Model:
+    """Return a model with this Hessian, shape (d, d), scaled by its diagonal."""
+    unseen = problem.unseen_columns(at)
+    if unseen.any():
+        # Rounding must not be scaled up to matter.
+        hessian = np.where(unseen | unseen[:, None], 0.0, hessian)
+    scale = equilibrated(hessian)
+    scaled = hessian / scale / scale[:, None]
+    tolerance = flatness(len(scale)) if problem.has_logits else RANK_TOLERANCE
+    make = Eigenmodel if len(scale) <= SMALL else CholeskyModel
+    return Model(make(scaled, tolerance), scale, exact_at)
 
 
 def natural_scale(problem: Problem, at: Evaluation) -> Array:
@@ -93,54 +188,74 @@ class Exact:
         self._untried = False
         self._requested = False
 
-    def request(self, contraction: float | None) -> dict[str, Any]:
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for a Hessian unless the present one works well."""
         works = contraction is not None and contraction <= KEEP
-        self._requested = not (works or (self._patient and self._untried))
+        self._requested = exact or not (works or (self._patient and self._untried))
         self._untried = False
         return {"hessian": self._requested}
 
-    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
         """Use the Hessian of the evaluation; where long groups were mispredicted, read once more for it."""
         if last is not None and not self._requested:
             return last
         self._untried = True
-        return dense_model(problem.hessian_at(at) if at.hessian is None else at.hessian, scale)
+        return exact_model(problem, at)
+
+
+def exact_model(problem: Problem, at: Evaluation) -> Model:
+    """Return the model with the Hessian at a point, which the evaluation may have brought along."""
+    return dense_model(problem, problem.hessian_at(at) if at.hessian is None else at.hessian, at, at.x)
 
 
 class Corrected:
-    """What `Sampled` and `FromSample` share: a model that works is kept, and each step's gradient difference
-    folded in.
+    """What `Kept`, `Sampled` and `FromSample` share: a model that works is kept, and each step's gradient
+    difference folded in, until the curvature of all the data is asked for.
 
     Conjugate gradients in effect, at no cost but the evaluation.
     """
 
     _from: Evaluation | None = None
+    _exact: Exact | None = None
 
-    def _corrected(self, at: Evaluation, scale: Array, last: Model | None) -> Model | None:
+    def _exactly(self, contraction: float | None, exact: bool) -> dict[str, Any] | None:
+        """Return the request of the exact Hessian once it has been asked for."""
+        if exact and self._exact is None:
+            self._exact, contraction = Exact(), None
+        return None if self._exact is None else self._exact.request(contraction, exact=exact)
+
+    def _corrected(self, at: Evaluation, last: Model | None) -> Model | None:
         """Return the last model with the last step learned, if there is one to correct."""
         before, self._from = self._from, at
-        if not isinstance(last, SecantModel) or before is None:
+        if last is None or not isinstance(last.quadratic, SecantModel) or before is None:
             return None
-        return last.learn(scale * (at.x - before.x), (at.gradient - before.gradient) / scale)
+        step = last.scale * (at.x - before.x)
+        change = (at.gradient - before.gradient) / last.scale
+        return replace(last, quadratic=last.quadratic.learn(step, change))
+
+    @staticmethod
+    def _correctable(model: Model) -> Model:
+        assert model.base is not None
+        return replace(model, quadratic=SecantModel(model.base))
 
 
 class Kept(Corrected):
     """An exact Hessian, kept and corrected while it serves: where one costs many gradients."""
 
-    def request(self, contraction: float | None) -> dict[str, Any]:
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for nothing but value and gradient."""
+        self._wanted = exact
         return {}
 
-    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
         """Correct the last model, or read the data once for a new one where the last step gained little."""
         before = self._from
-        corrected = self._corrected(at, scale, last)
-        if corrected is not None and before is not None:
-            gained = np.linalg.norm(at.gradient / scale) <= DEAR * np.linalg.norm(before.gradient / scale)
+        corrected = self._corrected(at, last)
+        if corrected is not None and before is not None and not self._wanted:
+            gained = corrected.dual_norm(at.gradient) <= DEAR * corrected.dual_norm(before.gradient)
             if gained:
                 return corrected
-        return SecantModel(dense_model(problem.hessian_at(at), scale))
+        return self._correctable(exact_model(problem, at))
 
 
 @dataclass
@@ -153,21 +268,27 @@ class Sampled(Corrected):
     sampler: RowSampler
     fresh: bool = False
 
-    def request(self, contraction: float | None) -> dict[str, Any]:
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for a draw unless the present model works, twice as large where it was far off."""
+        wanted = self._exactly(contraction, exact)
+        if wanted is not None:
+            return wanted
         if contraction is not None and contraction > COARSE:
             self.sampler.double()
         works = contraction is not None and contraction <= SLOW
         return {} if works and not self.fresh else {"sampler": self.sampler}
 
-    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
         """Use the rows that came with the evaluation, or correct the last model."""
-        corrected = self._corrected(at, scale, last)
+        if self._exact is not None:
+            return self._exact.model(problem, at, last)
+        corrected = self._corrected(at, last)
         if at.sample is None and corrected is not None:
             return corrected
         # A draw smaller than the number of unknowns is no model.
-        rows = at.sample if at.sample is not None and at.sample.n_rows > len(scale) else None
-        return SecantModel(dense_model(problem.hessian_at(at, rows), scale))
+        if at.sample is None or at.sample.n_rows <= at.x.size:
+            return self._correctable(exact_model(problem, at))
+        return self._correctable(dense_model(problem, problem.hessian_at(at, at.sample), at))
 
 
 @dataclass
@@ -178,46 +299,73 @@ class FromSample(Corrected):
     ----------
     sample : Problem
         Stands for the problem.
+    x : ndarray, shape (d,)
+        Where the fit on all the data begins.
     otherwise : callable
-        Makes the strategy that takes over where the sample's curvature is too coarse.
+        Makes the strategy that takes over where the sample's curvature is too coarse, or has none along some
+        direction.
     """
 
     sample: Problem
+    x: Array
     otherwise: Callable[[], Strategy]
     successor: Strategy | None = None
 
-    def request(self, contraction: float | None) -> dict[str, Any]:
+    def __post_init__(self) -> None:
+        at = self.sample.evaluate(self.x)
+        model = dense_model(self.sample, self.sample.hessian_at(at), at)
+        assert model.base is not None
+        if model.negative or model.base.n_flat:
+            self.successor = self.otherwise()
+        else:
+            self._first = self._correctable(model)
+
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for nothing but value and gradient as long as the sample serves."""
+        wanted = self._exactly(contraction, exact)
+        if wanted is not None:
+            return wanted
         if self.successor is None and contraction is not None and contraction > SLOW:
             self.successor = self.otherwise()
             contraction = None
         return {} if self.successor is None else self.successor.request(contraction)
 
-    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
         """Take the sample's curvature once, then correct it."""
+        if self._exact is not None:
+            return self._exact.model(problem, at, last)
         if self.successor is not None:
-            return self.successor.model(problem, at, scale, last)
-        corrected = self._corrected(at, scale, last)
-        if corrected is not None:
-            return corrected
-        return SecantModel(dense_model(self.sample.hessian_at(self.sample.evaluate(at.x)), scale))
+            return self.successor.model(problem, at, last)
+        return self._corrected(at, last) or self._first
 
 
 @dataclass
 class MatrixFree:
-    """Products with the Hessian of drawn rows, or of all rows without a sampler: no d x d array."""
+    """Products with the Hessian of drawn rows, or of all rows without a sampler: no d x d array.
 
+    Parameters
+    ----------
+    scale : ndarray, shape (d,)
+    sampler : RowSampler, optional
+    """
+
+    scale: Array
     sampler: RowSampler | None = None
 
-    def request(self, contraction: float | None) -> dict[str, Any]:
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for a draw, twice as large where the last one was too coarse."""
+        if exact:
+            self.sampler = None
         if self.sampler is not None and contraction is not None and contraction > COARSE:
             self.sampler.double()
         return {"sampler": self.sampler}
 
-    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
         """Multiply by the curvature at this point."""
-        product = problem.hessian_operator(at, at.sample)
+        sample = None if self.sampler is None else at.sample
+        product = problem.hessian_operator(at, sample)
         # A sample of ten rows an unknown is some thirty per cent off: solving its system further is waste.
-        forcing = 0.01 if at.sample is None else 0.1
-        return KrylovModel(lambda v: product(v / scale) / scale, forcing)
+        forcing = 0.01 if sample is None else 0.1
+        scale = self.scale
+        quadratic = KrylovModel(lambda v: product(v / scale) / scale, forcing)
+        return Model(quadratic, scale, at.x if sample is None else None)

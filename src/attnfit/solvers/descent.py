@@ -1,4 +1,4 @@
-"""One descent: evaluate, model the curvature, take the trust-region step, record."""
+"""One descent: evaluate, model the curvature, take the trust-region step, judge, record."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import MAX_DENSE, Problem
+from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
-from attnfit.solvers.curvature import Model, Strategy, dense_model
+from attnfit.solvers.curvature import Model, Strategy
 from attnfit.solvers.tracking import StopFit, Tracker
+from attnfit.solvers.trust_region import Step
+from attnfit.solvers.verdicts import STAY, Judge, Next, Status, Verdict
 
 Array = NDArray[np.float64]
 
@@ -19,11 +21,13 @@ Array = NDArray[np.float64]
 # decrease.
 NOISE = 1e-13
 MAX_REJECTIONS = 40
-MAX_IDLE = 10
-# A scaled gradient of this size relative to the residuals is zero but for rounding.
-ROUNDING = 2e-15
-# Off a saddle the first step is this share of x in scaled variables.
+# The move of the first step off a saddle.
 SADDLE_STEP = 0.1
+# Without a radius yet no step moves a logit further than this: beyond, an exponential is another one.
+FIRST_MOVE = 4.0
+# A step that the model predicted worse than this tells that its curvature does not serve.
+POOR = 0.25
+TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass
@@ -34,143 +38,201 @@ class Descent:
     ----------
     at : Evaluation
         The best point so far.
-    goal_norm : float
-        What gradients are compared with: the scaled norm at zero, or the largest seen.
+    reference : ndarray, shape (d,)
+        The gradient that others are compared with in reports: at zero, or where the descent began.
+    status : Status
+    n_iter : int
     model : Model, optional
         The curvature last used.
-    last_step : ndarray, optional
-        The last accepted step, in the user's units.
+    verdict : Verdict, optional
+        None where the solver has no judge: `minimize` then asks for it.
     """
 
     at: Evaluation
-    goal_norm: float
-    status: str = "max_iter"
+    reference: Array
+    status: str = Status.MAX_ITER
     n_iter: int = 0
     model: Model | None = None
-    last_step: Array | None = None
+    verdict: Verdict | None = None
 
-    def relative(self, norm: float) -> float:
-        """Return a scaled gradient norm relative to the goal norm."""
-        return norm / self.goal_norm if self.goal_norm > 0 else 0.0
+    @classmethod
+    def begin(cls, at: Evaluation) -> Descent:
+        """Return a descent that begins here."""
+        here = at.gradient
+        if at.origin_gradient is None or not np.linalg.norm(at.origin_gradient) > 1e-10 * np.linalg.norm(
+            here
+        ):
+            return cls(at, here)
+        return cls(at, at.origin_gradient)
 
-
-def reference_norm(at: Evaluation, scale: Array) -> float:
-    """Return the scaled norm of the gradient at zero, or of the one at hand where zero is stationary."""
-    here = float(np.linalg.norm(at.gradient / scale))
-    if at.origin_gradient is None:
-        return here
-    origin = float(np.linalg.norm(at.origin_gradient / scale))
-    return origin if origin > 1e-10 * here else here
+    def relative(self, gradient: Array) -> float:
+        """Return the size of a gradient relative to the reference, in the variables of the last model."""
+        scale = 1.0 if self.model is None else self.model.scale
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            size, goal = np.linalg.norm(gradient / scale), np.linalg.norm(self.reference / scale)
+            return float(size / goal) if goal > 0.0 else 0.0
 
 
 def descend(
     problem: Problem,
     at: Evaluation,
     strategy: Strategy,
-    scale: Array,
+    judge: Judge,
     tracker: Tracker,
     *,
     phase: str,
-    tol: float,
     max_iter: int,
     trust_region: bool = True,
 ) -> Descent:
-    """Minimise from an evaluated point, which holds what the strategy requests, in the variables
-    ``scale * x``.
+    """Minimise from an evaluated point, which holds what the strategy requests.
 
     With ``trust_region=False`` every model step is taken: for sampled curvature this is Algorithm 1 of "An
     Iterative Algorithm for Rescaled Hyperbolic Functions Regression" with its sign corrected and the low-rank
     part kept.
     """
-    run = Descent(at, reference_norm(at, scale))
-    radius, rejections, contraction = np.inf, 0, None
-    fresh = True
-    norm = least = float(np.linalg.norm(at.gradient / scale))
-    idle = 0
+    run = Descent.begin(at)
+    path = _Path(problem, run, strategy, judge, tracker, phase, trust_region)
     try:
-        tracker.record(phase, 0, at.value, run.relative(norm))
-        while True:
-            rounding = ROUNDING * np.sqrt(2.0 * abs(run.at.value) * len(scale))
-            # Where the gradient at zero is rounding itself, nothing can be small relative to it.
-            if norm <= tol * run.goal_norm or max(norm, run.goal_norm) <= rounding:
-                if not _at_saddle(problem, run, scale):
-                    run.goal_norm = max(run.goal_norm, min(norm, rounding) / tol)
-                    run.status = "converged"
-                    return run
-                fresh = False
-                # A radius that proved too large at this saddle has been cut since.
-                if rejections == 0:
-                    radius = SADDLE_STEP * max(1.0, float(np.linalg.norm(scale * run.at.x)))
-            if run.n_iter >= max_iter or rejections > MAX_REJECTIONS or idle > MAX_IDLE:
-                run.status = "max_iter" if run.n_iter >= max_iter else "precision"
-                return run
-            if fresh:
-                with tracker.timed("model"):
-                    run.model = strategy.model(problem, run.at, scale, run.model)
-                fresh = False
-            assert run.model is not None
-            with tracker.timed("step"):
-                step = run.model.solve(run.at.gradient / scale, radius if trust_region else np.inf)
-            size = float(np.linalg.norm(step.p))
-            if size <= 1e-15 * float(np.linalg.norm(scale * run.at.x)) or not np.isfinite(size):
-                run.status = "precision"
-                return run
-            with tracker.timed("evaluate"):
-                trial = _attempt(problem, run.at, step.p / scale, strategy.request(contraction))
-            run.n_iter += 1
-            # A trial may overflow: it is rejected then, not reported.
-            with np.errstate(over="ignore", invalid="ignore"):
-                trial_norm = float(np.linalg.norm(trial.gradient / scale))
-                agreement = _agreement(run.at, trial, step.p / scale, step.predicted)
-            accepted = agreement > 1e-4 or (not trust_region and np.isfinite(trial.value))
-            at_start = (problem.zero_is_stationary or run.goal_norm == 0.0) and accepted
-            run.goal_norm = max(run.goal_norm, trial_norm) if at_start else run.goal_norm
-            tried, radius = radius, _next_radius(radius, size, agreement, accepted, step.bounded)
-            if accepted:
-                # A step that the radius cut short says nothing about the model.
-                contraction = None if step.bounded or norm == 0.0 else trial_norm / norm
-                run.at, run.last_step, fresh, norm = trial, step.p / scale, True, trial_norm
-            rejections = 0 if accepted else rejections + 1
-            # Steps among rounding errors: they promise nothing, and the gradient becomes no smaller.
-            hopeless = step.predicted <= NOISE * abs(run.at.value) and trial_norm >= least
-            idle, least = idle + 1 if hopeless else 0, min(least, trial_norm)
-            tracker.record(
-                phase,
-                run.n_iter,
-                trial.value,
-                run.relative(trial_norm),
-                step_norm=size,
-                radius=tried,
-                accepted=accepted,
-            )
+        run.status = path.follow(max_iter)
     except (KeyboardInterrupt, StopFit):
-        run.status = "interrupted"
-        return run
+        run.status = Status.INTERRUPTED
+    run.verdict = replace(judge.verdict, status=Status(run.status))
+    return run
 
 
-def _attempt(problem: Problem, at: Evaluation, step: Array, request: dict[str, Any]) -> Evaluation:
-    """Evaluate a step ahead; a point beyond the range of float64 has an infinite value, and is rejected."""
+@dataclass
+class _Path:
+    """A descent under way: the radius, and what the last steps taught."""
+
+    problem: Problem
+    run: Descent
+    strategy: Strategy
+    judge: Judge
+    tracker: Tracker
+    phase: str
+    trust_region: bool
+    radius: float = np.inf
+    rejections: int = 0
+    contraction: float | None = None
+    last_step: Array | None = None
+    _looked_at: Array | None = None
+
+    def follow(self, max_iter: int) -> Status:
+        """Descend to an end."""
+        run, judge = self.run, self.judge
+        self._model()
+        self._record(run.at, 0)
+        while True:
+            model = run.model
+            assert model is not None
+            with self.tracker.timed("step"):
+                step, move = self._step(model)
+            if not np.isfinite(step.size):
+                return Status.PRECISION
+            with self.tracker.timed("model"):
+                found = judge.look(run.at, model, step, move)
+            if isinstance(found, Status):
+                return found
+            if found is Next.CURVATURE_HERE:
+                self.strategy.request(None, exact=True)
+                self._model()
+                if run.model is None or run.model.exact_at is not run.at.x or self._looked_at is run.at.x:
+                    # Numbers that are not finite can be judged by no curvature.
+                    return Status.PRECISION
+                self._looked_at = run.at.x
+                continue
+            if found is Next.SHORTEN:
+                self._shorten()
+                continue
+            if found is Next.LEAVE_SADDLE and self.rejections == 0:
+                step = self._off_saddle(model)
+            if run.n_iter >= max_iter or self.rejections > MAX_REJECTIONS:
+                if found is Next.LEAVE_SADDLE:
+                    return Status.SADDLE
+                return Status.MAX_ITER if run.n_iter >= max_iter else Status.PRECISION
+            self._try(model, step, move, exact=found is Next.STEP_FOR_CURVATURE)
+
+    def _model(self) -> None:
+        """Model the curvature where the descent stands; the radius stays the same in the new variables."""
+        run, before = self.run, self.run.model
+        with self.tracker.timed("model"):
+            run.model = self.strategy.model(self.problem, run.at, before)
+        if before is not None and self.last_step is not None and np.isfinite(self.radius):
+            self.radius *= run.model.norm(self.last_step) / max(before.norm(self.last_step), TINY)
+
+    def _step(self, model: Model) -> tuple[Step, float]:
+        """Return the next step and its move on the rows at hand."""
+        run, judge = self.run, self.judge
+        step = judge.step(run.at, model, self.radius if self.trust_region else np.inf)
+        move = judge.guess(run.at, model, step.p)
+        if self.trust_region and np.isinf(self.radius) and move > FIRST_MOVE:
+            self.radius = step.size * FIRST_MOVE / move
+            step = judge.step(run.at, model, self.radius)
+            move = judge.guess(run.at, model, step.p)
+        return step, move
+
+    def _off_saddle(self, model: Model) -> Step:
+        """Return a step along negative curvature that moves a logit by a tenth."""
+        run = self.run
+        unit = model.solve(run.at.gradient, 1.0)
+        self.radius = SADDLE_STEP / max(self.judge.guess(run.at, model, unit.p), TINY)
+        return model.solve(run.at.gradient, self.radius)
+
+    def _shorten(self) -> None:
+        """Go to the point of least norm: it has the same logits but for rounding."""
+        run = self.run
+        with self.tracker.timed("evaluate"):
+            shorter = _attempt(
+                self.problem, run.at, self.judge.shorter, self.strategy.request(None, exact=True)
+            )
+        if np.isfinite(shorter.value):
+            run.at, self.last_step = shorter, None
+            self.phase = "least norm"
+            self._model()
+            self._record(run.at, run.n_iter)
+
+    def _try(self, model: Model, step: Step, move: float, *, exact: bool) -> None:
+        """Evaluate a step, and take it if it keeps its promise."""
+        run = self.run
+        request = self.strategy.request(self.contraction, exact=exact)
+        with self.tracker.timed("evaluate"):
+            trial = _attempt(self.problem, run.at, run.at.x + step.p, request)
+        run.n_iter += 1
+        # A trial may overflow: it is rejected then, not reported.
+        with np.errstate(over="ignore", invalid="ignore"):
+            agreement = _agreement(run.at, trial, step.p, step.predicted)
+        anyway = not self.trust_region or (move <= STAY and not step.bounded)
+        accepted = agreement > 1e-4 or (anyway and bool(np.isfinite(trial.value)))
+        tried, norm = self.radius, model.dual_norm(run.at.gradient)
+        self.radius = _next_radius(self.radius, step.size, agreement, accepted, step.bounded)
+        self.rejections = 0 if accepted else self.rejections + 1
+        if accepted:
+            # A step that the radius cut short says nothing about the model, unless it was a poor one.
+            self.contraction = model.dual_norm(trial.gradient) / norm if norm > 0.0 else None
+            self.contraction = self.contraction if not step.bounded else None
+            run.at, self.last_step = trial, step.p
+        if agreement < POOR and not (accepted and move <= STAY):
+            self.contraction = 1.0
+        self._record(trial, run.n_iter, step_norm=step.size, radius=tried, accepted=accepted)
+        if accepted:
+            self._model()
+
+    def _record(self, at: Evaluation, iteration: int, **step: Any) -> None:
+        relative = self.run.relative(at.gradient)
+        self.tracker.record(self.phase, iteration, at.value, relative, **step)
+
+
+def _attempt(problem: Problem, at: Evaluation, x: Array, request: dict[str, Any]) -> Evaluation:
+    """Evaluate a point; one beyond the range of float64 has an infinite value, and is rejected."""
     try:
-        return problem.evaluate(at.x + step, at, **request)
+        return problem.evaluate(x, at, **request)
     except OverflowError:
         return replace(at, value=np.inf)
 
 
-def _at_saddle(problem: Problem, run: Descent, scale: Array) -> bool:
-    """Whether a point without gradient has negative curvature; asks for a read only if the last model, or
-    none, suggests it.
-    """
-    if len(scale) > MAX_DENSE or problem.best_hessian == "matrix_free":
-        return False
-    if not (run.model is None or run.model.negative):
-        return False
-    run.model = dense_model(problem.hessian_at(run.at), scale)
-    return run.model.negative
-
-
 def _next_radius(radius: float, size: float, agreement: float, accepted: bool, bounded: bool) -> float:
     """Return the radius after a step of this size."""
-    if not accepted or agreement < 0.25:
+    if not accepted or agreement < POOR:
         return 0.25 * size
     return 2.0 * size if agreement > 0.75 and bounded else radius
 

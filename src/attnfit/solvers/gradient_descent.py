@@ -8,14 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.problems.base import Problem
-from attnfit.solvers.descent import Descent, reference_norm
+from attnfit.solvers.descent import Descent
 from attnfit.solvers.newton import Outcome
-from attnfit.solvers.start import Start
+from attnfit.solvers.start import Start, probe_of
 from attnfit.solvers.tracking import StopFit, Tracker
+from attnfit.solvers.verdicts import ACCEPTED_FLOOR, Status, assess
 
 Array = NDArray[np.float64]
 
 SUFFICIENT = 1e-4
+# The verdict is asked for again once the gradient has shrunk by this.
+LOOK = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,42 @@ class GradientDescent:
         scale = start.scale()
         x = problem.initial_point(rng).reshape(-1) if x0 is None else x0
         at = problem.evaluate(x, start.transfer(x), origin=True)
-        run = Descent(at, reference_norm(at, scale))
+        run = Descent.begin(at)
+        probe = probe_of(start.scout.problem)
         # The first step moves the scaled unknowns by one over their number: small, and free of the user's
         # units.
         gradient_size = float(np.linalg.norm(at.gradient / scale))
         step = self.step_size or (1.0 / (float(scale.max()) ** 2) if gradient_size > 0 else 1.0)
+        least = np.inf
         try:
-            norm = gradient_size
-            tracker.record("fit: gradient descent", 0, at.value, run.relative(norm))
-            while norm > tol * run.goal_norm and run.n_iter < max_iter:
+            tracker.record("fit: gradient descent", 0, at.value, run.relative(at.gradient))
+            while run.n_iter < max_iter:
+                size = float(np.linalg.norm(run.at.gradient / scale))
+                if size <= LOOK * least:
+                    # A look costs two reads: no second one before the gradient is much smaller.
+                    least = size
+                    run.verdict = assess(problem, run.at, tol, probe)
+                    if run.verdict.status is not Status.MAX_ITER:
+                        run.status = run.verdict.status
+                        break
                 step, accepted = self._step(problem, run, step, tracker)
                 if not accepted:
-                    run.status = "precision" if self.step_size is None else "overflow"
+                    run.status = Status.OVERFLOW
+                    if self.step_size is None:
+                        # Values that differ by rounding tell no better point: the curvature may.
+                        run.verdict = assess(problem, run.at, max(tol, ACCEPTED_FLOOR), probe)
+                        done = run.verdict.status is Status.CONVERGED
+                        run.status = Status.CONVERGED if done else Status.PRECISION
                     break
-                norm = float(np.linalg.norm(run.at.gradient / scale))
                 run.n_iter += 1
-                tracker.record("fit: gradient descent", run.n_iter, run.at.value, run.relative(norm))
-            if norm <= tol * run.goal_norm:
-                run.status = "converged"
+                tracker.record(
+                    "fit: gradient descent", run.n_iter, run.at.value, run.relative(run.at.gradient)
+                )
         except (KeyboardInterrupt, StopFit):
-            run.status = "interrupted"
-        return Outcome.of({"zero" if x0 is None else "x0": run}, scale, "gradient descent")
+            run.status = Status.INTERRUPTED
+        if run.status != (None if run.verdict is None else run.verdict.status):
+            run.verdict = None
+        return Outcome.of(problem, {"zero" if x0 is None else "x0": run}, "gradient descent")
 
     def _step(self, problem: Problem, run: Descent, step: float, tracker: Tracker) -> tuple[float, bool]:
         """Take one step; return the next step size to try and whether the step was taken."""

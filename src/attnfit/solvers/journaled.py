@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
+from attnfit.problems.base import Moved, Problem
 from attnfit.problems.evaluation import Drawn, Evaluation
 from attnfit.problems.layers.evaluation import LayeredEvaluation
+from attnfit.problems.rows.log_start import LogStart
 from attnfit.solvers.journal import CheckpointError, Draw, Entry, Journal, digest
 
 Array = NDArray[np.float64]
@@ -40,6 +41,7 @@ class Journaled(Problem):
     """
 
     _journal: Journal
+    _journaled_columns: NDArray[np.bool_] | None = None
 
     @property
     def n_passes(self) -> float:
@@ -129,6 +131,42 @@ class Journaled(Problem):
         call = self._inherited("diagonal_at")
         return self._array("diagonal_at", digest(at.x), lambda: call(at), at.x.shape)
 
+    def log_start(self, normaliser: float = 1.0) -> LogStart | None:
+        """Return least squares on the logarithm of the target."""
+        call = self._inherited("log_start")
+
+        def ask() -> Array:
+            found = call(normaliser)
+            return np.zeros(0) if found is None else np.append(found.x, found.share)
+
+        found = self._array("log_start", digest(normaliser), ask, None)
+        return LogStart(found[:-1], float(found[-1])) if len(found) else None
+
+    def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
+        """Return which unknowns no datum and no penalty sees."""
+        if self._journaled_columns is None:
+            call = self._inherited("unseen_columns")
+            shape = (self.n_unknowns,)
+            found = self._array("unseen_columns", "", lambda: call(at).astype(np.float64), shape)
+            self._journaled_columns = found > 0.0
+        return self._journaled_columns
+
+    def unseen_directions(self, at: Evaluation) -> Array:
+        """Return an orthonormal basis of the directions along which no datum and no penalty changes."""
+        call = self._inherited("unseen_directions")
+        return self._array("unseen_directions", digest(at.x), lambda: call(at), None)
+
+    def moves(self, at: Evaluation, steps: Array) -> Moved | None:
+        """Return by how much each step changes a fitted logit at most."""
+        call = self._inherited("moves")
+
+        def ask() -> Array:
+            found = call(at, steps)
+            return np.zeros(0) if found is None else np.append(found.largest, found.least)
+
+        found = self._array("moves", digest(at.x, steps), ask, None)
+        return Moved(found[:-1], float(found[-1])) if len(found) else None
+
     def hvp_at(self, at: Evaluation, v: Array, **options: Any) -> Array:
         """Return the Hessian at an evaluated point times v."""
         call = self._inherited("hvp_at")
@@ -152,7 +190,7 @@ class Journaled(Problem):
         """Return the method of the problem itself."""
         return getattr(super(), name)
 
-    def _array(self, call: str, key: str, ask: Callable[[], Array], shape: tuple[int, ...]) -> Array:
+    def _array(self, call: str, key: str, ask: Callable[[], Array], shape: tuple[int, ...] | None) -> Array:
         def enter(found: Array | None) -> dict[str, Any]:
             return {} if found is None else {"arrays": {"answer": np.array(found)}}
 

@@ -16,6 +16,7 @@ from attnfit.solvers.damped import DampedFits
 from attnfit.solvers.descent import Descent
 from attnfit.solvers.newton import Outcome
 from attnfit.solvers.tracking import Tracker
+from attnfit.solvers.verdicts import Status, Verdict
 
 Array = NDArray[np.float64]
 
@@ -85,7 +86,8 @@ class LevenbergMarquardt:
             raise ValueError(
                 f"LevenbergMarquardt takes LayerInversion, not {type(problem).__name__}; leave solver out"
             )
-        goal = float(np.linalg.norm(problem.evaluate(np.zeros(problem.n_unknowns)).gradient))
+        reference = problem.evaluate(np.zeros(problem.n_unknowns)).gradient
+        goal = float(np.linalg.norm(reference))
         ends: dict[str, Descent] = {}
         n_iter = 0
         for names, points in self._batches(problem, x0, rng):
@@ -99,7 +101,8 @@ class LevenbergMarquardt:
                     break
             for k, name in enumerate(names):
                 at = Evaluation(fits.x[k], float(fits.values[k]), fits.gradients[k])
-                ends[name] = Descent(at, goal, str(fits.status[k]))
+                status = Status(str(fits.status[k]))
+                ends[name] = Descent(at, reference, status, verdict=Verdict(status))
             if stopped or len(fits.solved):
                 break
         best = min(ends, key=lambda name: ends[name].at.value)
@@ -109,7 +112,6 @@ class LevenbergMarquardt:
         method = "Cholesky" if problem.n_unknowns <= MAX_DENSE else "conjugate gradients"
         return Outcome(
             ends[best],
-            np.ones(problem.n_unknowns),
             dict(sorted(values.items(), key=lambda item: item[1])),
             n_iter,
             f"Levenberg-Marquardt, {method}, {len(ends)} start{'s'[: len(ends) > 1]}",

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import fields, is_dataclass, replace
 from os import PathLike
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.problems.base import Problem, Reduction
-from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.memory import parse_size
 from attnfit.solvers.checkpoint import Checkpoint
 from attnfit.solvers.default import default_solver
-from attnfit.solvers.descent import Descent
-from attnfit.solvers.identification import least_norm, recession_direction, unidentified_directions
 from attnfit.solvers.journal import Journal
 from attnfit.solvers.journaled import journaled
-from attnfit.solvers.newton import Outcome
+from attnfit.solvers.newton import Outcome, require_starts
 from attnfit.solvers.result import Result
 from attnfit.solvers.start import Start
 from attnfit.solvers.tracking import Callback, Tracker
+from attnfit.solvers.verdicts import MAX_TOL, End, Status, Verdict, assess
 
 Array = NDArray[np.float64]
 
-# A fit with a minimum ends on steps far smaller than this share of x; one that runs away keeps its stride.
-STRIDE = 1e-3
+# Ends that need no second look.
+ENDED = (Status.INTERRUPTED, Status.OVERFLOW)
 
 
 class Solver(Protocol):
@@ -58,6 +55,7 @@ def minimize(
     max_iter: int = 100,
     callback: Callback | None = None,
     random_state: Any = None,
+    n_starts: int | Literal["auto"] = "auto",
     checkpoint: str | PathLike[str] | None = None,
     resume: bool = True,
     memory_limit: str | int | None = None,
@@ -68,15 +66,17 @@ def minimize(
     ----------
     problem : any problem of `attnfit.problems`
     x0 : array_like, in the problem's natural shape or flat, optional
-        Start here only. By default a convex problem is started from a sample of its rows; any other from its
-        convex neighbour (cross entropy) and from zero, and the best end is returned with all local values.
+        Start here only. By default a fit starts from least squares on the logarithm of the target (on a
+        sample of the rows where they are many); one that is not convex also from zero, and, if small, from
+        Gaussian points, and the best end is returned with all local values.
     solver : a solver of `attnfit.solvers`, optional
         `Newton()` by default, `ActiveSet()` for mixtures, `BatchedNewton()` for several right-hand sides,
         `LevenbergMarquardt()` for `LayerInversion`;
         ``result.solver`` says what it chose.
-    tol : float
-        Stop when the gradient in internally scaled variables is at most ``tol`` times the one at zero (times
-        the largest seen where zero is stationary).
+    tol : float, in (0, 1e-2]
+        The largest change of a fitted logit that the next Newton step may still make: of ``exp(z)``
+        relatively, or of half a log-odds. It does not depend on the units of the target, the weights or the
+        unknowns. Where rounding forbids it, steps that stop shrinking are accepted up to 1e-6.
     max_iter : int
         Largest number of steps on the full data.
     callback : callable, optional
@@ -84,6 +84,9 @@ def minimize(
         with the best point.
     random_state : int, numpy.random.Generator, optional
         Seed of all sampling.
+    n_starts : int or "auto"
+        Number of descents of a problem that is not convex; "auto" takes ten for small ones and else those
+        that the data suggest. ``solver`` may say it instead.
     checkpoint : str or path-like, optional
         File in which the fit keeps what it has read. After a crash or an interruption the same call goes on
         from there and ends, on one machine, at the same ``x`` bit for bit; ``tol``, ``max_iter`` and
@@ -125,14 +128,19 @@ def minimize(
     >>> result.certificate().radius < 1e-6
     True
     """
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, not {tol!r}; 1e-8 is the default")
+    if not (isinstance(tol, int | float | np.number) and 0.0 < tol <= MAX_TOL):
+        raise ValueError(
+            f"tol must be a number in (0, {MAX_TOL:g}], not {tol!r}: the largest change of a logit that the "
+            "next step may make; 1e-8 is the default"
+        )
+    require_starts(n_starts)
     if max_iter < 0:
         raise ValueError(f"max_iter must not be negative, not {max_iter!r}")
     problem = problem if memory_limit is None else problem.within(parse_size(memory_limit))
     point = None if x0 is None else as_point(x0, problem.shape, "x0")
     reduction = problem.reduction()
     solver = default_solver(problem if reduction is None else reduction.problem) if solver is None else solver
+    solver = solver if n_starts == "auto" else _with_starts(solver, n_starts)
     fit = (problem, reduction, point, solver, tol, max_iter)
     if checkpoint is None:
         result = _fit(*fit, callback, np.random.default_rng(random_state))
@@ -175,23 +183,43 @@ def _fit(
     # Steps that overflow are rejected by their value; numpy need not warn of each product on the way.
     with np.errstate(over="ignore", invalid="ignore"):
         outcome = solver.run(problem, start, point, tol, max_iter, tracker, rng)
-    settled = _settle(problem, outcome, tracker, tol)
+    best = outcome.best
+    verdict = best.verdict
+    if verdict is None:
+        verdict = Verdict(Status(best.status))
+        if best.status not in ENDED:
+            # The solver has no judge of its own.
+            with np.errstate(over="ignore", invalid="ignore"):
+                verdict = assess(problem, best.at, tol)
+    status = verdict.status
+    reason = None
+    if status is Status.CONVERGED and not outcome.message:
+        reason = problem.false_optimum(best.at)
+        status = status if reason is None else Status.FALSE_OPTIMUM
     if journal is not None:
         journal.check()
-    at, norm = settled.at, settled.norm
+    at = best.at
+    gradient_norm = best.relative(at.gradient)
+    flat = verdict.flat
     lift = None if reduction is None else reduction.lift
-    message = outcome.message or _message(settled, tol, outcome, max_iter, given.shape, lift)
-    flat = settled.flat
+    end = End(status, verdict, tol, max_iter, outcome.n_starts, given, gradient_norm, lift, reason)
+    message = outcome.message or end.message()
+    if status is Status.CONVERGED and problem.is_trivial(best.at):
+        message += "; all outputs are zero there, where the loss vanishes whatever the target: pass x0"
     if reduction is not None:
         at, flat = given.evaluate(reduction.lift(at.x)), None
         message += f"; {reduction.note}" if reduction.note else ""
+    x, value = at.x, at.value
+    if verdict.separation is not None and reduction is None:
+        x = verdict.separation.coefficients(x)
+        value = verdict.separation.value if np.isfinite(verdict.separation.value) else value
     return Result(
-        x=at.x.reshape(given.shape),
-        value=at.value,
+        x=x.reshape(given.shape),
+        value=value,
         gradient=at.gradient.reshape(given.shape),
-        gradient_norm=norm,
-        converged=settled.status == "converged",
-        status=settled.status,
+        gradient_norm=gradient_norm,
+        converged=status is Status.CONVERGED,
+        status=status,
         message=message,
         n_iter=outcome.n_iter,
         n_passes=tracker.n_passes(),
@@ -202,86 +230,17 @@ def _fit(
         local_values=outcome.local_values,
         unidentified=flat,
         column_status=outcome.column_status,
+        move=verdict.move,
+        decrement=verdict.decrement,
+        n_flat=None if verdict.flat is None else int(verdict.flat.shape[1]),
+        separation=verdict.separation,
     )
 
 
-@dataclass(frozen=True)
-class _Settled:
-    """The end of a fit once it is known what the data leave open.
-
-    ``separating`` is a direction along which there is no minimum, ``reason`` why the end is none.
-    """
-
-    at: Evaluation
-    status: str
-    norm: float
-    flat: Array | None
-    separating: Array | None
-    reason: str | None
-
-
-def _settle(problem: Problem, outcome: Outcome, tracker: Tracker, tol: float) -> _Settled:
-    """Look at the end of a fit: open directions, separable data, false optima."""
-    best, scale = outcome.best, outcome.scale
-    at, status = best.at, best.status
-    flat = unidentified_directions(best.model, scale)
-    separating = None
-    if status != "interrupted":
-        if best.last_step is not None and _runs_away(best, scale):
-            separating = recession_direction(problem, [at.x, best.last_step])
-        if separating is not None:
-            status = "separable"
-        elif flat is not None and flat.shape[1] and problem.linear:
-            at = least_norm(problem, best, scale, tracker, tol)
-    with np.errstate(over="ignore"):
-        norm = best.relative(float(np.linalg.norm(at.gradient / scale)))
-    reason = problem.false_optimum(at) if status == "converged" and not outcome.message else None
-    status = status if reason is None else "false_optimum"
-    return _Settled(at, status, norm, flat, separating, reason)
-
-
-def _runs_away(best: Descent, scale: Array) -> bool:
-    assert best.last_step is not None
-    return float(np.linalg.norm(scale * best.last_step)) > STRIDE * float(np.linalg.norm(scale * best.at.x))
-
-
-def _message(
-    settled: _Settled,
-    tol: float,
-    outcome: Outcome,
-    max_iter: int,
-    shape: tuple[int, ...],
-    lift: Callable[[Array], Array] | None,
-) -> str:
-    """Return the status in a sentence, with the remedy; unknowns are named as the user knows them."""
-    status, reason = settled.status, settled.reason
-    reached = f"relative gradient {settled.norm:.2e}, tol {tol:.0e}"
-    if status == "converged":
-        return f"converged: {reached}"
-    if settled.separating is not None:
-        direction = settled.separating if lift is None else lift(settled.separating)
-        order = np.argsort(-np.abs(direction))[:3]
-        size = np.abs(direction).max()
-        entries = ", ".join(f"{_unknown(int(j), shape)}: {direction[j] / size:+.3g}" for j in order)
-        return (
-            "the data are separable: cross entropy has no finite minimum and falls for ever along the "
-            "direction "
-            f"({entries}{', ...' if len(direction) > 3 else ''}); add ridge > 0, or drop or merge the "
-            "columns it names"
-        )
-    return {
-        "max_iter": f"not converged after max_iter={max_iter} steps ({reached}); raise max_iter, or loosen "
-        f"tol",
-        "precision": f"no further decrease is possible in float64 ({reached}); loosen tol, or add ridge if "
-        f"columns are nearly "
-        "dependent",
-        "overflow": f"a fixed step of {outcome.description} overflowed ({reached}); use a smaller step_size",
-        "false_optimum": f"not a minimum: {reason} ({reached}); pass another x0, or add ridge",
-        "interrupted": f"interrupted; x is the best point so far ({reached})",
-    }[status]
-
-
-def _unknown(j: int, shape: tuple[int, ...]) -> str:
-    if len(shape) == 1:
-        return f"column {j}"
-    return f"entry ({', '.join(str(int(k)) for k in np.unravel_index(j, shape))})"
+def _with_starts(solver: Any, n_starts: int) -> Any:
+    """Return a solver that descends from so many points."""
+    known = {f.name for f in fields(solver)} if is_dataclass(solver) else set()
+    for name in ("n_starts", "n_restarts"):
+        if name in known:
+            return replace(solver, **{name: n_starts})
+    raise ValueError(f"{type(solver).__name__} takes no n_starts; leave it out, or choose another solver")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,46 +12,76 @@ from numpy.typing import NDArray
 from attnfit.problems.base import MAX_DENSE, Problem
 from attnfit.problems.inputs import choose
 from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.problems.rows.moves import Probe
 from attnfit.problems.rows.sample_sizes import rows_to_draw
 from attnfit.sketching import RowSampler, leverage_sketch
-from attnfit.solvers.curvature import Exact, FromSample, Kept, MatrixFree, Sampled, Strategy
-from attnfit.solvers.descent import Descent, descend, reference_norm
+from attnfit.solvers.curvature import (
+    Exact,
+    FromSample,
+    Kept,
+    MatrixFree,
+    Sampled,
+    Strategy,
+    natural_scale,
+)
+from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.sampled_jacobian import SampledJacobian
-from attnfit.solvers.start import Start, same_minimum
+from attnfit.solvers.start import Start, distance, probe_of
 from attnfit.solvers.tracking import Interrupted, Tracker
+from attnfit.solvers.verdicts import Judge, Status, Verdict
 
 Array = NDArray[np.float64]
 
 HESSIANS = ("auto", "exact", "sampled", "matrix_free")
 # Johnson-Lindenstrauss columns: leverages within a factor of two are all that sampling needs.
 N_PROBES = 8
+# Ends whose logits differ by more than this are different minima.
+DISTINCT = 1e-3
+# Further starts descend until the next step moves no logit by more than this; an end closer than that to a
+# known one is not followed.
+LOOSE, CLOSE, MAX_LOOSE = 1e-2, 0.1, 50
+# A loss of squares below this share of one seen elsewhere is zero but for rounding.
+EXACT = 1e-22
+# Ends that are on their way.
+UNFINISHED = (Status.MAX_ITER, Status.PRECISION)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a solver hands to `minimize`; ``message`` replaces the usual one, ``column_status`` is one a
-    right-hand
-    side.
+    right-hand side.
+
+    ``local_values`` lists distinct minima that were accepted, ``n_starts`` counts the descents.
     """
 
     best: Descent
-    scale: Array
     local_values: dict[str, float]
     n_iter: int
     description: str
     message: str = ""
     column_status: NDArray[Any] | None = None
+    n_starts: int = 1
 
     @classmethod
-    def of(cls, ends: dict[str, Descent], scale: Array, description: str) -> Outcome:
-        """Choose the best end; of ends in one minimum, which differ by rounding, one that converged."""
+    def of(
+        cls, problem: Problem, ends: dict[str, Descent], description: str, probe: Probe | None = None
+    ) -> Outcome:
+        """Choose the lowest end; of ends that differ by rounding, one that is accepted."""
         ranked = sorted(ends, key=lambda name: ends[name].at.value)
         best = ends[ranked[0]]
-        for other in (ends[name] for name in ranked[1:]):
-            if best.status != "converged" == other.status and same_minimum(best.at, other.at, scale):
-                best = other
-        values = {name: ends[name].at.value for name in ranked}
-        return cls(best, scale, values, sum(run.n_iter for run in ends.values()), description)
+        accepted: dict[str, Descent] = {}
+        for name in ranked:
+            end = ends[name]
+            if end.status == Status.CONVERGED and not any(
+                distance(problem, end.at, other.at, probe) <= DISTINCT for other in accepted.values()
+            ):
+                accepted[name] = end
+        if best.status in UNFINISHED and accepted:
+            lowest = next(iter(accepted.values()))
+            if lowest.at.value - best.at.value <= 1e-9 * abs(best.at.value):
+                best = lowest
+        values = {name: end.at.value for name, end in accepted.items()}
+        return cls(best, values, best.n_iter, description, n_starts=len(ends))
 
 
 @dataclass(frozen=True)
@@ -71,13 +102,18 @@ class Newton:
     sample_rows : int, optional
         Rows to draw for a sampled Hessian; by default 5 % of the rows, at least 100 d (10 d where
         matrix-free).
+    n_starts : int or "auto"
+        Descents of a problem that is not convex, from the data's own suggestions and then from Gaussian
+        points; "auto" takes ten where rows times unknowns are at most 10,000 and unknowns at most 16.
     """
 
     hessian: Literal["auto", "exact", "sampled", "matrix_free"] = "auto"
     globalisation: Literal["trust_region", "none"] = "trust_region"
     sample_rows: int | None = None
+    n_starts: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        require_starts(self.n_starts)
         choose(self.hessian, dict.fromkeys(HESSIANS), "hessian")
         choose(self.globalisation, dict.fromkeys(("trust_region", "none")), "globalisation")
 
@@ -93,35 +129,75 @@ class Newton:
     ) -> Outcome:
         """Minimise; `attnfit.minimize` documents the arguments."""
         kind = self._resolve(problem, start)
-        scale = start.scale()
+        name = f"Newton, {kind.replace('_', '-')} Hessian, {self.globalisation}"
         try:
-            points = {"x0": x0} if x0 is not None else start.points(scale, tracker, rng)
+            points = {"x0": x0} if x0 is not None else start.points(tracker, rng, self.n_starts)
         except Interrupted as interrupted:
-            at = problem.evaluate(interrupted.x)
-            return Outcome.of(
-                {"start": Descent(at, reference_norm(at, scale), "interrupted")}, scale, "Newton"
-            )
+            end = Descent.begin(problem.evaluate(interrupted.x))
+            end.status, end.verdict = Status.INTERRUPTED, Verdict(Status.INTERRUPTED)
+            return Outcome.of(problem, {"start": end}, name)
+        probe = probe_of(start.scout.problem)
+        if probe is not None and not start.sample.is_full:
+            probe.exact = False
         ends: dict[str, Descent] = {}
-        for name, x in points.items():
-            strategy = self._strategy(kind, start, x, scale, rng)
+        n_starts, highest, trivial = 0, 0.0, list[str]()
+        for label, x in points.items():
+            strategy = self._strategy(kind, start, x, rng)
             with tracker.timed("evaluate"):
-                at = problem.evaluate(x, start.transfer(x), origin=True, **strategy.request(None))
+                at = problem.evaluate(x, start.transfer(x), origin=not ends, **strategy.request(None))
             if not np.isfinite(at.value):
-                problem.value(x)
-            ends[name] = descend(
+                if len(points) == 1:
+                    problem.value(x)
+                continue
+            lowest = min((end.at.value for end in ends.values()), default=np.inf)
+            if abs(lowest) <= EXACT * at.value:
+                # No other minimum can be lower than an exact fit.
+                break
+            n_starts += 1
+            before = 0
+            follow = partial(
+                descend,
                 problem,
-                at,
-                strategy,
-                scale,
-                tracker,
-                phase=f"fit: {name}",
-                tol=tol,
-                max_iter=max_iter,
+                tracker=tracker,
+                phase=f"fit: {label}",
                 trust_region=self.globalisation == "trust_region",
             )
-            if ends[name].status == "interrupted":
+            if ends and start.sample.is_full:
+                # As far as tells whether the minimum is another one.
+                found = follow(
+                    at, strategy, Judge(problem, LOOSE, probe, final=False), max_iter=min(max_iter, MAX_LOOSE)
+                )
+                before = found.n_iter
+                if found.status == Status.INTERRUPTED:
+                    ends[label] = found
+                    break
+                known = any(distance(problem, found.at, end.at, probe) <= CLOSE for end in ends.values())
+                if known or (found.status != Status.CONVERGED and not found.at.value < lowest):
+                    continue
+                at, strategy = found.at, self._strategy(kind, start, found.at.x, rng)
+            ends[label] = follow(at, strategy, Judge(problem, tol, probe), max_iter=max_iter)
+            ends[label].n_iter += before
+            end = ends[label]
+            if end.status == Status.INTERRUPTED:
                 break
-        return Outcome.of(ends, scale, f"Newton, {kind.replace('_', '-')} Hessian, {self.globalisation}")
+            separation = None if end.verdict is None else end.verdict.separation
+            if separation is not None and not separation.remaining.any():
+                # The loss can vanish: no other minimum can be lower.
+                break
+            highest = max(highest, at.value)
+            if end.status == Status.CONVERGED and problem.is_trivial(end.at):
+                trivial.append(label)
+        if not ends:
+            problem.value(next(iter(points.values())))
+        fits = [end for label, end in ends.items() if label not in trivial and end.status == Status.CONVERGED]
+        if any(end.at.value <= EXACT * highest for end in fits):
+            # An exact fit says more than the point that fits every target.
+            ends = {label: end for label, end in ends.items() if label not in trivial}
+        outcome = Outcome.of(problem, ends, name, probe)
+        best = outcome.best
+        if any(end.status == Status.INTERRUPTED for end in ends.values()):
+            best = replace(best, status=Status.INTERRUPTED, verdict=Verdict(Status.INTERRUPTED))
+        return replace(outcome, best=best, n_starts=n_starts)
 
     def _resolve(self, problem: Problem, start: Start) -> str:
         inverts = isinstance(problem, LayerProblem)
@@ -138,35 +214,40 @@ class Newton:
             return problem.best_hessian
         return "exact" if start.sample.is_full else "corrected_sample"
 
-    def _strategy(
-        self, kind: str, start: Start, x: Array, scale: Array, rng: np.random.Generator
-    ) -> Strategy:
+    def _strategy(self, kind: str, start: Start, x: Array, rng: np.random.Generator) -> Strategy:
         if kind == "kept":
             return Kept()
-        if kind == "matrix_free" and not start.full.rows_can_be_drawn:
-            return MatrixFree()
+        small, full = start.sample.problem, start.full
+        if kind == "matrix_free" and not full.rows_can_be_drawn:
+            return MatrixFree(natural_scale(full, full.evaluate(x)))
         if kind == "exact":
             return Exact()
-        if isinstance(start.full, LayerProblem):
-            return SampledJacobian(float(self.sample_rows or 4.0 * len(scale)), rng)
-        n, d = start.full.n_rows, len(scale)
+        if isinstance(full, LayerProblem):
+            return SampledJacobian(float(self.sample_rows or 4.0 * len(x)), rng)
+        n, d = full.n_rows, len(x)
         rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
-        most = start.full.most_drawn
+        most = full.most_drawn
         budget = min(most, float(self.sample_rows or rows_to_draw(n, d, rows_per_unknown)))
         if kind == "corrected_sample":
-            other = "exact" if start.full.design.gram_pays else "sampled"
-            return FromSample(start.sample.problem, lambda: self._strategy(other, start, x, scale, rng))
-        if kind == "matrix_free" and budget >= 0.5 * n:
-            return MatrixFree()
-        small = start.sample.problem
+            other = "exact" if full.design.gram_pays else "sampled"
+            return FromSample(small, x, lambda: self._strategy(other, start, x, rng))
         at = small.evaluate(x)
+        scale = natural_scale(small, at)
         if kind == "matrix_free":
-            probes = rng.standard_normal((d, N_PROBES)) / np.sqrt(N_PROBES)
-            sketch = probes / np.sqrt(np.maximum(small.diagonal_at(at), 1e-300))[:, None]
+            if budget >= 0.5 * n:
+                return MatrixFree(scale)
+            sketch = rng.standard_normal((d, N_PROBES)) / np.sqrt(N_PROBES) / scale[:, None]
         else:
             sketch = leverage_sketch(small.hessian_at(at, absolute=True), N_PROBES, rng)
         # Exact scores would sum to d; the first read replaces this guess.
-        sampler = RowSampler(start.full.n_leverages, budget, sketch, 1.3 * d, rng, most)
+        sampler = RowSampler(full.n_leverages, budget, sketch, 1.3 * d, rng, most)
         if kind == "matrix_free":
-            return MatrixFree(sampler)
+            return MatrixFree(scale, sampler)
         return Sampled(sampler, fresh=self.globalisation == "none")
+
+
+def require_starts(n_starts: Any) -> None:
+    """Raise ValueError unless this is a number of starts."""
+    whole = isinstance(n_starts, int | np.integer) and not isinstance(n_starts, bool)
+    if n_starts != "auto" and not (whole and n_starts >= 1):
+        raise ValueError(f'n_starts must be an integer >= 1 or "auto", not {n_starts!r}')

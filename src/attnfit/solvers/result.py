@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from attnfit.certificates import Certificate
+    from attnfit.solvers.separation import Separation
 
 Array = NDArray[np.float64]
 
@@ -23,11 +24,11 @@ class Record:
     ----------
     phase : str
         "convex neighbour", "scout: ..." and "sample: ..." on sampled rows, "fit: ..." on all the data, each
-        with the name of the start; "least norm" where directions are left open.
+        with the name of the start; "least norm" from where directions are left open.
     iteration : int
     value : float
     gradient_norm : float
-        Of the scaled gradient, relative to the one at zero.
+        Of the gradient scaled by the curvature, relative to the one at zero.
     step_norm, radius : float
         In scaled variables.
     accepted : bool
@@ -95,27 +96,43 @@ class Result:
     gradient : ndarray
         Gradient at x.
     gradient_norm : float
-        Norm of the scaled gradient relative to the one at zero (to the largest seen where zero is
-        stationary): what ``tol`` bounds.
+        Norm of the gradient, scaled by the curvature, relative to the one at zero (to the first where zero is
+        stationary). For information only.
     converged : bool
-    status : {"converged", "max_iter", "precision", "separable", "false_optimum", "interrupted", "overflow"}
+        Whether status is "converged".
+    status : Status
+        A string: "converged"; "separable" and "no_minimum" (see ``separation``); "flat" (directions without
+        curvature in float64 although the data see them), "saddle", "precision", "max_iter", "overflow",
+        "interrupted", "false_optimum".
     message : str
         The status in a sentence, with the remedy where there is one; where the fit was resumed, from which
         checkpoint and after how many reads.
     n_iter : int
-        Steps taken on the full data.
+        Steps on the full data of the descent that led to x.
     n_passes : float
         Reads of the data, sampled rows as fractions; those before a fit was resumed are included, as in
         ``seconds``.
     history : History
     seconds : float
     local_values : dict of str to float
-        Value of every local minimum found, by the name of its start.
+        Value of every distinct local minimum found, by the name of the start that led there; ends that are
+        not finished are not listed.
     unidentified : ndarray, shape (n_unknowns, k)
         Orthonormal directions, in the user's units, along which the data leave x open; x has the smallest
         norm in scaled units. None where the solver keeps no matrix from which to tell.
     column_status : ndarray of str, shape (k,)
         Status of each right-hand side where a solver takes them one by one; None elsewhere.
+    move : float
+        The largest change of a fitted logit that the next Newton step would make, what ``tol`` bounds: of
+        ``exp(z)`` relatively, or of half a log-odds. NaN where it is not known.
+    decrement : float
+        ``g^T H^-1 g``: twice the fall of the loss that this step promises.
+    n_flat : int
+        Number of directions without curvature; None where the solver keeps no matrix.
+    separation : Separation, optional
+        Where there is no finite minimum: ``direction``, ``columns``, ``rows``, ``remaining`` and ``fit()``.
+        ``x`` is then the fit of the remaining rows, -inf or inf where a coefficient has no finite value, NaN
+        where only its combinations with others have one.
     """
 
     x: Array
@@ -134,6 +151,10 @@ class Result:
     local_values: dict[str, float] = field(default_factory=dict)
     unidentified: Array | None = None
     column_status: NDArray[np.str_] | None = None
+    move: float = float("nan")
+    decrement: float = float("nan")
+    n_flat: int | None = None
+    separation: Separation | None = None
 
     def certificate(self, rigorous: bool = False) -> Certificate:
         """Return the Newton-Kantorovich certificate at x: a radius within which the exact stationary point
@@ -146,5 +167,8 @@ class Result:
             `attnfit.certificates.certify`.
         """
         from attnfit.certificates import certify
+        from attnfit.certificates.kantorovich import refused
 
+        if self.separation is not None:
+            return refused("there is no finite minimum; result.separation.fit() fits the remaining rows")
         return certify(self.problem, self.x, rigorous)

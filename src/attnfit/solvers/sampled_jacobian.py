@@ -11,7 +11,7 @@ from scipy import linalg
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inversion.layer_problem import LayerProblem
-from attnfit.solvers.curvature import Model, dense_model
+from attnfit.solvers.curvature import Model, dense_model, exact_model
 
 Array = NDArray[np.float64]
 
@@ -34,14 +34,19 @@ class SampledJacobian:
     budget: float
     rng: np.random.Generator
 
-    def request(self, contraction: float | None) -> dict[str, object]:
+    _exact: bool = False
+
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, object]:
         """Ask for nothing: residuals are drawn when the model is made."""
+        self._exact = exact
         return {}
 
-    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
         """Draw residuals and add the exact part."""
         assert isinstance(problem, LayerProblem)
-        return dense_model(self.curvature(problem, at), scale)
+        return (
+            exact_model(problem, at) if self._exact else dense_model(problem, self.curvature(problem, at), at)
+        )
 
     def curvature(self, problem: LayerProblem, at: Evaluation) -> Array:
         """Return an unbiased estimate of the Hessian."""

@@ -13,10 +13,11 @@ from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import choose
 from attnfit.problems.layers.two_layer import TwoLayer
 from attnfit.sketching import RowSampler, leverage_sketch
-from attnfit.solvers.curvature import Model, dense_model
+from attnfit.solvers.curvature import Model, dense_model, exact_model
 from attnfit.solvers.descent import descend
 from attnfit.solvers.newton import Outcome
 from attnfit.solvers.tracking import Tracker
+from attnfit.solvers.verdicts import Judge
 
 Array = NDArray[np.float64]
 
@@ -79,25 +80,23 @@ class SampledTwoLayer:
                 "SampledTwoLayer fits TwoLayer with one right-hand side, b of shape (m,); leave solver "
                 "out for others"
             )
-        scale = start.scale()
         x = problem.initial_point(rng) if x0 is None else x0
         at = problem.evaluate(x, origin=True)
         if not np.isfinite(at.value):
             problem.value(x)
-        budget = float(self.sample_rows or ROWS_PER_UNKNOWN * len(scale))
+        budget = float(self.sample_rows or ROWS_PER_UNKNOWN * len(x))
         run = descend(
             problem,
             at,
             SampledDiagonal(budget, rng),
-            scale,
+            Judge(problem, tol),
             tracker,
             phase="fit: sampled",
-            tol=tol,
             max_iter=max_iter,
             trust_region=self.globalisation == "trust_region",
         )
         name = "zero" if x0 is None else "x0"
-        return Outcome.of({name: run}, scale, f"Newton, sampled diagonal, {self.globalisation}")
+        return Outcome.of(problem, {name: run}, f"Newton, sampled diagonal, {self.globalisation}")
 
 
 @dataclass
@@ -114,16 +113,20 @@ class SampledDiagonal:
     budget: float
     rng: np.random.Generator
     _sketch: Array | None = field(default=None, repr=False)
+    _exact: bool = False
 
-    def request(self, contraction: float | None) -> dict[str, Any]:
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for nothing: rows of A1 are drawn when the model is made."""
+        self._exact = exact
         return {}
 
-    def model(self, problem: Problem, at: Evaluation, scale: Array, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
         """Draw rows by their share of the diagonal part and add the low-rank part."""
         assert isinstance(problem, TwoLayer)
+        if self._exact:
+            return exact_model(problem, at)
         rows, factors = self.draw(problem, at)
-        return dense_model(problem.sampled_hessian(at, rows, factors), scale)
+        return dense_model(problem, problem.sampled_hessian(at, rows, factors), at)
 
     def draw(self, problem: TwoLayer, at: Evaluation) -> tuple[NDArray[np.intp], Array]:
         """Return the rows drawn and their inverse probabilities.

@@ -17,6 +17,7 @@ from attnfit.solvers.descent import Descent
 from attnfit.solvers.faces import minimise_over_simplex
 from attnfit.solvers.newton import Outcome
 from attnfit.solvers.tracking import StopFit, Tracker
+from attnfit.solvers.verdicts import Status, Verdict
 
 Array = NDArray[np.float64]
 
@@ -115,10 +116,10 @@ class ActiveSet:
         worst = float((gaps[known] / scales[known]).max(initial=0.0))
         reached = f"largest duality gap {worst:.1e} of 0.5 sum w b^2, certified to {self.gap_tolerance:.0e}"
         at = LayeredEvaluation(X.reshape(-1), float(values.sum()), gradient.reshape(-1), column_values=values)
-        best = Descent(at, goal, overall(status), n_changes)
+        verdict = Verdict(Status(overall(status)))
+        best = Descent(at, np.array([goal]), verdict.status, n_changes, verdict=verdict)
         return Outcome(
             best,
-            np.ones(n * k),
             {"active set": at.value},
             n_changes,
             "active set on the simplex",

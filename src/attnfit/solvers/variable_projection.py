@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from attnfit.problems.base import MAX_DENSE
 from attnfit.problems.maps.projected import ProjectedAttention
 from attnfit.problems.maps.separable import Points, Separable
-from attnfit.solvers.curvature import Kept, MatrixFree
+from attnfit.solvers.curvature import Kept, MatrixFree, natural_scale
 from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.newton import Outcome
 from attnfit.solvers.tracking import StopFit, Tracker
+from attnfit.solvers.verdicts import Judge, Status, Verdict
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -106,7 +107,6 @@ class VariableProjection:
                 "that fit in memory; leave solver out"
             )
         search = Search(problem, tracker, max_iter)
-        scale = start.scale()
         try:
             if x0 is None:
                 self._search(search, rng)
@@ -114,19 +114,23 @@ class VariableProjection:
                 search.descend(problem.by_head(x0)[None], max_iter, "x0")
             search.finish()
         except (KeyboardInterrupt, StopFit):
-            at = problem.evaluate(search.best.reshape(-1))
-            end = Descent(at, float(np.linalg.norm(at.gradient / scale)), "interrupted")
-            return Outcome(end, scale, search.local_values, search.n_iter, DESCRIPTION)
+            end = Descent.begin(problem.evaluate(search.best.reshape(-1)))
+            end.status, end.verdict = Status.INTERRUPTED, Verdict(Status.INTERRUPTED)
+            return Outcome(end, search.local_values, search.n_iter, DESCRIPTION)
         with tracker.timed("evaluate"):
             at = problem.evaluate(search.best.reshape(-1), origin=True)
-        strategy = Kept() if problem.n_unknowns <= FEW else MatrixFree()
-        steps = min(max_iter, POLISH)
-        end = descend(problem, at, strategy, scale, tracker, phase="fit: polish", tol=tol, max_iter=steps)
+        few = problem.n_unknowns <= FEW
+        strategy = Kept() if few else MatrixFree(natural_scale(problem, at))
+        steps, judge = min(max_iter, POLISH), Judge(problem, tol)
+        end = descend(problem, at, strategy, judge, tracker, phase="fit: polish", max_iter=steps)
         search.settle(end.at.value)
+        if end.status != Status.INTERRUPTED and search.vanishes(end.at.x):
+            # No value is lower than zero, whatever the last steps did.
+            end.status, end.verdict = Status.CONVERGED, Verdict(Status.CONVERGED)
         message = ""
-        if x0 is None and end.status != "interrupted":
+        if x0 is None and end.status != Status.INTERRUPTED:
             message = f"{SAID.get(end.status, end.status)}: {search.verdict(end.at.x)}"
-        return Outcome(end, scale, search.local_values, search.n_iter + end.n_iter, DESCRIPTION, message)
+        return Outcome(end, search.local_values, search.n_iter + end.n_iter, DESCRIPTION, message)
 
     def _search(self, search: Search, rng: np.random.Generator) -> None:
         """Descend from batches of starts until there is reason to stop."""
@@ -178,6 +182,11 @@ class Search:
     def is_exact(self) -> bool:
         """Whether a residual is zero."""
         return self.square <= EXACT**2 * self.size
+
+    def vanishes(self, x: Array) -> bool:
+        """Return whether the residual at a point is zero."""
+        square = self.exactly.evaluate(x.reshape(1, *self.shape)).squares[0]
+        return bool(square <= EXACT**2 * self.size)
 
     @property
     def n_reached(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.losses.activations import ACTIVATIONS, Activation
-from attnfit.problems.base import Problem
+from attnfit.problems.base import Moved, Problem
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.layers.curvature import column_diagonals, column_hessians
@@ -190,6 +190,25 @@ class LayeredProblem(Problem):
             column_values=values,
             layers=layers if len(runs) == 1 else None,
         )
+
+    def moves(self, at: Evaluation, steps: Array) -> Moved:
+        """Return by how much each step changes a log-odds of the softmax at most, halved."""
+        X = self._matrix(at.x)
+        return Moved(np.array([self.column_moves(X, self._matrix(p)).max() for p in steps.T]))
+
+    def column_moves(self, X: Array, P: Array) -> Array:
+        """Return half the largest change of a log-odds of each column along its step, shape (k,); to first
+        order where a ReLU comes before the softmax.
+        """
+        out = np.empty(self.n_columns)
+        for run in self.chunks():
+            part = self if run.stop - run.start == self.n_columns else self.columns(run)
+            first: Any = part.logit_map
+            pattern = None if isinstance(first, LinearMap) else first.logits(X[:, run])[1]
+            self._reads[0] += part._share
+            along = first.forward(pattern, P[:, run])
+            out[run] = 0.5 * (along.max(axis=0) - along.min(axis=0))
+        return out
 
     def layers_of(self, at: Evaluation) -> Layers:
         """Return the layers at an evaluated point, kept or computed again."""

@@ -6,6 +6,7 @@ from copy import copy
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnfit.designs.kronecker import KroneckerDesign
 from attnfit.losses.base import Loss
@@ -15,6 +16,7 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array, Segments
 from attnfit.losses.softmax import LOSSES, Entropy, SoftmaxLoss
 from attnfit.problems.base import Reduction
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge, choose
 from attnfit.problems.maps.pairs import read_pairs
 from attnfit.problems.maps.targets import first_negative, signs, smallest_normal
@@ -396,6 +398,10 @@ class Attention(GroupedProblem):
             logs = np.log(np.asarray(self.b[chunk.rows], dtype=np.float64)) - self.shift(chunk)
             half[design.find_queries(chunk.index)[1]] = logs.reshape(-1, len(keys)) @ inverse.T
         return np.asarray(np.linalg.pinv(queries, rcond=RANK) @ half)
+
+    def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
+        """Return which unknowns no pair sees: none is left in the variables of `reduction`."""
+        return np.zeros(self.n_unknowns, dtype=bool)
 
     @property
     def _centred(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnfit.losses.segments import Array
-from attnfit.problems.base import Problem, Reduction, majorant
+from attnfit.problems.base import Moved, Problem, Reduction, majorant
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.inputs import as_point, as_ridge
 from attnfit.problems.maps.attention import Attention
@@ -153,6 +153,16 @@ class LowRankAttention(Problem):
             return np.concatenate([by_u.reshape(-1), by_v.reshape(-1), by_c]) + self.ridge * v
 
         return product
+
+    def moves(self, at: Evaluation, steps: Array) -> Moved:
+        """Return by how much each step changes a fitted logit at most, to first order."""
+        U, V, _ = self.factors(at.x)
+        changes = []
+        for step in steps.T:
+            dU, dV, dc = self.factors(step)
+            changes.append(np.concatenate([(dU @ V.T + U @ dV.T).reshape(-1), dc]))
+        assert at.inner is not None
+        return self.full.moves(at.inner, np.stack(changes, axis=1))
 
     def hessian_at(self, at: Evaluation, sample: Any = None, *, absolute: bool = False) -> Array:
         """Return the Hessian column by column."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnfit.designs.column import Column, pieces
 from attnfit.designs.read_ahead import read_ahead
@@ -18,7 +19,7 @@ from attnfit.losses.segments import Array, Index
 from attnfit.problems.base import Problem
 from attnfit.problems.evaluation import Drawn
 from attnfit.problems.inputs import as_column, as_design, as_ridge, negative_target
-from attnfit.problems.rows.partition import Chunk, parse_groups, partition, runs
+from attnfit.problems.rows.partition import Chunk, Groups, parse_groups, partition, runs
 from attnfit.sketching import RowSampler
 
 COLUMNS = ("b", "weights", "offset", "penalty")
@@ -111,6 +112,28 @@ class RowData(Problem):
         if not any(w.any() for _, w in pieces(rows)):
             raise ValueError("weights are all zero; give at least one row a positive weight")
         return rows
+
+    def without_rows(self, dropped: NDArray[np.bool_]) -> Self:
+        """Return the problem without some rows, shape (n,) in group order; groups that lose all of them go.
+
+        Raises
+        ------
+        ValueError
+            If the rows are not in memory.
+        """
+        kept = np.flatnonzero(~dropped)
+        other = copy(self)
+        for name in DERIVED:
+            other.__dict__.pop(name, None)
+        other.design = self.design.take(kept if self.groups.order is None else self.groups.order[kept])
+        for name in COLUMNS:
+            column = getattr(self, name)
+            setattr(other, name, None if column is None else column[kept])
+        numbers = np.searchsorted(self.groups.starts, kept, side="right") - 1
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        other.groups = Groups(starts.astype(np.intp), None, self.groups.labels[numbers[starts]])
+        other._cut()
+        return other
 
     # ---- who iterates over the data
 

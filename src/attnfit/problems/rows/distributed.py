@@ -22,7 +22,7 @@ from attnfit.designs import Design
 from attnfit.designs.base import Rows
 from attnfit.designs.threads import one_blas_thread
 from attnfit.losses.segments import Array, Index, Segments
-from attnfit.problems.evaluation import Drawn
+from attnfit.problems.evaluation import Drawn, Evaluation
 from attnfit.problems.rows.data import DERIVED
 from attnfit.problems.rows.merging import PerPart, merged
 from attnfit.problems.rows.neighbour import neighbouring_targets
@@ -40,6 +40,7 @@ from attnfit.problems.rows.partitions import (
     summary_of,
     tables_of,
 )
+from attnfit.problems.rows.recession import Frame, separated_rows
 from attnfit.problems.rows.stored import StoredProblem
 from attnfit.sketching import RowSampler
 
@@ -218,6 +219,18 @@ class Distributed(StoredProblem):
         other.design = self.design
         return other if has_weight else None
 
+    def without_separated_rows(self, at: Evaluation, frame: Frame, along: Array) -> Any:
+        """Return the problem on the same parts without the rows that fall along a recession direction."""
+        from dask import compute
+
+        other: Any = copy(self)
+        for name in DERIVED:
+            other.__dict__.pop(name, None)
+        parts = [later(_without_separated)(part, at, frame, along) for part in self._parts]
+        counts = compute(*[later(_n_rows)(part) for part in parts])
+        other._adopt([part for part, count in zip(parts, counts, strict=True) if count])
+        return other
+
     def _tasks(self, work: Callable[..., Any], args: tuple[Any, ...], drawn: Drawn | None) -> list[Any]:
         """Return the tasks that do the work on every part, each to its result and the rows it read."""
         from dask import delayed
@@ -232,6 +245,14 @@ class Distributed(StoredProblem):
             own = delayed(own, traverse=False, pure=False) if own else None
             tasks.append(later(_do)(work, part, mine, common, own))
         return tasks
+
+
+def _without_separated(part: Part, at: Evaluation, frame: Frame, along: Array) -> Part:
+    return part.without_rows(separated_rows(part, part.chunks, at, frame, along))
+
+
+def _n_rows(part: Part) -> int:
+    return part.n_rows
 
 
 class _Elsewhere:

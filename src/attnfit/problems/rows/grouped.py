@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
 
+from attnfit.designs.gram import flatness
 from attnfit.losses.base import GramTerm
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
+from attnfit.problems.base import Moved, Reduction
 from attnfit.problems.evaluation import Drawn, Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.rows.budget import BudgetedProblem
+from attnfit.problems.rows.data import DERIVED
 from attnfit.problems.rows.distributed import distributed
+from attnfit.problems.rows.log_start import LogStart, log_start
+from attnfit.problems.rows.moves import Moves, move_sum
 from attnfit.problems.rows.neighbour import convex_neighbour
 from attnfit.problems.rows.normalisers import guess_normalisers, normaliser_sums
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.partitions import is_dask
 from attnfit.problems.rows.reading import read
+from attnfit.problems.rows.recession import Frame, separated_rows
 from attnfit.problems.rows.stored import StoredProblem
-from attnfit.problems.rows.sums import chunk_product, diagonal_sum, hessian_sum, product_sum, score_sum
+from attnfit.problems.rows.sums import (
+    chunk_product,
+    diagonal_sum,
+    hessian_sum,
+    product_sum,
+    score_sum,
+    structure_sum,
+    varying_columns,
+)
 from attnfit.sketching import RowSampler
+
+# Logits below which an odd function has no output to speak of.
+TRIVIAL = 1e-3
+# Rows whose entries are looked at for the size of a column.
+LOOKED_AT = 1_000
+# Squares of larger entries, weighted and added up, may overflow; beyond the second they do.
+LARGE, HUGE = 1e60, 1e150
 
 
 class GroupedProblem(BudgetedProblem):
@@ -34,6 +58,9 @@ class GroupedProblem(BudgetedProblem):
 
     rows_can_be_drawn = True
     best_hessian = "exact"
+    has_logits = True
+    _unseen: NDArray[np.bool_] | None = None
+    _reduced: bool = False
 
     def __new__(cls, A: Any = None, *args: Any, **options: Any) -> Any:
         """Return a problem that is read where its rows are, for a Dask array or data frame."""
@@ -189,6 +216,98 @@ class GroupedProblem(BudgetedProblem):
             second = np.where(centred > 1e-10 * second, centred, second)
         return np.asarray(second + uncentred + self.ridge)
 
+    def log_start(self, normaliser: float = 1.0) -> LogStart | None:
+        """Return least squares on the logarithm of the target: see `attnfit.problems.rows.log_start`."""
+        return log_start(self, normaliser)
+
+    @property
+    def guesses_normaliser(self) -> bool:
+        """Whether the target tells the outputs only up to a sum that is not known."""
+        return isinstance(self.loss, SquaredRescaled) and self.loss.function != "exp"
+
+    def is_trivial(self, at: Evaluation) -> bool:
+        """Return whether all outputs have gone to zero, where the loss vanishes whatever the target."""
+        return self.zero_is_trivial and bool(self.moves(at, at.x[:, None]).largest[0] <= TRIVIAL)
+
+    def moves(self, at: Evaluation, steps: Array) -> Moved:
+        """Return by how much each step changes a fitted logit at most: see `attnfit.problems.rows.moves`."""
+        found: Moves = self.reduce(move_sum, at.bare(), steps)
+        return found.close()
+
+    def unseen_directions(self, at: Evaluation) -> Array:
+        """Return an orthonormal basis of the directions along which no logit changes, in one read; constants
+        within groups count as unseen where the loss ignores them.
+        """
+        if np.any(self.ridge):
+            return np.zeros((self.n_unknowns, 0))
+        return self._structure(at)[0]
+
+    def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
+        """Return which unknowns no row sees, shape (d,): a look at some rows, and a read where these leave
+        doubt.
+        """
+        if np.any(self.ridge) or self.penalty is not None:
+            return np.zeros(self.n_unknowns, dtype=bool)
+        if self._unseen is None:
+            unclear = self.reduce(varying_columns) == 0.0
+            self._unseen = self._structure(at)[1] if unclear.any() else unclear
+        return self._unseen
+
+    def _structure(self, at: Evaluation) -> tuple[Array, NDArray[np.bool_]]:
+        """Return the directions and the columns that no row sees."""
+        gram, sizes = self.reduce(structure_sum, at.bare())
+        return null_directions(gram.result(), sizes)
+
+    def reduction(self) -> Reduction | None:
+        """Return the problem with columns of extreme size scaled by powers of two, which rounds nothing:
+        their squares would underflow or overflow. None where all columns are ordinary.
+
+        Raises
+        ------
+        ValueError
+            If a column has an entry beyond 1e150 beside ordinary ones: a code for a missing value.
+        """
+        looks = self.rows_can_be_drawn and not (self._reduced or self.design.on_disk)
+        sizes = self.design.column_sizes(LOOKED_AT) if looks else None
+        if sizes is None or _ordinary(sizes):
+            return None
+        sizes = np.asarray(self.design.column_sizes())
+        exponents = np.where(sizes > 0.0, -np.floor(np.log2(np.where(sizes > 0.0, sizes, 1.0))), 0.0)
+        for j in np.flatnonzero(sizes > HUGE):
+            self._refuse_codes(int(j), float(sizes[j]))
+        factors = np.ldexp(1.0, exponents.astype(int))
+        other = copy(self)
+        for name in DERIVED:
+            other.__dict__.pop(name, None)
+        other.design, other._unseen, other._reduced = self.design.scaled(factors), None, True
+        if np.any(self.ridge):
+            # A penalty on a column of size 1e-160 weighs what it weighs: as much as float64 can hold.
+            with np.errstate(over="ignore", under="ignore"):
+                other.ridge = np.minimum(self.ridge * factors**2, 1.0 / np.finfo(float).tiny)
+        return Reduction(other, lambda y: y * factors, lambda x: x / factors, "")
+
+    def _refuse_codes(self, j: int, size: float) -> None:
+        """Raise ValueError if a column with huge entries has ordinary ones too."""
+        unit = np.zeros(self.n_unknowns)
+        unit[j] = 1.0
+        column = np.abs(np.concatenate([block @ unit for _, block in self.design.blocks()]))
+        ordinary = (column > 0.0) & (column < size * 1e-50)
+        if ordinary.any():
+            row = int(np.argmax(column))
+            raise ValueError(
+                f"A has {size:.3g} at row {row}, column {j}, beside entries such as "
+                f"{column[ordinary][0]:.3g}: if it stands for a missing value, drop or impute these rows"
+            )
+
+    @property
+    def rows_can_be_left_out(self) -> bool:
+        """Whether a problem on some of the rows can be made: not of rows on disk, nor of pairs."""
+        return self.rows_can_be_drawn and not self.stored
+
+    def without_separated_rows(self, at: Evaluation, frame: Frame, along: Array) -> GroupedProblem:
+        """Return the problem without the rows that fall along a recession direction."""
+        return self.without_rows(separated_rows(self, self.chunks, at, frame, along))
+
     def hvp_at(self, at: Evaluation, v: Array, *, gauss_newton: bool = False) -> Array:
         """Return the Hessian, or the Gauss-Newton matrix, at an evaluated point times v, shape (d,), in one
         read.
@@ -223,6 +342,25 @@ class GroupedProblem(BudgetedProblem):
             return out
 
         return product
+
+
+def _ordinary(sizes: Array) -> bool:
+    """Whether the squares of these numbers, and their sums and products, are far from the ends of float64."""
+    return bool(((sizes == 0.0) | ((sizes > 1.0 / LARGE) & (sizes < LARGE))).all())
+
+
+def null_directions(gram: Array, sizes: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """Return an orthonormal basis of the null space of a Gram, shape (d, k), and which columns are zero;
+    ``sizes`` is its diagonal before its rows were centred: a column that lost all but 1e-8 of its length by
+    that has nothing left.
+    """
+    squares = np.diag(gram)
+    seen = squares > 1e-16 * sizes
+    scale = np.sqrt(np.where(seen, squares, 1.0))
+    scaled = np.where(np.multiply.outer(seen, seen), gram / scale / scale[:, None], 0.0)
+    values, vectors = linalg.eigh(scaled, driver="evd")
+    null = vectors[:, values <= flatness(len(scale)) * max(float(values[-1]), 1.0)]
+    return np.asarray(np.linalg.qr(null / scale[:, None])[0]), ~seen
 
 
 def _fitted(part: StoredProblem, chunk: Chunk, z: Array, state: list[Array]) -> Array:

@@ -14,6 +14,7 @@ from attnfit.losses.base import GramTerm
 from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.row_kinds import counting_rows
 from attnfit.problems.rows.stored import StoredProblem
 
 
@@ -87,6 +88,48 @@ def score_sum(part: StoredProblem, chunks: list[Chunk], at: Evaluation, by_group
             scores = part.design.group_rows(block, slope, chunk.segments.starts)
             gram.add(scores, np.ones(scores.shape[0]))
     return gram, long_scores
+
+
+def varying_columns(part: StoredProblem, chunks: list[Chunk]) -> Array:
+    """Return by a positive number which columns the first rows show to matter, shape (d,)."""
+    seen = np.zeros(part.n_unknowns)
+    for chunk in chunks[:1]:
+        block, segments = part.fetch(chunk), chunk.segments
+        own = np.full(segments.n_rows, 1.0)
+        seen = part.design.combine(own[None, :], part.design.squares(block))[0]
+        if part.loss.shift_invariant:
+            mean = own / segments.spread(segments.sizes.astype(np.float64))
+            centres = part.design.group_rows(block, mean, segments.starts)
+            centres = np.asarray(centres.toarray() if hasattr(centres, "toarray") else centres)
+            seen = np.where(seen - segments.sizes @ (centres * centres) > 1e-8 * seen, seen, 0.0)
+    return np.asarray(seen > 0.0, dtype=np.float64)
+
+
+def structure_sum(part: StoredProblem, chunks: list[Chunk], at: Evaluation) -> tuple[Any, Array]:
+    """Return the Gram of all rows that play a part, centred by group where the loss ignores what their logits
+    have in common, and its diagonal before centring, shape (d,).
+    """
+    gram, sizes = part.design.gram(), np.zeros(part.n_unknowns)
+    for chunk in part.ahead(chunks):
+        block, counts = part.fetch(chunk), counting_rows(part, chunk).astype(np.float64)
+        sizes += part.design.combine(counts[None, :], part.design.squares(block))[0]
+        if not part.loss.shift_invariant:
+            part.add_term(gram, chunk, block, GramTerm(counts, None, None), None, None)
+            continue
+        total = chunk.segments.sum(counts)
+        mean = counts / chunk.segments.spread(np.where(total > 0.0, total, 1.0))
+        part.add_term(gram, chunk, block, GramTerm(counts, None, 1.0), mean, at.centre)
+        penalty = part.row_penalties(chunk)
+        if penalty is not None:
+            part.add_term(
+                gram,
+                chunk,
+                block,
+                GramTerm(np.asarray(penalty > 0.0, dtype=np.float64), None, None),
+                None,
+                None,
+            )
+    return gram, sizes
 
 
 def chunk_product(

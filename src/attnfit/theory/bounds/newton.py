@@ -84,9 +84,7 @@ def ill_conditioned() -> Step:
     The step before, from (0, 1) with the Hessian 1.01 H, left a hundredth of the error.
     """
     before = 1.0
-    return Step(
-        np.diag([1.0, 1e6]), [0.0, before / 101.0], [[0.0, 0.01], [0.01, 0.0]], previous=before
-    )
+    return Step(np.diag([1.0, 1e6]), [0.0, before / 101.0], [[0.0, 0.01], [0.01, 0.0]], previous=before)
 
 
 def _contraction(id: str, sharp: Sharp[Step]) -> Bound[Step]:

@@ -1,0 +1,171 @@
+"""A start for every scale of the target: weighted least squares on its logarithm, one read and a Gram.
+
+Rows count as much as the curvature of the loss at an exact fit would make them; targets that have no
+logarithm get that of half the smallest positive one of their group. Logarithms of the target occur nowhere
+else on the way to an answer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import linalg
+
+from attnfit.losses.base import GramTerm, Loss
+from attnfit.losses.exponential import PoissonDeviance, SquaredExponential
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.segments import Array
+from attnfit.losses.softmax import CrossEntropy, LinearCrossEntropy, SoftmaxLoss, Squared
+from attnfit.problems.rows.partition import Chunk
+from attnfit.problems.rows.stored import StoredProblem
+
+# Directions with less than this share of the largest curvature are left alone.
+RANK = 1e-13
+
+
+class LogStart(NamedTuple):
+    """The start, shape (d,), and the share of the rows whose target has a logarithm."""
+
+    x: Array
+    share: float
+
+
+def log_start(problem: StoredProblem, normaliser: float = 1.0) -> LogStart | None:
+    """Return the start of a problem whose rows are all here; None where its loss has none.
+
+    The target of a rescaled sinh or cosh tells its outputs up to their sum, which is taken for ``normaliser``
+    times the size of the group.
+
+    With ``z*`` the logits that the target asks for and t the weights, ``x = argmin sum t (z* - a x)^2``, rows
+    and logits centred by group where the loss ignores what they have in common; columns scaled by the Gram's
+    diagonal, least norm.
+    """
+    if not _known(problem.loss) or not problem.is_whole:
+        return None
+    # Shares are known up to a factor also where the loss is not invariant to it.
+    centred = problem.loss.coupled and getattr(problem.loss, "function", "exp") == "exp"
+    gram = problem.design.gram()
+    right, sizes = np.zeros((2, problem.n_unknowns))
+    sums: dict[int, tuple[Array, float, float]] = {}
+    known = _targets(problem)
+    n_positive = n_rows = 0
+    for chunk in problem.ahead(problem.chunks):
+        block = problem.fetch(chunk)
+        b, w, _ = problem.targets(chunk)
+        w = np.broadcast_to(np.asarray(w, dtype=np.float64), len(b))
+        wanted = _wanted(problem, chunk, b * normaliser, w, known)
+        if wanted is None:
+            continue
+        z, t = wanted
+        z = z - problem.shift(chunk)
+        sizes += problem.design.combine(t[None, :], problem.design.squares(block))[0]
+        n_positive, n_rows = n_positive + int((b[t > 0] > 0).sum()), n_rows + int((t > 0).sum())
+        if not centred:
+            gram.add(block, t)
+            right += problem.design.combine((t * z)[None, :], block)[0]
+            continue
+        segments = chunk.segments
+        if chunk.long >= 0:
+            # Sums of a group in pieces: its centre is taken off at the end.
+            gram.add(block, t)
+            products = problem.design.combine(np.stack([t, t * z]), block)
+            right += products[1]
+            found = products[0], float(t.sum()), float(t @ z)
+            before = sums.get(chunk.long, (0.0, 0.0, 0.0))
+            sums[chunk.long] = tuple(a + c for a, c in zip(before, found, strict=True))
+            continue
+        total = segments.sum(t)
+        share = t / segments.spread(np.where(total > 0.0, total, 1.0))
+        residual = z - segments.spread(segments.sum(share * z))
+        problem.add_term(gram, chunk, block, GramTerm(t, None, 1.0), share, None)
+        right += problem.design.combine((t * residual)[None, :], block)[0]
+    matrix = gram.result()
+    for products, mass, moment in sums.values():
+        if mass > 0.0:
+            matrix -= np.multiply.outer(products, products) / mass
+            right -= products * (moment / mass)
+    x = _least_squares(matrix, right, sizes)
+    return LogStart(x, n_positive / n_rows) if n_rows and np.isfinite(x).all() else None
+
+
+def _known(loss: Loss) -> bool:
+    if isinstance(loss, SoftmaxLoss):
+        return isinstance(loss, Squared | CrossEntropy | LinearCrossEntropy)
+    return isinstance(loss, SquaredExponential | SquaredRescaled | PoissonDeviance)
+
+
+class _Targets(NamedTuple):
+    """Of each group: half its smallest positive target per unit of exposure (infinite without), and the sum
+    of its targets once that stands in for the others, shape (n_groups,) each.
+    """
+
+    floor: Array
+    mass: Array
+
+
+def _targets(problem: StoredProblem) -> _Targets:
+    smallest = np.full(len(problem.constants), np.inf)
+    positive, others = np.zeros((2, len(smallest)))
+    numbers = np.arange(len(smallest))
+    for chunk in problem.chunks:
+        b, w, _ = problem.targets(chunk)
+        counts = np.broadcast_to(np.asarray(w) > 0.0, b.shape)
+        starts, groups = chunk.segments.starts, numbers[chunk.groups]
+        exposure = _exposure(problem, chunk, len(b))
+        values = np.where((b > 0.0) & counts, b / exposure, np.inf)
+        np.minimum.at(smallest, groups, np.minimum.reduceat(values, starts))
+        np.add.at(positive, groups, np.add.reduceat(np.maximum(b, 0.0), starts))
+        np.add.at(others, groups, np.add.reduceat(np.where(b <= 0.0, exposure, 0.0), starts))
+    floor = 0.5 * smallest
+    return _Targets(floor, positive + np.where(others > 0.0, others * floor, 0.0))
+
+
+def _exposure(problem: StoredProblem, chunk: Chunk, n: int) -> Array:
+    """Return the exponential of the offset, within reason: targets are compared per unit of it."""
+    return np.broadcast_to(np.exp(np.clip(problem.shift(chunk), -50.0, 50.0)), n)
+
+
+def _wanted(
+    problem: StoredProblem, chunk: Chunk, b: Array, w: Array, known: _Targets
+) -> tuple[Array, Array] | None:
+    """Return the logits that the target asks for, and the weight of each row; None where no row has one."""
+    loss, segments = problem.loss, chunk.segments
+    if isinstance(loss, SquaredExponential | SquaredRescaled) and loss.function != "exp":
+        sizes = np.diff(problem.groups.starts, append=problem.n_rows)[chunk.groups]
+        b = b * segments.spread(sizes) if loss.coupled else b
+        if loss.function == "sinh":
+            return np.arcsinh(b), w * (1.0 + b * b)
+        return np.arccosh(np.maximum(b, 1.0)), w * np.maximum(b * b - 1.0, 1e-3)
+    floor, mass = known.floor[chunk.groups], known.mass[chunk.groups]
+    usable = np.isfinite(floor)
+    if not usable.any():
+        return None
+    counts = segments.spread(usable * 1.0)
+    floors = segments.spread(np.where(usable, floor, 1.0)) * _exposure(problem, chunk, len(b))
+    target = np.where(b > 0.0, b, floors)
+    if not loss.coupled:
+        power = target if isinstance(loss, PoissonDeviance) else target * target
+        return np.log(target), counts * w * power
+    f = target / segments.spread(np.where(usable, mass, 1.0))
+    if isinstance(loss, CrossEntropy):
+        weight = segments.spread(problem.constants[chunk.groups]) * f
+    elif isinstance(loss, LinearCrossEntropy):
+        weight = w * segments.spread(mass) * f
+    else:
+        weight = w * f * f
+    return np.log(f), counts * weight
+
+
+def _least_squares(matrix: Array, right: Array, sizes: Array) -> Array:
+    """Solve the normal equations, scaled by their diagonal, with least norm; a column that lost all but
+    rounding of its size when it was centred has no part.
+    """
+    diagonal = np.diag(matrix)
+    seen = diagonal > RANK * sizes
+    scale = np.sqrt(np.where(seen, diagonal, 1.0))
+    matrix, right = np.where(np.multiply.outer(seen, seen), matrix, 0.0), np.where(seen, right, 0.0)
+    values, vectors = linalg.eigh(matrix / scale / scale[:, None], driver="evd")
+    kept = values > RANK * max(float(values[-1]), np.finfo(float).tiny)
+    along = vectors[:, kept].T @ (right / scale)
+    return np.asarray(vectors[:, kept] @ (along / values[kept]) / scale)

@@ -1,0 +1,308 @@
+"""Whether a minimum exists: the linear programme behind separable data, and what it says of the answer."""
+
+from __future__ import annotations
+
+import warnings
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg, sparse
+from scipy.optimize import linprog
+from sklearn.exceptions import ConvergenceWarning
+
+from attnfit.designs.gram import flatness
+from attnfit.problems.base import MAX_DENSE, Problem
+from attnfit.problems.evaluation import Evaluation
+from attnfit.problems.rows.recession import (
+    FixedSums,
+    Frame,
+    Free,
+    Signs,
+    fixed_sums,
+    free_rows,
+    long_means,
+    separated_by_user,
+    separated_sums,
+    verify,
+)
+from attnfit.problems.rows.row_kinds import Kind, kind_of
+
+if TYPE_CHECKING:
+    from attnfit.solvers.result import Result
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+# Free rows of the first programme, and those added where it is violated.
+FIRST_ROWS, MORE_ROWS = 5_000, 2_000
+MAX_ROUNDS = 20
+# Steps of a fit of remaining rows, which begins where that of all rows stood.
+MAX_ITER = 50
+# Whether such a fit is under way: one that does not arrive has no limit to look at, and none is looked for.
+_WITHIN: ContextVar[bool] = ContextVar("within", default=False)
+# Logits by which separated rows are lowered to look at the limit: their shares are then rounding.
+FAR = 60.0
+# Logits below which an exponential is zero; and is no more than rounding, where the exponentials of other
+# rows must not overflow.
+NOTHING, NEXT_TO_NOTHING = 800.0, 40.0
+# Entries of a direction below this share of the largest, in scaled variables, are rounding.
+ENTRY = 1e-7
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Why there is no finite minimum.
+
+    Attributes
+    ----------
+    direction : ndarray, shape (d,)
+        The loss falls along it for ever.
+    columns : list of (int, float)
+        The unknowns that it moves and their entries, the largest first, all of them.
+    rows : ndarray of int
+        The rows of the data, in the user's order, whose outputs go to zero.
+    remaining : ndarray of bool, shape (n,)
+        The other rows.
+    exact : bool
+        True where no minimum exists at all; False where the loss is not convex, and none exists that way.
+    """
+
+    direction: Array
+    columns: list[tuple[int, float]]
+    rows: NDArray[np.intp]
+    remaining: Mask
+    exact: bool
+    _problem: Any = field(repr=False)
+    _at: Evaluation = field(repr=False)
+    _frame: Frame = field(repr=False)
+    _along: Array = field(repr=False)
+    _drop: float = field(repr=False)
+
+    @property
+    def value(self) -> float:
+        """What the loss falls to; NaN where no rows can be left out."""
+        if not self.remaining.any():
+            return 0.0
+        return self.rest.value if self.has_rest else float("nan")
+
+    @property
+    def point(self) -> Array:
+        """A finite point, shape (d,), where the outputs of all separated rows are zero in float64; the last
+        one of the fit where no rows can be left out, or none would remain.
+        """
+        if not self.remaining.any():
+            return self._at.x
+        x = np.asarray(self.rest.x).reshape(-1) if self.has_rest else self._at.x
+        far = NOTHING if self._problem.loss.coupled else NEXT_TO_NOTHING
+        return x + (far / self._drop) * self.direction
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether there are remaining rows, and can be fitted on their own."""
+        return bool(self._problem.rows_can_be_left_out and self.remaining.any())
+
+    def fit(self, **options: Any) -> Result:
+        """Fit the remaining rows; takes the options of `attnfit.minimize`.
+
+        Raises
+        ------
+        ValueError
+            If no rows can be left out: those on disk, and the pairs of attention maps.
+        """
+        if not self.remaining.any():
+            raise ValueError("no row remains: the outputs of all go to zero; add ridge")
+        if not self._problem.rows_can_be_left_out:
+            raise ValueError(
+                "rows on disk, and pairs of queries and keys, cannot be left out; drop the rows of "
+                "result.separation.rows from the data, or add ridge"
+            )
+        from attnfit.solvers.minimize import minimize
+
+        return minimize(self.problem, **options)
+
+    @cached_property
+    def problem(self) -> Any:
+        """The problem on the remaining rows."""
+        return self._problem.without_separated_rows(self._at, self._frame, self._along)
+
+    @cached_property
+    def rest(self) -> Result:
+        """The fit of the remaining rows from where the fit of all of them stood."""
+        with warnings.catch_warnings():
+            # What is said of the remaining rows is said of them alone.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            within = _WITHIN.set(True)
+            try:
+                return self.fit(x0=self._at.x, max_iter=MAX_ITER)
+            finally:
+                _WITHIN.reset(within)
+
+    def coefficients(self, x: Array) -> Array:
+        """Return the answer, shape (d,): the fit of the remaining rows; infinite where a coefficient has no
+        finite value, NaN where only its combinations with others have one.
+
+        Where no rows can be left out it is the last point x, NaN where the direction moves a coefficient.
+        """
+        if not self.has_rest:
+            alone = (self.direction != 0.0) & (len(self.columns) == 1) & ~self.remaining.any()
+            return np.where(alone, np.copysign(np.inf, self.direction), np.where(self.direction, np.nan, x))
+        x = np.array(self.rest.x, dtype=np.float64)
+        open_now, open_before = (
+            np.linalg.norm(problem.unseen_directions(problem.evaluate(x)), axis=1)
+            for problem in (self.problem, self._problem)
+        )
+        moved = (self.direction != 0.0) | (open_now > open_before + ENTRY)
+        alone = (open_now > 1.0 - ENTRY) & (self.direction != 0.0)
+        return np.where(alone, np.copysign(np.inf, self.direction), np.where(moved, np.nan, x))
+
+
+def find_separation(problem: Problem, at: Evaluation) -> Separation | None:
+    """Return a recession direction with all separated rows, None where there is none or the loss has none.
+
+    ``max sum t  subject to  F v + t <= 0, 0 <= t <= 1``, over directions v along which the fixed rows stay
+    together, F the free rows relative to them: t is 0 or 1 at the optimum, and 1 exactly for the rows that
+    some direction separates. The rows that run away come first; the others join where they object.
+    """
+    if not problem.has_logits or problem.n_unknowns > MAX_DENSE:
+        return None
+    rows: Any = problem
+    kind = kind_of(rows.loss)
+    if kind is Kind.NONE or np.any(rows.ridge) or rows.penalty is not None:
+        return None
+    if kind is Kind.LOCAL and _WITHIN.get():
+        return None
+    at = at.bare()
+    found = _along(rows, at, kind, each=True)
+    if found is None and kind is Kind.LOCAL:
+        # Rows that share a column fall together if they do so on balance.
+        found = _along(rows, at, kind, each=False)
+    return found
+
+
+def _along(rows: Any, at: Evaluation, kind: Kind, *, each: bool) -> Separation | None:
+    frame = _frame(rows, at, each)
+    if frame is None:
+        return None
+    y = _programme(rows, at, frame)
+    if y is None or not (each or _falls_apart(rows, at, frame, y)):
+        return None
+    for direction in (_shortest(rows, at, frame, y), y):
+        scaled = frame.basis @ direction
+        scaled = np.where(np.abs(scaled) > ENTRY * np.abs(scaled).max(), scaled, 0.0)
+        v = scaled / frame.scale
+        v /= max(float(np.abs(v).max()), np.finfo(float).tiny)
+        signs: Signs = rows.reduce(verify, at, frame, v, kind is Kind.LOCAL)
+        if signs.confirm(frame) and _is_strict(signs, direction is y):
+            break
+    else:
+        return None
+    separated = np.concatenate(rows.collect(separated_by_user, at, frame, y))
+    found = Separation(
+        direction=v,
+        columns=[(int(j), float(v[j])) for j in np.argsort(-np.abs(scaled), kind="stable") if v[j] != 0.0],
+        rows=np.flatnonzero(separated),
+        remaining=~separated,
+        exact=kind is Kind.EXACT,
+        _problem=rows,
+        _at=at,
+        _frame=frame,
+        _along=y,
+        _drop=signs.drop,
+    )
+    if kind is Kind.LOCAL and not _holds_at_the_limit(rows, found, signs, frame):
+        return None
+    return found
+
+
+def _falls_apart(rows: Any, at: Evaluation, frame: Frame, y: Array) -> bool:
+    """Whether each direction of the frame separates rows of its own, and the loss falls along every one."""
+    free: Free = rows.reduce(free_rows, at, frame, None, FIRST_ROWS)
+    if free.n_all > FIRST_ROWS or ((free.rows != 0.0).sum(axis=1) > 1).any():
+        return False
+    for j, size in enumerate(y):
+        v = frame.basis[:, j] * size / frame.scale
+        signs: Signs = rows.reduce(verify, at, frame, v, True)
+        if not signs.pull > 0.0:
+            return False
+    return True
+
+
+def _holds_at_the_limit(rows: Any, found: Separation, signs: Signs, frame: Frame) -> bool:
+    """Whether the gradient still agrees at the best point of the remaining rows, infinitely far along."""
+    if not rows.rows_can_be_left_out or not found.rest.converged:
+        return False
+    far = np.asarray(found.rest.x).reshape(-1) + (FAR / signs.drop) * found.direction
+    limit = rows.evaluate(far)
+    agreed: Signs = rows.reduce(verify, limit.bare(), frame, found.direction, True)
+    return agreed.confirm(frame)
+
+
+def _shortest(rows: Any, at: Evaluation, frame: Frame, y: Array) -> Array:
+    """Return the shortest direction, in the user's units, along which all separated rows fall alike, if there
+    is one: what it says of other rows does not depend on how often a row occurs.
+    """
+    gram, total = rows.reduce(separated_sums, at, frame, y)
+    upper = np.linalg.qr(frame.basis / frame.scale[:, None])[1]
+    inverse = linalg.pinv(upper)
+    e = -linalg.pinvh(inverse.T @ gram @ inverse, rtol=1e-11) @ (inverse.T @ total)
+    return np.asarray(inverse @ e)
+
+
+def _is_strict(signs: Signs, anyhow: bool) -> bool:
+    """Whether all separated rows fall, and alike where that was sought."""
+    return anyhow or signs.most - signs.drop <= 1e-6 * signs.drop
+
+
+def _frame(rows: Any, at: Evaluation, each: bool) -> Frame | None:
+    """Return the directions along which the fixed rows stay together; None where there are none."""
+    means = np.zeros((0, rows.n_unknowns))
+    if rows.n_long:
+        sums = rows.reduce(long_means, at, each)
+        means = sums[:, :-1] / np.maximum(sums[:, -1:], 1.0)
+    found: FixedSums = rows.reduce(fixed_sums, at, means, each)
+    gram, sizes = found.gram.result(), found.sizes
+    scale = np.sqrt(np.where(sizes > 0.0, sizes, 1.0))
+    values, vectors = linalg.eigh(gram / scale / scale[:, None], driver="evd")
+    null = values <= flatness(len(values)) * max(float(values[-1]), np.finfo(float).tiny)
+    if not null.any() or not np.isfinite(found.least):
+        return None
+    if kind_of(rows.loss) is Kind.SCALING:
+        # Whole groups fall: not relative to rows of their own.
+        means = np.zeros_like(means)
+    return Frame(vectors[:, null], scale, means, each)
+
+
+def _programme(rows: Any, at: Evaluation, frame: Frame) -> Array | None:
+    """Return the direction that separates most rows, in coordinates of the frame; None without any."""
+    free: Free = rows.reduce(free_rows, at, frame, None, FIRST_ROWS)
+    F = free.rows
+    for _ in range(MAX_ROUNDS):
+        y = _solve(F)
+        if y is None:
+            return None
+        if free.n_all <= len(F):
+            return y
+        others: Free = rows.reduce(free_rows, at, frame, y, MORE_ROWS)
+        known = {row.tobytes() for row in F}
+        fresh = [row for row in others.rows if row.tobytes() not in known]
+        if not fresh:
+            return y
+        F = np.concatenate([F, np.stack(fresh)])
+    return None
+
+
+def _solve(F: Array) -> Array | None:
+    m, r = F.shape
+    if m == 0:
+        return None
+    matrix = sparse.hstack([sparse.csr_array(F), sparse.eye_array(m)], format="csr")
+    cost = np.concatenate([np.zeros(r), -np.ones(m)])
+    bounds = [(None, None)] * r + [(0.0, 1.0)] * m
+    found = linprog(cost, A_ub=matrix, b_ub=np.zeros(m), bounds=bounds, method="highs")
+    if found.x is None or -found.fun < 0.5:
+        return None
+    return np.asarray(found.x[:r])

@@ -1,0 +1,414 @@
+"""The verdict on a fit: when an answer is one, and what is said where it is not.
+
+`tol` is the largest change of a fitted logit (see `attnfit.problems.rows.moves`) that the next Newton step
+may still make. A point is accepted if the step is a full one with the curvature of all the data, formed at
+most a quarter of a logit away, if that curvature has no negative direction and none that is flat although
+the data see it, and if the step, measured on every row, moves no logit by more. With such a curvature the
+next step moves logits by about the square: Bach, "Self-concordant analysis for logistic regression" (2010),
+doi:10.1214/09-EJS521.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum, StrEnum, auto
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.problems.base import MAX_DENSE, Problem
+from attnfit.problems.evaluation import Evaluation
+from attnfit.solvers.curvature import MatrixFree, Model, exact_model, natural_scale
+from attnfit.solvers.trust_region import Step
+
+if TYPE_CHECKING:
+    from attnfit.solvers.separation import Separation
+
+Array = NDArray[np.float64]
+
+# A logit that may still change by more than this is not known.
+MAX_TOL = 1e-2
+# How far, in logits, the curvature may have been formed from the point that it accepts.
+TRUSTED = 0.25
+# From this move on the curvature of all the data is asked for: it needs one or two steps more.
+ASK = 1e-3
+# A step this small is not worth taking for the sake of the curvature that comes with it.
+STAY = 1e-7
+# Steps of a trusted model that stop shrinking below this move are at the rounding of the data, which is
+# accepted up to the second.
+FLOOR, ACCEPTED_FLOOR = 1e-4, 1e-6
+# A fit that keeps its stride, in logits and as a share of the step before, may have no minimum.
+STRIDE, KEPT_STRIDE = 0.1, 0.7
+# A step that promises to lower the loss by less than this share of it promises nothing.
+IDLE = 1e-12
+# An output below this share of the largest of its group may be on its way to zero.
+VANISHED = 1e-12
+# Evaluations before the first look for a direction without a minimum, and between two looks; their number.
+FIRST_LOOK, NEXT_LOOK, MAX_LOOKS = 4, 10, 5
+
+
+class Status(StrEnum):
+    """How a fit ended; ``converged`` is the only good end."""
+
+    CONVERGED = "converged"
+    SEPARABLE = "separable"
+    NO_MINIMUM = "no_minimum"
+    FLAT = "flat"
+    SADDLE = "saddle"
+    PRECISION = "precision"
+    MAX_ITER = "max_iter"
+    OVERFLOW = "overflow"
+    INTERRUPTED = "interrupted"
+    FALSE_OPTIMUM = "false_optimum"
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+
+class Next(Enum):
+    """What a descent does next, where it is not at its end."""
+
+    STEP = auto()
+    # Take the step, and have the curvature of all the data brought along.
+    STEP_FOR_CURVATURE = auto()
+    # Form the curvature of all the data here.
+    CURVATURE_HERE = auto()
+    LEAVE_SADDLE = auto()
+    # Go to the point of least norm that differs along directions which no row sees.
+    SHORTEN = auto()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of the end of a fit.
+
+    Attributes
+    ----------
+    status : Status
+    move : float
+        The largest change of a logit that the next Newton step would make; NaN where it is not known.
+    decrement : float
+        ``g^T H^-1 g``: twice the fall of the loss that this step promises.
+    flat : ndarray, shape (d, k), optional
+        Orthonormal directions without curvature; None where the solver keeps no matrix.
+    separation : Separation, optional
+    at_floor : bool
+        Whether the steps are at the rounding of the data.
+    """
+
+    status: Status = Status.MAX_ITER
+    move: float = float("nan")
+    decrement: float = float("nan")
+    flat: Array | None = None
+    separation: Separation | None = None
+    at_floor: bool = False
+
+
+class Judge:
+    """Looks at every step of a descent.
+
+    Parameters
+    ----------
+    problem : Problem
+    tol : float
+    probe : Probe, optional
+        Rows of the problem that are at hand.
+    final : bool
+        False for a descent on a sample, whose end is a start: it need not be a minimum.
+    """
+
+    def __init__(self, problem: Problem, tol: float, probe: Any = None, *, final: bool = True) -> None:
+        self.problem, self.tol, self.probe, self.final = problem, tol, probe, final
+        self.verdict = Verdict()
+        self._structure: Array | None = None
+        self._shortened = False
+        self.shorter = np.zeros(0)
+        self._least = np.inf
+        self._last_full, self._last_is_fresh = np.inf, False
+        self._strides: list[float] = []
+        self._n_looks = 0
+
+    # ---- moves
+
+    def guess(self, at: Evaluation, model: Model, p: Array) -> float:
+        """Return the move of a step, or a lower bound from the rows at hand."""
+        if not np.isfinite(p).all():
+            return float("inf")
+        if self.probe is not None:
+            return float(self.probe.moves(at, p[:, None]).largest[0])
+        return float(self._measure(at, model, p)[0])
+
+    def _measure(self, at: Evaluation, model: Model, *steps: Array) -> Array:
+        """Return the moves of steps over all rows."""
+        matrix = np.stack(steps, axis=1)
+        exact = self.probe is not None and self.probe.exact
+        found = self.probe.moves(at, matrix) if exact else self.problem.moves(at, matrix)
+        if found is not None:
+            self._least = found.least
+            return np.asarray(found.largest)
+        # Unknowns that are no logits' coefficients: a share of the point.
+        size = max(model.norm(at.x), np.finfo(float).tiny)
+        return np.array([model.norm(p) / size for p in steps])
+
+    # ---- directions that no row sees
+
+    def structural(self, at: Evaluation) -> Array:
+        """Return an orthonormal basis, in the user's units, of the directions that no row sees."""
+        if self._structure is None:
+            self._structure = self.problem.unseen_directions(at)
+        return self._structure
+
+    def step(self, at: Evaluation, model: Model, radius: float) -> Step:
+        """Return the model's step; it stays off directions that are flat because no row sees them."""
+        step = model.solve(at.gradient, radius)
+        if not step.bounded or model.base is None or not model.base.n_flat or not self.problem.has_logits:
+            return step
+        steep = model.solve(at.gradient, radius, steep_only=True)
+        if model.base.n_flat <= self.structural(at).shape[1]:
+            return steep
+        # A gradient along flat directions that promises nothing is rounding.
+        return steep if step.predicted <= 1e-13 * abs(at.value) else step
+
+    # ---- the rule
+
+    def look(self, at: Evaluation, model: Model, step: Step, move: float) -> Next | Status:
+        """Return what to do at a point, given the next step and its move or a lower bound of it."""
+        self._strides.append(np.inf if step.bounded else move)
+        if step.bounded:
+            if model.negative:
+                self._last_full = np.inf
+                return Next.LEAVE_SADDLE if self._at_saddle(at, model) else self._at_infinity(at) or Next.STEP
+            # A radius cut by rounding, or a slope of rounding along a flat direction, must not hide that
+            # there is nowhere left to go.
+            idle = step.predicted <= IDLE * abs(at.value)
+            step = model.solve(at.gradient, np.inf, steep_only=True) if idle else self.step(at, model, np.inf)
+            move = np.inf if step.bounded else self.guess(at, model, step.p)
+        if not move <= ASK:
+            self._last_full = move
+            return self._at_infinity(at) or Next.STEP
+        if model.exact_at is None and self.final:
+            return Next.CURVATURE_HERE if move <= STAY else Next.STEP_FOR_CURVATURE
+        before = self._last_full, self._last_is_fresh
+        self._last_full, self._last_is_fresh = move, model.exact_at is at.x
+        if not move <= self.tol and not _stalled(move, before[0]):
+            return Next.STEP
+        if not self.final:
+            return Status.CONVERGED
+        return self._candidate(at, model, step, *before)
+
+    def _candidate(
+        self, at: Evaluation, model: Model, step: Step, before: float, before_is_fresh: bool
+    ) -> Next | Status:
+        """Judge a point whose next step, on the rows at hand, is small enough or has stopped shrinking."""
+        assert model.exact_at is not None
+        own = model.without_pairs()
+        if own is not model:
+            step = own.solve(at.gradient, np.inf, steep_only=True)
+        move, distance = self._measure(at, model, step.p, at.x - model.exact_at)
+        if not distance <= TRUSTED:
+            return Next.CURVATURE_HERE
+        if not move <= self.tol:
+            if not _stalled(move, before):
+                return Next.STEP
+            if model.exact_at is not at.x:
+                # An old curvature may shrink steps no faster; only two new ones tell that it is rounding.
+                self._last_full, self._last_is_fresh = before, before_is_fresh
+                return Next.CURVATURE_HERE
+            if not before_is_fresh:
+                return Next.STEP
+        self.verdict = replace(
+            self.verdict,
+            move=float(move),
+            decrement=-float(at.gradient @ step.p),
+            at_floor=not move <= self.tol,
+        )
+        if not move <= max(self.tol, ACCEPTED_FLOOR):
+            return Status.PRECISION
+        return self._flatness(at, own)
+
+    def _flatness(self, at: Evaluation, model: Model) -> Next | Status:
+        """Accept a point unless it is flat where the data are not, or longer than it need be."""
+        flat = model.flat
+        self.verdict = replace(self.verdict, flat=flat)
+        if flat is None or not flat.shape[1] or not self.problem.has_logits:
+            return self._accepted(at)
+        unseen = self.structural(at)
+        if flat.shape[1] > unseen.shape[1]:
+            return self._separated(at) or Status.FLAT
+        self.verdict = replace(self.verdict, flat=unseen)
+        excess = unseen @ (unseen.T @ at.x)
+        if not self._shortened and np.linalg.norm(excess) > 1e-14 * np.linalg.norm(at.x):
+            self._shortened = True
+            self.shorter = at.x - excess
+            return Next.SHORTEN
+        return self._accepted(at)
+
+    def _accepted(self, at: Evaluation) -> Status:
+        """Accept a point, unless a row has all but vanished that the loss lets fall for ever."""
+        return (self._separated(at) if self._least <= VANISHED else None) or Status.CONVERGED
+
+    def _at_saddle(self, at: Evaluation, model: Model) -> bool:
+        """Whether a stationary point with negative curvature is here."""
+        p = model.approach(at.gradient)
+        return p is not None and self.guess(at, model, p) <= max(self.tol, ACCEPTED_FLOOR)
+
+    # ---- no minimum
+
+    def _at_infinity(self, at: Evaluation) -> Status | None:
+        """Look for a direction without a minimum where the fit keeps its stride."""
+        recent = self._strides[-2:]
+        keeps = len(self._strides) >= FIRST_LOOK and min(recent) >= STRIDE
+        if not keeps or recent[1] < KEPT_STRIDE * recent[0]:
+            return None
+        if self._n_looks >= MAX_LOOKS or len(self._strides) < FIRST_LOOK + NEXT_LOOK * self._n_looks:
+            return None
+        return self._separated(at)
+
+    def _separated(self, at: Evaluation) -> Status | None:
+        if not self.final:
+            # Further on the same way another start learns nothing.
+            return Status.MAX_ITER if len(self._strides) >= FIRST_LOOK + NEXT_LOOK else None
+        from attnfit.solvers.separation import find_separation
+
+        self._n_looks += 1
+        found = find_separation(self.problem, at)
+        if found is None:
+            return None
+        self.verdict = replace(self.verdict, separation=found)
+        return Status.SEPARABLE if found.exact else Status.NO_MINIMUM
+
+
+def _stalled(move: float, before: float) -> bool:
+    """Whether steps have stopped shrinking, among rounding."""
+    return move >= 0.5 * before and max(move, before) <= FLOOR
+
+
+def assess(problem: Problem, at: Evaluation, tol: float, probe: Any = None) -> Verdict:
+    """Return the verdict on a point that a solver without a judge of its own arrived at: two reads."""
+    judge = Judge(problem, tol, probe)
+    if problem.n_unknowns <= MAX_DENSE:
+        model = exact_model(problem, at)
+    else:
+        model = MatrixFree(natural_scale(problem, at)).model(problem, at, None)
+    step = judge.step(at, model, np.inf)
+    found = judge.look(at, model, step, judge.guess(at, model, step.p))
+    # A point that is longer than it need be is one nevertheless.
+    status = Status.CONVERGED if found is Next.SHORTEN else found
+    if found is Next.LEAVE_SADDLE:
+        status = Status.SADDLE
+    verdict = judge.verdict
+    if np.isnan(verdict.move) and not step.bounded:
+        move = float(judge._measure(at, model, step.p)[0])
+        verdict = replace(verdict, move=move, decrement=-float(at.gradient @ step.p))
+    return replace(verdict, status=status if isinstance(status, Status) else Status.MAX_ITER)
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a fit, and what is said of it."""
+
+    status: Status
+    verdict: Verdict
+    tol: float
+    max_iter: int
+    n_starts: int
+    problem: Any
+    gradient_norm: float
+    lift: Callable[[Array], Array] | None = None
+    reason: str | None = None
+
+    def message(self) -> str:
+        """Return the status in a sentence, with the remedy; unknowns are named as the user knows them."""
+        move = self.verdict.move
+        reached = f": the next step moves a logit by {move:.1e}, tol {self.tol:.0e}"
+        if np.isnan(move):
+            reached = f": relative gradient {self.gradient_norm:.1e}"
+        match self.status:
+            case Status.CONVERGED:
+                return self._converged(reached)
+            case Status.SEPARABLE:
+                return (
+                    f"the data are separable: {self._loss()} has no finite minimum and falls for ever along "
+                    f"the direction ({self._direction()}), along which the outputs of {self._rows()} go to "
+                    "zero; result.separation names them and fits the others; add ridge > 0, or drop or merge "
+                    "the columns it names"
+                )
+            case Status.NO_MINIMUM:
+                return (
+                    f"no minimum: the loss falls to {self._limit()} along the direction "
+                    f"({self._direction()}), where {self._rows()} have output zero; result.separation fits "
+                    "the others; add ridge > 0"
+                )
+            case Status.FLAT:
+                assert self.verdict.flat is not None
+                n = self.verdict.flat.shape[1]
+                return (
+                    f"{n} direction{'s have' if n > 1 else ' has'} no curvature in float64 although the data "
+                    f"see {'them' if n > 1 else 'it'}: {self._flat_columns()}; centre or rescale these "
+                    "columns, or add ridge"
+                )
+            case Status.SADDLE:
+                return "a saddle point: the loss falls on both sides, but no step off it succeeded; pass x0"
+            case Status.PRECISION:
+                return (
+                    f"no further step succeeds in float64{reached}; add ridge if columns are nearly "
+                    "dependent, or loosen tol"
+                )
+            case Status.MAX_ITER:
+                return f"not converged after max_iter={self.max_iter} steps{reached}; raise max_iter"
+            case Status.OVERFLOW:
+                return "a step overflowed; scale the data, or use a smaller step_size"
+            case Status.INTERRUPTED:
+                return "interrupted; x is the best point so far"
+            case Status.FALSE_OPTIMUM:
+                return f"not a minimum: {self.reason}; pass another x0, or add ridge"
+
+    def _converged(self, reached: str) -> str:
+        if self.verdict.at_floor:
+            return f"converged to the rounding of the data: {self.verdict.move:.1e} in the logits"
+        text = f"converged{reached}"
+        if self.problem.convex or not self.problem.has_logits:
+            return text
+        if self.n_starts > 1:
+            return f"{text}; the lowest minimum found from {self.n_starts} starts"
+        return f"{text}; one descent, the loss is not convex: pass n_starts to look for other minima"
+
+    def _loss(self) -> str:
+        name = type(getattr(self.problem, "loss", self.problem)).__name__
+        return {"CrossEntropy": "cross entropy", "KullbackLeibler": "the divergence"}.get(name, "the loss")
+
+    def _direction(self) -> str:
+        assert self.verdict.separation is not None
+        v = self.verdict.separation.direction
+        v = v if self.lift is None else self.lift(v)
+        return self._entries(v)
+
+    def _entries(self, v: Array) -> str:
+        order = np.argsort(-np.abs(v), kind="stable")
+        size = max(float(np.abs(v).max()), np.finfo(float).tiny)
+        moved = [int(j) for j in order if abs(v[j]) > 1e-9 * size]
+        entries = ", ".join(f"{unknown(j, self.problem.shape)}: {v[j] / size:+.3g}" for j in moved[:3])
+        return entries + (f", and {len(moved) - 3} more" if len(moved) > 3 else "")
+
+    def _rows(self) -> str:
+        assert self.verdict.separation is not None
+        n = len(self.verdict.separation.rows)
+        return f"{n:,} row{'s' if n > 1 else ''}"
+
+    def _limit(self) -> str:
+        assert self.verdict.separation is not None
+        return f"{self.verdict.separation.value:.6g}"
+
+    def _flat_columns(self) -> str:
+        assert self.verdict.flat is not None
+        sizes = np.abs(self.verdict.flat).max(axis=1)
+        return self._entries(sizes)
+
+
+def unknown(j: int, shape: tuple[int, ...]) -> str:
+    """Return the name of an unknown."""
+    if len(shape) == 1:
+        return f"column {j}"
+    return f"entry ({', '.join(str(int(k)) for k in np.unravel_index(j, shape))})"

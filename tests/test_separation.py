@@ -1,0 +1,179 @@
+"""Whether a minimum exists, against linear programmes, labels and fits of the remaining rows."""
+
+import warnings
+
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+from sklearn.exceptions import ConvergenceWarning
+
+from attnfit import SoftmaxRegressor, minimize, problems
+
+
+def fit(problem, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return minimize(problem, random_state=0, **options)
+
+
+def no_direction(A, b, ids):
+    """Whether the alternative of separation holds: a strictly positive combination of the free differences
+    that vanishes modulo the fixed ones.
+    """
+    free, fixed = [], []
+    for g in np.unique(ids):
+        rows = np.flatnonzero(ids == g)
+        first = rows[b[rows] > 0][0]
+        for i in rows:
+            if i != first:
+                (fixed if b[i] > 0 else free).append(A[i] - A[first])
+    if not free:
+        return True
+    F = np.array(free)
+    E = np.array(fixed).reshape(-1, A.shape[1])
+    equations = np.vstack([F, E]).T
+    bounds = [(1.0, None)] * len(F) + [(None, None)] * len(E)
+    return linprog(np.zeros(len(bounds)), A_eq=equations, b_eq=np.zeros(A.shape[1]), bounds=bounds).success
+
+
+@pytest.mark.parametrize("n_groups", [1, 3])
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_separable_exactly_where_the_programme_says_so(n_groups, loss):
+    seen = {True: 0, False: 0}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        d, size = int(rng.integers(1, 4)), int(rng.integers(3, 7))
+        ids = np.repeat(np.arange(n_groups), size)
+        A = rng.integers(-3, 4, (len(ids), d)).astype(float)
+        b = rng.multinomial(4 - n_groups, np.full(size, 1 / size), n_groups).ravel().astype(float)
+        result = fit(problems.Softmax(A, b, ids, loss=loss))
+        varies = np.abs(A - A[np.searchsorted(ids, ids)]).any()
+        exists = no_direction(A, b, ids) or not varies
+        assert (result.status == "separable") is not exists, seed
+        assert result.converged is exists, (seed, result.message)
+        seen[exists] += 1
+    assert min(seen.values()) > 5
+
+
+def test_a_ridge_always_has_a_minimum():
+    A = np.array([[0, 0, 0], [0, 4, 0], [-4, 57, 0], [0, 0, 59], [55, 43, 0.0]])
+    result = fit(problems.Softmax(A, [7, 1, 0, 0, 0.0], loss="cross_entropy", ridge=1e-6))
+    assert result.converged
+
+
+def test_the_direction_the_rows_and_what_remains():
+    A = np.array([[0, 0, 0], [0, 4, 0], [-4, 57, 0], [0, 0, 59], [55, 43, 0.0]])
+    result = fit(problems.Softmax(A, [7, 1, 0, 0, 0.0], loss="cross_entropy"))
+    assert result.status == "separable"
+    separation = result.separation
+    assert np.allclose(separation.direction, [0, 0, -1])
+    assert separation.columns == [(2, -1.0)]
+    assert separation.rows.tolist() == [3]
+    assert separation.remaining.tolist() == [True, True, True, False, True]
+    rest = fit(problems.Softmax(A[[0, 1, 2, 4]], [7, 1, 0, 0.0], loss="cross_entropy"))
+    assert np.allclose(result.x[:2], rest.x[:2], atol=1e-6)
+    assert result.x[2] == -np.inf
+    assert np.isclose(result.value, rest.value)
+    assert np.allclose(separation.fit().x[:2], rest.x[:2], atol=1e-6)
+    certificate = result.certificate()
+    assert not certificate.valid
+    assert "no finite minimum" in certificate.reason
+
+
+def choices(n=80, size=5):
+    """Choices among five, of which the first is never taken."""
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(n), size)
+    kind = np.arange(n * size) % size
+    A = np.column_stack([rng.standard_normal((n * size, 2)), kind == 0, kind == 1])
+    p = np.where(kind == 0, 0.0, np.exp(A[:, :2] @ [1.0, -0.5])).reshape(n, size)
+    y = np.zeros((n, size))
+    for i, row in enumerate(p):
+        y[i, rng.choice(size, p=row / row.sum())] = 1.0
+    return A, y.ravel(), ids, kind != 0
+
+
+def test_an_estimator_says_which_coefficients_have_no_value():
+    A, y, ids, kept = choices()
+    with pytest.warns(ConvergenceWarning, match="separable"):
+        model = SoftmaxRegressor(loss="cross_entropy").fit(A, y, groups=ids)
+    rest = SoftmaxRegressor(loss="cross_entropy").fit(A[kept][:, [0, 1, 3]], y[kept], groups=ids[kept])
+    assert model.coef_[2] == -np.inf
+    assert np.isnan(model.standard_errors_[2])
+    assert np.allclose(model.coef_[[0, 1, 3]], rest.coef_, atol=1e-6)
+    assert np.allclose(model.standard_errors_[[0, 1, 3]], rest.standard_errors_, atol=1e-6)
+    assert "no finite value: x2" in str(model.summary())
+    shares = model.predict(A, groups=ids)
+    assert not shares[~kept].any()
+    assert np.allclose(shares[kept], rest.predict(A[kept][:, [0, 1, 3]], groups=ids[kept]), atol=1e-6)
+
+
+def test_the_remaining_rows_agree_with_statsmodels():
+    """Poisson counts with a dummy whose outcomes are all zero: the model of shares is the same."""
+    import statsmodels.api as sm
+
+    rng = np.random.default_rng(3)
+    for _ in range(3):
+        X = rng.standard_normal((120, 2))
+        dummy = (np.arange(120) % 5 == 0) * 1.0
+        y = rng.poisson(np.exp(0.5 + X @ [0.4, -0.2])) * (1.0 - dummy)
+        result = fit(problems.Softmax(np.column_stack([X, dummy]), y, loss="cross_entropy"))
+        assert result.status == "separable"
+        assert result.separation.rows.tolist() == np.flatnonzero(dummy).tolist()
+        kept = dummy == 0
+        other = sm.GLM(y[kept], sm.add_constant(X[kept]), family=sm.families.Poisson()).fit(tol=1e-14)
+        assert np.allclose(result.x[:2], other.params[1:], atol=1e-7)
+
+
+@pytest.mark.parametrize("y", [np.zeros(20), np.concatenate([np.zeros(5), np.linspace(1, 2, 15)])])
+def test_exponential_outcomes_that_are_all_zero(y):
+    A = np.column_stack([np.ones(20), np.arange(20) < 5])
+    result = fit(problems.Exponential(A[:, 1:] if y.any() else A[:, :1], y))
+    assert result.status == "separable"
+    assert not np.isfinite(result.x).any()
+    assert set(result.separation.rows) == set(np.flatnonzero(y == 0)) if y.any() else True
+
+
+def test_a_squared_loss_that_falls_for_ever():
+    """A share that no finite logit gives, and that the loss wants smaller all the way."""
+    A = np.column_stack([np.tile([0.0, 1.0, 2.0, 0.0], 3), np.tile([0.0, 0.0, 0.0, 1.0], 3)])
+    b = np.tile([0.6, 0.36, 0.24, 0.0], 3)
+    result = fit(problems.Softmax(A, b, np.repeat(np.arange(3), 4)))
+    assert result.status == "no_minimum"
+    assert not result.converged
+    assert result.x[1] == -np.inf
+    rest = fit(problems.Softmax(A[A[:, 1] == 0][:, :1], b[A[:, 1] == 0], np.repeat(np.arange(3), 3)))
+    assert np.isclose(result.x[0], rest.x[0], atol=1e-6)
+    assert np.isclose(result.value, rest.value)
+
+
+def test_a_rescaled_loss_that_vanishes_at_infinity():
+    rng = np.random.default_rng(3)
+    A = np.column_stack([np.ones(30), rng.standard_normal((30, 2))])
+    b, ids = rng.dirichlet(np.ones(10), 3).ravel(), np.repeat([0, 1, 2], 10)
+    result = fit(problems.Rescaled(A, b, "exp", ids))
+    assert result.status == "no_minimum"
+    assert result.value == 0.0
+    assert result.x[0] == -np.inf
+    with pytest.raises(ValueError, match="no row remains"):
+        result.separation.fit()
+    A[:, 0] = ids == 1
+    result = fit(problems.Rescaled(A, b, "exp", ids))
+    assert result.separation.rows.tolist() == list(range(10, 20))
+
+
+def test_a_direction_that_only_a_vanishing_row_tells_is_flat():
+    """Two columns that differ in one row, whose share of 1e-18 is given: no curvature in float64 shows it."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(40)
+    A = np.column_stack([x, x])
+    A[0, 1] += 1.0
+    b = rng.dirichlet(np.ones(4), 10).ravel()
+    b[0], offset = 1e-18, np.zeros(40)
+    offset[0] = -42.0
+    problem = problems.Softmax(A, b, np.repeat(np.arange(10), 4), loss="cross_entropy", offset=offset)
+    result = fit(problem)
+    assert result.status == "flat"
+    assert result.n_flat == 1
+    assert "column 0" in result.message
+    assert "column 1" in result.message
