@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 EPS = float(np.finfo(np.float64).eps)
 # Covers the rounding of a radius itself.
-OUTWARD = 1.0 + 1e-8
+OUTWARD = 1.0 + 1e-10
 # A certificate whose radius exceeds this share of ``|x| + 1`` says little about x.
 LOOSE = 1e-2
 # A direction that moves every logit by less than this share of what its terms could is seen by no row.

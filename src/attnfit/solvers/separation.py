@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse
-from scipy.optimize import linprog
-from sklearn.exceptions import ConvergenceWarning
 
 from attnfit.designs.gram import flatness
 from attnfit.problems.base import MAX_DENSE, Problem
@@ -132,6 +130,8 @@ class Separation:
     @cached_property
     def rest(self) -> Result:
         """The fit of the remaining rows from where the fit of all of them stood."""
+        from sklearn.exceptions import ConvergenceWarning
+
         with warnings.catch_warnings():
             # What is said of the remaining rows is said of them alone.
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -296,6 +296,9 @@ def _programme(rows: Any, at: Evaluation, frame: Frame) -> Array | None:
 
 
 def _solve(F: Array) -> Array | None:
+    # Most fits need none.
+    from scipy.optimize import linprog
+
     m, r = F.shape
     if m == 0:
         return None
