@@ -87,7 +87,7 @@ class Enclosure:
     def reciprocal(self) -> Enclosure:
         """Return one over positive numbers; the radius is infinite where they may not be positive."""
         least = self.mid - self.rad
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             rad = np.where(least > 0.0, self.rad / (self.mid * least), np.inf)
             return self.rounded(1.0 / self.mid, rad, 2.0)
 
