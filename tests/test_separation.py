@@ -108,6 +108,37 @@ def test_an_estimator_says_which_coefficients_have_no_value():
     assert np.allclose(shares[kept], rest.predict(A[kept][:, [0, 1, 3]], groups=ids[kept]), atol=1e-6)
 
 
+def vanishing_dummy():
+    """Exact shares with a dummy on every tenth row, none of which has a share."""
+    rng = np.random.default_rng(0)
+    A = np.column_stack([rng.standard_normal((400, 2)), np.arange(400) % 10 == 0])
+    return A, np.exp(A[:, :2] @ [0.5, -0.3]) * (A[:, 2] == 0)
+
+
+def check_vanishing_dummy(result):
+    assert result.status == "separable"
+    assert np.allclose(result.x[:2], [0.5, -0.3], atol=1e-7)
+    assert result.x[2] == -np.inf
+    assert result.separation.rows.tolist() == list(range(0, 400, 10))
+
+
+def test_a_group_longer_than_a_block(monkeypatch):
+    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 10)
+    A, y = vanishing_dummy()
+    problem = problems.Softmax(A, y, loss="cross_entropy")
+    assert problem.n_long == 1
+    check_vanishing_dummy(fit(problem))
+
+
+def test_rows_in_partitions():
+    dask = pytest.importorskip("dask")
+    array = pytest.importorskip("dask.array")
+    A, y = vanishing_dummy()
+    with dask.config.set(scheduler="synchronous"):
+        parts = array.from_array(A, chunks=(100, 3)), array.from_array(y, chunks=100)
+        check_vanishing_dummy(fit(problems.Softmax(*parts, loss="cross_entropy")))
+
+
 def test_the_remaining_rows_agree_with_statsmodels():
     """Poisson counts with a dummy whose outcomes are all zero: the model of shares is the same."""
     import statsmodels.api as sm

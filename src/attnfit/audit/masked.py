@@ -24,7 +24,7 @@ BEAM = 1 << 14
 # 0 little is left to tell beginnings apart by one or two tokens.
 WEIGHT = 0.15
 # Beginnings whose second known token enters the table; scored on the first known tokens, and how many of
-# these; # scored in full.
+# these; scored in full.
 LEADERS, LOOK_AHEAD, LENGTH, IN_FULL = 5000, 340, 6, 32
 # A vocabulary with more beginnings than this is searched from the known part backwards.
 TABLE = 1 << 14

@@ -230,7 +230,7 @@ class PairGram:
         keys, means = block.keys, mu.keys
         if r is None and not isinstance(q, np.ndarray) and q == 1.0:
             # The same differences, of numbers without a common part: nothing cancels. Where logits are large
-            # the # rounded weights of a centre do not sum to one, and their own sum is what belongs to it.
+            # the rounded weights of a centre do not sum to one, and their own sum is what belongs to it.
             common = keys.mean(axis=0)
             keys, means = keys - common, means - np.multiply.outer(mu.mass, common)
             block = PairRows(block.queries, keys, block.mask, block.features)

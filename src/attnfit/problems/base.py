@@ -80,7 +80,7 @@ class Problem(ABC):
     # Whether the unknown enters through a linear map, so that flat directions are the same everywhere.
     linear: bool = True
     # "exact" where a Hessian comes nearly free with a gradient, "kept" where one costs many and serves for
-    # several # steps, "matrix_free" where products are all that pays.
+    # several steps, "matrix_free" where products are all that pays.
     best_hessian: str = "kept"
 
     @property

@@ -73,7 +73,7 @@ class Eigenmodel:
                 return self._step(along, q, False)
         if not np.isfinite(radius):
             # No radius yet and no Newton step: take the scale between a gradient step (the diagonal is about
-            # one) and the # step of the model with the curvature's absolute values.
+            # one) and the step of the model with the curvature's absolute values.
             size = np.maximum(np.abs(self.values), max(self.floor, 1e-100))
             radius = float(np.sqrt(np.linalg.norm(along / size) * np.linalg.norm(along)))
         radius = max(radius, np.finfo(float).tiny)
