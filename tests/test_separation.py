@@ -8,6 +8,7 @@ from scipy.optimize import linprog
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import SoftmaxRegressor, minimize, problems
+from attnfit.problems.rows.recession import Frame, verify
 
 
 def fit(problem, **options):
@@ -208,3 +209,19 @@ def test_a_direction_that_only_a_vanishing_row_tells_is_flat():
     assert result.n_flat == 1
     assert "column 0" in result.message
     assert "column 1" in result.message
+
+
+@pytest.mark.parametrize(("apart", "is_one"), [(0.0, True), (1e-9, True), (1e-5, False), (0.1, False)])
+def test_a_direction_keeps_fixed_rows_together(apart, is_one):
+    """Whatever proposes it: every row is looked at along it."""
+    problem = problems.Softmax([[0.0], [apart], [-1.0]], [0.5, 0.5, 0.0], loss="cross_entropy")
+    frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
+    at = problem.evaluate(np.zeros(1))
+    assert problem.reduce(verify, at, frame, np.ones(1), False).confirm(frame) is is_one
+
+
+def test_a_direction_lets_no_free_row_rise():
+    problem = problems.Softmax([[0.0], [0.5], [-1.0]], [1.0, 0.0, 0.0], loss="cross_entropy")
+    frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
+    at = problem.evaluate(np.zeros(1))
+    assert not problem.reduce(verify, at, frame, np.ones(1), False).confirm(frame)
