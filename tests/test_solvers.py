@@ -1,6 +1,7 @@
 """What the solvers find and what it costs: known answers, reads, strategies, the papers' algorithm."""
 
 import tracemalloc
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -277,18 +278,40 @@ def sparse_problem(n, d, k=10):
     return A, np.exp(z - logsumexp(z))
 
 
-def test_matrix_free_needs_no_square_array():
-    d = 21_000
+@pytest.mark.parametrize("loss", ["cross_entropy", "grouped", "squared", "exponential"])
+def test_matrix_free_needs_no_square_array(loss):
+    d = 21_000 if loss == "cross_entropy" else 9_000
     A, b = sparse_problem(30_000, d, k=5)
-    problem = problems.Softmax(A, b, loss="cross_entropy", ridge=1e-5)
+    convex = {"ridge": 1e-5, "loss": "cross_entropy"}
+    problem = {
+        "cross_entropy": lambda: problems.Softmax(A, b, **convex),
+        "grouped": lambda: problems.Softmax(A, b, groups=np.arange(30_000) // 10, **convex),
+        "squared": lambda: problems.Softmax(A, b, loss="squared", ridge=1e-9),
+        "exponential": lambda: problems.Exponential(A, b * 30_000, ridge=1e-2),
+    }[loss]()
+    steps = 100 if problem.convex else 2
     tracemalloc.start()
-    result = minimize(problem, random_state=0, tol=1e-6)
+    with nullcontext() if problem.convex else pytest.warns(ConvergenceWarning):
+        result = minimize(problem, random_state=0, tol=1e-6, max_iter=steps)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert result.converged
+    assert result.converged or not problem.convex
     assert "matrix-free" in result.solver
     assert result.unidentified is None
     assert peak < 200e6 < 8 * d * d
+
+
+def test_with_too_many_unknowns_for_the_programme_nothing_separable_is_called_converged():
+    # Each column against nothing; the outcomes of the first one are all zero.
+    d = 4_000
+    rows = sparse.csr_array((np.ones(d), (2 * np.arange(d), np.arange(d))), shape=(2 * d, d))
+    b = np.tile([1.0, 2.0], d)
+    b[0] = 0.0
+    problem = problems.Softmax(rows, b, groups=np.arange(2 * d) // 2, loss="cross_entropy")
+    with pytest.warns(ConvergenceWarning, match="add ridge|raise max_iter"):
+        result = minimize(problem, random_state=0)
+    assert not result.converged
+    assert result.x[1:] == pytest.approx(-np.log(2.0), abs=1e-3)
 
 
 def test_unknown_options_are_named():

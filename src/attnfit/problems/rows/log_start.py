@@ -1,4 +1,5 @@
-"""A start for every scale of the target: weighted least squares on its logarithm, one read and a Gram.
+"""A start for every scale of the target: weighted least squares on its logarithm, one read and a Gram, or
+conjugate gradients where there are too many unknowns for one.
 
 Rows count as much as the curvature of the loss at an exact fit would make them; targets that have no
 logarithm get that of half the smallest positive one of their group. Logarithms of the target occur nowhere
@@ -7,21 +8,25 @@ else on the way to an answer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import linalg
+from scipy.sparse.linalg import LinearOperator, cg
 
 from attnfit.losses.base import GramTerm, Loss
 from attnfit.losses.exponential import PoissonDeviance, SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array
 from attnfit.losses.softmax import CrossEntropy, LinearCrossEntropy, SoftmaxLoss, Squared
+from attnfit.problems.base import MAX_DENSE
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.stored import StoredProblem
 
 # Directions with less than this share of the largest curvature are left alone.
 RANK = 1e-13
+# Beyond MAX_DENSE unknowns: conjugate gradients as far as a start needs, and reads of the rows for them.
+FORCING, MAX_PRODUCTS = 1e-2, 30
 
 
 class LogStart(NamedTuple):
@@ -45,7 +50,7 @@ def log_start(problem: StoredProblem, normaliser: float = 1.0) -> LogStart | Non
         return None
     # Shares are known up to a factor also where the loss is not invariant to it.
     centred = problem.loss.coupled and getattr(problem.loss, "function", "exp") == "exp"
-    gram = problem.design.gram()
+    gram = problem.design.gram() if problem.n_unknowns <= MAX_DENSE else _Rows(problem)
     right, sizes = np.zeros((2, problem.n_unknowns))
     sums: dict[int, tuple[Array, float, float]] = {}
     known = _targets(problem)
@@ -62,13 +67,13 @@ def log_start(problem: StoredProblem, normaliser: float = 1.0) -> LogStart | Non
         sizes += problem.design.combine(t[None, :], problem.design.squares(block))[0]
         n_positive, n_rows = n_positive + int((b[t > 0] > 0).sum()), n_rows + int((t > 0).sum())
         if not centred:
-            gram.add(block, t)
+            _add(gram, problem, chunk, block, t)
             right += problem.design.combine((t * z)[None, :], block)[0]
             continue
         segments = chunk.segments
         if chunk.long >= 0:
             # Sums of a group in pieces: its centre is taken off at the end.
-            gram.add(block, t)
+            _add(gram, problem, chunk, block, t)
             products = problem.design.combine(np.stack([t, t * z]), block)
             right += products[1]
             found = products[0], float(t.sum()), float(t @ z)
@@ -78,15 +83,68 @@ def log_start(problem: StoredProblem, normaliser: float = 1.0) -> LogStart | Non
         total = segments.sum(t)
         share = t / segments.spread(np.where(total > 0.0, total, 1.0))
         residual = z - segments.spread(segments.sum(share * z))
-        problem.add_term(gram, chunk, block, GramTerm(t, None, 1.0), share, None)
+        _add(gram, problem, chunk, block, t, share)
         right += problem.design.combine((t * residual)[None, :], block)[0]
-    matrix = gram.result()
-    for products, mass, moment in sums.values():
-        if mass > 0.0:
+    long = [(products, mass, moment) for products, mass, moment in sums.values() if mass > 0.0]
+    for products, mass, moment in long:
+        right -= products * (moment / mass)
+    if isinstance(gram, _Rows):
+        gram.long = [products / np.sqrt(mass) for products, mass, _ in long]
+        x = gram.solve(right, sizes)
+    else:
+        matrix = gram.result()
+        for products, mass, _ in long:
             matrix -= np.multiply.outer(products, products) / mass
-            right -= products * (moment / mass)
-    x = _least_squares(matrix, right, sizes)
+        x = _least_squares(matrix, right, sizes)
     return LogStart(x, n_positive / n_rows) if n_rows and np.isfinite(x).all() else None
+
+
+class _Rows:
+    """The rows of a Gram that is too large to be formed, for products with it.
+
+    Attributes
+    ----------
+    rows : list of (Chunk, t, share)
+        ``share`` are the weights of the centre of each group, None where rows are not centred.
+    long : list of ndarray, shape (d,)
+        Outer products to take off: the centres of groups in pieces.
+    """
+
+    def __init__(self, problem: StoredProblem) -> None:
+        self.problem = problem
+        self.rows: list[tuple[Chunk, Array, Array | None]] = []
+        self.long: list[Array] = []
+
+    def product(self, v: Array) -> Array:
+        """Return the Gram times v: one read."""
+        out, design = np.zeros_like(v), self.problem.design
+        for chunk, t, share in self.rows:
+            block, segments = self.problem.fetch(chunk), chunk.segments
+            along = design.product(block, v)
+            if share is not None:
+                along = along - segments.spread(segments.sum(share * along))
+            out += design.combine((t * along)[None, :], block)[0]
+        for centre in self.long:
+            out -= centre * float(centre @ v)
+        return out
+
+    def solve(self, right: Array, sizes: Array) -> Array:
+        """Solve the normal equations as far as a start needs."""
+        scale = np.sqrt(np.where(sizes > 0.0, sizes, 1.0))
+        operator = LinearOperator((len(right),) * 2, lambda y: self.product(y / scale) / scale, dtype=float)
+        y, _ = cg(operator, right / scale, rtol=FORCING, maxiter=MAX_PRODUCTS)
+        return np.asarray(y / scale)
+
+
+def _add(
+    gram: Any, problem: StoredProblem, chunk: Chunk, block: Any, t: Array, share: Array | None = None
+) -> None:
+    """Add the rows of a chunk to a Gram, centred by group with these shares."""
+    if isinstance(gram, _Rows):
+        gram.rows.append((chunk, t, share))
+    else:
+        term = GramTerm(t, None, None if share is None else 1.0)
+        problem.add_term(gram, chunk, block, term, share, None)
 
 
 def _known(loss: Loss) -> bool:
