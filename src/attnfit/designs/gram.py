@@ -151,6 +151,93 @@ class Gram:
         _csr_gram()(block.indptr, block.indices, block.data, weights, self._lower)
 
 
+class GramParts:
+    """What `Gram` adds up, but of its diagonal and along some directions only: O(d) numbers a row.
+
+    Parameters
+    ----------
+    directions : ndarray, shape (d, k)
+
+    Attributes
+    ----------
+    diagonal : ndarray, shape (d,)
+    along : ndarray, shape (k,)
+        ``v^T G v`` of each direction v.
+    """
+
+    def __init__(self, directions: Array) -> None:
+        self.directions = directions
+        self.diagonal, self.along = np.zeros(len(directions)), np.zeros(directions.shape[1])
+
+    def add(self, block: Any, t: Array, r: Array | None = None) -> None:
+        """Add rows ``r_i a_i`` that are not centred."""
+        self._add(block, t, r, None)
+
+    def add_centred(
+        self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Any, starts: Index
+    ) -> None:
+        """Add the rows of whole groups: see `Gram.add_centred`."""
+        lengths = np.diff(starts, append=len(t))
+        if not sparse.issparse(block):
+            self._add(block, t, r, q, mu, np.repeat(np.arange(len(starts)), lengths))
+            return
+        tr = t if r is None else t * r
+        nu, kappa = group_rows(block, tr * q, starts), np.add.reduceat(t * q * q, starts)
+        scaled = sparse.dia_array((kappa[None, :], [0]), shape=(len(kappa), len(kappa))) @ mu
+        self._add(
+            block, t, r, q, np.asarray(mu @ self.directions), np.repeat(np.arange(len(starts)), lengths)
+        )
+        self.diagonal += np.asarray((mu * (scaled - 2.0 * nu)).sum(axis=0)).reshape(-1)
+
+    def add_piece(
+        self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Array, group: int
+    ) -> None:
+        """Add some rows of one large group: see `Gram.add_piece`."""
+        centre = mu[None, :]
+        if sparse.issparse(block):
+            centre = centre @ self.directions
+            nu = combine_rows((t if r is None else t * r) * q, block)
+            self.diagonal += mu * (float(np.sum(t * q * q)) * mu - 2.0 * nu)
+        self._add(block, t, r, q, centre, np.zeros(len(t), dtype=np.intp))
+
+    def merge(self, other: GramParts) -> GramParts:
+        """Return the sum of both."""
+        both = GramParts(self.directions)
+        both.diagonal, both.along = self.diagonal + other.diagonal, self.along + other.along
+        return both
+
+    def _add(
+        self,
+        block: Any,
+        t: Array,
+        r: Array | None,
+        q: Array | float | None,
+        centres: Any = None,
+        group: Any = None,
+    ) -> None:
+        """Add rows; the centres of their groups are given along the directions only for CSR blocks, whose
+        diagonal is then that of the rows as they are.
+        """
+        if sparse.issparse(block):
+            self.diagonal += combine_rows(t if r is None else t * r * r, block * block)
+            y = np.asarray(block @ self.directions)
+            y = y if r is None else y * r[:, None]
+            if q is not None:
+                y -= np.reshape(q, (-1, 1)) * centres[group]
+            self.along += t @ (y * y)
+            return
+        step = max(32, PART_BYTES // (8 * len(self.diagonal)))
+        for start in range(0, len(t), step):
+            part = slice(start, start + step)
+            rows = block[part] if r is None else block[part] * r[part, None]
+            if q is not None:
+                centre = centres[group[part]]
+                rows = rows - (centre * q[part, None] if isinstance(q, np.ndarray) else centre * q)
+            y = rows @ self.directions
+            self.along += t[part] @ (y * y)
+            self.diagonal += t[part] @ (rows * rows)
+
+
 @cache
 def _csr_gram() -> Any:
     """Compile on first use only: importing the package must not pay for numba."""

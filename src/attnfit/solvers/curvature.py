@@ -38,8 +38,8 @@ KEEP = 0.02
 SLOW = 0.15
 # One that costs ten evaluations is kept even if it shrinks the gradient no more than this.
 DEAR = 0.5
-# A sampled one that shrinks it less than this is too coarse: draw twice the rows.
-COARSE = 0.5
+# A sampled one that shrinks it less than this is too coarse: draw twice the rows; after so many draws all.
+COARSE, MAX_COARSE = 0.5, 3
 
 
 class Quadratic(Protocol):
@@ -104,6 +104,11 @@ class Model:
         inner = self.quadratic.base if isinstance(self.quadratic, SecantModel) else self.quadratic
         return inner if isinstance(inner, Eigenmodel | CholeskyModel) else None
 
+    def matrix(self) -> Array:
+        """Return the model's matrix in the user's units, shape (d, d)."""
+        assert isinstance(self.quadratic, SecantModel | Eigenmodel | CholeskyModel)
+        return np.asarray(self.quadratic.hessian * self.scale * self.scale[:, None])
+
     def without_pairs(self) -> Model:
         """Return the model of the matrix alone."""
         return self if self.base is None else replace(self, quadratic=self.base)
@@ -130,8 +135,10 @@ class Strategy(Protocol):
         """
         ...
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
-        """Return the model at an accepted point."""
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
+        """Return the model at an accepted point; ``learn`` says whether the last step was long enough for its
+        gradient difference to be more than rounding.
+        """
         ...
 
 
@@ -195,7 +202,7 @@ class Exact:
         self._untried = False
         return {"hessian": self._requested}
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Use the Hessian of the evaluation; where long groups were mispredicted, read once more for it."""
         if last is not None and not self._requested:
             return last
@@ -224,11 +231,13 @@ class Corrected:
             self._exact, contraction = Exact(), None
         return None if self._exact is None else self._exact.request(contraction, exact=exact)
 
-    def _corrected(self, at: Evaluation, last: Model | None) -> Model | None:
+    def _corrected(self, at: Evaluation, last: Model | None, learn: bool) -> Model | None:
         """Return the last model with the last step learned, if there is one to correct."""
         before, self._from = self._from, at
         if last is None or not isinstance(last.quadratic, SecantModel) or before is None:
             return None
+        if not learn:
+            return last
         step = last.scale * (at.x - before.x)
         change = (at.gradient - before.gradient) / last.scale
         return replace(last, quadratic=last.quadratic.learn(step, change))
@@ -247,10 +256,10 @@ class Kept(Corrected):
         self._wanted = exact
         return {}
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Correct the last model, or read the data once for a new one where the last step gained little."""
         before = self._from
-        corrected = self._corrected(at, last)
+        corrected = self._corrected(at, last, learn)
         if corrected is not None and before is not None and not self._wanted:
             gained = corrected.dual_norm(at.gradient) <= DEAR * corrected.dual_norm(before.gradient)
             if gained:
@@ -267,22 +276,33 @@ class Sampled(Corrected):
 
     sampler: RowSampler
     fresh: bool = False
+    _n_coarse: int = 0
+    _all_rows: Kept | None = None
 
     def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
-        """Ask for a draw unless the present model works, twice as large where it was far off."""
+        """Ask for a draw unless the present model works, twice as large where it was far off; for the
+        Hessian of all rows where draws do not serve.
+        """
         wanted = self._exactly(contraction, exact)
         if wanted is not None:
             return wanted
-        if contraction is not None and contraction > COARSE:
+        if contraction is not None and contraction > COARSE and self._all_rows is None:
             self.sampler.double()
+            self._n_coarse += 1
+            if self._n_coarse > MAX_COARSE and not self.fresh:
+                self._all_rows = Kept()
+        if self._all_rows is not None:
+            return self._all_rows.request(contraction)
         works = contraction is not None and contraction <= SLOW
         return {} if works and not self.fresh else {"sampler": self.sampler}
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Use the rows that came with the evaluation, or correct the last model."""
         if self._exact is not None:
             return self._exact.model(problem, at, last)
-        corrected = self._corrected(at, last)
+        if self._all_rows is not None:
+            return self._all_rows.model(problem, at, last, learn=learn)
+        corrected = self._corrected(at, last, learn)
         if at.sample is None and corrected is not None:
             return corrected
         # A draw smaller than the number of unknowns is no model.
@@ -330,13 +350,13 @@ class FromSample(Corrected):
             contraction = None
         return {} if self.successor is None else self.successor.request(contraction)
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Take the sample's curvature once, then correct it."""
         if self._exact is not None:
             return self._exact.model(problem, at, last)
         if self.successor is not None:
-            return self.successor.model(problem, at, last)
-        return self._corrected(at, last) or self._first
+            return self.successor.model(problem, at, last, learn=learn)
+        return self._corrected(at, last, learn) or self._first
 
 
 @dataclass
@@ -360,7 +380,7 @@ class MatrixFree:
             self.sampler.double()
         return {"sampler": self.sampler}
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Multiply by the curvature at this point."""
         sample = None if self.sampler is None else at.sample
         product = problem.hessian_operator(at, sample)

@@ -115,6 +115,7 @@ class _Path:
     rejections: int = 0
     contraction: float | None = None
     last_step: Array | None = None
+    learn: bool = True
     _looked_at: Array | None = None
 
     def follow(self, max_iter: int) -> Status:
@@ -156,7 +157,7 @@ class _Path:
         """Model the curvature where the descent stands; the radius stays the same in the new variables."""
         run, before = self.run, self.run.model
         with self.tracker.timed("model"):
-            run.model = self.strategy.model(self.problem, run.at, before)
+            run.model = self.strategy.model(self.problem, run.at, before, learn=self.learn)
         if before is not None and self.last_step is not None and np.isfinite(self.radius):
             self.radius *= run.model.norm(self.last_step) / max(before.norm(self.last_step), TINY)
 
@@ -210,7 +211,7 @@ class _Path:
             # A step that the radius cut short says nothing about the model, unless it was a poor one.
             self.contraction = model.dual_norm(trial.gradient) / norm if norm > 0.0 else None
             self.contraction = self.contraction if not step.bounded else None
-            run.at, self.last_step = trial, step.p
+            run.at, self.last_step, self.learn = trial, step.p, move > STAY
         if agreement < POOR and not (accepted and move <= STAY):
             self.contraction = 1.0
         self._record(trial, run.n_iter, step_norm=step.size, radius=tried, accepted=accepted)

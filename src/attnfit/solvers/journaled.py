@@ -167,6 +167,17 @@ class Journaled(Problem):
         found = self._array("moves", digest(at.x, steps), ask, None)
         return Moved(found[:-1], float(found[-1])) if len(found) else None
 
+    def look_along(self, at: Evaluation, step: Array, directions: Array) -> tuple[Moved, Array, Array]:
+        """Return the move of a step, the Hessian's diagonal and its curvature along directions."""
+        call, d = self._inherited("look_along"), len(step)
+
+        def ask() -> Array:
+            moved, diagonal, along = call(at, step, directions)
+            return np.concatenate([moved.largest, [moved.least], diagonal, along])
+
+        found = self._array("look_along", digest(at.x, step, directions), ask, None)
+        return Moved(found[:1], float(found[1])), found[2 : 2 + d], found[2 + d :]
+
     def hvp_at(self, at: Evaluation, v: Array, **options: Any) -> Array:
         """Return the Hessian at an evaluated point times v."""
         call = self._inherited("hvp_at")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from attnfit.problems.base import MAX_DENSE, Problem
 from attnfit.problems.inputs import choose
 from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.problems.rows.moves import Probe
 from attnfit.problems.rows.sample_sizes import rows_to_draw
 from attnfit.sketching import RowSampler, leverage_sketch
@@ -25,8 +26,9 @@ from attnfit.solvers.curvature import (
     natural_scale,
 )
 from attnfit.solvers.descent import Descent, descend
+from attnfit.solvers.evidence import DEAR_GRAM, N_ROWS, ROWS_PER_UNKNOWN, Evidence
 from attnfit.solvers.sampled_jacobian import SampledJacobian
-from attnfit.solvers.start import Start, distance, probe_of
+from attnfit.solvers.start import Start, distance, draw_sample, probe_of
 from attnfit.solvers.tracking import Interrupted, Tracker
 from attnfit.solvers.verdicts import Judge, Status, Verdict
 
@@ -175,7 +177,8 @@ class Newton:
                 if known or (found.status != Status.CONVERGED and not found.at.value < lowest):
                     continue
                 at, strategy = found.at, self._strategy(kind, start, found.at.x, rng)
-            ends[label] = follow(at, strategy, Judge(problem, tol, probe), max_iter=max_iter)
+            judge = Judge(problem, tol, probe, evidence=self._evidence(kind, start, rng))
+            ends[label] = follow(at, strategy, judge, max_iter=max_iter)
             ends[label].n_iter += before
             end = ends[label]
             if end.status == Status.INTERRUPTED:
@@ -213,6 +216,15 @@ class Newton:
         if problem.best_hessian != "exact":
             return problem.best_hessian
         return "exact" if start.sample.is_full else "corrected_sample"
+
+    def _evidence(self, kind: str, start: Start, rng: np.random.Generator) -> Evidence | None:
+        """Return what may accept a point without a Hessian that is dear."""
+        full = start.full
+        sampled = kind in ("sampled", "corrected_sample") and isinstance(full, GroupedProblem)
+        if not sampled or full.design.gram_cost <= DEAR_GRAM:
+            return None
+        n_rows = max(N_ROWS, ROWS_PER_UNKNOWN * full.n_unknowns)
+        return Evidence(full, lambda: draw_sample(full, n_rows, rng).problem)
 
     def _strategy(self, kind: str, start: Start, x: Array, rng: np.random.Generator) -> Strategy:
         if kind == "kept":

@@ -41,7 +41,7 @@ class SampledJacobian:
         self._exact = exact
         return {}
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Draw residuals and add the exact part."""
         assert isinstance(problem, LayerProblem)
         return (

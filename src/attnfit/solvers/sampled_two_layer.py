@@ -120,7 +120,7 @@ class SampledDiagonal:
         self._exact = exact
         return {}
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None) -> Model:
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Draw rows by their share of the diagonal part and add the low-rank part."""
         assert isinstance(problem, TwoLayer)
         if self._exact:

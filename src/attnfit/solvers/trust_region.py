@@ -46,6 +46,15 @@ class Eigenmodel:
         """Whether some direction has negative curvature beyond rounding."""
         return bool(self.values[0] < -1e-9 * float(np.abs(self.values).max()))
 
+    def is_firm(self, share: float) -> bool:
+        """Whether every direction has more curvature than this share of the largest."""
+        return bool(self.values[0] > share * self.values[-1])
+
+    @property
+    def hessian(self) -> Array:
+        """The matrix, shape (d, d)."""
+        return np.asarray((self.vectors * self.values) @ self.vectors.T)
+
     @property
     def unidentified(self) -> Array:
         """Directions without curvature, shape (n_unknowns, k), as columns."""
@@ -129,6 +138,7 @@ class CholeskyModel:
         self.hessian, self.tolerance = hessian, tolerance
         self._eigen: Eigenmodel | None = None
         self._factor: Array | None = None
+        self._reciprocal = 0.0
         try:
             factor = linalg.cholesky(hessian, lower=True, check_finite=False)
         except linalg.LinAlgError:
@@ -136,8 +146,15 @@ class CholeskyModel:
         # The estimate of the condition number is rarely off by more than three (Higham 1987).
         size = float(np.abs(hessian).sum(axis=0).max())
         reciprocal, _ = linalg.lapack.dpocon(factor, size, uplo="L")
+        self._reciprocal = float(reciprocal)
         if reciprocal > 100 * tolerance:
             self._factor = factor
+
+    def is_firm(self, share: float) -> bool:
+        """Whether every direction has more curvature than this share of the largest, by the estimate of the
+        condition number, rarely off by more than three.
+        """
+        return self._reciprocal > 3.0 * share
 
     @property
     def eigen(self) -> Eigenmodel:
@@ -186,6 +203,15 @@ class SecantModel:
     def negative(self) -> bool:
         """Whether some direction has negative curvature beyond rounding."""
         return self.base.negative
+
+    @property
+    def hessian(self) -> Array:
+        """The corrected matrix, shape (d, d)."""
+        matrix = self.base.hessian.copy()
+        for s, y, rho in self._pairs:
+            along = matrix @ s
+            matrix += rho * np.multiply.outer(y, y) - np.multiply.outer(along, along) / float(s @ along)
+        return matrix
 
     def learn(self, s: Array, y: Array) -> SecantModel:
         """Add a step and its gradient difference, in scaled variables."""

@@ -24,6 +24,7 @@ from attnfit.solvers.curvature import MatrixFree, Model, exact_model, natural_sc
 from attnfit.solvers.trust_region import Step
 
 if TYPE_CHECKING:
+    from attnfit.solvers.evidence import Evidence
     from attnfit.solvers.separation import Separation
 
 Array = NDArray[np.float64]
@@ -96,6 +97,10 @@ class Verdict:
     separation : Separation, optional
     at_floor : bool
         Whether the steps are at the rounding of the data.
+    sampled : bool
+        Whether the curvature is that of a sample, for which there is evidence.
+    undecided : bool
+        Whether an output has all but vanished, and nobody knows whether a finite minimum exists.
     """
 
     status: Status = Status.MAX_ITER
@@ -104,6 +109,8 @@ class Verdict:
     flat: Array | None = None
     separation: Separation | None = None
     at_floor: bool = False
+    sampled: bool = False
+    undecided: bool = False
 
 
 class Judge:
@@ -117,10 +124,21 @@ class Judge:
         Rows of the problem that are at hand.
     final : bool
         False for a descent on a sample, whose end is a start: it need not be a minimum.
+    evidence : Evidence, optional
+        May accept a point on the curvature of a sample.
     """
 
-    def __init__(self, problem: Problem, tol: float, probe: Any = None, *, final: bool = True) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        tol: float,
+        probe: Any = None,
+        *,
+        final: bool = True,
+        evidence: Evidence | None = None,
+    ) -> None:
         self.problem, self.tol, self.probe, self.final = problem, tol, probe, final
+        self.evidence = evidence
         self.verdict = Verdict()
         self._structure: Array | None = None
         self._shortened = False
@@ -176,6 +194,8 @@ class Judge:
     def look(self, at: Evaluation, model: Model, step: Step, move: float) -> Next | Status:
         """Return what to do at a point, given the next step and its move or a lower bound of it."""
         self._strides.append(np.inf if step.bounded else move)
+        if self.evidence is not None:
+            self.evidence.follow(at, full=not step.bounded)
         if step.bounded:
             if model.negative:
                 self._last_full = np.inf
@@ -189,6 +209,10 @@ class Judge:
             self._last_full = move
             return self._at_infinity(at) or Next.STEP
         if model.exact_at is None and self.final:
+            if self.evidence is not None:
+                found = self._on_sample(at, model, step, move)
+                if found is not None:
+                    return found
             return Next.CURVATURE_HERE if move <= STAY else Next.STEP_FOR_CURVATURE
         before = self._last_full, self._last_is_fresh
         self._last_full, self._last_is_fresh = move, model.exact_at is at.x
@@ -197,6 +221,29 @@ class Judge:
         if not self.final:
             return Status.CONVERGED
         return self._candidate(at, model, step, *before)
+
+    def _on_sample(self, at: Evaluation, model: Model, step: Step, move: float) -> Next | Status | None:
+        """Judge a point by the curvature of a sample; None once that of all the data is needed."""
+        assert self.evidence is not None
+        if self.evidence.is_close(move):
+            self.evidence = None
+            return None
+        if not move <= self.tol:
+            return Next.STEP
+        holds = self.evidence.holds(at, model, step, self.tol)
+        if holds:
+            self.verdict = replace(
+                self.verdict,
+                move=self.evidence.move,
+                decrement=-float(at.gradient @ step.p),
+                sampled=True,
+            )
+            self._least = self.evidence.least
+            return self._accepted(at)
+        if holds is None:
+            self.evidence = None
+            return None
+        return Next.STEP
 
     def _candidate(
         self, at: Evaluation, model: Model, step: Step, before: float, before_is_fresh: bool
@@ -247,7 +294,14 @@ class Judge:
 
     def _accepted(self, at: Evaluation) -> Status:
         """Accept a point, unless a row has all but vanished that the loss lets fall for ever."""
-        return (self._separated(at) if self._least <= VANISHED else None) or Status.CONVERGED
+        if not self._least <= VANISHED:
+            return Status.CONVERGED
+        found = self._separated(at)
+        if found is None and self.problem.n_unknowns > MAX_DENSE:
+            # Too many unknowns to look for a direction without a minimum.
+            self.verdict = replace(self.verdict, undecided=True)
+            return Status.PRECISION
+        return found or Status.CONVERGED
 
     def _at_saddle(self, at: Evaluation, model: Model) -> bool:
         """Whether a stationary point with negative curvature is here."""
@@ -351,6 +405,11 @@ class End:
                 )
             case Status.SADDLE:
                 return "a saddle point: the loss falls on both sides, but no step off it succeeded; pass x0"
+            case Status.PRECISION if self.verdict.undecided:
+                return (
+                    "an output has all but vanished, and with so many unknowns it is not decided whether a "
+                    "finite minimum exists; add ridge > 0"
+                )
             case Status.PRECISION:
                 return (
                     f"no further step succeeds in float64{reached}; add ridge if columns are nearly "
@@ -368,7 +427,7 @@ class End:
     def _converged(self, reached: str) -> str:
         if self.verdict.at_floor:
             return f"converged to the rounding of the data: {self.verdict.move:.1e} in the logits"
-        text = f"converged{reached}"
+        text = f"converged{reached}" + (", curvature sampled" if self.verdict.sampled else "")
         if self.problem.convex or not self.problem.has_logits:
             return text
         if self.n_starts > 1:

@@ -34,6 +34,7 @@ from attnfit.problems.rows.sums import (
     chunk_product,
     diagonal_sum,
     hessian_sum,
+    parts_sum,
     product_sum,
     score_sum,
     structure_sum,
@@ -233,6 +234,14 @@ class GroupedProblem(BudgetedProblem):
         """Return by how much each step changes a fitted logit at most: see `attnfit.problems.rows.moves`."""
         found: Moves = self.reduce(move_sum, at.bare(), steps)
         return found.close()
+
+    def look_along(self, at: Evaluation, step: Array, directions: Array) -> tuple[Moved, Array, Array]:
+        """Return the move of a step, shape (d,), the Hessian's diagonal, shape (d,), and its curvature ``v^T
+        H v`` along directions, shape (d, k), from one read.
+        """
+        moves, parts = self.reduce(parts_sum, at.bare(), step, directions)
+        ridge = np.broadcast_to(self.ridge, len(step))
+        return moves.close(), parts.diagonal + ridge, parts.along + ridge @ directions**2
 
     def unseen_directions(self, at: Evaluation) -> Array:
         """Return an orthonormal basis of the directions along which no logit changes, in one read; constants

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from attnfit.designs import Design
+from attnfit.designs.gram import GramParts
 from attnfit.losses.base import GramTerm
 from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Evaluation
+from attnfit.problems.rows.moves import Moves
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.row_kinds import counting_rows
 from attnfit.problems.rows.stored import StoredProblem
@@ -65,6 +67,20 @@ def diagonal_sum(
                 first += part.design.combine(weight[None, :], block)[0]
                 total += float(weight.sum())
     return uncentred, second, first, total
+
+
+def parts_sum(
+    part: StoredProblem, chunks: list[Chunk], at: Evaluation, step: Array, directions: Array
+) -> tuple[Moves, GramParts]:
+    """Return the move of a step, shape (d,), and the Hessian's diagonal and curvature along directions, shape
+    (d, k).
+    """
+    moves, parts = Moves(np.zeros(1)), GramParts(directions)
+    for chunk in part.ahead(chunks):
+        block, z = part.logits(chunk, at.x)
+        moves.add(part, chunk, block, at, step[:, None])
+        part.add_to_gram(parts, chunk, block, z, part.row_state(chunk, z, at), at.centre)
+    return moves, parts
 
 
 def score_sum(part: StoredProblem, chunks: list[Chunk], at: Evaluation, by_group: bool) -> tuple[Any, Array]:
