@@ -55,6 +55,13 @@ def everything(problem, x):
     yield "diagonal", problem.diagonal_at(at)
     yield "scores", problem.score_gram(x)
     yield "slopes", problem.data_gradient(x)[0]
+    moved, exact, along = problem.look_along(at, v, np.diag(v))
+    yield "moves", np.append(problem.moves(at, np.diag(v)).largest, moved.largest)
+    yield "curvature", np.append(exact, along)
+    yield (
+        "its diagonal",
+        np.append(np.diag(problem.hessian(x)), v * v * np.diag(problem.hessian(x))) / exact.max(),
+    )
     yield "fitted", problem.predict(x)
     ball = RowBall(problem, at, np.eye(len(x)))
     yield "rounding", ball.rounding()
@@ -81,6 +88,8 @@ def test_the_storage_does_not_matter(case, tmp_path, small_blocks):
     pairs = zip(everything(reference, x), everything(problem, x), strict=True)
     for (name, theirs), (_, ours) in pairs:
         assert relative(ours, theirs) < 1e-10, name
+    parts = dict(everything(problem, x))
+    assert relative(parts["curvature"], parts["its diagonal"] * parts["curvature"][: len(x)].max()) < 1e-10
     assert problem.n_rows == reference.n_rows
     assert problem.n_groups == reference.n_groups
 

@@ -77,6 +77,12 @@ class Column:
         other.source, other.recent = self.source.apart(), Recent(1)
         return other
 
+    def take(self, rows: NDArray[np.intp]) -> Column:
+        """Return some entries, in increasing order, which stay on disk."""
+        from attnfit.designs.sources.some_rows import SomeRows
+
+        return Column(SomeRows(self.source, rows), self._function)
+
     def mapped(self, function: Callable[[Array], Array]) -> Column:
         """Return the column whose entries are a function of this one's."""
         inner = self._function

@@ -13,6 +13,7 @@ from attnfit.designs.base import Array, Design, Rows
 from attnfit.designs.dense import DenseDesign
 from attnfit.designs.read_ahead import Recent
 from attnfit.designs.sources import Source, open_source
+from attnfit.designs.sources.some_rows import SomeRows
 from attnfit.designs.sparse import BLOCK_ENTRIES, SparseDesign, row_view
 
 # Large enough that a disk reads at full speed and threads seldom hand over, small enough that three of them
@@ -54,6 +55,13 @@ def _rows_of(design: DenseOnDisk | SparseOnDisk, size: int) -> int:
     return max(1, size // (design.row_bytes * design.block_rows)) * design.block_rows
 
 
+def _some_rows(design: Any, rows: Rows) -> Any:
+    numbers = np.arange(int(design.shape[0]), dtype=np.intp)[rows]
+    other = type(design)(SomeRows(design.source, numbers))
+    other.run_bytes = design.run_bytes
+    return other
+
+
 class DenseOnDisk(DenseDesign):
     """Rows of a dense matrix on disk."""
 
@@ -93,6 +101,10 @@ class DenseOnDisk(DenseDesign):
 
     def locate(self, row: int) -> str:
         return self.source.locate(row)
+
+    def take(self, rows: Rows) -> DenseOnDisk:
+        """Return the matrix of some rows, in increasing order, which stay on disk."""
+        return _some_rows(self, rows)
 
     def apart(self) -> Self:
         other = copy(self)
@@ -167,6 +179,10 @@ class SparseOnDisk(SparseDesign):
 
     def locate(self, row: int) -> str:
         return self.source.locate(row)
+
+    def take(self, rows: Rows) -> SparseOnDisk:
+        """Return the matrix of some rows, in increasing order, which stay on disk."""
+        return _some_rows(self, rows)
 
     def apart(self) -> Self:
         other = copy(self)

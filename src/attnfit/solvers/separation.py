@@ -109,14 +109,14 @@ class Separation:
         Raises
         ------
         ValueError
-            If no rows can be left out: those on disk, and the pairs of attention maps.
+            If no rows can be left out: the pairs of attention maps.
         """
         if not self.remaining.any():
             raise ValueError("no row remains: the outputs of all go to zero; add ridge")
         if not self._problem.rows_can_be_left_out:
             raise ValueError(
-                "rows on disk, and pairs of queries and keys, cannot be left out; drop the rows of "
-                "result.separation.rows from the data, or add ridge"
+                "pairs of queries and keys cannot be left out; leave those of result.separation.rows out of "
+                "the mask, or add ridge"
             )
         from attnfit.solvers.minimize import minimize
 

@@ -114,24 +114,24 @@ class RowData(Problem):
         return rows
 
     def without_rows(self, dropped: NDArray[np.bool_]) -> Self:
-        """Return the problem without some rows, shape (n,) in group order; groups that lose all of them go.
-
-        Raises
-        ------
-        ValueError
-            If the rows are not in memory.
-        """
+        """Return the problem without some rows, shape (n,) in group order; groups that lose all of them go."""
         kept = np.flatnonzero(~dropped)
         other = copy(self)
         for name in DERIVED:
             other.__dict__.pop(name, None)
-        other.design = self.design.take(kept if self.groups.order is None else self.groups.order[kept])
+        places, order = kept if self.groups.order is None else self.groups.order[kept], None
+        if self.design.on_disk and self.groups.order is not None:
+            # What is stored is read in its own order.
+            stored = np.sort(places)
+            places, order = stored, np.searchsorted(stored, places)
+        other.design = self.design.take(places)
         for name in COLUMNS:
             column = getattr(self, name)
-            setattr(other, name, None if column is None else column[kept])
+            some = column.take(kept) if isinstance(column, Column) else column
+            setattr(other, name, some[kept] if some is column and column is not None else some)
         numbers = np.searchsorted(self.groups.starts, kept, side="right") - 1
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        other.groups = Groups(starts.astype(np.intp), None, self.groups.labels[numbers[starts]])
+        other.groups = Groups(starts.astype(np.intp), order, self.groups.labels[numbers[starts]])
         other._cut()
         return other
 

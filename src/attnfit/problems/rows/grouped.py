@@ -310,8 +310,8 @@ class GroupedProblem(BudgetedProblem):
 
     @property
     def rows_can_be_left_out(self) -> bool:
-        """Whether a problem on some of the rows can be made: not of rows on disk, nor of pairs."""
-        return self.rows_can_be_drawn and not self.stored
+        """Whether a problem on some of the rows can be made: not of pairs."""
+        return self.rows_can_be_drawn
 
     def without_separated_rows(self, at: Evaluation, frame: Frame, along: Array) -> GroupedProblem:
         """Return the problem without the rows that fall along a recession direction."""
