@@ -225,3 +225,64 @@ def test_a_direction_lets_no_free_row_rise():
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
     assert not problem.reduce(verify, at, frame, np.ones(1), False).confirm(frame)
+
+
+def separable(size=1.0):
+    """Cross entropy with a dummy whose outcomes are all zero, in units of any size."""
+    rng = np.random.default_rng(3)
+    groups = np.repeat(np.arange(30), 4)
+    A = np.column_stack([rng.standard_normal((120, 2)), np.arange(120) % 12 == 5])
+    b = np.where(A[:, 2] > 0.0, 0.0, rng.integers(1, 9, 120))
+    return problems.Softmax(A * [1.0, 1.0, size], b, groups, loss="cross_entropy"), A, b, groups
+
+
+def test_what_is_returned_of_separable_data():
+    problem, A, b, groups = separable()
+    kept = A[:, 2] == 0.0
+    rest = minimize(problems.Softmax(A[kept, :2], b[kept], groups[kept], loss="cross_entropy"))
+    with pytest.warns(ConvergenceWarning, match="separable"):
+        warned = minimize(problem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dropped = minimize(problem, separation="drop")
+    with pytest.warns(ConvergenceWarning, match="separable"):
+        last = minimize(problem, separation="keep")
+    assert (warned.status, dropped.status, last.status) == ("separable", "converged", "separable")
+    assert "10 rows left out" in dropped.message
+    for result in (warned, dropped):
+        np.testing.assert_allclose(result.x, [*rest.x, -np.inf], atol=1e-6)
+        assert result.value == pytest.approx(rest.value)
+        assert list(result.separation.rows) == list(np.flatnonzero(~kept))
+    assert np.isfinite(last.x).all()
+    assert last.x[2] < -3.0
+    with pytest.raises(ValueError, match="separation must be one of"):
+        minimize(problem, separation="ignore")
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-100, 1.0, 1e100, 1e155])
+def test_the_unit_of_a_column_changes_nothing_of_a_separation(size):
+    problem, *_ = separable(size)
+    result, plain = fit(problem), fit(separable()[0])
+    assert result.status == "separable"
+    np.testing.assert_allclose(result.x, plain.x, atol=1e-6)
+    assert [j for j, _ in result.separation.columns] == [2]
+    assert result.separation.direction[2] == -1.0
+    np.testing.assert_allclose(result.separation.fit().x, plain.separation.fit().x, atol=1e-6)
+    # A point with the same outputs.
+    np.testing.assert_allclose(
+        problem.predict(result.separation.point), plain.problem.predict(plain.separation.point), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("size", [1e-120, 1e100])
+def test_standard_errors_have_the_unit_of_their_column(size):
+    problem, A, b, groups = separable()
+    model = SoftmaxRegressor(loss="cross_entropy")
+    for X in (A, A[:, :2]):
+        units = np.array([1.0, size, 1.0])[: X.shape[1]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            plain = SoftmaxRegressor(loss="cross_entropy").fit(X, b, groups=groups)
+            model.fit(X * units, b, groups=groups)
+        np.testing.assert_allclose(model.standard_errors_ * units, plain.standard_errors_, rtol=1e-6)
+        np.testing.assert_allclose(model.predict(X * units, groups=groups), plain.predict(X, groups=groups))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -55,7 +55,10 @@ def _rows_of(design: DenseOnDisk | SparseOnDisk, size: int) -> int:
     return max(1, size // (design.row_bytes * design.block_rows)) * design.block_rows
 
 
-def _some_rows(design: Any, rows: Rows) -> Any:
+D = TypeVar("D", "DenseOnDisk", "SparseOnDisk")
+
+
+def _some_rows(design: D, rows: Rows) -> D:
     numbers = np.arange(int(design.shape[0]), dtype=np.intp)[rows]
     other = type(design)(SomeRows(design.source, numbers))
     other.run_bytes = design.run_bytes

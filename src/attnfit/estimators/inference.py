@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from copy import copy
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,11 +51,18 @@ def covariance_of(result: Result, problem: GroupedProblem) -> tuple[Array, NDArr
     """
     separation = result.separation
     if separation is None:
-        return covariance(problem, result.x)
+        reduction = problem.reduction()
+        if reduction is None:
+            return covariance(problem, result.x)
+        inner: Any = reduction.problem
+        found, identified = covariance(inner, reduction.restrict(result.x))
+        unit = reduction.lift(np.ones(len(found)))
+        return found * unit * unit[:, None], identified
     finite = np.isfinite(result.x)
     if not separation.has_rest:
         return np.full((len(finite), len(finite)), np.nan), np.zeros_like(finite)
     found, identified = covariance(separation.problem, np.asarray(separation.rest.x))
+    found = found * separation.unit * separation.unit[:, None]
     return np.where(finite & finite[:, None], found, np.nan), identified & finite
 
 

@@ -15,6 +15,7 @@ Measured by the `verdicts_large` benchmark; an exact Hessian settles what this d
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +111,7 @@ class Evidence:
         if len(self._gradients) < 3 or not all(self._full):
             return False
         sizes = [-float(g @ model.solve(g, np.inf).p) for g in self._gradients]
-        return all(after <= SHRUNK**2 * before for before, after in zip(sizes, sizes[1:], strict=False))
+        return all(after <= SHRUNK**2 * before for before, after in pairwise(sizes))
 
     def _failed(self) -> bool | None:
         self._n_failures += 1

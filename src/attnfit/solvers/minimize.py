@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.problems.base import Problem, Reduction
-from attnfit.problems.inputs import as_point
+from attnfit.problems.inputs import as_point, choose
 from attnfit.problems.memory import parse_size
 from attnfit.solvers.checkpoint import Checkpoint
 from attnfit.solvers.default import default_solver
@@ -59,6 +59,7 @@ def minimize(
     checkpoint: str | PathLike[str] | None = None,
     resume: bool = True,
     memory_limit: str | int | None = None,
+    separation: Literal["warn", "drop", "keep"] = "warn",
 ) -> Result:
     """Find a local minimiser of a problem, from the best start known.
 
@@ -99,6 +100,12 @@ def minimize(
     memory_limit : str or int, optional
         Bytes that the process may hold, such as ``"1GB"``: data on disk are read in smaller pieces, and less
         is kept between reads. ``problem.memory_estimate()`` tells beforehand.
+    separation : {"warn", "drop", "keep"}
+        What is returned where the loss has no finite minimum, as with separable data. "warn": ``x`` is the
+        fit of the remaining rows, infinite or NaN where a coefficient has no finite value, with status
+        "separable" or "no_minimum" and a warning. "drop": the same ``x`` with the status of the fit of the
+        remaining rows; the message counts the rows left out. "keep": the last finite point, with the status
+        and the warning.
 
     Returns
     -------
@@ -134,6 +141,7 @@ def minimize(
             "next step may make; 1e-8 is the default"
         )
     require_starts(n_starts)
+    choose(separation, dict.fromkeys(("warn", "drop", "keep")), "separation")
     if max_iter < 0:
         raise ValueError(f"max_iter must not be negative, not {max_iter!r}")
     problem = problem if memory_limit is None else problem.within(parse_size(memory_limit))
@@ -141,7 +149,7 @@ def minimize(
     reduction = problem.reduction()
     solver = default_solver(problem if reduction is None else reduction.problem) if solver is None else solver
     solver = solver if n_starts == "auto" else _with_starts(solver, n_starts)
-    fit = (problem, reduction, point, solver, tol, max_iter)
+    fit = (problem, reduction, point, solver, tol, max_iter, separation)
     if checkpoint is None:
         result = _fit(*fit, callback, np.random.default_rng(random_state))
     else:
@@ -163,6 +171,7 @@ def _fit(
     solver: Solver,
     tol: float,
     max_iter: int,
+    separation: str,
     callback: Callback | None,
     rng: np.random.Generator,
     journal: Journal | None = None,
@@ -209,10 +218,17 @@ def _fit(
     if reduction is not None:
         at, flat = given.evaluate(reduction.lift(at.x)), None
         message += f"; {reduction.note}" if reduction.note else ""
-    x, value = at.x, at.value
-    if verdict.separation is not None and reduction is None:
-        x = verdict.separation.coefficients(x)
-        value = verdict.separation.value if np.isfinite(verdict.separation.value) else value
+    x, value, found = at.x, at.value, verdict.separation
+    if found is not None and separation != "keep":
+        x = found.coefficients(best.at.x)
+        value = found.value if np.isfinite(found.value) else value
+        if separation == "drop" and found.has_rest:
+            status = Status(found.rest.status)
+            message = f"{found.rest.message}; {end.rows_left_out()}"
+        if reduction is not None:
+            x = reduction.lift(x)
+    if found is not None and reduction is not None:
+        found = found.lifted(given, reduction.lift)
     return Result(
         x=x.reshape(given.shape),
         value=value,
@@ -233,7 +249,7 @@ def _fit(
         move=verdict.move,
         decrement=verdict.decrement,
         n_flat=None if verdict.flat is None else int(verdict.flat.shape[1]),
-        separation=verdict.separation,
+        separation=found,
     )
 
 

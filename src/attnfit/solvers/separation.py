@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from attnfit.problems.rows.recession import (
     free_rows,
     long_means,
     separated_by_user,
+    separated_rows,
     separated_sums,
     verify,
 )
@@ -79,6 +81,19 @@ class Separation:
     _frame: Frame = field(repr=False)
     _along: Array = field(repr=False)
     _drop: float = field(repr=False)
+    # The direction in the unknowns of the fit.
+    _along_unknowns: Array = field(repr=False)
+    # The problem as it was given, and the way back to its unknowns, where the fit took place in others.
+    _given: Any = field(default=None, repr=False)
+    _lift: Callable[[Array], Array] | None = field(default=None, repr=False)
+
+    def lifted(self, given: Any, lift: Callable[[Array], Array]) -> Separation:
+        """Return what is said here of a problem in better variables as the user knows it."""
+        moved = lift(self._along_unknowns)
+        # The largest entry may be beyond the range of float64, or all but nothing.
+        moved = moved / max(float(np.abs(moved).max()), np.finfo(float).tiny)
+        columns = [(j, float(moved[j])) for j, _ in self.columns]
+        return replace(self, direction=moved, columns=columns, _given=given, _lift=lift)
 
     @property
     def value(self) -> float:
@@ -92,11 +107,18 @@ class Separation:
         """A finite point, shape (d,), where the outputs of all separated rows are zero in float64; the last
         one of the fit where no rows can be left out, or none would remain.
         """
-        if not self.remaining.any():
-            return self._at.x
-        x = np.asarray(self.rest.x).reshape(-1) if self.has_rest else self._at.x
-        far = NOTHING if self._problem.loss.coupled else NEXT_TO_NOTHING
-        return x + (far / self._drop) * self.direction
+        x = self._at.x
+        if self.remaining.any():
+            x = np.asarray(self.rest.x).reshape(-1) if self.has_rest else x
+            far = NOTHING if self._problem.loss.coupled else NEXT_TO_NOTHING
+            x = x + (far / self._drop) * self._along_unknowns
+        return x if self._lift is None else self._lift(x)
+
+    @property
+    def unit(self) -> Array:
+        """By what the unknowns of `problem` are multiplied to give the user's, shape (d,)."""
+        one = np.ones(len(self.direction))
+        return one if self._lift is None else self._lift(one)
 
     @property
     def has_rest(self) -> bool:
@@ -120,11 +142,15 @@ class Separation:
             )
         from attnfit.solvers.minimize import minimize
 
-        return minimize(self.problem, **options)
+        if self._given is None:
+            return minimize(self.problem, **options)
+        here = self._problem
+        dropped = separated_rows(here, here.chunks, self._at, self._frame, self._along)
+        return minimize(self._given.without_rows(dropped), **options)
 
     @cached_property
     def problem(self) -> Any:
-        """The problem on the remaining rows."""
+        """The problem on the remaining rows, in the unknowns of the fit."""
         return self._problem.without_separated_rows(self._at, self._frame, self._along)
 
     @cached_property
@@ -137,7 +163,7 @@ class Separation:
             warnings.simplefilter("ignore", ConvergenceWarning)
             within = _WITHIN.set(True)
             try:
-                return self.fit(x0=self._at.x, max_iter=MAX_ITER)
+                return replace(self, _given=None).fit(x0=self._at.x, max_iter=MAX_ITER)
             finally:
                 _WITHIN.reset(within)
 
@@ -212,6 +238,7 @@ def _along(rows: Any, at: Evaluation, kind: Kind, *, each: bool) -> Separation |
         _frame=frame,
         _along=y,
         _drop=signs.drop,
+        _along_unknowns=v,
     )
     if kind is Kind.LOCAL and not _holds_at_the_limit(rows, found, signs, frame):
         return None

@@ -456,6 +456,10 @@ class End:
         n = len(self.verdict.separation.rows)
         return f"{n:,} row{'s' if n > 1 else ''}"
 
+    def rows_left_out(self) -> str:
+        """Return what was fitted without, where rows are separated."""
+        return f"{self._rows()} left out, whose outputs go to zero along the direction ({self._direction()})"
+
     def _limit(self) -> str:
         assert self.verdict.separation is not None
         return f"{self.verdict.separation.value:.6g}"
