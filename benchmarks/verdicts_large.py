@@ -2,9 +2,9 @@
 benchmarks.verdicts_large [--problems 500]``.
 
 Every problem is fitted with the default settings; every tenth once more with the exact Hessian asked for as
-soon as the next step moves no logit by more than 1e-3. The reference is written anew: the exact Newton step, scaled
-and refined twice, from where the fit ended. "False" is a fit called converged from which that step moves a
-logit by more than 1e-5.
+soon as the next step moves no logit by more than 1e-3. The reference is written anew: the exact Newton step,
+scaled and refined twice, from where the fit ended. "False" is a fit called converged from which that step
+moves a logit by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def draw(seed: int) -> Case:
         A[:, j] = 0.0
         A[rng.choice(n, int(rng.integers(10, 100)), replace=False), j] = 1.0
         effects[j] = rng.uniform(-3, 1)
-    size = int(rng.choice([5, 12, 100, 499, n], p=[0.3, 0.3, 0.25, 0.1, 0.05])) if loss != "exponential" else 0
+    size = int(rng.choice([5, 12, 100, 499, n], p=[0.3, 0.3, 0.25, 0.1, 0.05]))
+    size = size if loss != "exponential" else 0
     if loss == "exponential":
         A[:, 3] = 1.0
     truth = rng.standard_normal(d) * 0.7 / np.sqrt(min(d, 60) if storage != "csr" else 12) + effects
@@ -95,7 +96,7 @@ def draw(seed: int) -> Case:
         f = e / np.add.reduceat(e, starts)[groups]
         b = f * np.exp(noise * rng.standard_normal(n))
         if loss == "cross_entropy" and rng.random() < 0.5:
-            b = rng.poisson(20.0 * f * max(size if size < n else 1, 1)).astype(float)
+            b = rng.poisson(20.0 * f * size).astype(float)
             b[starts] += 1.0
     if rng.random() < 0.4:
         A *= 10.0 ** rng.uniform(-6, 6, d)

@@ -4,11 +4,13 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.optimize
 from scipy.optimize import linprog
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import SoftmaxRegressor, minimize, problems
 from attnfit.problems.rows.recession import Frame, verify
+from attnfit.solvers.separation import find_separation
 
 
 def fit(problem, **options):
@@ -276,7 +278,7 @@ def test_the_unit_of_a_column_changes_nothing_of_a_separation(size):
 
 @pytest.mark.parametrize("size", [1e-120, 1e100])
 def test_standard_errors_have_the_unit_of_their_column(size):
-    problem, A, b, groups = separable()
+    _, A, b, groups = separable()
     model = SoftmaxRegressor(loss="cross_entropy")
     for X in (A, A[:, :2]):
         units = np.array([1.0, size, 1.0])[: X.shape[1]]
@@ -286,3 +288,27 @@ def test_standard_errors_have_the_unit_of_their_column(size):
             model.fit(X * units, b, groups=groups)
         np.testing.assert_allclose(model.standard_errors_ * units, plain.standard_errors_, rtol=1e-6)
         np.testing.assert_allclose(model.predict(X * units, groups=groups), plain.predict(X, groups=groups))
+
+
+@pytest.mark.parametrize("separable", [False, True, "in part"])
+def test_large_data_need_no_programme(separable, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("a programme of thousands of rows takes minutes")
+
+    rng = np.random.default_rng(5)
+    n, d = 12_000, 40
+    A = rng.standard_normal((n, d))
+    A[:, -1] = np.arange(n) % 600 == 7
+    z = A[:, :-1] @ rng.standard_normal(d - 1) / 3.0
+    b = rng.multinomial(3_000, np.exp(z) / np.exp(z).sum()).astype(float)
+    if separable:
+        b[A[:, -1] > 0.0] = 0.0
+    if separable is True:
+        # The outcomes are all at one row: every other one falls along the way to it.
+        b = np.where(np.arange(n) == np.argmax(z), 9.0, 0.0)
+    monkeypatch.setattr(scipy.optimize, "linprog", refuse)
+    problem = problems.Softmax(A, b, loss="cross_entropy")
+    found = find_separation(problem, problem.evaluate(np.zeros(d)))
+    assert (found is not None) == bool(separable)
+    if found is not None:
+        assert list(found.rows) == list(np.flatnonzero(b == 0.0 if separable is True else A[:, -1] > 0.0))

@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from attnfit import minimize, problems
 from attnfit.solvers import GradientDescent, Newton
 from benchmarks.verdict_problems import LIST, make
+from benchmarks.verdicts import certificate_of
 
 LOSSES = ("squared", "cross_entropy", "kl", "linear_cross_entropy")
 # Of these problems the exact next step at an accepted point moves no logit by more.
@@ -337,3 +338,15 @@ def test_small_squared_problems_miss_few_minima():
         if np.isfinite(result.x).all():
             missed += result.value > best + 1e-6 * 0.5 * float(problem.b @ problem.b)
     assert missed <= 1
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("seed", range(52))
+def test_no_certificate_is_exceeded(seed):
+    known = certificate_of(seed)
+    if known is None:
+        # Which are valid is another matter: see the table of the benchmark.
+        pytest.skip("not certified")
+    certificate, error, each = known
+    assert error <= certificate.radius
+    assert (each <= certificate.coefficient_radius).all()

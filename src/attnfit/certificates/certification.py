@@ -173,8 +173,9 @@ def _counting(part: StoredProblem, chunk: Chunk) -> NDArray[np.bool_]:
 
 
 def _rounding(rows: ChunkRows, radius: float) -> Stages:
-    """Bound ``sum |s| |T^T a|`` and, with ``dz`` the errors of the logits, the change of the gradient
-    ``sum t (r a - q mu) (r dz - q m.dz)`` by the terms of the Hessian and ``mu = A^T m``.
+    """Bound ``sum |s| |T^T a|``, what differences in the slope s lose, and, with ``dz`` the errors of the
+    logits, the change of the gradient ``sum t (r a - q mu) (r dz - q m.dz)`` by the terms of the Hessian and
+    ``mu = A^T m``.
 
     The errors are ``1 + sqrt(d) |A| |x|`` in units of the rounding, with the constant of Higham and Mary, "A
     New Approach to Probabilistic Rounding Error Analysis" (2019), doi:10.1137/18M1226312.
@@ -184,9 +185,11 @@ def _rounding(rows: ChunkRows, radius: float) -> Stages:
     dz = 1.0 + np.sqrt(len(along)) * np.asarray(abs(rows.block) @ along) + np.abs(part.shift(rows.chunk))
     terms, m = part.loss.gram_terms(*point)
     centre, mean = np.zeros_like(dz), np.zeros_like(dz)
+    outer, inner, share = part.loss.slope_parts(*point) or np.zeros((3, len(dz)))
     if m is not None:
-        sums = yield rows.sum(np.abs(m) * own), rows.sum(np.abs(m) * dz)
-        centre, mean = map(rows.spread, sums)
+        sums = yield rows.sum(np.abs(m) * own), rows.sum(np.abs(m) * dz), rows.sum(np.abs(share * inner))
+        centre, mean, lost = map(rows.spread, sums)
+        rows.add("rounding", np.abs(outer) * (np.abs(inner) + lost) * own)
     rows.add("rounding", np.abs(part.loss.slope(*point)) * own)
     penalty = part.row_penalties(rows.chunk)
     if penalty is not None:

@@ -149,6 +149,14 @@ class Loss(ABC):
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         """Return the gradient in the logits, shape (n_rows,), given the state of each row's group."""
 
+    def slope_parts(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[Array, Array, Array] | None:
+        """Return o, c and k, shape (n_rows,) each, where the slope is ``o (c - sum k c)``, summed over the
+        group: what the difference loses is no share of the slope. None where it is no such difference.
+        """
+        return None
+
     @abstractmethod
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]

@@ -52,6 +52,12 @@ class LogRatio(Loss):
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         return w * (z - b - state[0])
 
+    def slope_parts(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[Array, Array, Array] | None:
+        weight = w + 0.0 * z
+        return weight, z - b, weight / state[1]
+
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[list[GramTerm], Array | None]:

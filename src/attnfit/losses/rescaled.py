@@ -57,6 +57,12 @@ class SquaredRescaled(Loss):
         u, v = self.link(z, 0.0)
         return v * (w * (u - alpha * b) - beta)
 
+    def slope_parts(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[Array, Array, Array] | None:
+        u, v = self.link(z, 0.0)
+        return v, w * (u - state[0] * b), b
+
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[list[GramTerm], Array | None]:

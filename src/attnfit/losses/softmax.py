@@ -63,6 +63,13 @@ class SoftmaxLoss(Loss):
         f = np.exp(h)
         return f * (self.p(f, h, b, w) - state[1])
 
+    def slope_parts(
+        self, z: Array, b: Array, w: Array, state: list[Array]
+    ) -> tuple[Array, Array, Array] | None:
+        h = z - state[0]
+        f = np.exp(h)
+        return f, self.p(f, h, b, w), f
+
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[list[GramTerm], Array | None]:
@@ -155,6 +162,10 @@ class CrossEntropy(SoftmaxLoss):
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         # f p = -w b exactly: no division by a probability that may underflow.
         return -state[1] * np.exp(z - state[0]) - w * b
+
+    def slope_parts(self, z: Array, b: Array, w: Array, state: list[Array]) -> None:
+        # The curvature is the size of what is subtracted.
+        return None
 
     def g2(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return np.zeros_like(f)

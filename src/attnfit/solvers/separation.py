@@ -40,6 +40,11 @@ Mask = NDArray[np.bool_]
 # Free rows of the first programme, and those added where it is violated.
 FIRST_ROWS, MORE_ROWS = 5_000, 2_000
 MAX_ROUNDS = 20
+# Projections that may spare the programme, what counts as positive among numbers of size one, and singular
+# values below which a direction of the rows is rounding.
+MAX_PROJECTIONS, CLEARLY, RANK = 100, 1e-3, 1e-10
+# A programme that takes longer decides nothing.
+MAX_SECONDS = 20.0
 # Steps of a fit of remaining rows, which begins where that of all rows stood.
 MAX_ITER = 50
 # Whether such a fit is under way: one that does not arrive has no limit to look at, and none is looked for.
@@ -109,7 +114,9 @@ class Separation:
         """
         x = self._at.x
         if self.remaining.any():
-            x = np.asarray(self.rest.x).reshape(-1) if self.has_rest else x
+            if self.has_rest:
+                deeper = self.rest.separation
+                x = np.asarray(self.rest.x if deeper is None else deeper.point).reshape(-1)
             far = NOTHING if self._problem.loss.coupled else NEXT_TO_NOTHING
             x = x + (far / self._drop) * self._along_unknowns
         return x if self._lift is None else self._lift(x)
@@ -178,7 +185,7 @@ class Separation:
             return np.where(alone, np.copysign(np.inf, self.direction), np.where(self.direction, np.nan, x))
         x = np.array(self.rest.x, dtype=np.float64)
         open_now, open_before = (
-            np.linalg.norm(problem.unseen_directions(problem.evaluate(x)), axis=1)
+            np.linalg.norm(problem.unseen_directions(problem.evaluate(self._at.x)), axis=1)
             for problem in (self.problem, self._problem)
         )
         moved = (self.direction != 0.0) | (open_now > open_before + ENTRY)
@@ -322,6 +329,43 @@ def _programme(rows: Any, at: Evaluation, frame: Frame) -> Array | None:
     return None
 
 
+def _by_projection(F: Array) -> tuple[bool, Array | None]:
+    """Return whether projections decide which of these rows some direction lowers while it raises none, and
+    the direction that lowers them all, by one at least; None where there is none.
+
+    With P the projection on the range of F and ``u_0 = 1``, ``u_k+1 = max(P u_k, 0)``: where ``P u_k`` is
+    positive on all rows it is such a direction. The residuals ``u_k - P u_k`` are orthogonal to the range and
+    add up to at least ``1 - u_K``: where that is positive, a strictly positive combination of the rows
+    vanishes, and there is no direction (Stiemke). Rows that go to zero stay where they are, perhaps. The
+    iteration is the rectifier of Correia, Guimaraes and Zylkin (arXiv:1903.01633).
+    """
+    U, sizes, W = linalg.svd(F, full_matrices=False, check_finite=False)
+    seen = sizes > RANK * max(float(sizes[0]), np.finfo(float).tiny)
+    U, back = U[:, seen], W[seen].T / sizes[seen]
+    u = np.ones(len(F))
+    for _ in range(MAX_PROJECTIONS):
+        inside = U.T @ u
+        along = U @ inside
+        if float(along.min()) > CLEARLY * float(along.max()):
+            return True, -back @ inside / float(along.min())
+        u = np.maximum(along, 0.0)
+        if float(u.max()) < 1.0 - CLEARLY:
+            return True, None
+    stay = u <= CLEARLY * float(u.max())
+    null = linalg.null_space(F[stay], rcond=RANK) if stay.any() else np.zeros((F.shape[1], 0))
+    if not null.shape[1]:
+        return False, None
+    decided, y = _by_projection(F[~stay] @ null)
+    others_decided, others = _by_projection(F[stay])
+    if not (decided and others_decided) or y is None:
+        return False, None
+    v = null @ y
+    if others is None:
+        return True, v
+    # Far enough along v the rows that it lowers fall whatever the others' direction does to them.
+    return True, others + (1.0 + max(float((F[~stay] @ others).max()), 0.0)) * v
+
+
 def _solve(F: Array) -> Array | None:
     # Most fits need none.
     from scipy.optimize import linprog
@@ -329,10 +373,20 @@ def _solve(F: Array) -> Array | None:
     m, r = F.shape
     if m == 0:
         return None
+    decided, y = _by_projection(F)
+    if decided:
+        return y
     matrix = sparse.hstack([sparse.csr_array(F), sparse.eye_array(m)], format="csr")
     cost = np.concatenate([np.zeros(r), -np.ones(m)])
     bounds = [(None, None)] * r + [(0.0, 1.0)] * m
-    found = linprog(cost, A_ub=matrix, b_ub=np.zeros(m), bounds=bounds, method="highs")
+    found = linprog(
+        cost,
+        A_ub=matrix,
+        b_ub=np.zeros(m),
+        bounds=bounds,
+        method="highs",
+        options={"time_limit": MAX_SECONDS},
+    )
     if found.x is None or -found.fun < 0.5:
         return None
     return np.asarray(found.x[:r])

@@ -114,7 +114,7 @@ class RowData(Problem):
         return rows
 
     def without_rows(self, dropped: NDArray[np.bool_]) -> Self:
-        """Return the problem without some rows, shape (n,) in group order; groups that lose all of them go."""
+        """Return the problem without some rows, shape (n,) in group order, and without groups left empty."""
         kept = np.flatnonzero(~dropped)
         other = copy(self)
         for name in DERIVED:
