@@ -63,7 +63,7 @@ def draw(seed: int) -> Case:
         A[np.arange(n)[:, None], columns] = values
     else:
         d = int(rng.choice([20, 60, 210, 260, 400, 500], p=[0.1, 0.1, 0.5, 0.2, 0.05, 0.05]))
-        n = int(np.exp(rng.uniform(np.log(20_000), np.log(min(200_000, MOST_ENTRIES / min(d, 400))))))
+        n = int(np.exp(rng.uniform(np.log(20_000), np.log(min(200_000, MOST_ENTRIES / min(d, 240))))))
         A = rng.standard_normal((n, d))
     if rng.random() < 0.3:
         tail = rng.standard_t(2, n).clip(-60, 60)
