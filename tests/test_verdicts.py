@@ -7,12 +7,13 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.sparse
 from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
 from attnfit.solvers import GradientDescent, Newton
-from benchmarks.verdict_problems import LIST, make
+from benchmarks.verdict_problems import LIST, Reference, make
 from benchmarks.verdicts import certificate_of
 
 LOSSES = ("squared", "cross_entropy", "kl", "linear_cross_entropy")
@@ -132,6 +133,28 @@ def test_what_a_group_has_in_common_changes_nothing(loss):
     assert first.status == other.status == "converged"
     assert first.unidentified.shape == other.unidentified.shape
     assert np.allclose(first.x, other.x, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy", "kl"])
+@pytest.mark.parametrize("in_csr", [False, True])
+def test_years_and_time_stamps_keep_their_digits(loss, in_csr):
+    rng = np.random.default_rng(3)
+    groups = np.repeat(np.arange(12), 5)
+    A = rng.standard_normal((60, 3))
+    f = np.exp(A @ [0.5, -1.0, 0.3])
+    b = f / np.bincount(groups, f)[groups] * np.exp(0.1 * rng.standard_normal(60))
+    shifted = A.copy()
+    shifted[:, 1] += 1e7 * rng.standard_normal(12)[groups] + 1e7
+    shifted[:, 2] += 1e7
+    reference = Reference(loss, "", shifted, b, groups, np.ones(60), 0.0)
+    rows = sparse.csr_array(shifted) if in_csr else shifted
+    result = fit(problems.Softmax(rows, b, groups, loss=loss))
+    assert result.converged
+    assert reference.step(result.x) < 1e-7
+    # The data themselves are rounded at 1e-9.
+    np.testing.assert_allclose(result.x, fit(problems.Softmax(A, b, groups, loss=loss)).x, atol=1e-7)
+    assert result.unidentified.shape == (3, 0)
+    assert result.certificate().valid
 
 
 @pytest.mark.parametrize("loss", ["squared", "cross_entropy", "kl"])

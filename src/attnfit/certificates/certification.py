@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.certificates.ball import ChunkRows, Stages, sums_on_ball
-from attnfit.certificates.centred import centred
 from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
 from attnfit.certificates.layer import certify_layer
 from attnfit.certificates.lipschitz import lipschitz_constant, missing_bound
@@ -23,6 +22,7 @@ from attnfit.problems.inputs import as_point
 from attnfit.problems.inversion.layer_problem import LayerProblem
 from attnfit.problems.layers.layered import LayeredProblem
 from attnfit.problems.maps.attention import Attention
+from attnfit.problems.rows.centred import centred
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.stored import StoredProblem

@@ -203,16 +203,25 @@ class CentredDesign(Design):
         other._rank = self._rank
         return other
 
+    def take(self, rows: Rows) -> CentredDesign:
+        """Return some rows, given in group order, less a row of what is left of their group."""
+        positions = np.arange(int(self.shape[0]))[rows]
+        groups = self._groups(positions)
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        known = {k: self._known[g] for k, g in enumerate(groups[starts].tolist()) if g in self._known}
+        return CentredDesign(self.inner.take(rows), starts, None, known)
+
+    def _groups(self, positions: Index) -> Index:
+        ranks = positions if self._rank is None else self._rank[positions]
+        return np.asarray(np.searchsorted(self._starts, ranks, side="right") - 1)
+
     def combine(self, weights: Array, block: Any) -> Array:
         return self.inner.combine(weights, block)
 
     def _fetch(self, rows: Rows) -> Any:
         block = self.inner._fetch(rows)
         positions = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        groups = np.searchsorted(
-            self._starts, positions if self._rank is None else self._rank[positions], side="right"
-        )
-        groups = groups - 1
+        groups = self._groups(positions)
         starts = np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1])
         known = {k: self._known[g] for k, g in enumerate(groups[starts].tolist()) if g in self._known}
         return centre_rows(block, starts, known)

@@ -56,12 +56,15 @@ class Reduction:
         The inverse on the identified part.
     note : str
         One clause for the report.
+    keeps_unknowns : bool
+        Whether the unknowns are the same ones, in other units at most.
     """
 
     problem: Problem
     lift: Callable[[Array], Array]
     restrict: Callable[[Array], Array]
     note: str
+    keeps_unknowns: bool = False
 
 
 def majorant(hessian: Array) -> Array:

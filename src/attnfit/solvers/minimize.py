@@ -216,7 +216,11 @@ def _fit(
     if status is Status.CONVERGED and problem.is_trivial(best.at):
         message += "; all outputs are zero there, where the loss vanishes whatever the target: pass x0"
     if reduction is not None:
-        at, flat = given.evaluate(reduction.lift(at.x)), None
+        if not reduction.keeps_unknowns:
+            flat = None
+        elif flat is not None and flat.size:
+            flat = np.linalg.qr(np.apply_along_axis(reduction.lift, 0, flat))[0]
+        at = given.evaluate(reduction.lift(at.x))
         message += f"; {reduction.note}" if reduction.note else ""
     x, value, found = at.x, at.value, verdict.separation
     if found is not None and separation != "keep":

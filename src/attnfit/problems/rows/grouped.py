@@ -19,6 +19,7 @@ from attnfit.problems.base import Moved, Reduction
 from attnfit.problems.evaluation import Drawn, Evaluation
 from attnfit.problems.inputs import as_point
 from attnfit.problems.rows.budget import BudgetedProblem
+from attnfit.problems.rows.centred import centred, is_shifted
 from attnfit.problems.rows.data import DERIVED
 from attnfit.problems.rows.distributed import distributed
 from attnfit.problems.rows.log_start import LogStart, log_start
@@ -268,8 +269,9 @@ class GroupedProblem(BudgetedProblem):
         return null_directions(gram.result(), sizes)
 
     def reduction(self) -> Reduction | None:
-        """Return the problem with columns of extreme size scaled by powers of two, which rounds nothing:
-        their squares would underflow or overflow. None where all columns are ordinary.
+        """Return the problem with rows centred by group, where a column is all but constant in them and the
+        loss cannot tell, or with columns of extreme size scaled by powers of two, which rounds nothing: their
+        squares would underflow or overflow. None where all columns are ordinary.
 
         Raises
         ------
@@ -277,6 +279,10 @@ class GroupedProblem(BudgetedProblem):
             If a column has an entry beyond 1e150 beside ordinary ones: a code for a missing value.
         """
         looks = self.rows_can_be_drawn and not (self._reduced or self.design.on_disk)
+        if looks and self.is_whole and is_shifted(self):
+            inner = centred(self)
+            inner._reduced = True
+            return Reduction(inner, _same, _same, "", keeps_unknowns=True)
         sizes = self.design.column_sizes(LOOKED_AT) if looks else None
         if sizes is None or _ordinary(sizes):
             return None
@@ -293,7 +299,7 @@ class GroupedProblem(BudgetedProblem):
             # A penalty on a column of size 1e-160 weighs what it weighs: as much as float64 can hold.
             with np.errstate(over="ignore", under="ignore"):
                 other.ridge = np.minimum(self.ridge * factors**2, 1.0 / np.finfo(float).tiny)
-        return Reduction(other, lambda y: y * factors, lambda x: x / factors, "")
+        return Reduction(other, lambda y: y * factors, lambda x: x / factors, "", keeps_unknowns=True)
 
     def _refuse_codes(self, j: int, size: float) -> None:
         """Raise ValueError if a column with huge entries has ordinary ones too."""
@@ -351,6 +357,10 @@ class GroupedProblem(BudgetedProblem):
             return out
 
         return product
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 def _ordinary(sizes: Array) -> bool:

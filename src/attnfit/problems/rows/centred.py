@@ -1,22 +1,32 @@
-"""The problem that a certificate is about: that of rows centred by group, where the loss cannot tell."""
+"""The same problem on rows centred by group, where the loss cannot tell: columns such as years, ids or time
+stamps keep the digits that tell their rows apart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attnfit.designs import SparseDesign
-from attnfit.designs.centring import CentredDesign, GroupReference
+from attnfit.designs.centring import CentredDesign, GroupReference, centre_rows
 from attnfit.losses.segments import Array
 from attnfit.problems.evaluation import Drawn
-from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.problems.rows.merging import merged
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.stored import StoredProblem
+
+if TYPE_CHECKING:
+    from attnfit.problems.rows.grouped import GroupedProblem
+
+# A column whose common part in a group is so many times what tells its rows apart loses digits that a fit
+# needs.
+SHIFTED = 1e5
+# Rows that are looked at.
+LOOKED_AT = 1_000
 
 
 def centred(problem: GroupedProblem) -> GroupedProblem:
@@ -35,6 +45,23 @@ def centred(problem: GroupedProblem) -> GroupedProblem:
     other: Any = copy(problem)
     other.reduce = partial(_reduce_centred, problem, references)
     return other  # type: ignore[no-any-return]
+
+
+def is_shifted(part: StoredProblem) -> bool:
+    """Whether the first rows show a column that is all but constant within groups, far from zero."""
+    if not part.loss.shift_invariant or part.penalty is not None:
+        return False
+    n, order = min(part.n_rows, LOOKED_AT), part.groups.order
+    block = part.design._fetch(slice(0, n) if order is None else order[:n])
+    starts = part.groups.starts
+    inside = centre_rows(block, starts[starts < n])
+    size, spread = (_largest(rows) for rows in (block, inside))
+    return bool(((spread > 0.0) & (size > SHIFTED * spread)).any())
+
+
+def _largest(block: Any) -> Array:
+    largest = abs(block).max(axis=0)
+    return np.asarray(largest.toarray() if hasattr(largest, "toarray") else largest).reshape(-1)
 
 
 def _rows(found: dict[int, GroupReference]) -> dict[int, Array]:
