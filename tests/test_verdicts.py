@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 import pytest
-import scipy.sparse
 from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from attnfit.designs.compiling import Compiled
+
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
@@ -241,7 +243,6 @@ class GramParts:
 @cache
 def _csr_gram() -> Any:
     """Compile on first use only: importing the package must not pay for numba."""
-    import numba
 
     def gram(indptr, indices, data, weights, lower):  # type: ignore[no-untyped-def]
         for i in range(len(indptr) - 1):
@@ -259,4 +260,4 @@ def _csr_gram() -> Any:
                         # A column stored twice in one row: both orders fall on the diagonal.
                         lower[row, row] += 2.0 * scaled * data[s]
 
-    return numba.njit(cache=True, nogil=True)(gram)
+    return Compiled(gram, nogil=True)

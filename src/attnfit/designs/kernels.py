@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attnfit.designs.compiling import Compiled
+
 # Sums may be reordered and multiply-adds contracted; unlike with full fast-math, NaN and infinity survive.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
@@ -166,6 +168,4 @@ STORAGES = {
 @cache
 def block_times_vector() -> Any:
     """Compile ``z = M x`` for C-ordered float64."""
-    import numba
-
-    return numba.njit(cache=True, **OPTIONS)(_dots)
+    return Compiled(_dots, **OPTIONS)

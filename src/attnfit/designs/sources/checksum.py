@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.designs.compiling import Compiled
+
 
 def _compare(data, edges, first, width, key, known):  # type: ignore[no-untyped-def]
     for block in range(len(known)):
@@ -38,10 +40,7 @@ def _compare(data, edges, first, width, key, known):  # type: ignore[no-untyped-
 
 @cache
 def _compiled() -> Callable[..., int]:
-    import numba
-
-    compiled: Callable[..., int] = numba.njit(cache=True, nogil=True, error_model="numpy")(_compare)
-    return compiled
+    return Compiled(_compare, nogil=True, error_model="numpy")
 
 
 def first_difference(

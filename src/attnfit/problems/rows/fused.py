@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from threading import Semaphore, local
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
-from attnfit.designs.kernels import STORAGES, empty_sums
+from attnfit.designs.gram import Gram
+from attnfit.designs.kernels import STORAGES, block_times_vector, empty_sums
+from attnfit.designs.sources.checksum import checksum
 from attnfit.designs.threads import available_threads, in_order
 from attnfit.losses.base import Loss, Moments
 from attnfit.losses.segments import Array
+from attnfit.problems.rows.exponential import Exponential
 from attnfit.problems.rows.loops import compile_loop, pieces, whole_groups
 from attnfit.problems.rows.partition import Chunk, Rows, runs
+from attnfit.problems.rows.rescaled import Rescaled
+from attnfit.problems.rows.softmax import Softmax
 from attnfit.problems.rows.stored import StoredProblem
 from attnfit.problems.rows.totals import Totals
 
@@ -56,9 +63,10 @@ def _sum_up_run(
     x: Array,
     reference: Array,
     origin_states: Array | None,
+    storage: str | None = None,
 ) -> Totals | None:
     """Return the totals of a run of chunks; None where a logit is not finite."""
-    storage = problem.design.storage
+    storage = storage or problem.design.storage
     assert storage is not None
     loss, long, d = problem.loss, span[0].long, problem.n_unknowns
     by_group = loss.coupled and long < 0
@@ -111,6 +119,60 @@ def loop_of(loss: Loss, storage: str, *, by_group: bool) -> Any:
     summed = tuple(q in loss.exact_sums for q in range(n_columns))
     template = whole_groups if by_group else pieces
     return compile_loop(template, storage, loss.link, loss.moments, loss.close, loss.logarithmic, summed)
+
+
+def warm_up(everything: bool = False) -> int:
+    """Compile the loops of large fits, and keep them on disk; return how many there are.
+
+    A fit of fewer than 17 million entries needs none of them, and a larger one compiles what it needs, some
+    seconds each: this is for images, whose first fit shall not wait.
+
+    Parameters
+    ----------
+    everything : bool
+        All losses and storages: six times as many.
+
+    Examples
+    --------
+    >>> from attnfit.problems.rows.fused import warm_up
+    >>> n_loops = warm_up()  # doctest: +SKIP
+    """
+    losses = ["squared", "cross_entropy"] + ["kl", "linear_cross_entropy", "entropy"] * everything
+    functions = ["exp"] + ["cosh", "sinh"] * everything
+    kinds: list[tuple[Any, dict[str, Any]]] = [(Softmax, {"loss": name}) for name in losses]
+    kinds += [(kind, {"function": u}) for kind in (Exponential, Rescaled) for u in functions]
+    n = 0
+    rows = np.array([[0.1, 0.2], [0.3, 0.1], [0.2, 0.4], [0.5, 0.1]])
+    for kind, options in kinds:
+        for matrix, storage in _stored(rows, everything):
+            for groups in ([0, 0, 1, 1], None) if kind is not Exponential else (None,):
+                arguments = options if kind is Exponential else options | {"groups": groups}
+                problem = kind(matrix, np.full(4, 0.5), **arguments)
+                by_group = groups is not None or kind is Exponential
+                chunks = problem.chunks if by_group else _as_pieces(problem)
+                _sum_up_run(problem, chunks, np.zeros(2), np.ones(1), None, storage)
+                n += 1
+    block_times_vector()(rows, 0, len(rows), np.zeros(2), np.empty(len(rows)))
+    gram = Gram(2)
+    gram.add(sparse.csr_array(rows), np.ones(len(rows)))
+    checksum(rows)
+    return n + 3
+
+
+def _stored(rows: Array, everything: bool) -> Iterator[tuple[Any, str]]:
+    """Yield rows in the forms that have loops of their own."""
+    yield rows, "rows"
+    yield sparse.csr_array(rows), "csr"
+    if everything:
+        yield np.asfortranarray(rows), "columns"
+        yield rows.astype(np.float32), "rows"
+        yield np.asfortranarray(rows, dtype=np.float32), "columns"
+        yield sparse.csr_array(rows.astype(np.float32)), "csr"
+
+
+def _as_pieces(problem: StoredProblem) -> list[Chunk]:
+    """Return the rows as a piece of a group longer than a block."""
+    return [replace(chunk, long=0) for chunk in problem.chunks]
 
 
 def _join(rows: list[Rows]) -> Rows:

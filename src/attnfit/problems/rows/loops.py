@@ -15,6 +15,7 @@ from zlib import crc32
 import numba
 import numpy as np
 
+from attnfit.designs.compiling import Compiled
 from attnfit.designs.kernels import OPTIONS, STORAGES, U
 from attnfit.problems.rows.vector_exp import exp, vectorised
 
@@ -48,7 +49,7 @@ def compile_loop(template: Callable[..., Any], storage: str, *formulas: Any) -> 
     kernel = FunctionType(template.__code__, scope, template.__name__)
     kernel.__qualname__ = f"{template.__name__}_{storage}_{crc32(text.encode()):08x}"
     kernel.__module__ = template.__module__
-    return numba.njit(cache=True, **OPTIONS)(kernel)
+    return Compiled(kernel, **OPTIONS)
 
 
 def _meaning(function: Any) -> tuple[Any, ...]:
