@@ -8,12 +8,14 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help demo audit-demo test bench lint docs clean
+.PHONY: help demo audit-demo test test-lowest test-newest bench lint docs clean
 
 help:
 	@echo "make demo   see what attnfit does"
 	@echo "make audit-demo   audit a small model that has memorised secrets: audit.html"
 	@echo "make test   run the tests"
+	@echo "make test-lowest   run the tests of the core on the oldest versions it allows"
+	@echo "make test-newest   run the tests on the newest version of everything"
 	@echo "make bench  time attnfit against its peers (TABLE="softmax" for one table at full size)"
 	@echo "make lint   check style and types"
 	@echo "make docs   run every example of the documentation"
@@ -28,10 +30,24 @@ audit-demo: $(VENV)/.cli,lm
 test: $(VENV)/.test $(VENV)/smollm2.stamp
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
+# Tests that need a package of an extra are skipped where it is missing.
+test-lowest:
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . \
+		hypothesis mpmath pytest pytest-xdist
+	$(ONE_THREAD) $(VENV)-lowest/bin/python -m pytest -n 2 --dist loadgroup
+
+test-newest:
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[test]'
+	$(ONE_THREAD) $(VENV)-newest/bin/python -m pytest -n 2 --dist loadgroup
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(or $(TABLE),all --quick)
 	$(if $(TABLE),,$(BIN)/python -m benchmarks.attention --quick && $(BIN)/python -m benchmarks.mixture --large 10000 \
-		&& $(BIN)/python -m benchmarks.inversion --quick)
+		&& $(BIN)/python -m benchmarks.inversion --quick && $(BIN)/python -m benchmarks.full_attention --quick \
+		&& $(BIN)/python -m benchmarks.verdicts --quick \
+		&& $(BIN)/python -m benchmarks.verdicts_large --quick)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -42,7 +58,7 @@ docs: $(VENV)/.test $(VENV)/.examples
 	for example in examples/*.py; do echo "$$example"; $(ONE_THREAD) $(BIN)/python "$$example" || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per list of extras.

@@ -35,13 +35,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verdicts", description=__doc__)
     parser.add_argument("--problems", type=int, default=2600, help="how many (default 2600)")
     parser.add_argument("--first", type=int, default=0, help="first seed (default 0)")
+    parser.add_argument("--quick", action="store_true", help="130 problems")
     options = parser.parse_args()
-    seeds = range(options.first, options.first + options.problems)
+    seeds = range(options.first, options.first + (130 if options.quick else options.problems))
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         sections = [accepted(seeds), separable(seeds), certified(seeds[: max(1, len(seeds) // 5)])]
     print("\n\n".join(sections))
-    write("verdicts", shlex.join(["python", "-m", "benchmarks.verdicts", *sys.argv[1:]]), sections)
+    write(
+        "verdicts" + "-quick" * options.quick,
+        shlex.join(["python", "-m", "benchmarks.verdicts", *sys.argv[1:]]),
+        sections,
+    )
 
 
 def accepted(seeds: range) -> str:

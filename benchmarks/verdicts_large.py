@@ -219,12 +219,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verdicts_large", description=__doc__)
     parser.add_argument("--problems", type=int, default=500, help="how many (default 500)")
     parser.add_argument("--first", type=int, default=0, help="first seed (default 0)")
+    parser.add_argument("--quick", action="store_true", help="twelve problems")
     options = parser.parse_args()
+    seeds = range(options.first, options.first + (12 if options.quick else options.problems))
     rows: dict[tuple[str, str], list[Row]] = defaultdict(list)
     began = perf_counter()
     with threadpool_limits(1), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for seed in range(options.first, options.first + options.problems):
+        for seed in seeds:
             case = draw(seed)
             row = fit(case, Path(folder), both=seed % 10 == 0)
             rows[case.loss, case.storage].append(row)
@@ -255,7 +257,7 @@ def main() -> None:
             ]
         )
     note = (
-        f"Seeds {options.first} to {options.first + options.problems - 1}, 20,000 to 200,000 rows, 20 to 800 "
+        f"Seeds {seeds[0]} to {seeds[-1]}, 20,000 to 200,000 rows, 20 to 800 "
         f"unknowns, one thread, {perf_counter() - began:.0f} s for both fits and the reference. Sampled: "
         "accepted without an exact Hessian. The last two columns compare them with the fit that ends with an "
         "exact Hessian, for every tenth problem: medians of the difference in reads, where a read with a "
@@ -264,7 +266,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.verdicts_large", *sys.argv[1:]])
     section = f"## Verdicts on large data\n\n{note}\n\n{table(header, lines)}"
     print(section)
-    write("verdicts-large", command, [section])
+    write("verdicts-large" + "-quick" * options.quick, command, [section])
 
 
 if __name__ == "__main__":

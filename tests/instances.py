@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from autodiff import Objective
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -42,8 +41,10 @@ class Instance:
         arguments["loss" if self.family == "Softmax" else "function"] = self.loss
         return getattr(problems, self.family)(**{**arguments, **changes})
 
-    def objective(self) -> Objective:
+    def objective(self) -> Any:
         """Build the reference."""
+        from autodiff import Objective
+
         options = dict(self.options)
         weights = options.pop("weights", None)
         weights = 1.0 if weights is None else np.asarray(weights)
