@@ -18,10 +18,27 @@ settings.load_profile("attnfit")
 class Absent:
     """Skips the tests that need a package of an extra which is not installed: the core must pass without."""
 
-    packages = (
-        "torch transformers gguf accelerate psutil dask distributed zarr pyarrow matplotlib typer rich pandas "
-        "polars statsmodels mpmath tokenizers filelock numcodecs"
-    ).split()
+    packages = [
+        "torch",
+        "transformers",
+        "gguf",
+        "accelerate",
+        "psutil",
+        "dask",
+        "distributed",
+        "zarr",
+        "pyarrow",
+        "matplotlib",
+        "typer",
+        "rich",
+        "pandas",
+        "polars",
+        "statsmodels",
+        "mpmath",
+        "tokenizers",
+        "filelock",
+        "numcodecs",
+    ]
 
     def __init__(self):
         self.missing = {name for name in self.packages if PathFinder.find_spec(name) is None}
