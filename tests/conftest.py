@@ -15,33 +15,19 @@ settings.register_profile(
 settings.load_profile("attnfit")
 
 
+# What the extras bring.
+OPTIONAL = (
+    *("torch", "transformers", "gguf", "accelerate", "psutil", "tokenizers"),
+    *("dask", "distributed", "zarr", "pyarrow", "numcodecs"),
+    *("matplotlib", "typer", "rich", "pandas", "polars", "statsmodels", "mpmath", "filelock"),
+)
+
+
 class Absent:
     """Skips the tests that need a package of an extra which is not installed: the core must pass without."""
 
-    packages = [
-        "torch",
-        "transformers",
-        "gguf",
-        "accelerate",
-        "psutil",
-        "dask",
-        "distributed",
-        "zarr",
-        "pyarrow",
-        "matplotlib",
-        "typer",
-        "rich",
-        "pandas",
-        "polars",
-        "statsmodels",
-        "mpmath",
-        "tokenizers",
-        "filelock",
-        "numcodecs",
-    ]
-
     def __init__(self):
-        self.missing = {name for name in self.packages if PathFinder.find_spec(name) is None}
+        self.missing = {name for name in OPTIONAL if PathFinder.find_spec(name) is None}
 
     def find_spec(self, name, path=None, target=None):
         frame = sys._getframe(1)
