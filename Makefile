@@ -8,12 +8,13 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help demo audit-demo test bench lint docs clean
+.PHONY: help demo audit-demo test mutants bench lint docs clean
 
 help:
 	@echo "make demo   see what attnfit does"
 	@echo "make audit-demo   audit a small model that has memorised secrets: audit.html"
 	@echo "make test   run the tests"
+	@echo "make mutants   how many faults put in on purpose the tests notice (MODULE="verdicts moves" SHARE=0.1)"
 	@echo "make bench  time attnfit against its peers (TABLE="softmax" for one table at full size)"
 	@echo "make lint   check style and types"
 	@echo "make docs   run every example of the documentation"
@@ -27,6 +28,9 @@ audit-demo: $(VENV)/.cli,lm
 
 test: $(VENV)/.test $(VENV)/smollm2.stamp
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+mutants: $(VENV)/.test,mutants
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutants --share $(or $(SHARE),1) $(if $(MODULE),--module $(MODULE))
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(or $(TABLE),all --quick)
