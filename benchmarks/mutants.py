@@ -66,7 +66,7 @@ GUARDS = {
     "certificates/two_layer": ["layer_constants", "certificate_statements"],
     "solvers/evidence": ["evidence"],
     "solvers/separation": ["separation"],
-    "solvers/trust_region": ["trust_region", "solvers"],
+    "solvers/trust_region": ["trust_region"],
     "solvers/verdicts": ["verdict_rules", "verdicts", "separation", "solver_outcomes"],
     "problems/rows/log_start": ["log_start", "verdicts"],
     "problems/rows/moves": ["moves", "verdicts"],
@@ -194,7 +194,8 @@ def mutants(source: str) -> list[Mutant]:
         positions = [p for node in ast_nodes(get_ast(source)) for p in operator.mutation_positions(node)]
         for number, ((line, _), _) in enumerate(positions):
             changed = mutate_code(source, operator, number)
-            if changed is None or bare(changed) in (None, same):
+            # Type checkers alone read what is imported for them.
+            if changed is None or bare(changed) in (None, same) or "TYPE_CHECKING" in lines[line - 1]:
                 continue
             around = [first for start, end, first in functions if start <= line <= end]
             found.append(Mutant(line, around[-1] if around else 0, lines[line - 1], changed))
@@ -411,7 +412,7 @@ def write(name: str, n_all: int, n: int, n_late: int, survivors: list[Mutant]) -
         "# Mutants",
         f"`make mutants`: {__doc__}",
         "Killed includes those that ran out of time. The interval (95 %) is of the rate among all mutants of\n"
-        "a module of which only some were tried. Survivors that no test could see: `docs/design.md`.",
+        "a module, of which only some were tried. Survivors that no test can see: `docs/design.md`.",
         "\n".join(
             [
                 "| module | mutants | tried | killed | of these out of time | survived | rate | interval |",
