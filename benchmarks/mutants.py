@@ -23,7 +23,9 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,17 +43,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.md"
 
 # The tests that guard each module, without those that take long.
-LOSSES = ["losses", "derivatives", "properties"]
-CERTIFICATES = ["certificate_constants", "certificates", "certificates_centred", "certificate_statements"]
-LAYERS = ["layer_constants", "inversion_certificates"]
+LOSSES = ["losses", "certificate_constants"]
+CERTIFICATES = ["certificate_constants", "certificates_centred", "certificate_statements"]
+LAYERS = ["layer_constants"]
 GUARDS = {
     "losses/base": LOSSES,
     "losses/segments": LOSSES,
-    "losses/softmax": [*LOSSES, "certificate_constants"],
-    "losses/exponential": [*LOSSES, "certificate_constants"],
+    "losses/softmax": LOSSES,
+    "losses/exponential": LOSSES,
     "losses/rescaled": LOSSES,
     "losses/log_ratio": LOSSES,
-    "losses/activations": ["losses", "layer_constants", "layered"],
+    "losses/activations": LOSSES,
     "certificates/ball": CERTIFICATES,
     "certificates/centred": CERTIFICATES,
     "certificates/certification": [*CERTIFICATES, *LAYERS],
@@ -222,20 +224,20 @@ class InMemory(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoade
 
 
 class Watch:
-    """Notes which functions of a file each test calls, and how long the test takes."""
+    """Notes which functions of our modules each test calls, and how long the test takes."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.calls: dict[str, set[int]] = {}
+    def __init__(self) -> None:
+        self.paths = {str(path_of(name)) for name in GUARDS}
+        self.calls: dict[str, set[tuple[str, int]]] = {}
         self.seconds: dict[str, float] = {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
-        called: set[int] = set()
+        called: set[tuple[str, int]] = set()
 
         def note(frame: Any, event: str, argument: object) -> None:
-            if event == "call" and frame.f_code.co_filename == self.path:
-                called.add(frame.f_code.co_firstlineno)
+            if event == "call" and frame.f_code.co_filename in self.paths:
+                called.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
 
         threading.setprofile(note)
         sys.setprofile(note)
@@ -299,55 +301,46 @@ def run_tests(files: list[str], plugin: object) -> bool:
     return code is pytest.ExitCode.OK
 
 
-class Module:
-    """A module, its mutants and its tests."""
+@cache
+def learn(files: tuple[str, ...]) -> Watch:
+    """Run tests on the modules as they are, and load what they load."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.path = ROOT / "src" / "attnfit" / f"{name}.py"
-        self.source = self.path.read_text()
-        self.full_name = ".".join(["attnfit", *name.split("/")])
-        self.files = [f"tests/test_{f}.py" for f in GUARDS[name] if (ROOT / f"tests/test_{f}.py").exists()]
+    def work() -> Any:
+        watch = Watch()
+        passed = run_tests(list(files), watch)
+        return passed, watch, [n for n in sys.modules if n.split(".")[0] not in ours()]
 
-    def learn(self) -> None:
-        """Run the tests on the module as it is."""
+    found, _ = apart(work, 1800)
+    if found is None or not found[0]:
+        raise SystemExit(f"tests fail on the modules as they are: {' '.join(files)}")
+    for name in found[2]:
+        if name not in sys.modules:
+            with suppress(Exception):
+                importlib.import_module(name)
+    return found[1]
 
-        def work() -> Any:
-            watch = Watch(str(self.path))
-            passed = run_tests(self.files, watch)
-            foreign = [n for n in sys.modules if n.split(".")[0] not in ours()]
-            return passed, watch.calls, watch.seconds, foreign, sum(resource.getrusage(0)[:2])
 
-        found, _ = apart(work, 1800)
-        if found is None or not found[0]:
-            raise SystemExit(f"the tests of {self.name} fail on the module as it is: {' '.join(self.files)}")
-        _, self.calls, self.seconds, foreign, self.time = found
-        for name in foreign:
-            if name not in sys.modules:
-                try:
-                    importlib.import_module(name)
-                except Exception:
-                    continue
+def path_of(name: str) -> Path:
+    return ROOT / "src" / "attnfit" / f"{name}.py"
 
-    def tests_of(self, mutant: Mutant) -> list[str]:
-        """Return the tests that may notice a mutant, the fastest first."""
-        names = [n for n, called in self.calls.items() if not mutant.function or mutant.function in called]
-        return sorted(names, key=lambda n: self.seconds[n])
 
-    def survives(self, mutant: Mutant) -> tuple[bool, bool]:
-        """Return whether no test notices a mutant, and whether time was up."""
-        names = self.tests_of(mutant)
-        if not names:
-            return True, False
+def survives(name: str, mutant: Mutant) -> tuple[bool, bool]:
+    """Return whether no test notices a mutant of a module, and whether time was up."""
+    path, watch = str(path_of(name)), learn(tuple(f"tests/test_{f}.py" for f in GUARDS[name]))
+    names = [
+        n for n, called in watch.calls.items() if not mutant.function or (path, mutant.function) in called
+    ]
+    names.sort(key=lambda n: watch.seconds[n])
+    if not names:
+        return True, False
 
-        def work() -> bool:
-            sys.meta_path.insert(0, InMemory(self.full_name, str(self.path), mutant.source))
-            return run_tests(sorted({n.split("::")[0] for n in names}), Only(names))
+    def work() -> bool:
+        sys.meta_path.insert(0, InMemory(".".join(["attnfit", *name.split("/")]), path, mutant.source))
+        return run_tests(sorted({n.split("::")[0] for n in names}), Only(names))
 
-        survived, late = apart(
-            work, 3 * sum(self.seconds[n] for n in names) + GRACE, fresh=self.name.startswith("losses")
-        )
-        return bool(survived), late
+    seconds = 3 * sum(watch.seconds[n] for n in names) + GRACE
+    survived, late = apart(work, seconds, fresh=name.startswith("losses"))
+    return bool(survived), late
 
 
 def ours() -> set[str]:
@@ -371,8 +364,7 @@ def main() -> None:
 
 
 def try_module(name: str, options: argparse.Namespace) -> None:
-    module = Module(name)
-    every = mutants(module.source)
+    every = mutants(path_of(name).read_text())
     n = max(1, round(options.share * len(every)))
     chosen = every if n == len(every) else random.Random(f"{name} {options.seed}").sample(every, n)
     if options.lines:
@@ -381,12 +373,10 @@ def try_module(name: str, options: argparse.Namespace) -> None:
     print(f"{name}: {len(every)} mutants, {len(chosen)} to try", flush=True)
     if options.dry:
         return
-    module.learn()
-    print(f"  {len(module.calls)} tests, {module.time:.0f} s", flush=True)
     start = perf_counter()
     survivors, n_late = [], 0
     for mutant in chosen:
-        survived, late = module.survives(mutant)
+        survived, late = survives(name, mutant)
         n_late += late
         if survived:
             survivors.append(mutant)
