@@ -195,17 +195,18 @@ def _wanted(
         if loss.function == "sinh":
             return np.arcsinh(b), w * (1.0 + b * b)
         return np.arccosh(np.maximum(b, 1.0)), w * np.maximum(b * b - 1.0, 1e-3)
-    floor, mass = known.floor[chunk.groups], known.mass[chunk.groups]
+    floor = known.floor[chunk.groups]
     usable = np.isfinite(floor)
     if not usable.any():
         return None
+    mass = np.where(usable, known.mass[chunk.groups], 1.0)
     counts = segments.spread(usable * 1.0)
     floors = segments.spread(np.where(usable, floor, 1.0)) * _exposure(problem, chunk, len(b))
     target = np.where(b > 0.0, b, floors)
     if not loss.coupled:
         power = target if isinstance(loss, PoissonDeviance) else target * target
         return np.log(target), counts * w * power
-    f = target / segments.spread(np.where(usable, mass, 1.0))
+    f = target / segments.spread(mass)
     if isinstance(loss, CrossEntropy):
         weight = segments.spread(problem.constants[chunk.groups]) * f
     elif isinstance(loss, LinearCrossEntropy):

@@ -1,0 +1,481 @@
+"""The formulas of every loss on the rows of a block, by autodiff of its definition in the logits."""
+
+import numpy as np
+import pytest
+import torch
+from autodiff import as_tensor
+from instances import relative
+
+from attnfit.losses.activations import ACTIVATIONS, as_activation
+from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential, Total, output_range
+from attnfit.losses.log_ratio import LogRatio
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.segments import Segments
+from attnfit.losses.softmax import LOSSES, CrossEntropy, Squared
+
+U = {"exp": torch.exp, "cosh": torch.cosh, "sinh": torch.sinh}
+
+
+def shares(z):
+    return torch.softmax(z, 0)
+
+
+def least_squares_of_logs(z, b, w):
+    r = z - b
+    return 0.5 * w * (r - (w * r).sum() / w.sum()) ** 2
+
+
+# What each row of a group adds to the loss, by name: the loss, its definition, and its residuals if any.
+PLAIN = {
+    "squared": (
+        LOSSES["squared"],
+        lambda z, b, w: 0.5 * w * (shares(z) - b) ** 2,
+        lambda z, b: shares(z) - b,
+    ),
+    "cross_entropy": (LOSSES["cross_entropy"], lambda z, b, w: -w * b * torch.log_softmax(z, 0), None),
+    "kl": (
+        LOSSES["kl"],
+        lambda z, b, w: w * (torch.xlogy(b, b) - b * torch.log_softmax(z, 0)),
+        None,
+    ),
+    "linear_cross_entropy": (LOSSES["linear_cross_entropy"], lambda z, b, w: -w * b * shares(z), None),
+    "entropy": (LOSSES["entropy"], lambda z, b, w: -w * shares(z) * torch.log_softmax(z, 0), None),
+    "poisson": (PoissonDeviance(), lambda z, b, w: w * (torch.exp(z) - b * z), None),
+    "total": (Total(), lambda z, b, w: w * torch.exp(z), None),
+    "least squares": (LeastSquares(), lambda z, b, w: 0.5 * w * (z - b) ** 2, lambda z, b: z - b),
+    "logs": (LogRatio(), least_squares_of_logs, None),
+}
+for name, u in U.items():
+    PLAIN[f"squared {name}"] = (
+        SquaredExponential(name),
+        lambda z, b, w, u=u: 0.5 * w * (u(z) - b) ** 2,
+        lambda z, b, u=u: u(z) - b,
+    )
+    PLAIN[f"rescaled {name}"] = (
+        SquaredRescaled(name),
+        lambda z, b, w, u=u: 0.5 * w * (u(z) - u(z).sum() * b) ** 2,
+        lambda z, b, u=u: u(z) - u(z).sum() * b,
+    )
+SIZES = {"uneven": (4, 1, 6, 3), "even": (3, 3, 3), "one": (5,)}
+
+
+class Block:
+    """Rows of some groups, and the derivatives of their loss."""
+
+    def __init__(self, name, sizes="uneven", seed=0):
+        rng = np.random.default_rng(seed)
+        self.loss, self.rows, self.residuals = PLAIN[name]
+        # Rows that share no normaliser are one block, whatever their groups.
+        self.sizes = np.array(SIZES[sizes] if self.loss.coupled else [sum(SIZES[sizes])])
+        self.n = int(self.sizes.sum())
+        self.segments = Segments(np.concatenate([[0], np.cumsum(self.sizes)[:-1]]), self.n)
+        self.ids = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        self.z, self.w = rng.standard_normal(self.n), rng.random(self.n) + 0.3
+        self.b = rng.random(self.n)
+        self.b[::4] = 0.0
+        self.constants = self.loss.constants(self.b, self.w, self.segments)
+
+    def groups(self):
+        return [np.flatnonzero(self.ids == g) for g in range(len(self.sizes))]
+
+    def value(self, z):
+        parts = [self.rows(z[g], as_tensor(self.b)[g], as_tensor(self.w)[g]).sum() for g in self.groups()]
+        return torch.stack(parts).sum()
+
+    def derivatives(self):
+        point = as_tensor(self.z)
+        gradient = torch.autograd.functional.jacobian(self.value, point).numpy()
+        return gradient, torch.autograd.functional.hessian(self.value, point).numpy()
+
+    def close(self, reference, only=None):
+        """Columns, and what their sums say; with ``only`` these sums and no others."""
+        spread = self.segments.spread
+        y, v = self.loss.link(self.z, spread(reference))
+        columns, extras = self.loss.moments(y, v, self.b, self.w, spread(reference), spread(self.constants))
+        sums = [self.segments.sum(c) for c in columns]
+        if only is not None:
+            sums = [s if j in only else np.ones_like(s) for j, s in enumerate(sums)]
+        closed = self.loss.close(sums, [self.segments.sum(e) for e in extras], reference, self.constants)
+        return columns, closed
+
+    def spread(self, values):
+        values = np.asarray(values, dtype=float)
+        return np.broadcast_to(values if values.ndim == 0 else self.segments.spread(values), self.n)
+
+    def state(self):
+        reference = self.loss.reference(self.z, self.segments)
+        return [self.segments.spread(s) for s in self.close(reference)[1].state]
+
+    def matrix(self, terms, weights):
+        """The signed Gram of the terms where every logit is an unknown."""
+        H = np.zeros((self.n, self.n))
+        for t, r, q in terms:
+            for g in self.groups():
+                centre = np.zeros(self.n)
+                if weights is not None:
+                    centre[g] = np.broadcast_to(weights, self.n)[g]
+                for i in g:
+                    row = np.zeros(self.n)
+                    row[i] = 1.0 if r is None else r[i]
+                    if q is not None:
+                        row = row - np.broadcast_to(q, self.n)[i] * centre
+                    H += np.broadcast_to(t, self.n)[i] * np.multiply.outer(row, row)
+        return H
+
+
+def references(block):
+    """The normaliser, and others that are off."""
+    exact = block.loss.reference(block.z, block.segments)
+    shift = np.linspace(-1.0, 1.2, len(np.atleast_1d(exact)))
+    if isinstance(block.loss, SquaredRescaled):
+        return exact, exact * (1.0 + shift)
+    return (exact, exact + shift) if block.loss.logarithmic else (exact,)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_one_read_gives_value_and_gradient(name, sizes):
+    """With any reference for the normaliser; and of groups sums alone follow state and centre."""
+    block = Block(name, sizes)
+    gradient, _ = block.derivatives()
+    value = float(block.value(as_tensor(block.z)))
+    for reference in references(block):
+        columns, closed = block.close(reference)
+        assert np.isclose(np.sum(closed.value), value, rtol=1e-11, atol=1e-12)
+        slope = sum(block.spread(c) * column for c, column in zip(closed.coefficients, columns, strict=True))
+        assert relative(slope, gradient) <= 1e-11
+        own = block.loss.slope(block.z, block.b, block.w, [block.segments.spread(s) for s in closed.state])
+        assert relative(own, gradient) <= 1e-11
+        weights = block.loss.gram_terms(block.z, block.b, block.w, block.state())[1]
+        if weights is not None:
+            assert relative(block.spread(closed.centre) * columns[-1], weights) <= 1e-12
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_hessian_is_a_signed_gram(name, sizes):
+    block = Block(name, sizes)
+    _, hessian = block.derivatives()
+    H = block.matrix(*block.loss.gram_terms(block.z, block.b, block.w, block.state()))
+    assert relative(H, hessian) <= 1e-11
+    if block.loss.convex:
+        assert np.linalg.eigvalsh(hessian)[0] >= -1e-12
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_gauss_newton_matrix(name):
+    block = Block(name)
+    state = block.state()
+    if block.residuals is None and not block.loss.convex:
+        with pytest.raises(ValueError, match="Gauss-Newton"):
+            block.loss.gauss_newton_terms(block.z, block.b, block.w, state)
+        return
+    terms = block.loss.gauss_newton_terms(block.z, block.b, block.w, state)
+    weights = block.loss.gram_terms(block.z, block.b, block.w, state)[1]
+    if block.residuals is None:
+        assert relative(block.matrix(terms, weights), block.derivatives()[1]) <= 1e-11
+        return
+
+    def residuals(z):
+        return torch.cat(
+            [
+                as_tensor(np.sqrt(block.w[g])) * block.residuals(z[g], as_tensor(block.b)[g])
+                for g in block.groups()
+            ]
+        )
+
+    J = torch.autograd.functional.jacobian(residuals, as_tensor(block.z)).numpy()
+    assert relative(block.matrix(terms, weights), J.T @ J) <= 1e-11
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_importance_majorises_the_weights_of_rows(name):
+    """And is them where all parts of a weight have one sign."""
+    for seed in range(5):
+        block = Block(name, seed=seed)
+        state = block.state()
+        terms, _ = block.loss.gram_terms(block.z, block.b, block.w, state)
+        weights = sum(np.abs(t) * (1.0 if r is None else np.asarray(r) ** 2) for t, r, q in terms)
+        importance = block.loss.importance(block.z, block.b, block.w, state)
+        assert (importance >= weights * (1 - 1e-12)).all()
+        if block.loss.shift_invariant and not isinstance(block.loss, LogRatio):
+            f, gamma = np.exp(block.z - state[0]), np.abs(state[1])
+            assert (importance <= weights + 2.0 * f * gamma + 1e-12).all()
+        block.b = np.zeros(block.n)
+        if not block.loss.shift_invariant:
+            state = block.state()
+            terms, _ = block.loss.gram_terms(block.z, block.b, block.w, state)
+            weights = sum(np.abs(t) * (1.0 if r is None else np.asarray(r) ** 2) for t, r, q in terms)
+            # A sum over a group pulls by the absolute value of what it adds.
+            extra = 0.0
+            if block.loss.coupled:
+                u, _ = block.loss.link(block.z, 0.0)
+                extra = 2.0 * np.abs(u * state[1])
+            importance = block.loss.importance(block.z, block.b, block.w, state)
+            assert (importance <= weights + extra + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_said_of_a_loss_is_true(name):
+    """Its flags, by trying."""
+    block = Block(name)
+    loss, z = block.loss, as_tensor(block.z)
+    value = float(block.value(z))
+    shifted = z + as_tensor(block.spread(np.arange(len(block.sizes)) + 1.0))
+    assert np.isclose(float(block.value(shifted)), value) == loss.shift_invariant
+    b, block.b = block.b, block.b + 0.5 * np.arange(block.n)
+    # A part of the target that no logit sees makes no loss of another one.
+    assert (relative(block.derivatives()[0], Block(name).derivatives()[0]) > 1e-9) == (
+        loss.has_target and name != "total"
+    )
+    block.b = b
+    _, hessian = block.derivatives()
+    across = hessian * (block.ids[:, None] == block.ids) * (1.0 - np.eye(block.n))
+    assert (np.abs(across).max() > 1e-12) == loss.coupled
+    assert loss.states_third_derivative
+    others = [Block(name, seed=seed) for seed in range(12)]
+    for other in others[::2]:
+        other.b *= 6.0
+    assert any(np.linalg.eigvalsh(o.derivatives()[1])[0] < -1e-9 for o in others) != loss.convex
+    if loss.shares:
+        assert LOSSES[loss.shares] is loss
+    assert bool(loss.shares) == isinstance(loss, CrossEntropy) == loss.needs_mass
+    if loss.needs_mass:
+        block.b[:] = 0.0
+        assert not block.derivatives()[0].any()
+    if loss.exact_sums:
+        reference = loss.reference(block.z, block.segments)
+        one, other = block.close(reference)[1], block.close(reference, only=loss.exact_sums)[1]
+        np.testing.assert_allclose(np.concatenate(one.state), np.concatenate(other.state), atol=1e-12)
+        np.testing.assert_allclose(one.value, other.value, atol=1e-12)
+        for c, d in zip(one.coefficients, other.coefficients, strict=True):
+            np.testing.assert_allclose(block.spread(c), block.spread(d), atol=1e-12)
+
+
+def test_a_formula_of_ones_own_states_nothing():
+    class Twice(Squared):
+        def p(self, f, h, b, w):
+            return 2.0 * super().p(f, h, b, w)
+
+    class Same(Squared):
+        pass
+
+    class States(Twice):
+        certifiable = True
+
+    assert [cls().states_third_derivative for cls in (Twice, Same, States)] == [False, True, True]
+    for name in (
+        "link",
+        "normalise",
+        "moments",
+        "close",
+        "slope",
+        "gram_terms",
+        "g2",
+        "g3",
+        "third_derivative_bound",
+    ):
+        assert not type("Own", (Squared,), {name: getattr(Squared, name)})().states_third_derivative
+
+
+@pytest.mark.parametrize("name", [n for n in PLAIN if PLAIN[n][0].coupled and n != "logs"])
+def test_normalisers_of_parts(name):
+    """Merge to that of the whole, and grow with the number of rows."""
+    block = Block(name, "one")
+    loss, z = block.loss, block.z
+    whole = loss.reference(z, Segments(np.array([0]), 5))
+    one, other = (loss.reference(part, Segments(np.array([0]), len(part))) for part in (z[:2], z[2:]))
+    np.testing.assert_allclose(loss.merge_references(one, other), whole, rtol=1e-12)
+    thrice = loss.reference(np.tile(z, 3), Segments(np.array([0]), 15))
+    np.testing.assert_allclose(loss.extrapolate(whole, 3.0), thrice, rtol=1e-12)
+
+
+def test_which_predictions_of_a_normaliser_fail():
+    for name in ("squared", "cross_entropy", "kl", "linear_cross_entropy", "entropy"):
+        loss, true = LOSSES[name], np.array([[1.0, -2.0, 8.0]])
+        for off, failed in [
+            (4.0, False),
+            (-4.0, False),
+            (6.0, True),
+            (-6.0, True),
+            (60.0, True),
+            (np.nan, True),
+        ]:
+            assert loss.reference_failed(true[0] + np.array([0.0, off, 0.0]), true) == failed
+    loss, true = SquaredRescaled("sinh"), np.array([[1.0, -2.0]])
+    for reference, failed in [
+        ((9.0, -2.0), False),
+        ((12.0, -2.0), True),
+        ((1.0, 17.0), False),
+        ((1.0, 19.0), True),
+    ]:
+        assert loss.reference_failed(np.array(reference), true) == failed
+    assert loss.reference_failed(np.ones(1), np.zeros((1, 1)))
+    assert not PoissonDeviance().reference_failed(np.zeros(1), np.ones((1, 1)))
+
+
+@pytest.mark.parametrize("name", [*LOSSES])
+@pytest.mark.parametrize("c", [-1000.0, 0.0, 1000.0])
+def test_a_softmax_of_any_size(name, c):
+    block = Block(name)
+    reference, h, f = block.loss.normalise(block.z + c, block.segments)
+    for g in block.groups():
+        expected = torch.log_softmax(as_tensor(block.z[g] + c), 0).numpy()
+        np.testing.assert_allclose(h[g], expected, atol=1e-12)
+        np.testing.assert_allclose(f[g], np.exp(expected), atol=1e-13)
+    np.testing.assert_allclose(reference, np.log([np.exp(block.z[g]).sum() for g in block.groups()]) + c)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_a_model_predicts(name):
+    block = Block(name)
+    fitted = block.loss.fitted(block.z, block.state())
+    for g in block.groups():
+        z, w = block.z[g], block.w[g]
+        kind = name.split()[-1]
+        u = U[kind](as_tensor(z)).numpy() if kind in U else np.exp(z)
+        expected = {
+            "rescaled": u / u.sum(),
+            "least": z,
+            "logs": np.exp(z - np.average(z - block.b[g], weights=w)),
+            "poisson": u,
+            "total": u,
+        }.get(name.split()[0], u if " " in name else u / u.sum())
+        np.testing.assert_allclose(fitted[g], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_that_stand_for_others(name):
+    """Of m copies of every row one is kept, with its targets and weights for all of them."""
+    m, block = 4, Block(name, "one")
+    loss, z, b, w = block.loss, block.z, block.b, block.w
+    one = as_tensor(np.repeat(z, m))
+    rows = PLAIN[name][1]
+    full = float(rows(one, as_tensor(np.repeat(b, m)), as_tensor(np.repeat(w, m))).sum())
+    thin_b, thin_w = loss.thin(b, w, np.full(5, 1.0 / m))
+    if name == "kl":
+        # Up to what the target alone determines.
+        full -= float((np.repeat(w * b, m) * np.log(np.maximum(np.repeat(b, m), 1e-300))).sum())
+        kept = -float((as_tensor(thin_w * thin_b) * torch.log_softmax(as_tensor(z), 0)).sum())
+        assert np.isclose(kept + (w * b).sum() * m * np.log(m), full)
+        return
+    kept = rows(as_tensor(z), as_tensor(thin_b), as_tensor(thin_w)).sum()
+    if name == "cross_entropy":
+        kept = kept + (w * b).sum() * m * np.log(m)
+    if name == "entropy":
+        kept = kept + np.log(m) * (as_tensor(w) * shares(as_tensor(z))).sum()
+    assert np.isclose(float(kept), full)
+    assert Total().thin(b, w, np.ones(5)) is None
+
+
+def test_sums_over_runs():
+    rng = np.random.default_rng(0)
+    for sizes in SIZES.values():
+        starts, n = np.concatenate([[0], np.cumsum(sizes)[:-1]]), sum(sizes)
+        segments, rows = Segments(starts, n), rng.standard_normal(n)
+        parts = np.split(rows, starts[1:])
+        assert len(segments) == len(sizes)
+        assert segments.sizes.tolist() == list(sizes)
+        np.testing.assert_allclose(segments.sum(rows), [p.sum() for p in parts])
+        np.testing.assert_array_equal(segments.max(rows), [p.max() for p in parts])
+        spread = np.broadcast_to(segments.spread(np.arange(len(sizes))), n)
+        np.testing.assert_array_equal(spread, np.repeat(np.arange(len(sizes)), sizes))
+
+
+@pytest.mark.parametrize("function", U)
+@pytest.mark.parametrize("ends", [(-2.0, -0.5), (-1.0, 2.0), (-3.0, 1.0), (0.2, 1.5), (0.7, 0.7)])
+def test_the_range_of_an_output(function, ends):
+    grid = as_tensor(np.linspace(*ends, 2001)).requires_grad_()
+    u = U[function](grid)
+    v = torch.autograd.grad(u.sum(), grid)[0]
+    found = output_range(function, np.array([ends[0]]), np.array([ends[1]]))
+    expected = [e.item() for e in (u.min(), u.max(), v.min(), v.max())]
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
+
+
+# ---- activations
+
+TORCH = {
+    "identity": lambda y: y + 0.0,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": lambda y: torch.logaddexp(torch.zeros_like(y), y),
+    "gelu": lambda y: 0.5 * y * (1.0 + torch.erf(y / np.sqrt(2.0))),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_an_activation_its_derivatives_and_their_bounds(name):
+    activation, grid = ACTIVATIONS[name], np.linspace(-6.0, 6.0, 4001)
+    point = as_tensor(grid).requires_grad_()
+    expected = [TORCH[name](point)]
+    for _ in range(3):
+        last = expected[-1]
+        grows = last.requires_grad
+        expected.append(torch.autograd.grad(last.sum(), point, create_graph=True)[0] if grows else last * 0.0)
+    ours = [*activation.jet(grid), activation.third(grid)]
+    for own, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(own, other.detach().numpy(), atol=1e-12)
+    np.testing.assert_array_equal(activation(grid), ours[0])
+    for bound, values in zip(
+        (activation.size, activation.slope, activation.curvature, activation.jerk), ours, strict=True
+    ):
+        largest = np.abs(values).max()
+        assert largest <= bound * (1 + 1e-6)
+        if np.isfinite(bound):
+            assert largest >= bound * (1 - 3e-3)
+        else:
+            assert np.abs(activation(np.array([1e3])))[0] > 100 * (largest > 0)
+    assert activation.bounds_known
+    assert activation.name == name
+    far = np.array([-1e5, -800.0, -60.0, 60.0, 800.0, 1e5])
+    for values in (*activation.jet(far), activation.third(far)):
+        assert np.isfinite(values).all()
+    slopes = activation.jet(far)[1]
+    assert np.isclose(slopes[-1], {"identity": 1.0, "softplus": 1.0, "gelu": 1.0}.get(name, 0.0))
+    np.testing.assert_allclose(activation.jet(far)[2], 0.0, atol=1e-20)
+    np.testing.assert_allclose(activation.third(far), 0.0, atol=1e-20)
+    assert as_activation(activation) is activation
+    assert as_activation(name) is activation
+
+
+def test_an_activation_of_ones_own():
+    own = as_activation((np.sin, np.cos, lambda y: -np.sin(y)))
+    grid = np.linspace(-2.0, 2.0, 9)
+    for values, expected in zip(own.jet(grid), (np.sin(grid), np.cos(grid), -np.sin(grid)), strict=True):
+        np.testing.assert_array_equal(values, expected)
+    assert not own.bounds_known
+    assert np.isnan([own.slope, own.curvature, own.jerk, own.size]).all()
+    assert own.third is None
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ("sine", "must be one of"),
+        (np.sin, "first two derivatives"),
+        ((np.sin, np.cos), "first two derivatives"),
+        ((np.sin, np.cos, 3.0), "first two derivatives"),
+        (
+            (np.sin, lambda y: 1.001 * np.cos(y), lambda y: -np.sin(y)),
+            "h' of activation is not the derivative",
+        ),
+        ((np.sin, np.cos, np.sin), "h'' of activation is not the derivative"),
+        ((lambda y: y[:2], np.cos, np.sin), "h of activation must map"),
+        ((np.sin, lambda y: np.nan * y, np.sin), "h' of activation must map"),
+        ((np.sin, np.cos, lambda y: 1.0), "h'' of activation must map"),
+    ],
+)
+def test_what_is_no_activation(given, match):
+    with pytest.raises(ValueError, match=match):
+        as_activation(given)
+
+
+def test_derivatives_are_compared_to_their_size():
+    """An error of 1e-6 is that of differences; beside a derivative of a thousand, one of 5e-3."""
+    big = 1e3
+    slope = [lambda y, c=c: big * np.cos(y) + c for c in (5e-6, 5e-3, 5e-1)]
+    curve = lambda y: -big * np.sin(y)  # noqa: E731
+    as_activation((lambda y: big * np.sin(y), slope[0], curve))
+    with pytest.raises(ValueError, match="h'"):
+        as_activation((lambda y: big * np.sin(y), slope[2], curve))

@@ -1,0 +1,383 @@
+"""Directions without a minimum and the rows that fall along them, row by row by linear programmes; which rows
+move, which play a part, and by how much steps move them.
+"""
+
+import numpy as np
+import pytest
+from autodiff import Objective
+from conftest import shrink_blocks
+from scipy import sparse
+from scipy.optimize import linprog
+
+from attnfit import problems
+from attnfit.losses.exponential import PoissonDeviance
+from attnfit.problems.rows.moves import PROBE_ROWS, Probe
+from attnfit.problems.rows.row_kinds import Kind, kind_of, rows_of
+from attnfit.solvers.separation import find_separation
+
+STORAGES = {"dense": np.asarray, "csr": sparse.csr_array}
+
+
+def differences(A, fixed, free, ids):
+    """Free rows and fixed rows relative to the first fixed one of their group; as they are without groups."""
+    F, E, of = [], [], []
+    for g in np.unique(ids):
+        rows = np.flatnonzero(ids == g)
+        held = rows[fixed[rows]]
+        centre = A[held[0]] if len(held) else np.zeros(A.shape[1])
+        E += [A[i] - centre for i in held]
+        F += [A[i] - centre for i in rows[free[rows]]]
+        of += list(rows[free[rows]])
+    return np.reshape(F, (-1, A.shape[1])), np.reshape(E, (-1, A.shape[1])), np.array(of, dtype=int)
+
+
+def falling_rows(A, fixed, free, ids):
+    """The rows that some direction lowers which parts no fixed rows and raises no free one."""
+    F, E, of = differences(A / np.maximum(np.abs(A).max(axis=0), 1e-9), fixed, free, ids)
+    out = np.zeros(len(A), dtype=bool)
+    for row, i in zip(F, of, strict=True):
+        if row.any():
+            equations = {"A_eq": E, "b_eq": np.zeros(len(E))} if len(E) else {}
+            found = linprog(row, A_ub=F, b_ub=np.zeros(len(F)), bounds=(-1, 1), **equations)
+            out[i] = found.fun < -1e-6
+    return out
+
+
+def check(found, A, fixed, free, ids):
+    """The direction is one, all its rows are named, and no others."""
+    falls = falling_rows(A, fixed, free, ids)
+    assert (found is not None) == falls.any()
+    if found is None:
+        return False
+    assert found.rows.tolist() == np.flatnonzero(falls).tolist()
+    assert found.remaining.tolist() == (~falls).tolist()
+    assert found.exact
+    v = found.direction
+    F, E, of = differences(A, fixed, free, ids)
+    size = np.abs(A @ v).max()
+    assert np.isclose(np.abs(v).max(), 1.0)
+    np.testing.assert_allclose(E @ v, 0.0, atol=1e-9 * size)
+    np.testing.assert_allclose(F[~falls[of]] @ v, 0.0, atol=1e-9 * size)
+    assert (F[falls[of]] @ v < -1e-6 * size).all()
+    assert dict(found.columns) == {j: v[j] for j in np.flatnonzero(v)}
+    return True
+
+
+def drawn(seed, n_groups=3):
+    """A small problem of counts, many of them zero, and columns of different sizes."""
+    rng = np.random.default_rng(seed)
+    d, size = int(rng.integers(2, 6)), int(rng.integers(3, 6))
+    ids = np.repeat(np.arange(n_groups), size)
+    A = (
+        rng.integers(-2, 3, (len(ids), d))
+        * (rng.random((len(ids), d)) < 0.7)
+        * 10.0 ** rng.integers(-3, 4, d)
+    )
+    b = rng.multinomial(int(rng.integers(1, 3)), np.full(size, 1 / size), n_groups).ravel().astype(float)
+    return rng, A, b, ids
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_the_falling_rows_of_shares(storage, loss, monkeypatch):
+    """Whatever the start and the storage; and from a point on the way with a few rows of the programme at a
+    time, those that run away first.
+    """
+    n_separated = 0
+    for seed in range(16):
+        rng, A, b, ids = drawn(seed)
+        problem = problems.Softmax(STORAGES[storage](A), b, ids, loss=loss)
+        at = problem.evaluate(rng.standard_normal(A.shape[1]) / np.abs(A).max(axis=0, initial=1.0))
+        found = find_separation(problem, at)
+        n_separated += check(found, A, b > 0, b == 0, ids)
+        if found is not None:
+            on_the_way = problem.evaluate(at.x + 40.0 / found._drop * found.direction)
+            with monkeypatch.context() as few:
+                few.setattr("attnfit.solvers.separation.FIRST_ROWS", 2)
+                few.setattr("attnfit.solvers.separation.MORE_ROWS", 1)
+                check(find_separation(problem, on_the_way), A, b > 0, b == 0, ids)
+    assert 3 <= n_separated <= 14
+
+
+def test_the_falling_rows_of_a_group_in_pieces(monkeypatch):
+    """Copies of rows: the answer is that of the rows once."""
+    shrink_blocks(monkeypatch)
+    n_separated = 0
+    for seed in range(12):
+        _, A, b, ids = drawn(seed, 1)
+        b[:3] = 1.0
+        times = 200 // len(A) + 1
+        problem = problems.Softmax(np.tile(A, (times, 1)), np.tile(b, times), loss="cross_entropy")
+        assert problem.n_long == 1
+        found = find_separation(problem, problem.evaluate(np.zeros(A.shape[1])))
+        falls = falling_rows(A, b > 0, b == 0, ids)
+        assert (found is not None) == falls.any()
+        if found is not None:
+            assert found.rows.tolist() == np.flatnonzero(np.tile(falls, times)).tolist()
+            n_separated += 1
+    assert 0 < n_separated < 12
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_falling_rows_of_an_exponential(storage):
+    """Rows with an outcome stay where they are, in absolute terms: beside a row of zeros that is held."""
+    n_separated = 0
+    for seed in range(24):
+        rng, A, b, _ = drawn(seed)
+        b *= rng.random(len(b)) < 0.4
+        b[0] = 1.0
+        A[0] = 0.0
+        problem = problems.Exponential(STORAGES[storage](A), b)
+        found = find_separation(problem, problem.evaluate(np.zeros(A.shape[1])))
+        n_separated += check(found, A, b > 0, b == 0, np.zeros(len(A)))
+    assert 3 <= n_separated <= 22
+
+
+def test_rows_that_play_no_part_neither_hold_nor_fall():
+    """A row of weight zero in an exponential; a group without a target in a share loss."""
+    A = np.array([[1.0], [-1.0], [2.0]])
+    problem = problems.Exponential(A, [0.0, 3.0, 0.0], weights=[1.0, 0.0, 1.0])
+    found = find_separation(problem, problem.evaluate(np.zeros(1)))
+    assert found.rows.tolist() == [0, 2]
+    assert found.direction.tolist() == [-1.0]
+    A, ids = np.array([[0.0], [1.0], [0.0], [-1.0]]), np.array([0, 0, 1, 1])
+    problem = problems.Softmax(A, [1.0, 0.0, 0.0, 0.0], ids, loss="cross_entropy")
+    found = find_separation(problem, problem.evaluate(np.zeros(1)))
+    assert found.rows.tolist() == [1]
+    assert found.direction.tolist() == [-1.0]
+
+
+def test_a_penalty_holds_everything():
+    A, b = np.array([[0.0], [1.0]]), [1.0, 0.0]
+    for options in ({"ridge": 1e-9}, {"row_penalty": 1e-6}):
+        problem = problems.Softmax(A, b, loss="cross_entropy", **options)
+        assert find_separation(problem, problem.evaluate(np.zeros(1))) is None
+    problem = problems.Softmax(A, b, loss="cross_entropy")
+    assert find_separation(problem, problem.evaluate(np.zeros(1))) is not None
+    for function in ("cosh", "sinh"):
+        problem = problems.Exponential(A, b, function=function)
+        assert find_separation(problem, problem.evaluate(np.zeros(1))) is None
+
+
+def test_what_is_left_where_rows_have_gone():
+    """The value there, a finite point that has it, and which coefficients still have one."""
+    rng = np.random.default_rng(0)
+    A = np.column_stack([rng.standard_normal((60, 2)), np.arange(60) % 6 == 0, np.arange(60) % 6 == 0])
+    A[::6, 3] = 1.0 + np.arange(10)
+    b, ids = rng.random(60) * (A[:, 2] == 0), np.arange(60) // 6
+    problem = problems.Softmax(A, b, ids, loss="cross_entropy")
+    found = find_separation(problem, problem.evaluate(np.zeros(4)))
+    kept = A[:, 2] == 0
+    rest = problems.Softmax(A[kept, :2], b[kept], ids[kept], loss="cross_entropy")
+    best = problems.Softmax(A[kept, :2], b[kept], ids[kept], loss="cross_entropy")
+    x = found.rest.x
+    assert np.isclose(found.value, rest.value(x[:2]))
+    np.testing.assert_allclose(best.gradient(x[:2]), 0.0, atol=1e-6)
+    # In float64 the outputs of separated rows are zero there, and the loss is what it falls to.
+    assert np.isfinite(found.point).all()
+    assert np.isclose(problem.value(found.point), found.value, rtol=1e-12)
+    fitted = problem.predict(found.point) if hasattr(problem, "predict") else None
+    if fitted is not None:
+        assert not np.asarray(fitted)[::6].any()
+    # Two columns fall together, neither alone.
+    answer = found.coefficients(x)
+    np.testing.assert_allclose(answer[:2], x[:2])
+    assert not np.isfinite(answer[2:]).any()
+
+
+def test_the_point_of_an_exponential_overflows_nowhere():
+    A = np.column_stack([np.ones(30), np.arange(30) < 10, np.linspace(0, 1, 30)])
+    b = np.where(A[:, 1] == 1, 0.0, 1.0 + A[:, 2])
+    problem = problems.Exponential(A, b)
+    found = find_separation(problem, problem.evaluate(np.zeros(3)))
+    assert found.rows.tolist() == list(range(10))
+    u = np.exp(A @ found.point)
+    assert u[:10].max() < 1e-12 * u[10:].min()
+    assert np.isclose(problem.value(found.point), found.value, rtol=1e-9, atol=1e-20)
+    answer = found.coefficients(found.rest.x)
+    assert answer[1] == -np.inf
+    assert np.isfinite(answer[[0, 2]]).all()
+
+
+def test_a_direction_that_lasts_where_the_loss_is_not_convex():
+    """Shares that no finite logit gives; none where the loss turns back on the way."""
+    A = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    for b, falls in [([0.6, 0.4, -0.1], True), ([0.6, 0.4, 0.2], False)]:
+        problem = problems.Softmax(A, b, loss="squared")
+        at = problem.evaluate(np.array([np.log(2 / 3), -12.0]))
+        found = find_separation(problem, at)
+        assert (found is not None) == falls
+        if found is not None:
+            assert found.rows.tolist() == [2]
+            assert not found.exact
+            assert found.direction.tolist() == [0.0, -1.0]
+
+
+def test_rows_that_share_a_column_fall_on_balance():
+    """One of two rows would rather rise; the sum decides, and which one is larger."""
+    A = np.array([[0.0, 0], [1.0, 0], [0.0, 1], [0.0, 0], [1.0, 0], [0.0, 1]])
+    ids = np.array([0, 0, 0, 1, 1, 1])
+    for target, falls in [(-0.3, True), (0.3, False)]:
+        b = np.array([0.6, 0.4, target, 0.6, 0.4, -0.1 * np.sign(target)])
+        problem = problems.Softmax(A, b, ids, loss="squared")
+        found = find_separation(problem, problem.evaluate(np.array([np.log(2 / 3), -12.0])))
+        assert (found is not None) == falls
+        if found is not None:
+            assert found.rows.tolist() == [2, 5]
+
+
+# ---- what rows are
+
+
+@pytest.mark.parametrize("loss", ["squared", "linear_cross_entropy", "entropy"])
+def test_which_small_shares_fall(loss):
+    """Those whose logit the loss lowers further, by autodiff far down; a share above 1e-4 stays."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        z, b = rng.standard_normal(5), rng.standard_normal(5)
+        w = rng.random(5) + 0.2 if loss != "entropy" else np.ones(5)
+        z[:2] = -25.0, -30.0
+        problem = problems.Softmax(np.eye(5), b, loss=loss, weights=w)
+        reference = Objective("Softmax", loss, np.eye(5), b, np.zeros(5, dtype=int), w)
+        slope = reference.gradient(z)
+        at = problem.evaluate(z)
+        chunk = problem.chunks[0]
+        rows = rows_of(problem, chunk, problem.fetch(chunk), at)
+        if loss != "entropy":
+            assert rows.free[:2].tolist() == (slope[:2] > 0).tolist()
+        assert not rows.free[2:].any()
+        assert (rows.fixed ^ rows.free).all()
+        f = np.exp(z - z.max())
+        np.testing.assert_allclose(rows.size, f, rtol=1e-9)
+        every = rows_of(problem, chunk, problem.fetch(chunk), at, each=False)
+        assert every.free.tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(("share", "free"), [(5e-5, True), (5e-4, False)])
+def test_a_small_share_may_fall_and_a_large_one_is_held(share, free):
+    z = np.array([0.0, np.log(share / (1 - share))])
+    problem = problems.Softmax(np.eye(2), [1.2, -0.3], loss="squared")
+    chunk = problem.chunks[0]
+    rows = rows_of(problem, chunk, problem.fetch(chunk), problem.evaluate(z))
+    assert rows.free.tolist() == [False, free]
+
+
+def test_what_a_direction_proves():
+    A, b = np.eye(2), [0.5, 0.5]
+    expected = {
+        ("Softmax", "cross_entropy"): Kind.EXACT,
+        ("Softmax", "kl"): Kind.EXACT,
+        ("Softmax", "squared"): Kind.LOCAL,
+        ("Softmax", "entropy"): Kind.LOCAL,
+        ("Softmax", "linear_cross_entropy"): Kind.LOCAL,
+        ("Exponential", "exp"): Kind.EXACT,
+        ("Exponential", "cosh"): Kind.NONE,
+        ("Exponential", "sinh"): Kind.NONE,
+        ("Rescaled", "exp"): Kind.SCALING,
+        ("Rescaled", "cosh"): Kind.NONE,
+        ("Rescaled", "sinh"): Kind.NONE,
+    }
+    for (family, name), kind in expected.items():
+        option = {"loss" if family == "Softmax" else "function": name}
+        assert kind_of(getattr(problems, family)(A, b, **option).loss) is kind
+    assert kind_of(PoissonDeviance()) is Kind.EXACT
+
+
+# ---- by how much steps move rows
+
+
+def moved(A, steps, ids, counts, grouped):
+    along = A @ steps
+    if not grouped:
+        return np.abs(along[counts]).max(axis=0, initial=0.0)
+    found = np.zeros(steps.shape[1])
+    for g in np.unique(ids[counts]):
+        part = along[(ids == g) & counts]
+        found = np.maximum(found, (part.max(axis=0) - part.min(axis=0)) / 2.0)
+    return found
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("blocks", ["large", "small"])
+@pytest.mark.parametrize(
+    ("family", "loss"),
+    [("Exponential", "exp"), ("Rescaled", "exp"), ("Softmax", "squared"), ("Softmax", "cross_entropy")],
+)
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_the_largest_change_of_a_logit(storage, blocks, family, loss, penalty, monkeypatch):
+    """Half the largest change of a log-odds of a softmax, unless a penalty sees the logits themselves; rows
+    without weight count only beside others of their group, groups without a target not for shares.
+    """
+    if blocks == "small":
+        shrink_blocks(monkeypatch)
+    rng = np.random.default_rng(0)
+    sizes = [150, 4, 4, 4, 6]
+    ids = np.repeat(np.arange(5), sizes)
+    n = len(ids)
+    A, steps = rng.standard_normal((n, 3)), rng.standard_normal((3, 4))
+    # The rows that would move most must not count, or do although they have no weight.
+    A[ids == 1] *= 50.0
+    A[160] *= 20.0
+    w, b = rng.random(n) + 0.1, rng.random(n) + 0.1
+    w[ids == 1], w[160] = 0.0, 0.0
+    A[ids == 4] *= 30.0
+    b[ids == 4] = 0.0
+    named = {"loss" if family == "Softmax" else "function": loss}
+    groups = {} if family == "Exponential" else {"groups": ids}
+    problem = getattr(problems, family)(
+        STORAGES[storage](A), b, weights=w, row_penalty=penalty, **named, **groups
+    )
+    assert (problem.n_long > 0) == (blocks == "small" and family != "Exponential")
+    has_weight = np.isin(ids, np.unique(ids[w > 0]))
+    counts = {"Exponential": w > 0, "Rescaled": has_weight, "Softmax": has_weight}[family]
+    if loss == "cross_entropy":
+        counts = np.isin(ids, np.unique(ids[w * b > 0]))
+    at = problem.evaluate(np.zeros(3))
+    expected = moved(A, steps, ids, counts, family == "Softmax" and not penalty)
+    if blocks == "small" and family != "Exponential":
+        # The group in pieces has weight, and holds none of the rows in question.
+        assert w[:150].min() > 0
+    found = problem.moves(at, steps)
+    np.testing.assert_allclose(found.largest, expected, rtol=1e-12)
+    probe = Probe(problem)
+    assert probe.exact
+    np.testing.assert_allclose(probe.moves(at, steps).largest, expected, rtol=1e-12)
+
+
+def test_the_least_output_that_may_fall():
+    z = np.log(np.array([0.7, 0.2, 0.1, 0.5, 0.49, 0.01]))
+    problem = problems.Softmax(z[:, None], [1.0, 0, 0, 0, 1.0, 1.0], [0, 0, 0, 1, 1, 1], loss="cross_entropy")
+    assert np.isclose(problem.moves(problem.evaluate(np.ones(1)), np.ones((1, 1))).least, 0.1 / 0.7)
+    for other in (
+        problems.Softmax(z[:, None], np.full(6, 0.5), loss="squared"),
+        problems.Softmax(z[:, None], [1.0, 0, 0, 0, 1.0, 1.0], loss="cross_entropy", row_penalty=0.1),
+        problems.Exponential(z[:, None], np.ones(6)),
+    ):
+        assert other.moves(other.evaluate(np.ones(1)), np.ones((1, 1))).least == np.inf
+
+
+def test_a_probe_keeps_some_rows():
+    rng = np.random.default_rng(0)
+    A, steps = rng.standard_normal((90_000, 2)), rng.standard_normal((2, 3))
+    ids = np.arange(90_000) // 5
+    problem = problems.Softmax(A, rng.random(90_000), ids, loss="squared")
+    probe = Probe(problem)
+    kept = sum(chunk.segments.n_rows for chunk, _ in probe._kept)
+    assert not probe.exact
+    assert 0 < kept <= max(PROBE_ROWS, problem.chunks[0].segments.n_rows)
+    along = (A[:kept] @ steps).reshape(-1, 5, 3)
+    some = (along.max(axis=1) - along.min(axis=1)).max(axis=0) / 2.0
+    at = problem.evaluate(np.zeros(2))
+    np.testing.assert_allclose(probe.moves(at, steps).largest, some, rtol=1e-12)
+    assert (probe.moves(at, steps).largest <= problem.moves(at, steps).largest).all()
+
+
+@pytest.mark.parametrize(("family", "named"), [("Softmax", {"loss": "squared"}), ("Exponential", {})])
+def test_the_sizes_of_columns_that_a_probe_sees(family, named):
+    rng = np.random.default_rng(0)
+    A = np.column_stack([rng.standard_normal((40, 2)) * [1.0, 1e3], np.full(40, 7.0)])
+    A[:, 1] += 5.0
+    groups = {"groups": np.arange(40) // 8} if family == "Softmax" else {}
+    problem = getattr(problems, family)(A, rng.random(40), **named, **groups)
+    within = A if family == "Exponential" else A - np.repeat(A.reshape(5, 8, 3).mean(axis=1), 8, axis=0)
+    np.testing.assert_allclose(Probe(problem).column_sizes(), np.sqrt((within**2).mean(axis=0)), atol=1e-9)
