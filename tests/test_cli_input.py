@@ -1,5 +1,9 @@
-"""Bad input: one sentence that names the column, the line and the remedy, and exit code 1."""
+"""Bad input: one sentence that names the column, the line and the remedy, and exit code 2."""
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 from test_cli import CARS, one_error, run, write_data, write_rows
 
@@ -106,7 +110,7 @@ def test_shares_above_one_with_an_outside_good(fit):
 def test_separable_data_name_the_column(tmp_path):
     rows = [["a", 1, 1], ["a", 2, 0], ["b", 3, 1], ["b", 4, 0]]
     path = write_rows(tmp_path / "d.csv", ["g", "cost", "y"], rows)
-    sentence = one_error(run("fit", "softmax", path, "--target", "y", "--group", "g"))
+    sentence = one_error(run("fit", "softmax", path, "--target", "y", "--group", "g"), code=1)
     assert (
         sentence.startswith("Error: the data are separable")
         and "cost: -1" in sentence
@@ -117,7 +121,7 @@ def test_separable_data_name_the_column(tmp_path):
 
 def test_too_few_steps(tmp_path):
     path = write_data(tmp_path / "cars.csv", datasets.load_car_shares())
-    sentence = one_error(run("fit", "softmax", path, *CARS, "--max-iter", "1"))
+    sentence = one_error(run("fit", "softmax", path, *CARS, "--max-iter", "1"), code=1)
     assert sentence.startswith("Error: not converged after --max-iter 1 steps")
 
 
@@ -219,7 +223,8 @@ def test_nothing_is_written_after_a_refusal(tmp_path):
 
 def test_debug_shows_where(tmp_path):
     result = run("fit", "softmax", tmp_path / "no.csv", "--target", "y", "--debug")
-    assert type(result.exception).__name__ == "InputError"
+    assert result.exit_code == 2
+    assert "InputError: There is no file" in result.stderr and "Traceback" in result.stderr
 
 
 def test_the_unexpected_is_still_one_sentence(saved, monkeypatch):
@@ -229,5 +234,16 @@ def test_the_unexpected_is_still_one_sentence(saved, monkeypatch):
         raise RuntimeError("wheels came off")
 
     monkeypatch.setattr("attnfit.cli.fit.read_table", broken)
-    sentence = one_error(run("fit", "softmax", path, "--target", "y"))
-    assert sentence.startswith("Error: RuntimeError: wheels came off (unexpected; add --debug")
+    sentence = one_error(run("fit", "softmax", path, "--target", "y"), code=70)
+    assert sentence.startswith("Error: RuntimeError: wheels came off (unexpected; the traceback is in ")
+    told = Path(re.search(r"is in (\S+);", sentence)[1])
+    assert "in broken" in told.read_text() and told.stat().st_mode & 0o077 == 0
+    told.unlink()
+
+
+def test_a_stumble_is_no_bad_input(saved, monkeypatch):
+    _, path = saved
+    for stumble in (lambda *_, **__: int("wheels"), lambda *_, **__: np.zeros(3).reshape(2)):
+        monkeypatch.setattr("attnfit.cli.fit.read_table", stumble)
+        sentence = one_error(run("fit", "softmax", path, "--target", "y"), code=70)
+        Path(re.search(r"is in (\S+);", sentence)[1]).unlink()

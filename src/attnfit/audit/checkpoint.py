@@ -9,6 +9,7 @@ from typing import Any
 
 from attnfit.audit.cells import Cell, Key, as_record, from_record
 from attnfit.audit.errors import AuditError
+from attnfit.writing import write
 
 SCHEMA = 1
 
@@ -32,12 +33,12 @@ class Checkpoint:
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self._path = path
         self.cells: dict[Key, Cell] = {}
+        self._lines: list[str] = []
         header = {"schema": SCHEMA, **settings}
         if path is None:
             return
-        lines = self._whole_lines(path)
+        lines = self._lines = self._whole_lines(path)
         if not lines:
-            path.write_text("")
             self._append(header)
             return
         try:
@@ -63,14 +64,8 @@ class Checkpoint:
     def _append(self, record: dict[str, Any]) -> None:
         if self._path is None:
             return
-        # One write of one line: a process that dies leaves whole lines and at most one torn last one.
-        line = (json.dumps(record) + "\n").encode()
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(handle, line)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        self._lines.append(json.dumps(record))
+        write(self._path, "\n".join(self._lines) + "\n")
 
     @staticmethod
     def _whole_lines(path: Path) -> list[str]:

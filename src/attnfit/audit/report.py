@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from attnfit.audit.advice import advise, verdict
@@ -18,6 +17,7 @@ from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.settings import Settings
 from attnfit.audit.summary import BreakPoint, Control, Pair, measured_bracket, summarise
 from attnfit.audit.versions import versions
+from attnfit.writing import write
 
 SCHEMA = "attnfit-audit/1"
 # Share of tokens up to which a combination counts as protected where no other limit is given.
@@ -187,7 +187,7 @@ class Report:
             Leave texts and recovered tokens out.
         """
         text = json.dumps(self.as_json(redact), indent=2, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write(path, text + "\n")
 
     def to_html(self, path: str | PathLike[str], *, redact: bool = False) -> None:
         """Write the report as one page that fetches nothing.
@@ -200,7 +200,7 @@ class Report:
         """
         from attnfit.audit.report_html import render
 
-        Path(path).write_text(render(self, redact), encoding="utf-8")
+        write(path, render(self, redact))
 
     def with_command(self, command: str) -> Report:
         """Return the same report with another command to run it again."""

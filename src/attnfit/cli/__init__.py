@@ -1,4 +1,4 @@
-"""The command line: ``attnfit fit | predict | demo | bench``.
+"""The command line: ``attnfit fit | predict | invert | audit | reproduce | demo | bench``.
 
 Nothing here computes: commands read a file, call the library and print what it returns.
 """
@@ -16,5 +16,13 @@ def main() -> None:
         # Only a missing extra deserves the sentence: anything else is a bug and should be seen.
         if (missing.name or "").partition(".")[0] not in ("typer", "rich"):
             raise
-        sys.exit('attnfit: the command line needs typer and rich; type: python -m pip install "attnfit[cli]"')
+        told = 'the command line needs typer and rich; type: python -m pip install "attnfit[cli]"'
+        print(f"attnfit: {told}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a letter is no reason to stop.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="attnfit")

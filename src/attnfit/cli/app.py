@@ -12,7 +12,7 @@ from attnfit.cli.audit import audit
 from attnfit.cli.bench import bench
 from attnfit.cli.console import problem
 from attnfit.cli.demo import demo
-from attnfit.cli.errors import suggest
+from attnfit.cli.errors import EXIT_CODES, Exit, suggest
 from attnfit.cli.fit import command_for
 from attnfit.cli.invert import invert
 from attnfit.cli.mixture import fit_mixture
@@ -21,28 +21,18 @@ from attnfit.cli.predict import predict
 from attnfit.cli.reproduce import reproduce
 from attnfit.version import __version__
 
-app = typer.Typer(
-    help="Fit, certify and apply models whose output is a softmax or an exponential.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"attnfit {__version__}")
-        raise typer.Exit
+class Commands(TyperGroup):
+    """Commands that end with the exit codes of the table, however they end."""
 
-
-@app.callback()
-def attnfit(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Fit, certify and apply models whose output is a softmax or an exponential."""
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(Exit.STOPPED) from None
 
 
 class Models(TyperGroup):
@@ -52,21 +42,53 @@ class Models(TyperGroup):
         """Find the command of a model."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             problem(f"There is no model {args[0]!r}{suggest(args[0], self.commands)}")
-            raise typer.Exit(1)
+            raise typer.Exit(Exit.BAD_INPUT)
         return super().resolve_command(ctx, args)
 
 
-fits = typer.Typer(cls=Models, no_args_is_help=True, context_settings=app.info.context_settings)
-for name in OPTIONS:
-    fits.command(name, help=f"Fit the {name} model to the columns of a file and print its coefficients.")(
-        command_for(name)
+def _group(kind: type[TyperGroup], **options: Any) -> typer.Typer:
+    return typer.Typer(
+        cls=kind,
+        no_args_is_help=True,
+        # Plain help: it is wrapped at spaces, and a bracket in it is a bracket.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings=SETTINGS,
+        epilog=EXIT_CODES,
+        **options,
     )
-fits.command("attention")(fit_attention)
-fits.command("mixture")(fit_mixture)
-app.add_typer(fits, name="fit", help="Fit a model: softmax, exponential, rescaled, attention or mixture.")
-app.command()(predict)
-app.command()(invert)
-app.command()(audit)
-app.command()(reproduce)
-app.command()(demo)
-app.command(context_settings={"ignore_unknown_options": True})(bench)
+
+
+app = _group(Commands, help="Fit, certify and apply models whose output is a softmax or an exponential.")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"attnfit {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=EXIT_CODES)
+def attnfit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fit, certify and apply models whose output is a softmax or an exponential."""
+
+
+fits = _group(Models)
+for name in OPTIONS:
+    fits.command(
+        name,
+        help=f"Fit the {name} model to the columns of a file and print its coefficients.",
+        epilog=EXIT_CODES,
+    )(command_for(name))
+fits.command("attention", epilog=EXIT_CODES)(fit_attention)
+fits.command("mixture", epilog=EXIT_CODES)(fit_mixture)
+app.add_typer(
+    fits, name="fit", help="Fit a model: softmax, exponential, rescaled, attention or mixture.", epilog=EXIT_CODES
+)
+for command in (predict, invert, audit, reproduce, demo):
+    app.command(epilog=EXIT_CODES)(command)
+app.command(context_settings={"ignore_unknown_options": True, **SETTINGS}, epilog=EXIT_CODES)(bench)

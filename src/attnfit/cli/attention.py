@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import io
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table as PrintedTable
 
-from attnfit.cli.console import note, problem, stdout
-from attnfit.cli.errors import Debug, InputError, one_sentence, suggest
-from attnfit.cli.output import check_output
+from attnfit.cli.console import Grid, Literal, note, problem
+from attnfit.cli.errors import Debug, Exit, InputError, one_sentence, suggest
+from attnfit.cli.output import STREAM, check_paths, put, put_json, require_input, results
 from attnfit.cli.progress import FitProgress
-from attnfit.cli.report import TABLE_BOX, print_whole
+from attnfit.cli.report import end_of_fit, print_whole
+from attnfit.writing import rendered
 
 LOSSES = ("auto", "log_ratio", "cross_entropy", "squared", "kl", "linear_cross_entropy", "rescaled")
 
@@ -51,10 +51,10 @@ def fit_attention(
         raise InputError(f"There is no loss {loss!r}{suggest(loss, LOSSES)}")
     if causal and mask is not None:
         raise InputError("--causal is a mask; give it or --mask, not both")
-    for path, option in ((save, "--save"), (plot, "--plot"), (json_path, "--json")):
-        check_output(path, option)
-    if save is not None and save.suffix.lower() != ".npy":
-        raise InputError(f"--save writes an array; name the file {save.stem}.npy")
+    others = dict(zip(("--holdout, 1st", "--holdout, 2nd", "--holdout, 3rd"), holdout or (), strict=False))
+    inputs = {"QUERIES": queries, "KEYS": keys, "MAPS": maps, "--mask": mask, "--weights": weights, **others}
+    check_paths(inputs, {"--save": save, "--plot": plot, "--json": json_path})
+    require_npy(save)
     if plot is not None:
         from attnfit.cli.figure import check_plot
 
@@ -82,21 +82,22 @@ def fit_attention(
         progress.say("scoring")
         held_out = None if test is None else model.relative_error(test[0], test[2], test[1])
     report = AttentionReport(model, arrays[2].shape, held_out)
-    report.show(stdout())
+    end_of_fit(model.result_)
+    report.show(results(save, json_path))
     if save is not None:
-        np.save(save, model.coef_)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        put(save, rendered(lambda stream: np.save(stream, model.coef_)))
+    put_json(json_path, report.as_json())
     if plot is not None:
+        from attnfit.cli.figure import put_figure
         from attnfit.plots import attention_maps
 
         fitted = model.predict(arrays[0], arrays[1], mask=extra["mask"])
-        attention_maps(arrays[2], fitted).savefig(plot)
+        put_figure(plot, attention_maps(arrays[2], fitted))
     if model.result_.status == "precision":
         note(model.result_.message)
     elif not model.result_.converged:
         problem(model.result_.message)
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.BAD_NEWS)
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,11 @@ class AttentionReport:
             rows.append(("relative error, held out", f"{self.held_out:.3g}"))
         return rows
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Literal) -> None:
         """Print the report."""
         result = self.model.result_
-        console.print(f"attention maps, loss {self.model.loss_}", style="bold", markup=False)
-        table = PrintedTable(
-            box=TABLE_BOX, show_edge=False, show_header=False, padding=(0, 1, 0, 0), pad_edge=False
-        )
+        console.say(f"attention maps, loss {self.model.loss_}", "bold")
+        table = Grid(show_header=False, padding=(0, 1, 0, 0))
         for name, value in self.rows():
             table.add_row(name, value)
         print_whole(console, table)
@@ -138,7 +137,7 @@ class AttentionReport:
             f"{result.n_passes:.1f} reads of the maps",
             f"{result.seconds:.2f} s",
         ]
-        console.print("; ".join([*facts, result.message]), markup=False, soft_wrap=True)
+        console.say("; ".join([*facts, result.message]))
         if self.held_out is None:
             note(
                 "A fit explains the maps it has seen; add --holdout QUERIES KEYS MAPS of another text to "
@@ -164,6 +163,12 @@ class AttentionReport:
         }
 
 
+def require_npy(save: Path | None) -> None:
+    """Raise InputError if an array would be written under a name that promises something else."""
+    if save is not None and save != STREAM and save.suffix.lower() != ".npy":
+        raise InputError(f"--save writes an array; name the file {save.stem}.npy")
+
+
 def read_array(path: Path) -> NDArray[Any]:
     """Read an array in NumPy's format, without copying it into memory.
 
@@ -172,9 +177,10 @@ def read_array(path: Path) -> NDArray[Any]:
     InputError
         If there is no such file, or it is no array.
     """
-    if not path.exists():
-        raise InputError(f"There is no file {path}; check the path (the current folder is {Path.cwd()})")
+    require_input(path)
     try:
+        if path == STREAM:
+            return np.asarray(np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False))
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (ValueError, EOFError, OSError):
         raise InputError(

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table as PrintedTable
 
 from attnfit.cli.cluster import connected
-from attnfit.cli.console import note, problem, stdout
-from attnfit.cli.errors import Debug, InputError, in_options, one_sentence
-from attnfit.cli.output import check_output
+from attnfit.cli.console import Grid, Literal, note, problem, stdout
+from attnfit.cli.errors import Debug, Exit, InputError, in_options, one_sentence
+from attnfit.cli.output import STREAM, check_paths, put, put_json, results
 from attnfit.cli.progress import FitProgress
-from attnfit.cli.report import TABLE_BOX, print_whole
+from attnfit.cli.report import print_whole
 
-# 1 is for a gate that is not passed, 130 for Ctrl-C.
-BAD_INPUT = 2
 STANDARD = "none,float16,int8,int4,noise:0.3,noise:1.0"
 EVERYTHING = (
     "none,float16,bfloat16,int8,int8:channel,int4,int4:channel,noise:0.1,noise:0.3,noise:1.0,noise:2.0,"
@@ -55,7 +52,7 @@ def bad_input(debug: bool) -> Iterator[None]:
         if debug:
             raise
         problem(str(error) if isinstance(error, InputError) else in_options(str(error)))
-        raise typer.Exit(BAD_INPUT) from None
+        raise typer.Exit(Exit.BAD_INPUT) from None
 
 
 @one_sentence
@@ -104,15 +101,19 @@ def audit(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Recover texts from what a model gives away. Exit code 0: fine, 1: above --fail-above, 2: bad input."""
+    """Recover texts from what a model gives away. Exit code 1: more than --fail-above, 3: not all tested."""
     if self_test:
         _self_test(debug)
         return
     with bad_input(debug):
         if model is None:
             raise InputError("MODEL is missing: tiny, smollm2, minilm, a directory or a .gguf file")
-        for path, option in ((report, "--report"), (json_path, "--json"), (checkpoint, "--checkpoint")):
-            check_output(path, option)
+        folder = Path(model)
+        check_paths(
+            {"MODEL": folder if folder.exists() else None, "--texts": texts},
+            {"--report": report, "--json": json_path},
+            {"--checkpoint": checkpoint},
+        )
         given = None if texts is None else read_texts(texts)
         asked = (EVERYTHING if defences == "all" else defences).split(",")
         forms = None if access is None else [form.strip() for form in access.split(",")]
@@ -122,18 +123,22 @@ def audit(
             found = _run(model, given, forms, asked, budget, checkpoint, seed, allow_pickle, progress, dask)
     settings = {"--texts": texts, "--report": report, "--json": json_path, "--fail-above": fail_above}
     found = found.with_command(_command(model, found.settings, defences, settings, redact))
-    show(stdout(), found)
+    show(results(report, json_path), found)
     if report is not None:
-        found.to_html(report, redact=redact)
+        from attnfit.audit.report_html import render
+
+        put(report, render(found, redact))
     if json_path is not None:
-        found.to_json(json_path, redact=redact)
+        put_json(json_path, found.as_json(redact=redact))
     if found.coverage:
         note(_how_to_go_on(found.coverage, checkpoint))
     if found.interrupted:
         problem("Stopped before the end; what was done until then is in the report.")
-        raise typer.Exit(130)
+        raise typer.Exit(Exit.STOPPED)
     if fail_above is not None:
         _gate(found, fail_above)
+    if found.coverage:
+        raise typer.Exit(Exit.OPEN)
 
 
 def _run(
@@ -181,10 +186,11 @@ def read_texts(path: Path) -> dict[int, str]:
     InputError
         If there is no such file, or no text in it.
     """
-    if not path.is_file():
+    if path != STREAM and not path.is_file():
         raise InputError(f"There is no file {path}; check the path (the current folder is {Path.cwd()})")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        data = sys.stdin.buffer.read() if path == STREAM else path.read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not text in UTF-8 (byte {error.start}); save it again as UTF-8"
@@ -195,12 +201,12 @@ def read_texts(path: Path) -> dict[int, str]:
     return found
 
 
-def show(console: Console, found: Any) -> None:
+def show(console: Literal, found: Any) -> None:
     """Print the verdict, the share of tokens recovered for every combination, and what to change."""
     from attnfit.audit.advice import percent
 
-    console.print(found.verdict, style="bold", markup=False, soft_wrap=True)
-    table = PrintedTable(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    console.say(found.verdict, "bold")
+    table = Grid(padding=(0, 1, 0, 0))
     for name in ("access", *found.settings.defences):
         table.add_column(name, justify="left" if name == "access" else "right", no_wrap=True)
     for access in found.settings.access:
@@ -209,27 +215,34 @@ def show(console: Console, found: Any) -> None:
         table.add_row(access, *shares)
     print_whole(console, table)
     legend = "Share of tokens recovered; ?: not tested, =: no defence of outputs changes it."
-    console.print(legend, style="dim")
+    console.say(legend, "dim")
     for sentence in found.advice:
-        console.print(f"\n{sentence}", markup=False, soft_wrap=True)
-    console.print(f"\n{found.seconds:.0f} s", markup=False)
+        console.say(f"\n{sentence}")
+    console.say(f"\n{found.seconds:.0f} s")
 
 
 def _gate(found: Any, limit: float) -> None:
-    """Exit with 1 unless every combination asked for was tested and lets little enough through."""
+    """Exit unless every combination asked for was tested and lets little enough through: with 1 where one
+    lets more through, with 3 where none did but some were not tested.
+    """
     from attnfit.audit.advice import percent
 
     failures = found.failures(limit)
+    leaks = sorted((pair for pair in failures if pair.tested), key=lambda pair: -pair.token_share)
+    untested = [f"{pair.access} with {pair.defence}" for pair in failures if not pair.tested]
+    if leaks:
+        shares = [f"{pair.access} with {pair.defence} {percent(pair.token_share)}" for pair in leaks]
+        problem(f"Above {percent(limit)} of tokens: {_some(shares)}")
+    if untested:
+        problem(f"Not tested, so not known to stay below {percent(limit)} of tokens: {_some(untested)}")
     if failures:
-        failures = sorted(failures, key=lambda pair: -pair.token_share)
-        told = [
-            f"{p.access} with {p.defence} {percent(p.token_share) if p.tested else 'not tested'}"
-            for p in failures[:MAX_NAMED]
-        ]
-        told += [f"{len(failures) - MAX_NAMED} more"] if len(failures) > MAX_NAMED else []
-        problem(f"Above {percent(limit)} of tokens: {', '.join(told)}")
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.BAD_NEWS if leaks else Exit.OPEN)
     note(f"No access with a defence asked for gives away more than {percent(limit)} of the tokens.")
+
+
+def _some(names: list[str]) -> str:
+    more = [f"{len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
+    return ", ".join([*names[:MAX_NAMED], *more])
 
 
 def _command(model: str | None, settings: Any, defences: str, others: dict[str, Any], redact: bool) -> str:
@@ -251,10 +264,10 @@ def _self_test(debug: bool) -> None:
     console = stdout()
     for check in checks:
         style, mark = ("green", "pass") if check.passed else ("bold red", "FAIL")
-        console.print(f"{mark}  {check}", style=style, markup=False, soft_wrap=True)
+        console.say(f"{mark}  {check}", style)
     failed = [check.name for check in checks if not check.passed]
     seconds = sum(check.seconds for check in checks)
     if failed:
         problem(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
-        raise typer.Exit(1)
-    console.print(f"All {len(checks)} checks passed in {seconds:.1f} s.")
+        raise typer.Exit(Exit.BAD_NEWS)
+    console.say(f"All {len(checks)} checks passed in {seconds:.1f} s.")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from attnfit.cli.errors import Debug, InputError, one_sentence
+from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
 
 
 @one_sentence
@@ -33,4 +33,6 @@ def bench(
             [sys.executable, "-m", "benchmarks.run", table, *names[len(tables) :]], check=False
         )
         if done.returncode:
-            raise typer.Exit(done.returncode)
+            # argparse has the same code for a wrong option.
+            bad = done.returncode == Exit.BAD_INPUT
+            raise typer.Exit(Exit.BAD_INPUT if bad else Exit.BAD_NEWS)

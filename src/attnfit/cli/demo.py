@@ -11,13 +11,11 @@ from decimal import Decimal
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from attnfit.cli.console import problem, stdout
-from attnfit.cli.errors import Debug, one_sentence
-from attnfit.cli.report import TABLE_BOX, certificate_radius, print_whole, width_of
+from attnfit.cli.console import Grid, Literal, problem, stdout
+from attnfit.cli.errors import Debug, Exit, one_sentence
+from attnfit.cli.report import certificate_radius, print_whole, width_of
 from attnfit.datasets import Dataset, Reference, load_austrian_flows, load_car_shares, load_travel_mode
 
 LOSSES = {"cross_entropy": "cross entropy", "squared": "squared"}
@@ -126,12 +124,13 @@ def _compare(label: str, ours: Any, reference: float | None) -> Comparison:
     return Comparison(label, float(ours), float(reference) if known and reference is not None else None)
 
 
-def table(data: Dataset, fits: dict[str, Fit], gap: int) -> Table:
+def table(data: Dataset, fits: dict[str, Fit], gap: int) -> Grid:
     """Lay out the fits of a data set side by side."""
-    view = Table(box=TABLE_BOX, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
+    view = Grid(padding=(0, gap, 0, 0))
     view.add_column("", no_wrap=True)
     for loss in fits:
-        view.add_column(LOSSES[loss].replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
+        head = Text(LOSSES[loss].replace(" ", "\n"))
+        view.add_column(head, justify="right", no_wrap=True, vertical="bottom")
         view.add_column("reference", justify="right", no_wrap=True)
         view.add_column("off by", justify="right", no_wrap=True)
     by_label = {loss: {c.label: c for c in one.comparisons} for loss, one in fits.items()}
@@ -145,10 +144,10 @@ def table(data: Dataset, fits: dict[str, Fit], gap: int) -> Table:
     return view
 
 
-def show(console: Console, data: Dataset, fits: dict[str, Fit]) -> None:
+def show(console: Literal, data: Dataset, fits: dict[str, Fit]) -> None:
     """Print a data set's table, one loss below the other where the terminal is narrow."""
     size = f"{len(data.b):,} rows in {len(set(data.groups.tolist()))} groups"
-    console.print(f"\n[bold]{data.name}[/bold]: {size}", soft_wrap=True)
+    console.say(f"\n{data.name}: {size}", "bold")
     one_by_one = [{loss: one} for loss, one in fits.items()]
     layouts = [[table(data, part, gap) for part in parts] for parts in ([fits], one_by_one) for gap in (1, 0)]
     for view in next(
@@ -156,11 +155,9 @@ def show(console: Console, data: Dataset, fits: dict[str, Fit]) -> None:
     ):
         print_whole(console, view)
     if any(c.label.startswith(DUMMIES) for c in fits["cross_entropy"].comparisons):
-        console.print(f"{DUMMIES}one more column a destination (doubly constrained model)", style="dim")
+        console.say(f"{DUMMIES}one more column a destination (doubly constrained model)", "dim")
     for loss in fits:
-        console.print(
-            f"{LOSSES[loss]} reference: {data.references[loss].source}", style="dim", soft_wrap=True
-        )
+        console.say(f"{LOSSES[loss]} reference: {data.references[loss].source}", "dim")
 
 
 @one_sentence
@@ -187,14 +184,12 @@ def demo(debug: Debug = False) -> None:
         count += len(compared)
         wrong += [f"{c.label} of {data.name} ({LOSSES[loss]})" for loss, c in compared if not c.agrees]
         if data.name == "Travel mode choice":
-            console.print(TRAP, style="yellow", soft_wrap=True)
+            console.say(TRAP, "yellow")
     if wrong:
         problem(
             f"{len(wrong)} of {count} numbers differ in a printed digit of the reference: {', '.join(wrong)}"
         )
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.BAD_NEWS)
     seconds = time.perf_counter() - began
-    console.print(
-        f"\nAll {count} numbers agree with their references in every printed digit ({seconds:.1f} s).",
-        style="green",
-    )
+    told = f"All {count} numbers agree with their references in every printed digit ({seconds:.1f} s)."
+    console.say(f"\n{told}", "green")

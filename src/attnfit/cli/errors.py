@@ -1,19 +1,50 @@
-"""Bad input ends in one sentence and exit code 1."""
+"""How commands end: the exit codes of all of them, and one sentence where something is wrong."""
 
 from __future__ import annotations
 
+import dis
+import os
 import re
+import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from enum import IntEnum
 from functools import wraps
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
 
-from attnfit.cli.console import note, problem
+from attnfit.cli.console import note, problem, silence
+from attnfit.version import __version__
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Exit(IntEnum):
+    """What the exit code of every command means."""
+
+    GOOD = 0
+    BAD_NEWS = 1
+    BAD_INPUT = 2
+    OPEN = 3
+    UNEXPECTED = 70
+    STOPPED = 130
+
+
+MEANINGS = {
+    Exit.GOOD: "done, and nothing bad was found",
+    Exit.BAD_NEWS: "bad news: a leak over the limit, not converged, separable, not equal",
+    Exit.BAD_INPUT: "bad input: options, data, files that cannot be read or written",
+    Exit.OPEN: "nothing bad seen, but not all was tested or it is not certain",
+    Exit.UNEXPECTED: "an error of attnfit itself; a file with its traceback is named",
+    Exit.STOPPED: "stopped by Ctrl-C",
+}
+# The lines stay apart: click would fill them to a paragraph.
+EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {MEANINGS[code]}" for code in Exit)
 
 
 class InputError(Exception):
@@ -21,9 +52,9 @@ class InputError(Exception):
 
 
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn exceptions of a command into a sentence, and the library's warnings into notes.
+    """Turn exceptions of a command into a sentence and an exit code, and the library's warnings into notes.
 
-    The command has a parameter ``debug``; when it is set, exceptions pass unchanged.
+    The command has a parameter ``debug``; when it is set, the traceback is printed too.
     """
 
     @wraps(command)
@@ -33,16 +64,20 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
                 warnings.showwarning = _as_note  # type: ignore[assignment]
                 warnings.simplefilter("once")
                 command(**options)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+        except (typer.Exit, typer.Abort):
             raise
+        except BrokenPipeError:
+            # Nobody reads the results any more: there is no one to tell either.
+            silence(sys.stdout)
         except KeyboardInterrupt:
             problem("Stopped before the end; nothing was written.")
-            raise typer.Exit(130) from None
+            raise typer.Exit(Exit.STOPPED) from None
         except Exception as error:
             if options["debug"]:
-                raise
-            problem(_describe(error))
-            raise typer.Exit(1) from None
+                traceback.print_exc()
+            sentence, code = _describe(error)
+            problem(sentence)
+            raise typer.Exit(code) from None
 
     return wrapped
 
@@ -70,17 +105,53 @@ def suggest(word: str, choices: Iterable[str], otherwise: str = "it must be one 
     return f"; {otherwise}: {shown}"
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception) -> tuple[str, Exit]:
+    """Return what to say of an error, and the exit code."""
+    from attnfit.solvers import CheckpointError
+
+    if isinstance(error, InputError):
+        return str(error), Exit.BAD_INPUT
     # The library's own messages already name argument, index and remedy.
-    if isinstance(error, InputError | ValueError | OverflowError):
-        return str(error) if isinstance(error, InputError) else in_options(str(error))
+    if isinstance(error, CheckpointError) or (
+        isinstance(error, ValueError | OverflowError | ModuleNotFoundError) and _is_deliberate(error)
+    ):
+        return in_options(str(error)), Exit.BAD_INPUT
     if isinstance(error, MemoryError) and "memory_limit" in str(error):
-        return in_options(str(error))
+        return in_options(str(error)), Exit.BAD_INPUT
     if isinstance(error, MemoryError):
-        return "Not enough memory for this file; keep only the columns you need, or use parquet."
+        remedy = "Not enough memory for this file; keep only the columns you need, or use parquet."
+        return remedy, Exit.BAD_INPUT
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return f"{type(error).__name__}: {error} (unexpected; add --debug to see where, and please report it)"
+        where = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror if "checkpoint" in error.strerror else error.strerror.lower()
+        return f"{where}{reason}", Exit.BAD_INPUT
+    told = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"{told} (unexpected; {_kept(error)} please report it)", Exit.UNEXPECTED
+
+
+def _is_deliberate(error: BaseException) -> bool:
+    """Whether attnfit or scikit-learn's validation raised it in so many words, rather than stumbled."""
+    at: TracebackType | None = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None or at.tb_lasti < 0:
+        return True
+    name = str(at.tb_frame.f_globals.get("__name__", ""))
+    code = at.tb_frame.f_code.co_code
+    said = dis.opname[code[at.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+    return said and name.partition(".")[0] in ("attnfit", "sklearn")
+
+
+def _kept(error: Exception) -> str:
+    """Keep the traceback in a file of the user's own; say where."""
+    told = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="attnfit-traceback-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(f"attnfit {__version__}, Python {sys.version.split()[0]}\n\n{told}")
+    except OSError:
+        return "add --debug to see where, and"
+    return f"the traceback is in {path}; look what it tells of your data, and"
 
 
 def _as_note(message: Warning | str, *_: Any) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from attnfit.cli.errors import InputError, suggest
 from attnfit.cli.models import predict_named
+from attnfit.cli.output import put
 from attnfit.cli.report import FitReport
+from attnfit.writing import rendered
 
 
 def check_plot(path: Path) -> None:
@@ -21,6 +23,12 @@ def check_plot(path: Path) -> None:
     kind = path.suffix.lstrip(".").lower()
     if kind not in kinds:
         raise InputError(f"--plot: no picture can be written as {path.name!r}{suggest(kind, kinds)}")
+
+
+def put_figure(path: Path, figure: Any) -> None:
+    """Write a picture in the format of its name."""
+    kind = path.suffix.lstrip(".").lower()
+    put(path, rendered(lambda stream: figure.savefig(stream, format=kind)))
 
 
 def draw(path: Path, estimator: Any, X: Any, inputs: dict[str, Any], report: FitReport) -> None:
@@ -39,5 +47,7 @@ def draw(path: Path, estimator: Any, X: Any, inputs: dict[str, Any], report: Fit
         report.columns["name"], report.columns["coefficient"], report.columns["standard_error"], ax=middle
     )
     plots.convergence(report.result.history, ax=right)
-    figure.suptitle("; ".join([report.title, *report.facts()[:2]]), x=0.01, ha="left", fontsize=11)
-    figure.savefig(path)
+    title = figure.suptitle("; ".join([report.title, *report.facts()[:2]]), x=0.01, ha="left", fontsize=11)
+    # A dollar in a name is no formula.
+    title.set_parse_math(False)
+    put_figure(path, figure)

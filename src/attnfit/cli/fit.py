@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
@@ -15,13 +14,13 @@ import typer
 
 from attnfit.cli import columns
 from attnfit.cli.columns import Roles
-from attnfit.cli.console import note, problem, stdout
-from attnfit.cli.errors import Debug, InputError, one_sentence
+from attnfit.cli.console import note, problem
+from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
 from attnfit.cli.large import Scale, fit_large
 from attnfit.cli.models import CONSTANT, FUNCTIONS, LOSSES, check_options, fit_named, new_model
-from attnfit.cli.output import check_output
+from attnfit.cli.output import check_paths, put, put_json, results
 from attnfit.cli.progress import FitProgress
-from attnfit.cli.report import FitReport
+from attnfit.cli.report import FitReport, end_of_fit
 from attnfit.cli.tables import Table, read_table
 
 
@@ -96,8 +95,8 @@ def fit(
     """Fit a model to the columns of a file and print its coefficients."""
     given = {"loss": loss, "function": function, "group": group, "outside_good": outside_good or None}
     check_options(model, given)
-    for path, option in ((save, "--save"), (plot, "--plot"), (json_path, "--json")):
-        check_output(path, option)
+    outputs = {"--save": save, "--plot": plot, "--json": json_path}
+    check_paths({"DATA": data}, outputs, {"--checkpoint": checkpoint})
     scale = Scale(dask, memory_limit, checkpoint, resume=not afresh)
     if scale.is_large and (plot is not None or constant):
         option = "--plot" if plot is not None else "--constant"
@@ -122,13 +121,15 @@ def fit(
             estimator = new_model(model, parameters)
             progress.watch(estimator)
             fit_named(estimator, X, used, inputs)
+        end_of_fit(estimator.result_)
         progress.say("standard errors and certificate")
         report = make_report(estimator, model, target)
-    report.show(stdout())
+    report.show(results(save, json_path))
     if save is not None:
-        estimator.save(save)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        from attnfit.estimators.files import dumps
+
+        put(save, dumps(estimator))
+    put_json(json_path, report.as_json())
     if plot is not None:
         from attnfit.cli.figure import draw
 
@@ -138,7 +139,7 @@ def fit(
         note(report.message)
     elif not report.result.converged:
         problem(report.message)
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.BAD_NEWS)
 
 
 def read_inputs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table as PrintedTable
 
-from attnfit.cli.attention import read_array
-from attnfit.cli.console import note, stdout
-from attnfit.cli.errors import Debug, InputError, one_sentence
-from attnfit.cli.output import check_output
+from attnfit.cli.attention import read_array, require_npy
+from attnfit.cli.console import Grid, Literal, note
+from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
+from attnfit.cli.output import check_paths, put, put_json, require_input, results
 from attnfit.cli.progress import FitProgress
-from attnfit.cli.report import TABLE_BOX, certificate_radius, print_whole
+from attnfit.cli.report import certificate_radius, print_whole
+from attnfit.writing import rendered
 
 # More tokens than this are for a file, not for a screen.
 MAX_SHOWN = 40
-# 1 is for bad input, as everywhere, and 2 for a wrong command.
-NOT_RECOVERED = 3
 # What rounding leaves of an output, by its number type; the library's defaults are for float64.
 PRECISIONS = {"float16": 1e-3, "float32": 1e-6}
 
@@ -59,19 +55,17 @@ def invert(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Recover the tokens that gave an attention output. Exit code 0: recovered, 1: bad input, 3: not."""
-    for path, option in ((save, "--save"), (plot, "--plot"), (json_path, "--json")):
-        check_output(path, option)
-    if save is not None and save.suffix.lower() != ".npy":
-        raise InputError(f"--save writes an array; name the file {save.stem}.npy")
+    """Recover the tokens that gave an attention output. Exit code 0: recovered, 3: not, or not for certain."""
+    inputs = {"LAYER": layer, "OUTPUT": output, "--embedding": embedding, "--known": known}
+    check_paths(inputs, {"--save": save, "--plot": plot, "--json": json_path})
+    require_npy(save)
     if mask not in (None, "causal"):
         raise InputError(f"--mask can be causal only, not {mask!r}; store another mask as tensor in {layer}")
     if plot is not None:
         from attnfit.cli.figure import check_plot
 
         check_plot(plot)
-    if not layer.exists():
-        raise InputError(f"There is no file {layer}; check the path (the current folder is {Path.cwd()})")
+    require_input(layer)
     progress = FitProgress()
     with progress:
         B = read_array(output)
@@ -95,15 +89,14 @@ def invert(
         except ValueError as error:
             raise InputError(str(error).replace("vocabulary", "--embedding")) from None
     report = InversionReport(problem, found, perf_counter() - began)
-    report.show(stdout())
+    report.show(results(save, json_path))
     if save is not None:
-        np.save(save, problem.tokens(found.x))
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        put(save, rendered(lambda stream: np.save(stream, problem.tokens(found.x))))
+    put_json(json_path, report.as_json())
     if plot is not None:
         _draw(plot, found.identifiability)
     if found.verdict != "recovered":
-        raise typer.Exit(NOT_RECOVERED)
+        raise typer.Exit(Exit.OPEN)
 
 
 @dataclass(frozen=True)
@@ -143,12 +136,10 @@ class InversionReport:
         rows.append(("certificate radius", radius))
         return rows
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Literal) -> None:
         """Print the report, the verdict first."""
-        console.print(self.found.message, style="bold", markup=False, soft_wrap=True)
-        table = PrintedTable(
-            box=TABLE_BOX, show_edge=False, show_header=False, padding=(0, 1, 0, 0), pad_edge=False
-        )
+        console.say(self.found.message, "bold")
+        table = Grid(show_header=False, padding=(0, 1, 0, 0))
         for name, value in self.rows():
             table.add_row(name, value)
         print_whole(console, table)
@@ -156,11 +147,11 @@ class InversionReport:
             self._show_tokens(console)
         if self.found.verdict == "recovered" and not self.found.certificate.valid:
             note(f"No certificate: {self.found.certificate.reason}")
-        console.print(f"{self.seconds:.2f} s", markup=False)
+        console.say(f"{self.seconds:.2f} s")
 
-    def _show_tokens(self, console: Console) -> None:
+    def _show_tokens(self, console: Literal) -> None:
         """Print the row of each token, and what is left of the output with the best other row."""
-        table = PrintedTable(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Grid(padding=(0, 1, 0, 0))
         for name in ("token", "row", "residual with another"):
             table.add_column(name, justify="right", no_wrap=True)
         pairs = zip(self.layer.unknown, self.found.tokens, self.found.margins, strict=True)
@@ -209,6 +200,7 @@ def _draw(path: Path, at: Any) -> None:
     if at.singular_values is None:
         note(f"No picture: a spectrum of {at.n_unknowns:,} unknowns is too large to compute.")
         return
+    from attnfit.cli.figure import put_figure
     from attnfit.plots import jacobian_spectrum
 
-    jacobian_spectrum(at).savefig(path)
+    put_figure(path, jacobian_spectrum(at))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +11,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table as PrintedTable
 
 from attnfit.cli import columns
-from attnfit.cli.console import note, problem, stdout
-from attnfit.cli.errors import Debug, InputError, one_sentence
-from attnfit.cli.output import check_output
-from attnfit.cli.report import TABLE_BOX, print_whole
+from attnfit.cli.attention import read_array
+from attnfit.cli.console import Grid, Literal, note, problem
+from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
+from attnfit.cli.output import STREAM, check_paths, put, put_json, results
+from attnfit.cli.report import end_of_fit, print_whole
 from attnfit.cli.tables import Table, read_table
 
 Array = NDArray[np.float64]
@@ -51,9 +50,8 @@ def fit_mixture(
     debug: Debug = False,
 ) -> None:
     """Find the proportions of signatures in mixtures, >= 0 and summing to one, each with its duality gap."""
-    for path, option in ((save, "--save"), (json_path, "--json")):
-        check_output(path, option)
-    if save is not None and save.suffix.lower() != ".csv":
+    check_paths({"SIGNATURES": signatures, "SPECTRA": spectra}, {"--save": save, "--json": json_path})
+    if save is not None and save != STREAM and save.suffix.lower() != ".csv":
         raise InputError(f"--save writes CSV; name the file {save.stem}.csv")
     dictionary, mixtures = _read(signatures, band), _read(spectra, band)
     if len(dictionary.values) != len(mixtures.values):
@@ -69,6 +67,7 @@ def fit_mixture(
 
     mixture = TwoLayer(None, dictionary.values, mixtures.values, "identity")
     result = minimize(mixture)
+    end_of_fit(result)
     report = MixtureReport(
         signatures=dictionary.names,
         mixtures=mixtures.names,
@@ -78,14 +77,13 @@ def fit_mixture(
         result=result,
         n_bands=len(mixtures.values),
     )
-    report.show(stdout())
+    report.show(results(save, json_path))
     if save is not None:
-        report.write(save)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        put(save, report.as_csv())
+    put_json(json_path, report.as_json())
     if not result.converged:
         problem(result.message)
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.BAD_NEWS)
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,9 @@ class MixtureReport:
     result: Any
     n_bands: int
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Literal) -> None:
         """Print the first right-hand sides and a line of totals."""
-        table = PrintedTable(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Grid(padding=(0, 1, 0, 0))
         for name in ("", *self.signatures, "residual", "duality gap"):
             table.add_column(name, justify="left" if not name else "right", no_wrap=True)
         for j, name in enumerate(self.mixtures[:MAX_SHOWN]):
@@ -134,7 +132,7 @@ class MixtureReport:
         hidden = len(self.mixtures) - MAX_SHOWN
         if hidden > 0:
             note(f"{hidden:,} more right-hand sides are not shown; write all of them with --save.")
-        console.print("; ".join(self.facts()), markup=False, soft_wrap=True)
+        console.say("; ".join(self.facts()))
 
     def facts(self) -> list[str]:
         """Return the closing line in pieces."""
@@ -153,14 +151,15 @@ class MixtureReport:
                 facts.append(f"proportions {verdict} in {n:,}")
         return facts
 
-    def write(self, path: Path) -> None:
-        """Write one row a right-hand side."""
-        with path.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["mixture", *self.signatures, "residual_norm", "duality_gap"])
-            for j, name in enumerate(self.mixtures):
-                numbers = [*self.proportions[:, j], self.residual_norms[j], self.certificate.gap[j]]
-                writer.writerow([name, *(repr(float(number)) for number in numbers)])
+    def as_csv(self) -> str:
+        """Return one row a right-hand side."""
+        stream = io.StringIO()
+        writer = csv.writer(stream)
+        writer.writerow(["mixture", *self.signatures, "residual_norm", "duality_gap"])
+        for j, name in enumerate(self.mixtures):
+            numbers = [*self.proportions[:, j], self.residual_norms[j], self.certificate.gap[j]]
+            writer.writerow([name, *(repr(float(number)) for number in numbers)])
+        return stream.getvalue()
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -219,16 +218,9 @@ def _read(path: Path, band: str | None) -> Matrix:
 
 
 def _read_npy(path: Path, band: str | None) -> Matrix:
-    if not path.exists():
-        raise InputError(f"There is no file {path}; check the path (the current folder is {Path.cwd()})")
+    values = read_array(path)
     if band is not None:
         raise InputError(f"{path} has no column names, so --band cannot be used with it; leave it out")
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
-        raise InputError(
-            f"{path} is not an array in NumPy's format; write it again with numpy.save"
-        ) from None
     if values.ndim == 1:
         values = values[:, None]
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiub":

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +13,8 @@ from attnfit.cli import columns
 from attnfit.cli.console import note
 from attnfit.cli.errors import Debug, InputError, one_sentence
 from attnfit.cli.models import model_matrix, predict_named, read_model
-from attnfit.cli.output import check_output
+from attnfit.cli.output import STREAM, check_paths, put
+from attnfit.writing import rendered
 from attnfit.cli.tables import Array, Table, csv_reader, is_parquet, parquet_backend, read_table
 
 PREDICTED = "predicted"
@@ -27,7 +26,7 @@ def predict(
     data: Annotated[
         Path, typer.Argument(help="CSV or parquet file with the model's columns", metavar="DATA")
     ],
-    output: Annotated[Path | None, typer.Option(help="File to write.", show_default="print CSV")] = None,
+    output: Annotated[Path, typer.Option(help="File to write.", show_default="print CSV")] = STREAM,
     group: Annotated[
         str | None, typer.Option(help="Column of the market, traveller or origin of a row.")
     ] = None,
@@ -35,8 +34,8 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Add a column of predictions to a file."""
-    check_output(output, "--output")
-    if output is not None and is_parquet(output) and not is_parquet(data):
+    check_paths({"MODEL": model, "DATA": data}, {"--output": output})
+    if is_parquet(output) and not is_parquet(data):
         raise InputError(f"--output: {data} is text, so its copy is too; give a name that ends in .csv")
     estimator = read_model(model)
     if group is not None and not hasattr(estimator, "n_groups_"):
@@ -55,32 +54,35 @@ def predict(
         where["offset"] = columns.numbers(table, offset, "--offset")
     predicted = predict_named(estimator, model_matrix(table, estimator), where)
     if not is_parquet(data):
-        write_csv(table, predicted, output)
-    elif output is not None and is_parquet(output):
-        with_prediction(table, predicted).write_parquet(str(output))
+        put(output, as_csv(table, predicted))
+    elif is_parquet(output):
+        put(output, rendered(with_prediction(table, predicted).write_parquet))
     else:
-        write_frame_csv(table, predicted, output)
-    if output is not None:
+        put(output, frame_as_csv(table, predicted))
+    if output != STREAM:
         note(f"{len(predicted):,} rows with a column {PREDICTED!r} written to {output}.")
 
 
-def write_csv(table: Table, predicted: Array, output: Path | None) -> None:
-    """Copy a CSV file as it stands, with one more column."""
-    with csv_reader(table.path) as reader, opened(output) as stream:
+def as_csv(table: Table, predicted: Array) -> str:
+    """Return a CSV file as it stands, with one more column."""
+    stream = io.StringIO()
+    with csv_reader(table.path) as reader:
         writer = csv.writer(stream, lineterminator="\n")
         next(reader)
         writer.writerow([*table.names, PREDICTED])
         rows = (row for row in reader if row)
         writer.writerows([*row, repr(float(value))] for row, value in zip(rows, predicted, strict=True))
+    return stream.getvalue()
 
 
-def write_frame_csv(table: Table, predicted: Array, output: Path | None) -> None:
-    """Write a parquet file's rows as CSV, with one more column."""
+def frame_as_csv(table: Table, predicted: Array) -> str:
+    """Return a parquet file's rows as CSV, with one more column."""
     frame = with_prediction(table, predicted)
-    with opened(output) as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(frame.columns)
-        writer.writerows(frame.iter_rows())
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(frame.columns)
+    writer.writerows(frame.iter_rows())
+    return stream.getvalue()
 
 
 def with_prediction(table: Table, predicted: Array) -> Any:
@@ -90,13 +92,3 @@ def with_prediction(table: Table, predicted: Array) -> Any:
     backend = parquet_backend()
     frame = nw.read_parquet(str(table.path), backend=backend)
     return frame.with_columns(nw.new_series(PREDICTED, predicted, nw.Float64, backend=backend))
-
-
-@contextmanager
-def opened(output: Path | None) -> Iterator[TextIO]:
-    """Open a file to write, or lend stdout."""
-    if output is None:
-        yield sys.stdout
-        return
-    with output.open("w", encoding="utf-8", newline="") as stream:
-        yield stream

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
+import typer
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from attnfit.cli.errors import in_options
+from attnfit.cli.console import Grid, Literal, problem
+from attnfit.cli.errors import Exit, in_options
 
-TABLE_BOX = box.SIMPLE_HEAD
 # Headers of the columns of `Summary.columns`.
 HEADERS = {
     "name": "",
@@ -126,12 +126,12 @@ class FitReport:
             )
         return remarks
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Literal) -> None:
         """Print the report."""
-        console.print(self.title, style="bold", markup=False, soft_wrap=True)
+        console.say(self.title, "bold")
         print_whole(console, _fitting(self.columns, console))
         for line in ["; ".join(self.facts()), *self.remarks()]:
-            console.print(line, markup=False, soft_wrap=True)
+            console.say(line)
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain data; what is not finite becomes None."""
@@ -167,6 +167,14 @@ class FitReport:
         return report
 
 
+def end_of_fit(result: Any) -> None:
+    """End the command where the user has stopped the fit: a half-done one is written nowhere."""
+    if result.status == "interrupted":
+        told = " The same command goes on from the checkpoint." if "checkpoint" in result.message else ""
+        problem(f"Stopped before the end; nothing was written.{told}")
+        raise typer.Exit(Exit.STOPPED)
+
+
 def certificate_radius(certificate: Any) -> str:
     """Return the radius, or none."""
     return f"{certificate.radius:.1e}" if certificate.valid else "none"
@@ -200,7 +208,7 @@ def _fitting(columns: dict[str, list[Any]], console: Console) -> Table:
 
 
 def _coefficients(columns: dict[str, list[Any]]) -> Table:
-    table = Table(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Grid(padding=(0, 1, 0, 0))
     for k, name in enumerate(columns):
         table.add_column(HEADERS[name], justify="right" if k else "left", no_wrap=True)
     for row in zip(*columns.values(), strict=True):

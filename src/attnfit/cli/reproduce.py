@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table as PrintedTable
 
 from attnfit.cli.audit import AuditProgress, bad_input, read_texts
-from attnfit.cli.console import stdout
+from attnfit.cli.console import Grid, Literal, stdout
 from attnfit.cli.errors import Debug, InputError, one_sentence, suggest
-from attnfit.cli.report import TABLE_BOX, print_whole
+from attnfit.cli.output import check_paths, put, put_json
+from attnfit.cli.report import print_whole
 
 Options = dict[str, Any]
 # Those of `attnfit.reproduction`, whose imports --help should not wait for.
@@ -38,14 +36,15 @@ def reproduce(
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Run a paper's experiment again, and say which of its claims hold. Exit code 2: bad input."""
+    """Run a paper's experiment again, and say which of its claims hold."""
     with bad_input(debug):
         if paper not in (*PAPERS, "all"):
             raise InputError(f"There is no paper {paper!r}{suggest(paper, [*PAPERS, 'all'])}")
-        if out is not None and out.exists() and not out.is_dir():
-            raise InputError(f"--out: {out} is a file; name a folder")
+        papers = list(PAPERS) if paper == "all" else [paper]
+        if out is not None:
+            _prepare(out, papers, {"--texts": texts, "--model": Path(model)})
         options = {"quick": quick, "out": out, "model": model, "texts": texts, "seed": seed}
-        for name in PAPERS if paper == "all" else [paper]:
+        for name in papers:
             PAPERS[name](options)
 
 
@@ -78,16 +77,15 @@ def page_of(paper: str, options: Options) -> None:
 
         page = measure(paper, quick=options["quick"])
     console = stdout()
-    console.print(f"{paper}: {page.paper}", style="bold", markup=False, soft_wrap=True)
+    console.say(f"{paper}: {page.paper}", "bold")
     for claim in page.claims:
         style, mark = {True: ("green", "held"), False: ("red", "not held"), None: ("yellow", "open")}[
             claim.held
         ]
         told = f"{mark}: claimed: {claim.claimed}; measured: {claim.measured}"
-        console.print(told, style=style, markup=False, soft_wrap=True)
-    console.print(f"{page.seconds:.0f} s", markup=False)
+        console.say(told, style)
+    console.say(f"{page.seconds:.0f} s")
     if options["out"] is not None:
-        options["out"].mkdir(parents=True, exist_ok=True)
         page.to_json(options["out"] / f"{paper}.json")
         quick = " --quick" if options["quick"] else ""
         page.to_html(options["out"] / f"{paper}.html", f"attnfit reproduce {paper}{quick}")
@@ -100,16 +98,16 @@ PAPERS: dict[str, Callable[[Options], None]] = {
 }
 
 
-def show_data_recovery(console: Console, found: Any) -> None:
+def show_data_recovery(console: Literal, found: Any) -> None:
     """Print the claims, and the table of the paper."""
     runs = f"{found.losses.shape[1]} runs of {found.steps_taken:,} steps of size {found.step_size:g}"
     head = f"data-recovery on {found.model}: {runs}"
-    console.print(head, style="bold", markup=False, soft_wrap=True)
+    console.say(head, "bold")
     for claim in found.claims:
         style, mark = ("green", "held") if claim.held else ("red", "not held")
         told = f"{mark}: {claim.what}: claimed {claim.claimed}; measured {claim.measured}"
-        console.print(told, style=style, markup=False, soft_wrap=True)
-    table = PrintedTable(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+        console.say(told, style)
+    table = Grid(padding=(0, 1, 0, 0))
     for name in ("step", "loss a position", "success"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("text of the run that ends best", no_wrap=True)
@@ -118,14 +116,27 @@ def show_data_recovery(console: Console, found: Any) -> None:
         table.add_row(f"{step:,}", f"{loss:.2f}", f"{success[step]:.2f}", text)
     print_whole(console, table)
     ours = f"recover_masked: {found.n_found} of {len(found.found)} texts"
-    console.print(f"{ours}; {found.seconds:.0f} s in all", markup=False)
+    console.say(f"{ours}; {found.seconds:.0f} s in all")
+
+
+def _prepare(folder: Path, papers: list[str], inputs: dict[str, Path | None]) -> None:
+    """Make the folder, unless a page would be written over an input."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out: {folder} is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--out: {folder} lies below a file; name a folder") from None
+    endings = [".json", ".html"]
+    charts = ["data-recovery-loss.svg", "data-recovery-success.svg"] if "data-recovery" in papers else []
+    pages = [f"{paper}{ending}" for paper in papers for ending in endings] + charts
+    check_paths(inputs, {f"--out {page}": folder / page for page in pages})
 
 
 def _write(folder: Path, found: Any) -> None:
     from attnfit.audit.reproduction_html import STYLE, figures, render
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data-recovery.json").write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
-    (folder / "data-recovery.html").write_text(render(found), encoding="utf-8")
+    put_json(folder / "data-recovery.json", found.as_json())
+    put(folder / "data-recovery.html", render(found))
     for name, chart in zip(("loss", "success"), figures(found), strict=True):
-        (folder / f"data-recovery-{name}.svg").write_text(chart.svg(STYLE), encoding="utf-8")
+        put(folder / f"data-recovery-{name}.svg", chart.svg(STYLE))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, is_dataclass
 from math import isfinite
 from os import PathLike
@@ -20,7 +19,7 @@ from attnfit import solvers
 from attnfit.estimators import model_header
 from attnfit.estimators.model_header import ModelFileError
 from attnfit.solvers import History, Result, Status
-from attnfit.solvers.checkpoint_file import replace_file
+from attnfit.writing import write as write_file
 
 FORMAT_VERSION = 1
 HEADER, DIGEST = "attnfit", "sha256"
@@ -28,6 +27,11 @@ HEADER, DIGEST = "attnfit", "sha256"
 
 def save(model: Any, path: str | PathLike[str]) -> None:
     """Write a fitted estimator; see `attnfit.estimators.base.BaseRegressor.save`."""
+    write_file(path, dumps(model))
+
+
+def dumps(model: Any) -> bytes:
+    """Return what `save` writes."""
     from sklearn.utils.validation import check_is_fitted
 
     check_is_fitted(model)
@@ -62,13 +66,17 @@ def save(model: Any, path: str | PathLike[str]) -> None:
             f"a parameter or attribute cannot be stored as JSON: {error}; use set_params to replace it "
             "(random_state by an int or None)"
         ) from None
-    write(path, {name: np.ascontiguousarray(a, dtype=np.float64) for name, a in arrays.items()}, text)
+    return _packed({name: np.ascontiguousarray(a, dtype=np.float64) for name, a in arrays.items()}, text)
 
 
 def write(path: str | PathLike[str], arrays: dict[str, NDArray[Any]], header: str) -> None:
     """Replace the file in one step: a reader sees the old model or the new one, never half of one."""
-    data = to_bytes(arrays, metadata={HEADER: header, DIGEST: _digest(arrays, header)})
-    replace_file(Path(os.path.realpath(path)), data)
+    write_file(path, _packed(arrays, header))
+
+
+def _packed(arrays: dict[str, NDArray[Any]], header: str) -> bytes:
+    packed: bytes = to_bytes(arrays, metadata={HEADER: header, DIGEST: _digest(arrays, header)})
+    return packed
 
 
 def load(path: str | PathLike[str]) -> Any:

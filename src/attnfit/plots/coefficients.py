@@ -54,6 +54,9 @@ def coefficients(names: Sequence[str], coef: Any, se: Any = None, ax: Axes | Non
         elinewidth=1.6,
     )
     ax.set_yticks(at, [names[int(k)] for k in shown])
+    for label in ax.get_yticklabels():
+        # A dollar in a name is no formula.
+        label.set_parse_math(False)
     ax.set_ylim(len(shown) - 0.5, -0.5)
     ax.grid(False, axis="y")
     ax.set_xlabel("coefficient / standard error, 95 % interval" if scaled else "coefficient")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from attnfit.version import __version__
+from attnfit.writing import write
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Page:
                 for c in curves
             ],
         }
-        path.write_text(json.dumps(_rounded(data), indent=1) + "\n")
+        write(path, json.dumps(_rounded(data), indent=1) + "\n")
 
     def to_html(self, path: Path, command: str) -> None:
         """Write one page that needs no other file."""
@@ -115,7 +116,7 @@ class Page:
         body += [_render(part) for part in [claims, *self.parts]]
         versions = f"attnfit {__version__}, numpy {np.__version__}, Python {platform.python_version()}"
         body.append(f"<p class=small>{_text(command)}, {self.seconds:.0f} s; {_text(versions)}.</p>")
-        path.write_text(FRAME.format(title=_text(self.paper), body="\n".join(body)))
+        write(path, FRAME.format(title=_text(self.paper), body="\n".join(body)))
 
 
 FRAME = """<!doctype html>
