@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help demo audit-demo test test-lowest test-newest mutants bench lint docs clean
+.PHONY: help demo audit-demo test test-lowest test-newest fuzz mutants bench lint docs clean
 
 help:
 	@echo "make demo   see what attnfit does"
@@ -16,6 +16,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make test-lowest   run the tests of the core on the oldest versions it allows"
 	@echo "make test-newest   run the tests on the newest version of everything"
+	@echo "make fuzz   damage files at random, a minute for every reader"
 	@echo "make mutants   how many faults put in on purpose the tests notice (MODULE="verdicts moves" SHARE=0.1)"
 	@echo "make bench  time attnfit against its peers (TABLE="softmax" for one table at full size)"
 	@echo "make lint   check style and types"
@@ -42,6 +43,9 @@ test-newest:
 	$(PYTHON) -m venv --clear $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[test]'
 	$(ONE_THREAD) $(VENV)-newest/bin/python -m pytest -n 2 --dist loadgroup
+
+fuzz: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzz.py
 
 mutants: $(VENV)/.test,mutants
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutants --share $(or $(SHARE),1) $(if $(MODULE),--module $(MODULE))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RescaledSoftmaxRegressor,
         SoftmaxRegressor,
         TwoLayerRegressor,
+        load,
     )
     from attnfit.solvers import minimize
 
@@ -49,6 +50,7 @@ _HOMES = {
     "RescaledSoftmaxRegressor": "estimators",
     "SoftmaxRegressor": "estimators",
     "TwoLayerRegressor": "estimators",
+    "load": "estimators",
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "estimators",
     "incontext",
     "inversion",
+    "load",
     "minimize",
     "plots",
     "problems",
