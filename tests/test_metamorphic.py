@@ -13,7 +13,9 @@ from attnfit import minimize, problems
 from attnfit.solvers import GradientDescent, Newton
 
 N_GROUPS, SIZE, D = 40, 5, 3
-LOSSES = ("squared", "cross_entropy", "kl", "linear_cross_entropy", "exp", "rescaled")
+LOSSES = ("squared", "cross_entropy", "kl", "linear_cross_entropy", "exp", "poisson", "rescaled")
+UNCOUPLED = ("exp", "poisson")
+
 SOLVERS = {
     "default": None,
     "exact": Newton(hessian="exact"),
@@ -29,11 +31,11 @@ def data(loss, seed):
     A = rng.standard_normal((n, D))
     groups = np.repeat(np.arange(N_GROUPS), SIZE)
     offset = 0.3 * rng.standard_normal(n)
-    if loss in ("exp", "rescaled"):
+    if loss in (*UNCOUPLED, "rescaled"):
         A[:, 0] = 1.0
     z = A @ rng.standard_normal(D) * 0.7 + offset
     u = np.exp(z)
-    share = u if loss == "exp" else u / np.bincount(groups, u)[groups]
+    share = u if loss in UNCOUPLED else u / np.bincount(groups, u)[groups]
     b = share * np.exp(0.1 * rng.standard_normal(n))
     return {"A": A, "b": b, "groups": groups, "weights": rng.uniform(0.5, 2.0, n), "offset": offset}
 
@@ -42,9 +44,9 @@ def problem(loss, columns, ridge=0.0):
     columns = {name: values for name, values in columns.items() if values is not None}
     if loss == "linear_cross_entropy":
         ridge = ridge or 0.05
-    if loss == "exp":
+    if loss in UNCOUPLED:
         columns.pop("groups", None)
-        return problems.Exponential(**columns, ridge=ridge)
+        return {"exp": problems.Exponential, "poisson": problems.Poisson}[loss](**columns, ridge=ridge)
     if loss == "rescaled":
         return problems.Rescaled(**columns, ridge=ridge or 1e-6)
     return problems.Softmax(**columns, loss=loss, ridge=ridge)
@@ -62,7 +64,7 @@ def fit(loss, columns, ridge=0.0, **options):
 
 def unit_of_the_target(loss, c, rng):
     factor = 10.0 ** rng.uniform(-12, 12)
-    if loss == "exp":
+    if loss in UNCOUPLED:
         # The constant takes it up.
         return c | {"b": c["b"] * factor}, lambda x: x + np.log(factor) * np.eye(D)[0]
     if loss in ("cross_entropy", "kl"):
@@ -92,7 +94,7 @@ def change_of_basis(loss, c, rng):
 
 
 def shift_of_groups(loss, c, rng):
-    if loss in ("exp", "rescaled"):
+    if loss in (*UNCOUPLED, "rescaled"):
         return None
     return c | {"A": c["A"] + 3.0 * rng.standard_normal((N_GROUPS, D))[c["groups"]]}, lambda x: x
 
@@ -121,7 +123,7 @@ def rows_without_weight(loss, c, rng):
 
 
 def a_group_of_one_row(loss, c, rng):
-    if loss in ("exp", "rescaled"):
+    if loss in (*UNCOUPLED, "rescaled"):
         return None
     extra = {name: v[:1] for name, v in c.items()} | {"groups": np.array([N_GROUPS])}
     return {name: np.concatenate([v, extra[name]]) for name, v in c.items()}, lambda x: x
@@ -135,7 +137,7 @@ def an_offset_along_a_direction(loss, c, rng):
 
 
 def a_constant_column(loss, c, rng):
-    if loss in ("exp", "rescaled"):
+    if loss in (*UNCOUPLED, "rescaled"):
         return None
     return c | {"A": np.column_stack([c["A"], np.ones(len(c["b"]))])}, lambda x: np.append(x, 0.0)
 
@@ -201,7 +203,7 @@ def test_a_change_of_the_data_changes_the_answer_as_it_must(case, tmp_path, smal
     assert found.converged, found.message
     step = found.x - expected(reference.x)
     logits = after["A"] @ step
-    if loss not in ("exp", "rescaled"):
+    if loss not in (*UNCOUPLED, "rescaled"):
         starts = np.flatnonzero(np.diff(after["groups"], prepend=-1))
         logits = logits - np.repeat(logits[starts], np.diff(starts, append=len(logits)))
     assert np.abs(logits).max() < (1e-3 if first_order else 1e-6)

@@ -104,12 +104,13 @@ class SquaredExponential(UncoupledLoss):
 
 
 class PoissonDeviance(UncoupledLoss):
-    """``sum w (exp(z) - b z)``: the convex neighbour of squared exponential regression, used for starts (b >=
-    0).
+    """``sum w (exp(z) - b z)``, b >= 0: Poisson regression, and the convex neighbour of squared exponential
+    regression.
     """
 
     convex = True
     certifiable = True
+    shares = "Poisson regression"
 
     @staticmethod
     def link(z: Array, reference: Array | float) -> tuple[Array, Array]:

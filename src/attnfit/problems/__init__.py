@@ -7,6 +7,7 @@ from attnfit.problems.layers.two_layer import TwoLayer
 from attnfit.problems.maps.attention import Attention
 from attnfit.problems.maps.full_attention import FullAttention
 from attnfit.problems.rows.exponential import Exponential
+from attnfit.problems.rows.poisson import Poisson
 from attnfit.problems.rows.rescaled import Rescaled
 from attnfit.problems.rows.softmax import Softmax
 
@@ -15,6 +16,7 @@ __all__ = [
     "Exponential",
     "FullAttention",
     "LayerInversion",
+    "Poisson",
     "ReluSoftmax",
     "Rescaled",
     "Softmax",
