@@ -12,6 +12,7 @@ from scipy import sparse
 
 from attnfit import minimize, problems
 from attnfit.designs import DenseDesign
+from attnfit.problems.rows import fused
 
 
 @pytest.fixture
@@ -229,3 +230,22 @@ def test_a_fit_is_the_same(compiled):
     assert fast.converged
     slow = problems.Softmax(np.asfortranarray(A), b / b.sum())
     assert np.linalg.norm(slow.gradient(fast.x)) <= 1e-7 * np.linalg.norm(slow.gradient(np.zeros(3)))
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_warming_up_asks_for_the_loops_of_every_large_fit(everything, monkeypatch):
+    asked = set()
+
+    def compile_loop(template, storage, *formulas):
+        asked.add((template.__name__, storage, formulas[1].__qualname__))
+        return lambda *arguments: None
+
+    monkeypatch.setattr(fused, "compile_loop", compile_loop)
+    n = fused.warm_up(everything)
+    storages = {storage for _, storage, _ in asked}
+    losses = {loss for _, _, loss in asked}
+    assert storages == ({"rows", "columns", "csr"} if everything else {"rows", "csr"})
+    # Hyperbolic functions share formulas.
+    assert len(losses) == (8 if everything else 5)
+    assert {template for template, *_ in asked} == {"pieces", "whole_groups"}
+    assert n >= len(asked) + 3

@@ -192,7 +192,9 @@ def choose(value: Any, options: Any, name: str) -> Any:
 
 def negative_target(k: int, loss: str) -> ValueError:
     """Return the error of a target that a loss of shares does not take."""
-    return ValueError(f"b is negative at index {k}; {loss} needs targets >= 0 (squared loss takes any target)")
+    return ValueError(
+        f"b is negative at index {k}; {loss} needs targets >= 0 (squared loss takes any target)"
+    )
 
 
 def _negative(name: str, k: int, value: float) -> ValueError:

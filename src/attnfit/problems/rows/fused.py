@@ -20,6 +20,7 @@ from attnfit.losses.segments import Array
 from attnfit.problems.rows.exponential import Exponential
 from attnfit.problems.rows.loops import compile_loop, pieces, whole_groups
 from attnfit.problems.rows.partition import Chunk, Rows, runs
+from attnfit.problems.rows.poisson import Poisson
 from attnfit.problems.rows.rescaled import Rescaled
 from attnfit.problems.rows.softmax import Softmax
 from attnfit.problems.rows.stored import StoredProblem
@@ -141,15 +142,17 @@ def warm_up(everything: bool = False) -> int:
     functions = ["exp"] + ["cosh", "sinh"] * everything
     kinds: list[tuple[Any, dict[str, Any]]] = [(Softmax, {"loss": name}) for name in losses]
     kinds += [(kind, {"function": u}) for kind in (Exponential, Rescaled) for u in functions]
+    kinds.append((Poisson, {}))
+    uncoupled = (Exponential, Poisson)
     n = 0
     rows = np.array([[0.1, 0.2], [0.3, 0.1], [0.2, 0.4], [0.5, 0.1]])
     for kind, options in kinds:
         for matrix, storage in _stored(rows, everything):
-            for groups in ([0, 0, 1, 1], None) if kind is not Exponential else (None,):
-                arguments = options if kind is Exponential else options | {"groups": groups}
+            for groups in (None,) if kind in uncoupled else ([0, 0, 1, 1], None):
+                arguments = options if kind in uncoupled else options | {"groups": groups}
                 problem = kind(matrix, np.full(4, 0.5), **arguments)
-                by_group = groups is not None or kind is Exponential
-                chunks = problem.chunks if by_group else _as_pieces(problem)
+                whole = groups is not None or kind in uncoupled
+                chunks = problem.chunks if whole else _as_pieces(problem)
                 _sum_up_run(problem, chunks, np.zeros(2), np.ones(1), None, storage)
                 n += 1
     block_times_vector()(rows, 0, len(rows), np.zeros(2), np.empty(len(rows)))
