@@ -40,7 +40,7 @@ class ShareScorer(BaseEstimator):
     >>> travel = datasets.load_travel_mode()
     >>> model = SoftmaxRegressor(loss="cross_entropy").fit(travel.A, travel.b, groups=travel.groups)
     >>> round(ShareScorer("log_loss")(model, travel.A, travel.b, groups=travel.groups), 6)
-    -0.948231
+    -0.94823
     """
 
     # The estimator is no metadata.
