@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from attnfit import datasets
 from attnfit.cli.app import app
+from attnfit.cli.sources import READERS
 
 CARS = ["--target", "share", "--group", "market", "--features", "const,hpwt,air,mpd,space,prices"]
 
@@ -22,7 +23,7 @@ def messages(result):
     """Notes and errors, each on one line: the width that `run` gives wraps them at spaces."""
     sentences = []
     for line in result.stderr.splitlines():
-        if line.startswith(("Note: ", "Error: ")):
+        if line.startswith(("Note:", "Error:")):
             sentences.append(line)
         else:
             sentences[-1] += f" {line}"
@@ -177,7 +178,7 @@ def test_long_identifiers_are_not_rounded(tmp_path):
 def test_parquet_gives_the_numbers_of_csv(cars, tmp_path, monkeypatch, backend):
     import narwhals as nw
 
-    monkeypatch.setattr("attnfit.cli.tables.PARQUET_BACKENDS", (backend,))
+    monkeypatch.setitem(READERS, "parquet", ((backend,),))
     path = tmp_path / "cars.parquet"
     nw.read_csv(str(cars), backend=backend).write_parquet(str(path))
     first, second = (run("fit", "softmax", p, *CARS) for p in (cars, path))

@@ -288,7 +288,7 @@ def test_a_full_disk_in_earnest(here):
     Path("out.csv").write_text("before")
     before = contents(here)
     done = subprocess.run(
-        [sys.executable, "-c", script, "predict", "m.safetensors", "d.csv", "--group", "g", "--output", "out.csv"],
+        [sys.executable, "-c", script, "predict", "m.safetensors", "d.csv", "--group=g", "--output=out.csv"],
         capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip

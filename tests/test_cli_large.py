@@ -81,7 +81,9 @@ def test_a_cluster(travel, tmp_path, monkeypatch):
         (["--memory-limit", "much"], "--memory-limit must be a size"),
         (["--memory-limit", "1MB"], "--memory-limit is 1 MB"),
         (["--memory-limit", "1GB", "--outside-good"], "--outside-good needs the whole table"),
-        (["--checkpoint", "c", "--constant"], "--constant needs the whole table"),
+        (["--memory-limit", "1GB", "--constant"], "--constant needs the whole table"),
+        (["--memory-limit", "1GB", "--plot", "p.png"], "--plot needs the whole table"),
+        (["--memory-limit", "1GB", "--missing", "drop"], "--missing drop needs the whole table"),
         (["--dask", "tcp://127.0.0.1:1"], "There is no Dask scheduler at tcp://127.0.0.1:1"),
         (["--memory-limit", "1GB", "--features", "nonsense"], "has no column 'nonsense'"),
     ],
@@ -96,4 +98,7 @@ def test_weights_without_groups_repeat_rows(travel):
         "fit", "softmax", travel / "travel.parquet", "--target", "choice", "--weight", "traveller",
         "--memory-limit", "1GB",
     )  # fmt: skip
-    assert "--weight without --group repeats rows" in one_error(done)
+    assert (
+        "--weight repeats rows where there are no groups, which needs the whole table in memory; name --group"
+        in one_error(done)
+    )

@@ -105,14 +105,16 @@ def test_input_formats_agree(model):
     for table in (sparse.csr_matrix(X), sparse.csc_array(X), X.tolist(), np.asfortranarray(X)):
         other = clone(model).fit(table, list(y), groups=list(groups))
         np.testing.assert_allclose(other.coef_, expected.coef_, rtol=1e-6)
-        np.testing.assert_allclose(other.predict(table), expected.predict(X), rtol=1e-6)
+        np.testing.assert_allclose(
+            other.predict(table, groups=groups), expected.predict(X, groups=groups), rtol=1e-6
+        )
     for frame, series in ((pd.DataFrame, pd.Series), (pl.DataFrame, pl.Series)):
         table = frame(dict(zip(names, X.T, strict=True)))
         other = clone(model).fit(table, series(y), groups=series(groups))
         assert other.feature_names_in_.tolist() == names
         np.testing.assert_allclose(other.coef_, expected.coef_, rtol=1e-6)
         with pytest.raises(ValueError, match="feature names"):
-            other.predict(table[["b", "a", "c"]])
+            other.predict(table[["b", "a", "c"]], groups=groups)
     single = clone(model).fit(X.astype(np.float32), y, groups=groups)
     assert single.coef_.dtype == np.float64
     np.testing.assert_allclose(single.coef_, expected.coef_, rtol=1e-3)
@@ -134,7 +136,7 @@ def test_memory_map_is_fitted_in_place(tmp_path):
     )
     on_disk[3, 1] = np.nan
     with pytest.raises(ValueError, match=r"X contains NaN at row 3, column 1 \(.*X\.bin, block 0\)"):
-        model.predict(on_disk)
+        model.predict(on_disk, groups=groups)
 
 
 def test_sources_are_features(tmp_path):

@@ -79,10 +79,10 @@ def test_refused_by_predict():
     with pytest.raises(ValueError, match="groups has length 2"):
         model.predict(X, groups=[1, 2])
     with pytest.raises(ValueError, match="offset has shape"):
-        model.predict(X, offset=[1.0])
+        model.predict(X, groups=GROUPS, offset=[1.0])
     model.coef_ = np.array([10.0, 10.0])
     with pytest.raises(OverflowError, match="coef_ overflows"):
-        model.predict(np.full((2, 2), 1e308))
+        model.predict(np.full((2, 2), 1e308), groups=[0, 0])
     exponential = ExponentialRegressor().fit(X, np.exp(X @ [1.0, 0.5]))
     with pytest.raises(OverflowError, match=r"exp\(1500\) of row 1 overflows"):
         exponential.predict([[0.0, 0.0], [1000.0, 1000.0]])
@@ -123,7 +123,7 @@ class Recorder:
 
     def on_fit_task_end(self, estimator, context, *, X=None, y=None, metadata=None, fitted_estimator=None):
         if context.parent is None:
-            self.events.append(("end", fitted_estimator.predict(X).shape))
+            self.events.append(("end", fitted_estimator.predict(X, groups=GROUPS).shape))
             return False
         self.records.append(metadata["record"])
         return self.stop_after is not None and len(self.records) >= self.stop_after

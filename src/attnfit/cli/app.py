@@ -87,7 +87,10 @@ for name in OPTIONS:
 fits.command("attention", epilog=EXIT_CODES)(fit_attention)
 fits.command("mixture", epilog=EXIT_CODES)(fit_mixture)
 app.add_typer(
-    fits, name="fit", help="Fit a model: softmax, exponential, rescaled, attention or mixture.", epilog=EXIT_CODES
+    fits,
+    name="fit",
+    help="Fit a model: softmax, exponential, rescaled, attention or mixture.",
+    epilog=EXIT_CODES,
 )
 for command in (predict, invert, audit, reproduce, demo):
     app.command(epilog=EXIT_CODES)(command)

@@ -217,8 +217,10 @@ def show(console: Literal, found: Any) -> None:
     legend = "Share of tokens recovered; ?: not tested, =: no defence of outputs changes it."
     console.say(legend, "dim")
     for sentence in found.advice:
-        console.say(f"\n{sentence}")
-    console.say(f"\n{found.seconds:.0f} s")
+        console.gap()
+        console.say(sentence)
+    console.gap()
+    console.say(f"{found.seconds:.0f} s")
 
 
 def _gate(found: Any, limit: float) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import csv
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.cli.console import note
 from attnfit.cli.errors import InputError, suggest
+from attnfit.cli.suspects import suspicion
 from attnfit.cli.tables import MISSING, Array, Table
+
+# Columns that a note names one by one.
+MAX_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Roles:
     group: str | None = None
     weight: str | None = None
     offset: str | None = None
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise InputError if one column has two parts to play."""
@@ -32,6 +38,18 @@ class Roles:
             raise InputError(
                 f"Column {twice!r} is given to two options; each of them needs a column of its own"
             )
+        if self.features is not None and self.exclude:
+            raise InputError("--exclude takes columns from the default features; leave it or --features out")
+        for name in self.exclude:
+            if name in self.taken:
+                raise InputError(f"Column {name!r} is {self.taken[name]}; take it out of --exclude")
+        for k, name in enumerate(self.features or ()):
+            if name in self.taken:
+                raise InputError(
+                    f"Column {name!r} is {self.taken[name]} and a feature; take it out of --features"
+                )
+            if name in self.features[:k]:  # type: ignore[index]
+                raise InputError(f"Column {name!r} is twice in --features; name it once")
 
     @property
     def taken(self) -> dict[str, str]:
@@ -45,29 +63,76 @@ class Roles:
         return {name: option for option, name in options.items() if name is not None}
 
 
-def features_of(table: Table, roles: Roles) -> tuple[str, ...]:
-    """Return the features asked for, or else every numeric column without another part to play.
+def listed(names: str | None) -> tuple[str, ...] | None:
+    """Return the names of an option; one with a comma in it stands in double quotes."""
+    if names is None:
+        return None
+    rows = list(csv.reader([names], skipinitialspace=True))
+    return tuple(name.strip() for name in rows[0] if name.strip()) if rows else ()
+
+
+def choose_features(
+    roles: Roles,
+    path: Any,
+    names: Sequence[str],
+    numeric: Sequence[str],
+    values: Callable[[str], Array],
+    groups: NDArray[Any] | None,
+    text: Sequence[str] = (),
+) -> list[str]:
+    """Return the features asked for, or else the numeric columns left that do not number rows; say which.
+
+    Parameters
+    ----------
+    path : Path
+    names, numeric : sequence of str
+        All columns, and those of numbers.
+    values : callable
+        Returns a column by name, or its beginning where it is large.
+    groups : ndarray or None
+        Of the same rows.
+    text : sequence of str
+        What is said of the columns of text.
 
     Raises
     ------
     InputError
-        If a feature is the target, is named twice, or none is left.
+        If there is no such column, or none is left.
     """
-    if roles.features is None:
-        left = tuple(name for name in table.names if name in table.numbers and name not in roles.taken)
-        if not left:
-            raise InputError(
-                f"{table.path} has no numeric column left for a feature{_listed(left_out(table, roles))}"
-            )
-        return left
-    for k, name in enumerate(roles.features):
-        if name in roles.taken:
-            raise InputError(
-                f"Column {name!r} is {roles.taken[name]} and a feature; take it out of --features"
-            )
-        if name in roles.features[:k]:
-            raise InputError(f"Column {name!r} is twice in --features; name it once")
-    return roles.features
+    for name in (*(roles.features or ()), *roles.exclude):
+        if name not in names:
+            hint = suggest(name, names, "its columns are")
+            option = "--features" if name in (roles.features or ()) else "--exclude"
+            raise InputError(f"{path} has no column {name!r}, which {option} needs{hint}")
+    if roles.features is not None:
+        if not roles.features:
+            raise InputError("--features names no column")
+        return list(roles.features)
+    taken, left = [], []
+    for name in numeric:
+        if name in roles.taken or name in roles.exclude:
+            continue
+        why = suspicion(name, values(name), groups)
+        if why is None:
+            taken.append(name)
+        else:
+            left.append(f"{name} ({why})")
+    out = f"; left out: {_some(left)}" if left else ""
+    out += f"; left out because they hold text: {_some(list(text))}" if text else ""
+    if not taken:
+        listed = out or "; add one"
+        remedy = "; name those that are meant with --features" if left else ""
+        raise InputError(f"{path} has no numeric column left for a feature{listed}{remedy}")
+    note(f"Features: {', '.join(taken)}{out}.")
+    return taken
+
+
+def features_of(table: Table, roles: Roles) -> list[str]:
+    """Return `choose_features` of a table."""
+    groups = None if roles.group is None else table.labels.get(roles.group)
+    numeric = [name for name in table.names if name in table.numbers]
+    text = left_out(table, roles)
+    return choose_features(roles, table.path, table.names, numeric, table.numbers.__getitem__, groups, text)
 
 
 def left_out(table: Table, roles: Roles) -> list[str]:
@@ -75,8 +140,38 @@ def left_out(table: Table, roles: Roles) -> list[str]:
     return [
         f"{name} ({value!r} in {table.where(row)})"
         for name, (row, value) in table.text.items()
-        if name not in roles.taken
+        if name not in roles.taken and name not in roles.exclude
     ]
+
+
+def without_missing(table: Table, names: Sequence[str], group: str | None, missing: str) -> Table:
+    """Return the table without rows in which one of the columns has no value, and say how many; with
+    ``missing`` "error" all rows.
+
+    Raises
+    ------
+    InputError
+        If no row is left, or ``missing`` is neither "drop" nor "error".
+    """
+    if missing not in ("drop", "error"):
+        raise InputError(f"--missing must be drop or error, not {missing!r}")
+    if missing == "error":
+        return table
+    empty: dict[str, NDArray[np.bool_]] = {
+        name: np.isnan(table.numbers[name]) for name in dict.fromkeys(names) if name in table.numbers
+    }
+    if group is not None and group in table.labels:
+        empty[group] = np.array([label.lower() in MISSING for label in table.labels[group]])
+    counts = {name: int(there.sum()) for name, there in empty.items() if there.any()}
+    if not counts:
+        return table
+    keep = ~np.logical_or.reduce(list(empty.values()))
+    told = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+    dropped = table.n_rows - int(keep.sum())
+    if not keep.any():
+        raise InputError(f"No row of {table.path} is complete (missing: {told}); leave a column out")
+    note(f"Dropped {dropped:,} of {table.n_rows:,} rows in which a value is missing ({told}).")
+    return table.rows(keep)
 
 
 def numbers(table: Table, name: str, option: str, *, non_negative: bool = False) -> Array:
@@ -90,17 +185,18 @@ def numbers(table: Table, name: str, option: str, *, non_negative: bool = False)
     require(table, name, option)
     if name in table.text:
         row, value = table.text[name]
-        raise InputError(
-            f"Column {name!r} is not numeric: {table.where(row)} holds {value!r}; {_remedy(value)}"
-        )
+        remedy = table.doubts.get(name) or _remedy(value)
+        raise InputError(f"Column {name!r} is not numeric: {table.where(row)} holds {value!r}; {remedy}")
     values = table.numbers[name]
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
-        what = "no value" if np.isnan(values[bad[0]]) else f"{values[bad[0]]}"
+        absent = bool(np.isnan(values[bad[0]]))
+        what = "no value" if absent else f"{values[bad[0]]}"
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        drop = ", or add --missing drop" if absent else ""
         raise InputError(
             f"Column {name!r} has {what} in {table.where(bad[0])}{more}; "
-            "fill it in, delete such rows or leave the column out"
+            f"fill it in, delete such rows or leave the column out{drop}"
         )
     if non_negative and (values < 0).any():
         row = int(np.flatnonzero(values < 0)[0])
@@ -111,29 +207,22 @@ def numbers(table: Table, name: str, option: str, *, non_negative: bool = False)
     return values
 
 
-def labels(table: Table, name: str, *, singles: bool) -> NDArray[Any]:
-    """Return the group of every row; with ``singles`` a group may have one row.
+def labels(table: Table, name: str) -> NDArray[Any]:
+    """Return the group of every row.
 
     Raises
     ------
     InputError
-        If the column is missing, or a label is, or a group has one row.
+        If the column is missing, or a label is.
     """
     require(table, name, "--group")
     values = table.labels[name]
     for row, label in enumerate(values):
         if label.lower() in MISSING:
             raise InputError(
-                f"Column {name!r} has no value in {table.where(row)}; give the row a group or delete it"
+                f"Column {name!r} has no value in {table.where(row)}; give the row a group or delete it "
+                "(--missing drop)"
             )
-    if not singles:
-        sizes = Counter(values)
-        for row, label in enumerate(values):
-            if sizes[label] == 1:
-                raise InputError(
-                    f"Group {label!r} of column {name!r} has only one row ({table.where(row)}), so its share "
-                    "is 1 whatever the features; delete it, or add --outside-good if its share is below 1"
-                )
     return values
 
 
@@ -149,11 +238,14 @@ def require(table: Table, name: str, option: str) -> None:
         raise InputError(f"{table.path} has no column {name!r}, which {option} needs{hint}")
 
 
-def _listed(columns: list[str]) -> str:
-    return f"; these hold text: {', '.join(columns)}" if columns else "; add one"
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def _remedy(value: str) -> str:
+    if value.strip().startswith("#"):
+        return "that is an error of the spreadsheet: mend its formula, or empty the cell"
     if "," in value and value.replace(",", "", 1).strip().lstrip("+-").replace(".", "").isdigit():
-        return "write decimals with a point and no thousands separator"
+        return "write decimals with a point, or separate the columns by semicolons"
     return "encode it as numbers (one 0/1 column a category) or leave it out"

@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 import unicodedata
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -41,8 +41,11 @@ class Literal(Console):
 
     def say(self, sentence: str, style: str | None = None) -> None:
         """Print a sentence, broken at spaces where the width is known; in a pipe it is one line."""
-        for paragraph in sentence.split("\n"):
-            self.print(Text(self._wrapped(literal(paragraph)), style=style or ""), soft_wrap=True)
+        self.print(Text(self._wrapped(literal(sentence)), style=style or ""), soft_wrap=True)
+
+    def gap(self) -> None:
+        """Print an empty line."""
+        self.print()
 
     def _wrapped(self, line: str) -> str:
         if not self.has_width:
@@ -112,7 +115,7 @@ def problem(sentence: str) -> None:
     stderr().say(f"Error: {sentence}", "bold red")
 
 
-def silence(stream: TextIO) -> None:
+def silence(stream: IO[str]) -> None:
     """Send what is still to be written nowhere: at its end Python flushes what nobody reads any more."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)

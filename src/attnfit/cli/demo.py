@@ -147,7 +147,8 @@ def table(data: Dataset, fits: dict[str, Fit], gap: int) -> Grid:
 def show(console: Literal, data: Dataset, fits: dict[str, Fit]) -> None:
     """Print a data set's table, one loss below the other where the terminal is narrow."""
     size = f"{len(data.b):,} rows in {len(set(data.groups.tolist()))} groups"
-    console.say(f"\n{data.name}: {size}", "bold")
+    console.gap()
+    console.say(f"{data.name}: {size}", "bold")
     one_by_one = [{loss: one} for loss, one in fits.items()]
     layouts = [[table(data, part, gap) for part in parts] for parts in ([fits], one_by_one) for gap in (1, 0)]
     for view in next(
@@ -192,4 +193,5 @@ def demo(debug: Debug = False) -> None:
         raise typer.Exit(Exit.BAD_NEWS)
     seconds = time.perf_counter() - began
     told = f"All {count} numbers agree with their references in every printed digit ({seconds:.1f} s)."
-    console.say(f"\n{told}", "green")
+    console.gap()
+    console.say(told, "green")

@@ -76,7 +76,8 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             if options["debug"]:
                 traceback.print_exc()
             sentence, code = _describe(error)
-            problem(sentence)
+            # Other packages write several lines.
+            problem(" ".join(sentence.split("\n")))
             raise typer.Exit(code) from None
 
     return wrapped
@@ -85,6 +86,10 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 def in_options(sentence: str) -> str:
     """Rewrite the library's arguments as options of the command line."""
     sentence = sentence.replace("set outside_good=False", "leave --outside-good out")
+    sentence = sentence.replace("or pass arrays", "or leave out --dask and --memory-limit")
+    sentence = sentence.replace(
+        "pass groups, or arrays", "name --group, or leave out --dask and --memory-limit"
+    )
     sentence = sentence.replace("outside_good=True", "--outside-good").replace("sample_weight", "--weight")
     sentence = sentence.replace("memory_limit", "--memory-limit").replace("resume=False", "--afresh")
     return re.sub(r"\b(loss|function|max_iter)(?:='?(\w+)'?)", _option, sentence)

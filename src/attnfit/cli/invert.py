@@ -55,7 +55,7 @@ def invert(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Recover the tokens that gave an attention output. Exit code 0: recovered, 3: not, or not for certain."""
+    """Recover the tokens that gave an attention output. Exit code 3: not, or not for certain."""
     inputs = {"LAYER": layer, "OUTPUT": output, "--embedding": embedding, "--known": known}
     check_paths(inputs, {"--save": save, "--plot": plot, "--json": json_path})
     require_npy(save)

@@ -199,6 +199,7 @@ def _read(path: Path, band: str | None) -> Matrix:
     if band is not None:
         columns.require(table, band, "--band")
     names = [name for name in table.names if name != band]
+    table.tell(names)
     if not names:
         raise InputError(f"{path} has no column besides {band!r}; add one a signature or mixture")
     for name in names:
@@ -218,9 +219,9 @@ def _read(path: Path, band: str | None) -> Matrix:
 
 
 def _read_npy(path: Path, band: str | None) -> Matrix:
-    values = read_array(path)
     if band is not None:
         raise InputError(f"{path} has no column names, so --band cannot be used with it; leave it out")
+    values = read_array(path)
     if values.ndim == 1:
         values = values[:, None]
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiub":

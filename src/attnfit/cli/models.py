@@ -56,7 +56,7 @@ def fit_named(estimator: Any, X: Array, names: list[str], inputs: dict[str, Any]
     with warnings.catch_warnings():
         # The report says it with the names of the columns.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        estimator.fit(X, **inputs)
+        estimator.fit(X, **{name: value for name, value in inputs.items() if value is not None})
     estimator.feature_names_in_ = np.array(names, dtype=object)
 
 

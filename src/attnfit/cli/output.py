@@ -66,7 +66,9 @@ def check_paths(
         _require_writable(name, path)
     piped = [name for name, path in read.items() if path == STREAM]
     if len(piped) > 1:
-        raise InputError(f"{piped[0]} and {piped[1]} are both standard input (-); name a file for one of them")
+        raise InputError(
+            f"{piped[0]} and {piped[1]} are both standard input (-); name a file for one of them"
+        )
     places = [(_called(name, path), _place(path)) for name, path in written.items()]
     places += _redirected(STREAM in written.values())
     for name, path in read.items():
@@ -155,7 +157,7 @@ def _place(path: Path) -> Place:
 
 def _redirected(stdout_is_named: bool) -> list[tuple[str, Place]]:
     """Return the files that the shell has opened for what is printed."""
-    found = []
+    found: list[tuple[str, Place]] = []
     for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
         try:
             opened = os.fstat(stream.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,29 +15,37 @@ from attnfit.cli.console import note
 from attnfit.cli.errors import Debug, InputError, one_sentence
 from attnfit.cli.models import model_matrix, predict_named, read_model
 from attnfit.cli.output import STREAM, check_paths, put
+from attnfit.cli.sources import is_parquet
+from attnfit.cli.tables import Array, Table, read_table
 from attnfit.writing import rendered
-from attnfit.cli.tables import Array, Table, csv_reader, is_parquet, parquet_backend, read_table
 
 PREDICTED = "predicted"
+# What is written is CSV or parquet: another ending would promise something else.
+OTHERS = (".xlsx", ".xls", ".dta", ".feather", ".arrow", ".zip", ".bz2", ".xz")
 
 
 @one_sentence
 def predict(
     model: Annotated[Path, typer.Argument(help="File written by attnfit fit --save", metavar="MODEL")],
     data: Annotated[
-        Path, typer.Argument(help="CSV or parquet file with the model's columns", metavar="DATA")
+        Path, typer.Argument(help="File with the model's columns: CSV, Excel, parquet ...", metavar="DATA")
     ],
-    output: Annotated[Path, typer.Option(help="File to write.", show_default="print CSV")] = STREAM,
+    output: Annotated[
+        Path, typer.Option(help="File to write: .csv, .csv.gz, .parquet.", show_default="print CSV")
+    ] = STREAM,
     group: Annotated[
         str | None, typer.Option(help="Column of the market, traveller or origin of a row.")
     ] = None,
     offset: Annotated[str | None, typer.Option(help="Column added to the linear predictor.")] = None,
+    decimal: Annotated[
+        str | None, typer.Option(help="Decimal mark of the file: . or , (by default as its entries show).")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Add a column of predictions to a file."""
     check_paths({"MODEL": model, "DATA": data}, {"--output": output})
-    if is_parquet(output) and not is_parquet(data):
-        raise InputError(f"--output: {data} is text, so its copy is too; give a name that ends in .csv")
+    if output.suffix.lower() in OTHERS:
+        raise InputError(f"--output: {output} would be CSV by another name; write .csv, .csv.gz or .parquet")
     estimator = read_model(model)
     if group is not None and not hasattr(estimator, "n_groups_"):
         raise InputError(f"{model} is an exponential model, which has no groups; leave --group out")
@@ -44,39 +53,43 @@ def predict(
         raise InputError(
             f"{model} was fitted on {estimator.n_groups_:,} groups; name their column with --group"
         )
-    table = read_table(data, as_text=() if group is None else (group,))
+    table = read_table(data, () if group is None else (group,), decimal)
+    if is_parquet(output) and table.frame is None:
+        raise InputError(f"--output: {data} is text, so its copy is too; give a name that ends in .csv")
     if PREDICTED in table.names:
         raise InputError(f"{data} already has a column {PREDICTED!r}; rename it")
     where: dict[str, Any] = {}
     if group is not None:
-        where["groups"] = columns.labels(table, group, singles=True)
+        where["groups"] = columns.labels(table, group)
     if offset is not None:
         where["offset"] = columns.numbers(table, offset, "--offset")
-    predicted = predict_named(estimator, model_matrix(table, estimator), where)
-    if not is_parquet(data):
-        put(output, as_csv(table, predicted))
-    elif is_parquet(output):
+    X = model_matrix(table, estimator)
+    table.tell([*map(str, estimator.feature_names_in_), *([] if offset is None else [offset])])
+    predicted = predict_named(estimator, X, where)
+    if is_parquet(output):
         put(output, rendered(with_prediction(table, predicted).write_parquet))
     else:
-        put(output, frame_as_csv(table, predicted))
+        text = as_csv(table, predicted) if table.frame is None else frame_as_csv(table, predicted)
+        put(output, gzip.compress(text.encode(), mtime=0) if output.suffix.lower() == ".gz" else text)
     if output != STREAM:
         note(f"{len(predicted):,} rows with a column {PREDICTED!r} written to {output}.")
 
 
 def as_csv(table: Table, predicted: Array) -> str:
-    """Return a CSV file as it stands, with one more column."""
+    """Return a file of text as it stands, with one more column."""
+    assert table.source is not None
     stream = io.StringIO()
-    with csv_reader(table.path) as reader:
-        writer = csv.writer(stream, lineterminator="\n")
-        next(reader)
-        writer.writerow([*table.names, PREDICTED])
+    with table.source.rows() as (reader, delimiter):
+        writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
+        writer.writerow([*(name.strip() for name in next(reader)), PREDICTED])
         rows = (row for row in reader if row)
-        writer.writerows([*row, repr(float(value))] for row, value in zip(rows, predicted, strict=True))
+        for row, value in zip(rows, predicted, strict=True):
+            writer.writerow([*row, repr(float(value)).replace(".", table.decimal)])
     return stream.getvalue()
 
 
 def frame_as_csv(table: Table, predicted: Array) -> str:
-    """Return a parquet file's rows as CSV, with one more column."""
+    """Return a data frame's rows as CSV, with one more column."""
     frame = with_prediction(table, predicted)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -86,9 +99,8 @@ def frame_as_csv(table: Table, predicted: Array) -> str:
 
 
 def with_prediction(table: Table, predicted: Array) -> Any:
-    """Return a parquet file as a data frame with one more column."""
+    """Return the data frame that was read with one more column."""
     import narwhals as nw
 
-    backend = parquet_backend()
-    frame = nw.read_parquet(str(table.path), backend=backend)
-    return frame.with_columns(nw.new_series(PREDICTED, predicted, nw.Float64, backend=backend))
+    backend = table.frame.implementation
+    return table.frame.with_columns(nw.new_series(PREDICTED, predicted, nw.Float64, backend=backend))

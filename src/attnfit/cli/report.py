@@ -45,8 +45,14 @@ class FitReport:
     certificate : Certificate
     loss : float
         Without penalties.
-    n_rows, n_groups, n_unbalanced : int
-        Groups 0 where the model has none; unbalanced are those whose target does not sum to one.
+    n_rows, n_groups : int
+        Groups 0 where the model has none.
+    totals : ShareTotals or None
+        What the targets of the groups sum to.
+    n_repeated : int
+        Rows of the groups named as above one that repeat another row.
+    n_dropped : int
+        Rows that were left out since their outputs have no finite logit.
     """
 
     title: str
@@ -56,7 +62,9 @@ class FitReport:
     loss: float
     n_rows: int
     n_groups: int
-    n_unbalanced: int
+    totals: Any = None
+    n_repeated: int = 0
+    n_dropped: int = 0
 
     @property
     def message(self) -> str:
@@ -70,7 +78,9 @@ class FitReport:
     def facts(self) -> list[str]:
         """Return the closing line in pieces."""
         result = self.result
-        rows = f"{self.n_rows:,} rows" + (f" in {self.n_groups:,} groups" if self.n_groups else "")
+        rows = f"{self.n_rows - self.n_dropped:,} rows" + (
+            f" in {self.n_groups:,} groups" if self.n_groups else ""
+        )
         facts = [
             f"loss {self.loss:.10g}",
             rows,
@@ -100,10 +110,11 @@ class FitReport:
         finite = [math.isfinite(value) for value in self.columns["coefficient"]]
         endless = [str(n) for n, known in zip(self.columns["name"], finite, strict=True) if not known]
         if endless:
-            n = len(self.result.separation.rows)
+            n = self.n_dropped or len(self.result.separation.rows)
+            dropped = f" Dropped {n:,} row{'s'[: n > 1]}." if self.n_dropped else ""
             remarks.append(
                 f"No finite value: {', '.join(endless)}. The outputs of {n:,} row{'s'[: n > 1]} go to "
-                "zero; the other coefficients are those of the fit without these rows"
+                f"zero; the other coefficients are those of the fit without these rows.{dropped}"
             )
         shown = [pair for pair, known in zip(pairs, finite, strict=True) if known]
         unknown = [str(name) for name, error in shown if math.isnan(error)]
@@ -113,11 +124,7 @@ class FitReport:
                 f"The data do not identify {what} (constant within groups, or a combination of others): "
                 "the answer of smallest norm is shown"
             )
-        if self.n_unbalanced:
-            remarks.append(
-                f"The target does not sum to one in {self.n_unbalanced:,} of {self.n_groups:,} groups; "
-                "add --outside-good if the rest went elsewhere"
-            )
+        remarks += self._totals()
         values = self.local_values()
         if values:
             listed = ", ".join(f"{value:.10g} from {name}" for name, value in values.items())
@@ -125,6 +132,42 @@ class FitReport:
                 f"{len(values)} local minima of the objective, of which the lowest is shown: {listed}"
             )
         return remarks
+
+    def _totals(self) -> list[str]:
+        """Return what is said of targets that do not sum to one."""
+        if self.totals is None:
+            return []
+        remarks = []
+        for n, examples, kind, remedy in (
+            (self.totals.n_above, self.totals.above, "more than one", self._repeated()),
+            (
+                self.totals.n_below,
+                self.totals.below,
+                "less than one",
+                "add --outside-good if the rest went elsewhere",
+            ),
+        ):
+            if n:
+                named = ", ".join(f"{label}: {total:.6g}" for label, total in examples)
+                more = ", ..." if n > len(examples) else ""
+                remarks.append(
+                    f"The target sums to {kind} in {n:,} of {self.n_groups:,} groups ({named}{more}); "
+                    f"{remedy}"
+                )
+        if self.totals.n_single:
+            n = self.totals.n_single
+            told = "groups have one row each" if n > 1 else "group has one row"
+            remarks.append(
+                f"{n:,} {told}, whose share is one whatever the features: nothing is learnt there (add "
+                "--outside-good if the share is below one)"
+            )
+        return remarks
+
+    def _repeated(self) -> str:
+        if not self.n_repeated:
+            return "these are no shares of one whole, unless they count choices"
+        n = self.n_repeated
+        return f"{n:,} row{'s'[: n > 1]} there repeat{'s'[n > 1 :]} another one exactly: remove duplicates"
 
     def show(self, console: Literal) -> None:
         """Print the report."""
@@ -143,8 +186,12 @@ class FitReport:
                 "coefficients": rows,
                 "loss": self.loss,
                 "objective": result.value,
-                "rows": self.n_rows,
+                "rows": self.n_rows - self.n_dropped,
+                "dropped_rows": self.n_dropped,
                 "groups": self.n_groups,
+                "groups_above_one": 0 if self.totals is None else self.totals.n_above,
+                "groups_below_one": 0 if self.totals is None else self.totals.n_below,
+                "groups_of_one_row": 0 if self.totals is None else self.totals.n_single,
                 "reads_of_the_data": result.n_passes,
                 "iterations": result.n_iter,
                 "seconds": result.seconds,

@@ -5,8 +5,10 @@ from attnfit.estimators.exponential import ExponentialRegressor
 from attnfit.estimators.files import load
 from attnfit.estimators.model_header import ModelFileError
 from attnfit.estimators.rescaled import RescaledSoftmaxRegressor
+from attnfit.estimators.scorers import ShareScorer
 from attnfit.estimators.softmax import SoftmaxRegressor
 from attnfit.estimators.summary import Summary
+from attnfit.estimators.totals import ShareTotals
 from attnfit.estimators.two_layer import TwoLayerRegressor
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "ExponentialRegressor",
     "ModelFileError",
     "RescaledSoftmaxRegressor",
+    "ShareScorer",
+    "ShareTotals",
     "SoftmaxRegressor",
     "Summary",
     "TwoLayerRegressor",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,15 @@ Array = NDArray[np.float64]
 LAZY = ("_covariance", "covariance_", "standard_errors_", "r2_", "certificate_", "certified_radius_")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The options of a fit that are the same for every estimator; see `attnfit.minimize`."""
+
+    checkpoint: str | PathLike[str] | None = None
+    resume: bool = True
+    memory_limit: str | int | None = None
+
+
 class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
     """An estimator whose output is a function of ``X coef_ + offset``.
 
@@ -44,6 +53,7 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
     loss_value_: float
     n_rows_: int
     result_: Result
+    _training: tuple[Array, Array | None, Array | None] | None
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -55,12 +65,13 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
     def _solve(
         self,
         problem: GroupedProblem,
-        y: Array,
-        weights: Array | None,
-        counts: Array | None,
+        training: tuple[Array, Array | None, Array | None] | None,
         listeners: Listeners,
+        limits: Limits,
     ) -> None:
-        """Fit the problem and set what every estimator reports."""
+        """Fit the problem and set what every estimator reports; ``training`` is target, weights and counts of
+        the rows where they are in memory.
+        """
         for name in LAZY:
             self.__dict__.pop(name, None)
         result = minimize(
@@ -70,15 +81,18 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
             max_iter=self.max_iter,
             callback=listeners.on_record(),
             random_state=self.random_state,
+            checkpoint=limits.checkpoint,
+            resume=limits.resume,
+            memory_limit=limits.memory_limit,
         )
         self.result_ = result
         self.coef_ = result.x
         self._limit = None if result.separation is None else result.separation.point
         # The first evaluation may be the last; scikit-learn counts it as an iteration.
         self.n_iter_ = max(1, result.n_iter)
-        self.n_rows_ = len(y)
+        self.n_rows_ = problem.n_rows if training is None else len(training[0])
         self.loss_value_ = inference.loss_without_penalties(problem, result.x, result.value)
-        self._training = (y, weights, counts)
+        self._training = training
 
     # ---- computed when asked for
     # ------------------------------------------------------------------------------
@@ -100,8 +114,10 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
 
     @cached_property
     def r2_(self) -> float:
-        """Coefficient of determination on the training rows."""
+        """Coefficient of determination on the training rows; NaN where they are not in memory."""
         problem = self._training_problem("r2_")
+        if self._training is None:
+            return float("nan")
         y, weights, counts = self._training
         fitted = problem.predict(self._point)[: len(y)]
         if counts is not None:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from attnfit.designs import Design
 from attnfit.estimators import reading
-from attnfit.estimators.outside import ROUNDING, add_zero_rows, outside_shares
+from attnfit.estimators.outside import add_zero_rows, outside_shares
+from attnfit.estimators.totals import ShareTotals
 from attnfit.problems.rows.partition import parse_groups
 
 Array = NDArray[np.float64]
@@ -30,8 +31,9 @@ class Choices:
         Target of the outside goods.
     groups : ndarray of int or None
         Number of each row's group, outside goods included; None for one group in order.
-    n_groups, n_unbalanced : int
-        How many groups there are, and in how many the targets do not sum to one.
+    n_groups : int
+    totals : ShareTotals
+        What the targets of each group sum to, outside goods included.
     weights, outside_weights : ndarray or None
         Weights of the loss, shape (n,), and of the outside goods, shape (n_groups,), where the user gave
         groups.
@@ -46,7 +48,7 @@ class Choices:
     outside: Array
     groups: NDArray[np.intp] | None
     n_groups: int
-    n_unbalanced: int
+    totals: ShareTotals
     weights: Array | None
     outside_weights: Array
     counts: Array | None
@@ -112,7 +114,9 @@ def read_choices(model: Any, design: Design, y: Any, groups: Any, sample_weight:
         if ids is not None:
             ids = np.concatenate([numbers, np.arange(len(sets))])
     totals = np.bincount(numbers, weights=mass, minlength=len(sets)) + (outside if len(outside) else 0.0)
-    unbalanced = int(np.count_nonzero(np.abs(totals - 1.0) > ROUNDING))
+    # With an outside good there are two rows at least.
+    sizes = () if len(outside) or len(sets) == 1 else np.bincount(numbers)
+    found = ShareTotals.of(totals, sets.labels, sizes)
     return Choices(
-        design, target, outside, ids, len(sets), unbalanced, weights, outside_weights, counts, kept, shift
+        design, target, outside, ids, len(sets), found, weights, outside_weights, counts, kept, shift
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.estimators.base import BaseRegressor
+from attnfit.estimators.base import BaseRegressor, Limits
 from attnfit.estimators.callbacks import Listeners, with_callbacks
+from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
 from attnfit.estimators.reading import (
     linear_predictor,
     read_features,
@@ -92,7 +94,17 @@ class ExponentialRegressor(BaseRegressor):
         self.random_state = random_state
 
     @with_callbacks
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> ExponentialRegressor:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        offset: Any = None,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        resume: bool = True,
+        memory_limit: str | int | None = None,
+    ) -> ExponentialRegressor:
         """Fit the coefficients.
 
         Parameters
@@ -103,6 +115,9 @@ class ExponentialRegressor(BaseRegressor):
             A weight w is the same as the row w times.
         offset : array_like, shape (n,), optional
             Added to ``X coef``.
+        checkpoint, resume, memory_limit
+            As in `attnfit.minimize`: a file from which the fit goes on after a crash, whether it does, and
+            the bytes that the process may hold, such as "1GB".
 
         Returns
         -------
@@ -115,7 +130,29 @@ class ExponentialRegressor(BaseRegressor):
             On input that is not finite, of the wrong shape or sign; the message names argument and index.
         OverflowError
             If the squared output exceeds float64 at the start.
+
+        Notes
+        -----
+        With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
+        where they are, and ``r2_`` is NaN.
         """
+        listeners = Listeners(self, X, y, {"sample_weight": sample_weight, "offset": offset})
+        limits = Limits(checkpoint, resume, memory_limit)
+        if is_elsewhere(X, y):
+            given = read_elsewhere(self, X, y, None, sample_weight, offset, grouped=False)
+            there = Exponential(
+                given.design,
+                given.target,
+                function=self.function,
+                weights=given.loss_weights,
+                offset=given.logit_offset,
+                row_penalty=self.row_penalty,
+                ridge=self.ridge,
+            )
+            self.n_features_in_ = there.n_unknowns
+            self._solve(there, None, listeners, limits)
+            listeners.finish()
+            return self
         design = read_features(self, X, reset=True)
         n = int(design.shape[0])
         target = read_target(self, y, n)
@@ -129,8 +166,7 @@ class ExponentialRegressor(BaseRegressor):
             row_penalty=read_penalty(self.row_penalty, n, weights),
             ridge=self.ridge,
         )
-        listeners = Listeners(self, X, y, {"sample_weight": sample_weight, "offset": offset})
-        self._solve(problem, target, weights, None, listeners)
+        self._solve(problem, (target, weights, None), listeners, limits)
         listeners.finish()
         return self
 

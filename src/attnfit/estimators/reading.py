@@ -15,6 +15,7 @@ from attnfit.designs import DenseDesign, Design, SparseDesign
 from attnfit.designs.on_disk import stored_source
 from attnfit.problems.inputs import as_design, as_vector, require_finite_rows
 from attnfit.problems.rows.partition import Groups
+from attnfit.problems.rows.partitions import is_dask
 
 Array = NDArray[np.float64]
 
@@ -37,6 +38,36 @@ def read_features(estimator: Any, X: Any, *, reset: bool) -> Design:
             estimator, X, reset=reset, accept_sparse="csr", dtype="numeric", ensure_all_finite=False
         )
         return as_design(checked, "X")
+
+
+def read_groups(X: Any, groups: Any) -> tuple[Any, Any]:
+    """Return X and the groups; a name is that of a column of X, which is then no feature.
+
+    Raises
+    ------
+    ValueError
+        If X has no such column.
+    """
+    if not isinstance(groups, str):
+        return X, groups
+    labels, others = column_of(X, groups)
+    return others, labels
+
+
+def column_of(X: Any, name: str) -> tuple[Any, Any]:
+    """Return a column of a data frame, and the frame without it."""
+    columns = getattr(X, "columns", None)
+    if columns is None:
+        raise ValueError(
+            f"groups={name!r} names a column, but X is no data frame; pass one label a row, or a data frame"
+        )
+    if name not in list(columns):
+        shown = ", ".join(map(str, list(columns)[:12]))
+        raise ValueError(f"groups={name!r} is no column of X; its columns are {shown}")
+    if is_dask(X):
+        return X[name], X.drop(columns=[name])
+    frame = nw.from_native(X, eager_only=True)
+    return frame[name].to_numpy(), frame.drop(name).to_native()
 
 
 def read_target(estimator: Any, y: Any, n: int) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.estimators.choices import Choices
+from attnfit.estimators.elsewhere import Elsewhere
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.losses.base import Loss
 from attnfit.losses.exponential import FUNCTIONS
@@ -101,7 +102,7 @@ class RescaledSoftmaxRegressor(ShareRegressor):
         choose(self.function, FUNCTIONS, "function")
         return SquaredRescaled(self.function)
 
-    def _problem(self, choices: Choices, row_penalty: Array) -> Rescaled:
+    def _problem(self, choices: Choices | Elsewhere, row_penalty: Array) -> Rescaled:
         if self.function != "exp" and choices.counts is not None:
             raise ValueError(
                 f"sample_weight repeats rows where there are no groups, for which function={self.function!r} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,17 @@ from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 
 from attnfit.estimators import reading
-from attnfit.estimators.base import BaseRegressor
+from attnfit.estimators.base import BaseRegressor, Limits
 from attnfit.estimators.callbacks import Listeners, with_callbacks
 from attnfit.estimators.choices import Choices, read_choices
+from attnfit.estimators.elsewhere import (
+    Elsewhere,
+    is_elsewhere,
+    normaliser_elsewhere,
+    read_elsewhere,
+    totals_elsewhere,
+)
+from attnfit.estimators.totals import ShareTotals
 from attnfit.losses.base import Loss
 from attnfit.losses.segments import Segments
 from attnfit.problems.rows.grouped import GroupedProblem
@@ -30,6 +39,7 @@ class ShareRegressor(BaseRegressor):
     outside_good: bool
     n_groups_: int
     n_unbalanced_groups_: int
+    _share_totals: ShareTotals
     _normaliser_name: str
 
     @abstractmethod
@@ -37,11 +47,22 @@ class ShareRegressor(BaseRegressor):
         """Return the loss, whose normaliser and output predictions use."""
 
     @abstractmethod
-    def _problem(self, choices: Choices, row_penalty: Array) -> GroupedProblem:
+    def _problem(self, choices: Choices | Elsewhere, row_penalty: Any) -> GroupedProblem:
         """Return the problem to fit."""
 
     @with_callbacks
-    def fit(self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None) -> Any:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        groups: Any = None,
+        sample_weight: Any = None,
+        offset: Any = None,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        resume: bool = True,
+        memory_limit: str | int | None = None,
+    ) -> Any:
         """Fit the coefficients.
 
         Parameters
@@ -51,14 +72,17 @@ class ShareRegressor(BaseRegressor):
         y : array_like, shape (n,)
             Shares; they need not sum to one in a group.
         groups : array_like, optional
-            n labels in any order, or offsets ``0 < ... < n``: rows of a group share a normaliser. By default
-            all rows form one group.
+            n labels in any order, or offsets ``0 < ... < n``: rows of a group share a normaliser; or the name
+            of a column of the data frame X, which is then no feature. By default all rows form one group.
         sample_weight : array_like, shape (n,) or (n_groups,), optional
             Weights repeat what was sampled. Without ``groups`` that is a row: weight w is the same as the row
             w times, in the normaliser too. With ``groups`` it is a group: the weight multiplies the loss, row
             by row, and a weight w on all rows of a group is the same as the group w times.
         offset : array_like, shape (n,), optional
             Added to the logits.
+        checkpoint, resume, memory_limit
+            As in `attnfit.minimize`: a file from which the fit goes on after a crash, whether it does, and
+            the bytes that the process may hold, such as "1GB".
 
         Returns
         -------
@@ -69,8 +93,35 @@ class ShareRegressor(BaseRegressor):
         ------
         ValueError
             On input that is not finite, of the wrong shape or sign; the message names argument and index.
+
+        Notes
+        -----
+        With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
+        where they are: what needs all rows at once is then refused, and ``r2_`` is NaN.
         """
-        loss = self._loss()
+        self._loss()
+        limits = Limits(checkpoint, resume, memory_limit)
+        listeners = Listeners(
+            self, X, y, {"groups": groups, "sample_weight": sample_weight, "offset": offset}
+        )
+        rows, groups = reading.read_groups(X, groups)
+        if is_elsewhere(rows, y):
+            self._fit_elsewhere(rows, y, groups, sample_weight, offset, listeners, limits)
+        else:
+            self._fit_here(rows, y, groups, sample_weight, offset, listeners, limits)
+        listeners.finish()
+        return self
+
+    def _fit_here(
+        self,
+        X: Any,
+        y: Any,
+        groups: Any,
+        sample_weight: Any,
+        offset: Any,
+        listeners: Listeners,
+        limits: Limits,
+    ) -> None:
         design = reading.read_features(self, X, reset=True)
         choices = read_choices(self, design, y, groups, sample_weight, offset)
         penalty = reading.read_penalty(self.row_penalty, int(design.shape[0]), None)
@@ -79,25 +130,52 @@ class ShareRegressor(BaseRegressor):
         penalty = reading.read_penalty(penalty, len(choices.y), choices.counts)
         problem = self._problem(choices, choices.with_outside(penalty))
         self._note_targets(choices)
-        listeners = Listeners(
-            self, X, y, {"groups": groups, "sample_weight": sample_weight, "offset": offset}
-        )
-        self._solve(problem, choices.y, choices.weights, choices.counts, listeners)
-        self.n_groups_ = choices.n_groups
-        self.n_unbalanced_groups_ = choices.n_unbalanced
-        self.__dict__.pop(self._normaliser_name, None)
+        self._solve(problem, (choices.y, choices.weights, choices.counts), listeners, limits)
+        self._set_groups(choices.n_groups, choices.totals)
         if self.n_groups_ == 1:
             z = reading.linear_predictor(problem.design, self._point, problem.offset)
-            normaliser = loss.reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))
+            normaliser = self._loss().reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))
             setattr(self, self._normaliser_name, float(normaliser[0]))
         self._after_fit(choices)
-        listeners.finish()
-        return self
+
+    def _fit_elsewhere(
+        self,
+        X: Any,
+        y: Any,
+        groups: Any,
+        sample_weight: Any,
+        offset: Any,
+        listeners: Listeners,
+        limits: Limits,
+    ) -> None:
+        given = read_elsewhere(self, X, y, groups, sample_weight, offset, grouped=True)
+        problem = self._problem(given, self.row_penalty)
+        self.n_features_in_ = problem.n_unknowns
+        self._solve(problem, None, listeners, limits)
+        self._set_groups(problem.n_groups, totals_elsewhere(problem, y, groups))
+        if self.n_groups_ == 1:
+            setattr(self, self._normaliser_name, normaliser_elsewhere(problem, self._point))
+        self._after_fit(given)
+
+    @property
+    def share_totals_(self) -> ShareTotals:
+        """Which groups' targets do not sum to one; a saved model does not carry it."""
+        if not hasattr(self, "_share_totals"):
+            raise AttributeError(
+                "share_totals_ is known after fit, and not to a model that was saved; n_unbalanced_groups_ is"
+            )
+        return self._share_totals
+
+    def _set_groups(self, n_groups: int, totals: ShareTotals) -> None:
+        self.n_groups_ = n_groups
+        self._share_totals = totals
+        self.n_unbalanced_groups_ = totals.n_unbalanced
+        self.__dict__.pop(self._normaliser_name, None)
 
     def _note_targets(self, choices: Choices) -> None:
         """Warn about targets that suit another loss better."""
 
-    def _after_fit(self, choices: Choices) -> None:
+    def _after_fit(self, choices: Choices | Elsewhere) -> None:
         """Set what only one of the estimators reports."""
 
     def _bounded(self, shares: Array) -> Array:
@@ -111,21 +189,25 @@ class ShareRegressor(BaseRegressor):
         ----------
         X : array, sparse matrix, memory map or data frame, shape (n, d)
         groups : array_like, optional
-            Labels or offsets: shares within these groups (and, with ``outside_good=True``, an outside good
-            each). Without them, the normaliser of the training data serves where these formed one group, so
-            that a row's share does not depend on the other rows; where they formed several, the rows are
-            taken as one group.
+            Labels, offsets or the name of a column of X: shares within these groups (and, with
+            ``outside_good=True``, an outside good each). Without them the normaliser of the training data
+            serves, so that a row's share does not depend on the other rows; where these formed several groups
+            there is none, and groups are required.
         offset : array_like, shape (n,), optional
             Added to the logits.
 
         Raises
         ------
+        ValueError
+            If the model was fitted on several groups and none are given.
         OverflowError
             Where the answer exceeds float64.
         """
         check_is_fitted(self)
+        X, groups = reading.read_groups(X, groups)
         design = reading.read_features(self, X, reset=False)
         n = int(design.shape[0])
+        self._require_groups(groups)
         z = reading.linear_predictor(design, self._point, reading.read_offset(offset, n))
         sets, loss = parse_groups(groups, n), self._loss()
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -148,10 +230,22 @@ class ShareRegressor(BaseRegressor):
             )
         return shares
 
+    def _require_groups(self, groups: Any) -> None:
+        if groups is None and self.n_groups_ > 1:
+            raise ValueError(
+                f"groups is missing: {type(self).__name__} was fitted on {self.n_groups_:,} groups, and "
+                "shares are shares of a group; pass one label a row, or the name of a column of X "
+                "(groups=np.zeros(len(X)) if all rows are one group). In cross-validation and searches "
+                "enable metadata routing and call set_fit_request(groups=True) and "
+                "set_score_request(groups=True); attnfit.estimators.ShareScorer passes groups on to scores"
+            )
+
     def score(
         self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None
     ) -> float:
         """Return the coefficient of determination of ``predict(X, groups, offset)``."""
+        check_is_fitted(self)
+        X, groups = reading.read_groups(X, groups)
         shares = self.predict(X, groups=groups, offset=offset)
         n = len(shares)
         weights = reading.read_weights(sample_weight, n, None if groups is None else parse_groups(groups, n))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import xlogy
 
 from attnfit.estimators.choices import Choices
+from attnfit.estimators.elsewhere import Elsewhere
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.losses.base import Loss
 from attnfit.losses.softmax import LOSSES
@@ -126,7 +127,7 @@ class SoftmaxRegressor(ShareRegressor):
         loss: Loss = choose(self.loss, LOSSES, "loss")
         return loss
 
-    def _problem(self, choices: Choices, row_penalty: Array) -> Softmax:
+    def _problem(self, choices: Choices | Elsewhere, row_penalty: Array) -> Softmax:
         if self.loss == "entropy" and choices.counts is not None:
             raise ValueError(
                 "sample_weight repeats rows where there are no groups, for which loss='entropy' has no form; "
@@ -157,7 +158,7 @@ class SoftmaxRegressor(ShareRegressor):
         return np.minimum(shares, 1.0)
 
     def _note_targets(self, choices: Choices) -> None:
-        if self.loss == "squared" and choices.n_groups > 1 and choices.n_unbalanced == 0:
+        if self.loss == "squared" and choices.n_groups > 1 and choices.totals.n_unbalanced == 0:
             target = choices.target
             if ((target == 0.0) | (target == 1.0)).all():
                 warnings.warn(
@@ -168,7 +169,7 @@ class SoftmaxRegressor(ShareRegressor):
                     stacklevel=4,
                 )
 
-    def _after_fit(self, choices: Choices) -> None:
+    def _after_fit(self, choices: Choices | Elsewhere) -> None:
         self.__dict__.pop("log_likelihood_", None)
         if not self._is_likelihood:
             return
@@ -177,6 +178,9 @@ class SoftmaxRegressor(ShareRegressor):
             # The problem sees the share w f of w copies.
             self.loss_value_ += float(np.sum(xlogy(counts * choices.y, counts)))
             self.log_likelihood_ = -self.loss_value_
+            return
+        if isinstance(choices, Elsewhere):
+            # One more read of the targets for a number that the loss implies.
             return
         weights, outside_weights = (
             (counts, 1.0) if choices.weights is None else (choices.weights, choices.outside_weights)

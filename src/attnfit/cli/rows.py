@@ -1,0 +1,263 @@
+"""The rows of a fit, wherever they are: in memory, on disk, or in the partitions of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnfit.cli import columns
+from attnfit.cli.cluster import connected
+from attnfit.cli.columns import Roles
+from attnfit.cli.errors import InputError, suggest
+from attnfit.cli.models import CONSTANT
+from attnfit.cli.output import STREAM, require_input
+from attnfit.cli.sources import is_parquet
+from attnfit.cli.suspects import refuse_codes
+from attnfit.cli.tables import Table, read_table
+
+# Rows of large data that tell what a column is; rows of one group among which repeated ones are sought.
+SEEN, MOST = 1_000_000, 5_000_000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a large fit is run; all None for an ordinary one.
+
+    Attributes
+    ----------
+    dask : str
+        Address of a Dask scheduler, or "local" for workers on this machine.
+    memory_limit : str
+        Such as "1GB": parquet is read from disk in pieces.
+    """
+
+    dask: str | None = None
+    memory_limit: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read: the decimal mark, and what becomes of rows with a missing value."""
+
+    decimal: str | None = None
+    missing: str = "error"
+
+
+@dataclass
+class Rows:
+    """What goes into ``fit``.
+
+    Attributes
+    ----------
+    X : matrix
+    inputs : dict
+        The other arguments.
+    names : list of str
+        Of the columns of X.
+    repeated : callable
+        Returns how many rows of some groups repeat another one exactly.
+    here : bool
+        Whether they are in memory.
+    """
+
+    X: Any
+    inputs: dict[str, Any]
+    names: list[str]
+    repeated: Callable[[Sequence[Any]], int]
+    here: bool = field(default=False)
+
+    def with_constant(self) -> Rows:
+        """Return the rows with a column of ones in front."""
+        if not self.here:
+            raise InputError("--constant needs the whole table in memory; add a column of ones to the file")
+        X = np.column_stack([np.ones(len(self.X)), self.X])
+        return Rows(X, self.inputs, [CONSTANT, *self.names], self.repeated, here=True)
+
+
+def read_rows(
+    data: Path,
+    roles: Roles,
+    scale: Scale,
+    reading: Reading,
+    stack: ExitStack,
+    *,
+    shares: bool,
+    positive: bool,
+) -> Rows:
+    """Read a file, or find out what is in it where it stays on disk.
+
+    Parameters
+    ----------
+    data : Path
+    roles : Roles
+    scale, reading
+    stack : ExitStack
+        The workers are there until it is closed.
+    shares : bool
+        Whether the target should be shares, so that codes are refused.
+    positive : bool
+        Whether it must not be negative.
+
+    Raises
+    ------
+    InputError
+        If the file has no such columns, or an option has no meaning here.
+    """
+    require_input(data)
+    stored = data != STREAM and (data.is_dir() or is_parquet(data))
+    away = scale.dask is not None or (scale.memory_limit is not None and stored)
+    if away and reading.missing != "error":
+        raise InputError("--missing drop needs the whole table in memory; drop such rows from the file")
+    if scale.dask is not None:
+        if data == STREAM:
+            raise InputError("--dask needs a file that all workers can read, not standard input")
+        stack.enter_context(connected(scale.dask))
+        rows = _in_dask(data, roles, stored)
+    elif away:
+        rows = _on_disk(data, roles)
+    else:
+        if data != STREAM and data.is_dir():
+            raise InputError(
+                f"{data} is a folder; give one file of it, or add --memory-limit to read all of them"
+            )
+        return _in_memory(data, roles, reading, shares=shares, positive=positive)
+    if shares:
+        refuse_codes(_first(rows.inputs["y"]), roles.target, rows.names)
+    return rows
+
+
+def _in_memory(data: Path, roles: Roles, reading: Reading, *, shares: bool, positive: bool) -> Rows:
+    table = read_table(data, () if roles.group is None else (roles.group,), reading.decimal)
+    # The target first: a slip there should not read as a complaint about some feature.
+    for name, option in roles.taken.items():
+        columns.require(table, name, option)
+    if roles.target in table.text:
+        columns.numbers(table, roles.target, "--target")
+    names = columns.features_of(table, roles)
+    used = [*(name for name in roles.taken if name != roles.group), *names]
+    table = columns.without_missing(table, used, roles.group, reading.missing)
+    table.tell(used)
+    inputs: dict[str, Any] = {"y": columns.numbers(table, roles.target, "--target", non_negative=positive)}
+    if shares:
+        refuse_codes(inputs["y"], roles.target, table.names)
+    if roles.group is not None:
+        inputs["groups"] = columns.labels(table, roles.group)
+    if roles.weight is not None:
+        inputs["sample_weight"] = columns.numbers(table, roles.weight, "--weight", non_negative=True)
+    if roles.offset is not None:
+        inputs["offset"] = columns.numbers(table, roles.offset, "--offset")
+    X = columns.matrix(table, names)
+    return Rows(X, inputs, names, lambda labels: _repeated_here(X, inputs, table, labels), here=True)
+
+
+def _repeated_here(X: Any, inputs: dict[str, Any], table: Table, labels: Sequence[Any]) -> int:
+    everything = np.column_stack([X, inputs["y"]])
+    if "groups" not in inputs:
+        return len(everything) - len(np.unique(everything, axis=0))
+    count = 0
+    for label in labels:
+        rows = everything[inputs["groups"] == label]
+        count += len(rows) - len(np.unique(rows, axis=0))
+    return count
+
+
+def _on_disk(data: Path, roles: Roles) -> Rows:
+    import pyarrow.dataset as ds
+
+    from attnfit.designs import open_source
+
+    dataset = ds.dataset(data, format="parquet")
+    numeric = [f.name for f in dataset.schema if _is_numeric(f.type)]
+
+    def head(name: str) -> Any:
+        return np.asarray(_first(open_source(data, name)), dtype=np.float64)
+
+    groups = None
+    if roles.group is not None and roles.group in dataset.schema.names:
+        groups = np.asarray(_first(open_source(data, roles.group)))
+    names = _names(data, roles, list(dataset.schema.names), numeric, head, groups)
+    inputs = {
+        argument: open_source(data, name) for argument, name in _arguments(roles).items() if name is not None
+    }
+
+    def repeated(labels: Sequence[Any]) -> int:
+        if roles.group is None and dataset.count_rows() > MOST:
+            return 0
+        chosen = (
+            None if roles.group is None else ds.field(roles.group).isin([_plain(label) for label in labels])
+        )
+        whole = [*names, roles.target, *([] if roles.group is None else [roles.group])]
+        table = dataset.to_table(columns=whole, filter=chosen)
+        return int(table.num_rows - table.group_by(whole).aggregate([]).num_rows)
+
+    return Rows(open_source(data, names), inputs, names, repeated)
+
+
+def _in_dask(data: Path, roles: Roles, parquet: bool) -> Rows:
+    import dask.dataframe as dd
+
+    path = str(data.absolute())
+    if not parquet and data.suffix.lower() not in (".csv", ".txt"):
+        raise InputError(f"--dask reads parquet and plain CSV, not {data}; convert it to parquet")
+    frame = dd.read_parquet(path) if parquet else dd.read_csv(path)
+    numeric = [name for name, dtype in frame.dtypes.items() if getattr(dtype, "kind", "O") in "fiub"]
+
+    def head(name: str) -> Any:
+        return np.asarray(_first(frame[name]), dtype=np.float64)
+
+    groups = None
+    if roles.group is not None and roles.group in frame.columns:
+        groups = np.asarray(_first(frame[roles.group]))
+    names = _names(data, roles, list(frame.columns), numeric, head, groups)
+    inputs = {argument: frame[name] for argument, name in _arguments(roles).items() if name is not None}
+
+    def repeated(labels: Sequence[Any]) -> int:
+        whole = [*names, roles.target]
+        if roles.group is None:
+            return int(frame[whole].compute().duplicated().sum()) if len(frame) <= MOST else 0
+        rows = frame[frame[roles.group].isin([_plain(label) for label in labels])]
+        return int(rows[[*whole, roles.group]].compute().duplicated().sum())
+
+    return Rows(frame[names], inputs, names, repeated)
+
+
+def _arguments(roles: Roles) -> dict[str, str | None]:
+    return {
+        "y": roles.target,
+        "groups": roles.group,
+        "sample_weight": roles.weight,
+        "offset": roles.offset,
+    }
+
+
+def _first(values: Any) -> Any:
+    """Return the first rows of a column that is not in memory."""
+    if hasattr(values, "read"):
+        return values.read(0, min(SEEN, int(values.shape[0])))
+    return values.partitions[0].compute().to_numpy()[:SEEN]
+
+
+def _names(
+    data: Path, roles: Roles, known: list[str], numeric: list[str], head: Callable[[str], Any], groups: Any
+) -> list[str]:
+    for name, option in roles.taken.items():
+        if name not in known:
+            hint = suggest(name, known, "its columns are")
+            raise InputError(f"{data} has no column {name!r}, which {option} needs{hint}")
+    text = [name for name in known if name not in numeric and name not in roles.taken]
+    return columns.choose_features(roles, data, known, numeric, head, groups, text)
+
+
+def _plain(label: Any) -> Any:
+    return label.item() if hasattr(label, "item") else label
+
+
+def _is_numeric(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
