@@ -17,9 +17,14 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from attnfit import datasets
-from attnfit.estimators import ExponentialRegressor, RescaledSoftmaxRegressor, SoftmaxRegressor
+from attnfit.estimators import (
+    ExponentialRegressor,
+    PoissonRegressor,
+    RescaledSoftmaxRegressor,
+    SoftmaxRegressor,
+)
 
-CLASSES = [SoftmaxRegressor, ExponentialRegressor, RescaledSoftmaxRegressor]
+CLASSES = [SoftmaxRegressor, ExponentialRegressor, PoissonRegressor, RescaledSoftmaxRegressor]
 
 
 @parametrize_with_checks([*(cls() for cls in CLASSES), SoftmaxRegressor(loss="cross_entropy")])

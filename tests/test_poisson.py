@@ -8,7 +8,7 @@ import statsmodels.api as sm
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from attnfit import minimize, problems
+from attnfit import PoissonRegressor, minimize, problems
 
 
 def data(seed=0, n=300):
@@ -79,3 +79,15 @@ def test_all_counts_zero():
     with pytest.warns(ConvergenceWarning, match="separable"):
         result = minimize(problems.Poisson(np.ones((4, 1)), np.zeros(4)))
     assert result.x[0] == -np.inf
+
+
+def test_the_estimator_agrees_with_statsmodels():
+    A, b, w, offset = data(4)
+    theirs = sm.GLM(b, A, family=sm.families.Poisson(), offset=offset).fit(cov_type="HC0", tol=1e-14)
+    model = PoissonRegressor().fit(A, b, offset=offset)
+    np.testing.assert_allclose(model.coef_, theirs.params, atol=1e-8)
+    np.testing.assert_allclose(model.standard_errors_, theirs.bse, rtol=1e-6)
+    plain = sm.GLM(b, A, family=sm.families.Poisson()).fit(tol=1e-14)
+    score = PoissonRegressor().fit(A, b).score(A, b)
+    assert score == pytest.approx(1.0 - plain.deviance / plain.null_deviance, rel=1e-9)
+    assert "PoissonRegressor" in str(model.summary())

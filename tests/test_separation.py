@@ -8,6 +8,7 @@ import scipy.optimize
 from scipy.optimize import linprog
 from sklearn.exceptions import ConvergenceWarning
 
+import attnfit
 from attnfit import SoftmaxRegressor, minimize, problems
 from attnfit.problems.rows.recession import Frame, verify
 from attnfit.solvers.separation import find_separation
@@ -312,3 +313,26 @@ def test_large_data_need_no_programme(separable, monkeypatch):
     assert (found is not None) == bool(separable)
     if found is not None:
         assert list(found.rows) == list(np.flatnonzero(b == 0.0 if separable is True else A[:, -1] > 0.0))
+
+
+def test_estimators_leave_separated_rows_out(tmp_path):
+    _, A, b, groups = separable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = SoftmaxRegressor("cross_entropy", separation="drop").fit(A, b, groups=groups)
+    assert model.result_.converged
+    assert model.coef_[2] == -np.inf
+    assert np.isnan(model.standard_errors_[2])
+    predicted = model.predict(A, groups=groups)
+    assert (predicted[A[:, 2] > 0.0] == 0.0).all()
+    model.save(tmp_path / "a.safetensors")
+    again = attnfit.load(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(again.coef_, model.coef_)
+    np.testing.assert_array_equal(again.predict(A, groups=groups), predicted)
+
+
+def test_estimators_take_a_number_of_starts():
+    A, b = np.array([[0.6], [0.7], [-3.9], [0.6]]), np.array([0.01, 0.43, 0.08, 0.47])
+    one, many = (SoftmaxRegressor(n_starts=n).fit(A, b).loss_value_ for n in (1, 10))
+    assert many == pytest.approx(0.0574499999988518, rel=1e-9)
+    assert one >= many

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attnfit.estimators import (
         AttentionRegressor,
         ExponentialRegressor,
+        PoissonRegressor,
         RescaledSoftmaxRegressor,
         SoftmaxRegressor,
         TwoLayerRegressor,
@@ -47,6 +48,7 @@ _HOMES = {
     "minimize": "solvers",
     "AttentionRegressor": "estimators",
     "ExponentialRegressor": "estimators",
+    "PoissonRegressor": "estimators",
     "RescaledSoftmaxRegressor": "estimators",
     "SoftmaxRegressor": "estimators",
     "TwoLayerRegressor": "estimators",
@@ -56,6 +58,7 @@ _HOMES = {
 __all__ = [
     "AttentionRegressor",
     "ExponentialRegressor",
+    "PoissonRegressor",
     "RescaledSoftmaxRegressor",
     "SoftmaxRegressor",
     "TwoLayerRegressor",

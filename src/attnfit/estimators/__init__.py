@@ -1,7 +1,7 @@
 """scikit-learn estimators over the problems, their report and their files."""
 
 from attnfit.estimators.attention import AttentionRegressor
-from attnfit.estimators.exponential import ExponentialRegressor
+from attnfit.estimators.exponential import ExponentialRegressor, PoissonRegressor
 from attnfit.estimators.files import load
 from attnfit.estimators.model_header import ModelFileError
 from attnfit.estimators.rescaled import RescaledSoftmaxRegressor
@@ -15,6 +15,7 @@ __all__ = [
     "AttentionRegressor",
     "ExponentialRegressor",
     "ModelFileError",
+    "PoissonRegressor",
     "RescaledSoftmaxRegressor",
     "ShareScorer",
     "ShareTotals",

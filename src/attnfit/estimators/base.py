@@ -46,6 +46,8 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
     tol: float
     max_iter: int
     random_state: Any
+    n_starts: Any
+    separation: Any
     coef_: Array
     # A finite point that gives the fitted outputs, where some coefficients have no finite value.
     _limit: Array | None
@@ -81,6 +83,8 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
             max_iter=self.max_iter,
             callback=listeners.on_record(),
             random_state=self.random_state,
+            n_starts=self.n_starts,
+            separation=self.separation,
             checkpoint=limits.checkpoint,
             resume=limits.resume,
             memory_limit=limits.memory_limit,

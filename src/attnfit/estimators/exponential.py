@@ -1,13 +1,13 @@
-"""Exponential and hyperbolic regression as an estimator."""
+"""Regressions of outcomes without a normaliser as estimators: exponential, hyperbolic, Poisson."""
 
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import r2_score
+from sklearn.metrics import d2_tweedie_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
 from attnfit.estimators.base import BaseRegressor, Limits
@@ -22,12 +22,115 @@ from attnfit.estimators.reading import (
     read_weights,
 )
 from attnfit.losses.exponential import FUNCTIONS
-from attnfit.problems import Exponential
+from attnfit.problems import Exponential, Poisson
+from attnfit.problems.rows.grouped import GroupedProblem
 
 Array = NDArray[np.float64]
 
 
-class ExponentialRegressor(BaseRegressor):
+class OutcomeRegressor(BaseRegressor):
+    """A regression of outcomes without a normaliser on ``u(X coef + offset)``: fit and prediction."""
+
+    row_penalty: Any
+    ridge: float
+
+    @property
+    def _function(self) -> str:
+        """Name of u."""
+        return "exp"
+
+    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
+        raise NotImplementedError
+
+    @with_callbacks
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        offset: Any = None,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        resume: bool = True,
+        memory_limit: str | int | None = None,
+    ) -> Self:
+        """Fit the coefficients.
+
+        Parameters
+        ----------
+        X : array, sparse matrix, memory map or data frame, shape (n, d)
+        y : array_like, shape (n,)
+        sample_weight : array_like, shape (n,), optional
+            A weight w is the same as the row w times.
+        offset : array_like, shape (n,), optional
+            Added to ``X coef``.
+        checkpoint, resume, memory_limit
+            As in `attnfit.minimize`: a file from which the fit goes on after a crash, whether it does, and
+            the bytes that the process may hold, such as "1GB".
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            On input that is not finite, of the wrong shape or sign; the message names argument and index.
+        OverflowError
+            If the loss exceeds float64 at the start.
+
+        Notes
+        -----
+        With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
+        where they are, and ``r2_`` is NaN.
+        """
+        listeners = Listeners(self, X, y, {"sample_weight": sample_weight, "offset": offset})
+        limits = Limits(checkpoint, resume, memory_limit)
+        if is_elsewhere(X, y):
+            given = read_elsewhere(self, X, y, None, sample_weight, offset, grouped=False)
+            there = self._problem(
+                given.design, given.target, given.loss_weights, given.logit_offset, self.row_penalty
+            )
+            self.n_features_in_ = there.n_unknowns
+            self._solve(there, None, listeners, limits)
+            listeners.finish()
+            return self
+        design = read_features(self, X, reset=True)
+        n = int(design.shape[0])
+        target = read_target(self, y, n)
+        weights, shift = read_weights(sample_weight, n, None), read_offset(offset, n)
+        problem = self._problem(design, target, weights, shift, read_penalty(self.row_penalty, n, weights))
+        self._solve(problem, (target, weights, None), listeners, limits)
+        listeners.finish()
+        return self
+
+    def predict(self, X: Any, offset: Any = None) -> Array:
+        """Return the outcome that the model expects, ``u(X coef_ + offset)``, shape (n,).
+
+        Raises
+        ------
+        OverflowError
+            Where the answer exceeds float64.
+        """
+        check_is_fitted(self)
+        design = read_features(self, X, reset=False)
+        z = linear_predictor(design, self._point, read_offset(offset, int(design.shape[0])))
+        with np.errstate(over="ignore"):
+            out = FUNCTIONS[self._function](z, 0.0)[0]
+        if not np.isfinite(out).all():
+            i = int(np.flatnonzero(~np.isfinite(out))[0])
+            raise OverflowError(
+                f"{self._function}({z[i]:.4g}) of row {i} overflows float64; "
+                "X lies far outside the training data"
+            )
+        return out
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
+        """Return the coefficient of determination of ``predict(X, offset)``."""
+        return float(r2_score(y, self.predict(X, offset=offset), sample_weight=sample_weight))
+
+
+class ExponentialRegressor(OutcomeRegressor):
     """Least squares of an unnormalised exponential: ``y = u(X coef + offset) + noise``.
 
     Minimises ``0.5 sum w (u(X x + offset) - y)^2 + 0.5 sum w (row_penalty * X x)^2 + 0.5 ridge ||x||^2``: a
@@ -45,6 +148,10 @@ class ExponentialRegressor(BaseRegressor):
     max_iter : int
     random_state : int, optional
         Seed of the row samples on large data.
+    n_starts : int or "auto"
+        Descents of a loss that is not convex, see `attnfit.minimize`.
+    separation : {"warn", "drop", "keep"}
+        What becomes of data without a finite minimum, see `attnfit.minimize`.
 
     Attributes
     ----------
@@ -84,6 +191,8 @@ class ExponentialRegressor(BaseRegressor):
         tol: float = 1e-8,
         max_iter: int = 100,
         random_state: Any = None,
+        n_starts: int | Literal["auto"] = "auto",
+        separation: Literal["warn", "drop", "keep"] = "warn",
     ) -> None:
         self.function = function
         self.ridge = ridge
@@ -92,105 +201,108 @@ class ExponentialRegressor(BaseRegressor):
         self.tol = tol
         self.max_iter = max_iter
         self.random_state = random_state
+        self.n_starts = n_starts
+        self.separation = separation
 
-    @with_callbacks
-    def fit(
-        self,
-        X: Any,
-        y: Any,
-        sample_weight: Any = None,
-        offset: Any = None,
-        *,
-        checkpoint: str | PathLike[str] | None = None,
-        resume: bool = True,
-        memory_limit: str | int | None = None,
-    ) -> ExponentialRegressor:
-        """Fit the coefficients.
+    @property
+    def _function(self) -> str:
+        return self.function
 
-        Parameters
-        ----------
-        X : array, sparse matrix, memory map or data frame, shape (n, d)
-        y : array_like, shape (n,)
-        sample_weight : array_like, shape (n,), optional
-            A weight w is the same as the row w times.
-        offset : array_like, shape (n,), optional
-            Added to ``X coef``.
-        checkpoint, resume, memory_limit
-            As in `attnfit.minimize`: a file from which the fit goes on after a crash, whether it does, and
-            the bytes that the process may hold, such as "1GB".
-
-        Returns
-        -------
-        ExponentialRegressor
-            The estimator itself.
-
-        Raises
-        ------
-        ValueError
-            On input that is not finite, of the wrong shape or sign; the message names argument and index.
-        OverflowError
-            If the squared output exceeds float64 at the start.
-
-        Notes
-        -----
-        With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
-        where they are, and ``r2_`` is NaN.
-        """
-        listeners = Listeners(self, X, y, {"sample_weight": sample_weight, "offset": offset})
-        limits = Limits(checkpoint, resume, memory_limit)
-        if is_elsewhere(X, y):
-            given = read_elsewhere(self, X, y, None, sample_weight, offset, grouped=False)
-            there = Exponential(
-                given.design,
-                given.target,
-                function=self.function,
-                weights=given.loss_weights,
-                offset=given.logit_offset,
-                row_penalty=self.row_penalty,
-                ridge=self.ridge,
-            )
-            self.n_features_in_ = there.n_unknowns
-            self._solve(there, None, listeners, limits)
-            listeners.finish()
-            return self
-        design = read_features(self, X, reset=True)
-        n = int(design.shape[0])
-        target = read_target(self, y, n)
-        weights, shift = read_weights(sample_weight, n, None), read_offset(offset, n)
-        problem = Exponential(
-            design,
-            target,
+    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
+        return Exponential(
+            A,
+            b,
             function=self.function,
             weights=weights,
-            offset=shift,
-            row_penalty=read_penalty(self.row_penalty, n, weights),
+            offset=offset,
+            row_penalty=row_penalty,
             ridge=self.ridge,
         )
-        self._solve(problem, (target, weights, None), listeners, limits)
-        listeners.finish()
-        return self
 
-    def predict(self, X: Any, offset: Any = None) -> Array:
-        """Return ``u(X coef_ + offset)``, shape (n,).
 
-        Raises
-        ------
-        OverflowError
-            Where the answer exceeds float64.
-        """
-        check_is_fitted(self)
-        design = read_features(self, X, reset=False)
-        z = linear_predictor(design, self._point, read_offset(offset, int(design.shape[0])))
-        with np.errstate(over="ignore"):
-            out = FUNCTIONS[self.function](z, 0.0)[0]
-        if not np.isfinite(out).all():
-            i = int(np.flatnonzero(~np.isfinite(out))[0])
-            raise OverflowError(
-                f"{self.function}({z[i]:.4g}) of row {i} overflows float64; "
-                "X lies far outside the training data"
-            )
-        return out
+class PoissonRegressor(OutcomeRegressor):
+    """Poisson regression, or pseudo-likelihood (PPML): ``E y = exp(X coef + offset)``.
+
+    Minimises ``sum w (exp(eta) - y eta) + 0.5 sum w (row_penalty * X x)^2 + 0.5 ridge ||x||^2`` with
+    ``eta = X x + offset``. Unlike a regression of logarithms it takes zeros, and needs nothing but the mean to be right.
+
+    Parameters
+    ----------
+    ridge : float
+    row_penalty : float or array_like of shape (n,)
+    solver : attnfit.solvers.Newton or GradientDescent, optional
+    tol : float
+        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
+    max_iter : int
+    random_state : int, optional
+        Seed of the row samples on large data.
+    n_starts : int or "auto"
+        Descents of a loss that is not convex, see `attnfit.minimize`.
+    separation : {"warn", "drop", "keep"}
+        What becomes of data without a finite minimum, see `attnfit.minimize`.
+
+    Attributes
+    ----------
+    coef_ : ndarray, shape (d,)
+        Coefficients in the units of X. There is no intercept: add a column of ones.
+    covariance_, standard_errors_ : ndarray, shapes (d, d) and (d,)
+        Sandwich ``H^+ S H^+`` with one score a row, which does not need the variance to equal the mean;
+        computed when first asked for.
+    loss_value_ : float
+        ``sum w (exp(eta) - y eta)``, without the penalties.
+    r2_ : float
+        Computed when first asked for.
+    result_ : attnfit.solvers.Result
+    n_iter_, n_rows_, n_features_in_ : int
+    feature_names_in_ : ndarray of str, shape (d,)
+        Where X had names.
+
+    Notes
+    -----
+    Source: Santos Silva and Tenreyro, "The Log of Gravity" (2006), doi:10.1162/rest.88.4.641.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from attnfit.estimators import PoissonRegressor
+    >>> X = np.column_stack([np.ones(5), np.arange(5.0)])
+    >>> model = PoissonRegressor().fit(X, [2, 3, 6, 7, 12])
+    >>> model.coef_.round(4)
+    array([0.7529, 0.4264])
+    >>> model.predict([[1.0, 5.0]]).round(2)
+    array([17.9])
+    """
+
+    def __init__(
+        self,
+        ridge: float = 0.0,
+        row_penalty: Any = 0.0,
+        solver: Any = None,
+        tol: float = 1e-8,
+        max_iter: int = 100,
+        random_state: Any = None,
+        n_starts: int | Literal["auto"] = "auto",
+        separation: Literal["warn", "drop", "keep"] = "warn",
+    ) -> None:
+        self.ridge = ridge
+        self.row_penalty = row_penalty
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.random_state = random_state
+        self.n_starts = n_starts
+        self.separation = separation
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.positive_only = True
+        return tags
+
+    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
+        return Poisson(A, b, weights=weights, offset=offset, row_penalty=row_penalty, ridge=self.ridge)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
-        """Return the coefficient of determination of ``predict(X, offset)``."""
-        return float(r2_score(y, self.predict(X, offset=offset), sample_weight=sample_weight))
+        """Return ``1 - D / D_0``, the share of the Poisson deviance of the constant that is explained."""
+        # A row that was separated is predicted to be zero, exactly where it is.
+        predicted = np.maximum(self.predict(X, offset=offset), np.finfo(np.float64).tiny)
+        return float(d2_tweedie_score(y, predicted, sample_weight=sample_weight, power=1))

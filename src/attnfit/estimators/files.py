@@ -88,7 +88,7 @@ def load(path: str | PathLike[str]) -> Any:
 
     Returns
     -------
-    SoftmaxRegressor, ExponentialRegressor or RescaledSoftmaxRegressor
+    SoftmaxRegressor, ExponentialRegressor, PoissonRegressor or RescaledSoftmaxRegressor
         Fitted; ``result_`` has no problem and no history, since the file has no data.
 
     Raises

@@ -44,6 +44,10 @@ RESULT: dict[str, type] = {
 }
 # Numbers that are not known for every fit.
 UNKNOWN = ("gradient_norm", "move", "decrement", "n_flat")
+# Classes that have files.
+STORED = ("ExponentialRegressor", "PoissonRegressor", "RescaledSoftmaxRegressor", "SoftmaxRegressor")
+# Parameters that older files do not have.
+LATER = {"n_starts": "auto", "separation": "warn"}
 SOLVERS = ("Newton", "LevenbergMarquardt", "GradientDescent")
 
 
@@ -53,9 +57,9 @@ class ModelFileError(ValueError):
 
 def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
     """Return an unfitted estimator of the class and parameters in the header, and check the rest of it."""
-    from attnfit.estimators import ExponentialRegressor, RescaledSoftmaxRegressor, SoftmaxRegressor
+    from attnfit import estimators
 
-    classes = {c.__name__: c for c in (ExponentialRegressor, RescaledSoftmaxRegressor, SoftmaxRegressor)}
+    classes = {name: getattr(estimators, name) for name in STORED}
     keys = {"format_version", "class", "params", "n_features_in", "feature_names_in", "fit", "result"}
     _require(set(header) == keys, f"the header has entries {sorted(header)}, expected {sorted(keys)}")
     name = header["class"]
@@ -65,7 +69,7 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
     )
     params = header["params"]
     _require(isinstance(params, dict), "params is not an object")
-    params = dict(params)
+    params = LATER | params
     if "row_penalty" in arrays:
         _require("row_penalty" not in params, "row_penalty is given twice")
         params["row_penalty"] = arrays["row_penalty"]
@@ -90,7 +94,7 @@ def check_arrays(arrays: dict[str, NDArray[Any]], d: int, status: str) -> None:
     """Check names, dtypes, shapes and entries of the arrays of a model with d features; some coefficients
     have no finite value where the fit ended so.
     """
-    endless = status in (Status.SEPARABLE, Status.NO_MINIMUM)
+    endless = status in (Status.SEPARABLE, Status.NO_MINIMUM) or "limit" in arrays
     known = {"coef", "limit", "gradient", "covariance", "identified", "unidentified", "row_penalty"}
     _require(
         {"coef", "gradient"} <= set(arrays) <= known,
@@ -152,6 +156,8 @@ def _check_param(name: str, value: Any) -> None:
         "tol": lambda: _is(value, float) and value > 0,
         "max_iter": lambda: _is(value, int) and value >= 0,
         "random_state": lambda: value is None or _is(value, int),
+        "n_starts": lambda: value == "auto" or (_is(value, int) and value >= 1),
+        "separation": lambda: value in ("warn", "drop", "keep"),
     }
     _require(checks[name](), f"parameter {name} is {value!r}, which is not allowed")
 

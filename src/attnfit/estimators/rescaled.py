@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,10 @@ class RescaledSoftmaxRegressor(ShareRegressor):
     max_iter : int
     random_state : int, optional
         Seed of the row samples on large data.
+    n_starts : int or "auto"
+        Descents of a loss that is not convex, see `attnfit.minimize`.
+    separation : {"warn", "drop", "keep"}
+        What becomes of data without a finite minimum, see `attnfit.minimize`.
 
     Attributes
     ----------
@@ -88,6 +92,8 @@ class RescaledSoftmaxRegressor(ShareRegressor):
         tol: float = 1e-8,
         max_iter: int = 100,
         random_state: Any = None,
+        n_starts: int | Literal["auto"] = "auto",
+        separation: Literal["warn", "drop", "keep"] = "warn",
     ) -> None:
         self.function = function
         self.ridge = ridge
@@ -97,6 +103,8 @@ class RescaledSoftmaxRegressor(ShareRegressor):
         self.tol = tol
         self.max_iter = max_iter
         self.random_state = random_state
+        self.n_starts = n_starts
+        self.separation = separation
 
     def _loss(self) -> Loss:
         choose(self.function, FUNCTIONS, "function")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,10 @@ class SoftmaxRegressor(ShareRegressor):
     max_iter : int
     random_state : int, optional
         Seed of the row samples on large data.
+    n_starts : int or "auto"
+        Descents of a loss that is not convex, see `attnfit.minimize`.
+    separation : {"warn", "drop", "keep"}
+        What becomes of data without a finite minimum, see `attnfit.minimize`.
 
     Attributes
     ----------
@@ -104,6 +108,8 @@ class SoftmaxRegressor(ShareRegressor):
         tol: float = 1e-8,
         max_iter: int = 100,
         random_state: Any = None,
+        n_starts: int | Literal["auto"] = "auto",
+        separation: Literal["warn", "drop", "keep"] = "warn",
     ) -> None:
         self.loss = loss
         self.ridge = ridge
@@ -113,6 +119,8 @@ class SoftmaxRegressor(ShareRegressor):
         self.tol = tol
         self.max_iter = max_iter
         self.random_state = random_state
+        self.n_starts = n_starts
+        self.separation = separation
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -88,7 +88,8 @@ def _at_hand(model: Any, name: str) -> bool:
 
 def _fit_lines(model: Any) -> list[str]:
     result = model.result_
-    choice = f"loss {model.loss}" if hasattr(model, "loss") else f"function {model.function}"
+    names = ("loss", "function")
+    choice = "".join(f", {name} {getattr(model, name)}" for name in names if hasattr(model, name))
     r2 = model.r2_ if _at_hand(model, "r2_") else float("nan")
     size = f"{model.n_rows_} rows"
     if hasattr(model, "n_groups_"):
@@ -98,7 +99,7 @@ def _fit_lines(model: Any) -> list[str]:
     if hasattr(model, "log_likelihood_"):
         fit += f", log likelihood {model.log_likelihood_:.8g}"
     lines = [
-        f"{type(model).__name__}, {choice}",
+        f"{type(model).__name__}{choice}",
         f"{fit}, r2 {r2:.4f}",
         f"{result.status}: {result.n_iter} steps, {result.n_passes:.2f} reads of the data, "
         f"{result.seconds:.3g} s; relative gradient {result.gradient_norm:.2e}",
