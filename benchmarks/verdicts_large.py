@@ -258,7 +258,8 @@ def main() -> None:
         )
     note = (
         f"Seeds {seeds[0]} to {seeds[-1]}, 20,000 to 200,000 rows, 20 to 800 "
-        f"unknowns, at most {MAX_ITER} steps, one thread, {perf_counter() - began:.0f} s for both fits and the reference. Sampled: "
+        f"unknowns, at most {MAX_ITER} steps, one thread, {perf_counter() - began:.0f} s for both fits and "
+        "the reference. Sampled: "
         "accepted without an exact Hessian. The last two columns compare them with the fit that ends with an "
         "exact Hessian, for every tenth problem: medians of the difference in reads, where a read with a "
         "Hessian counts as one, and of the ratio of whole times."

@@ -224,7 +224,8 @@ class PoissonRegressor(OutcomeRegressor):
     """Poisson regression, or pseudo-likelihood (PPML): ``E y = exp(X coef + offset)``.
 
     Minimises ``sum w (exp(eta) - y eta) + 0.5 sum w (row_penalty * X x)^2 + 0.5 ridge ||x||^2`` with
-    ``eta = X x + offset``. Unlike a regression of logarithms it takes zeros, and needs nothing but the mean to be right.
+    ``eta = X x + offset``. Unlike a regression of logarithms it takes zeros, and needs nothing but the mean
+    to be right.
 
     Parameters
     ----------

@@ -9,8 +9,8 @@ from attnfit.problems.rows.grouped import GroupedProblem
 
 
 class Poisson(GroupedProblem):
-    """``L(x) = sum w (exp(eta) - b eta) + 0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2`` with ``eta = A x
-    + offset``.
+    """``L(x) = sum w (exp(eta) - b eta) + 0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2`` with
+    ``eta = A x + offset``.
 
     The negative Poisson log-likelihood up to ``sum w log b!``; for targets that are no counts the
     pseudo-likelihood whose answer is consistent whenever ``E b = exp(eta)`` (Santos Silva and Tenreyro, "The
