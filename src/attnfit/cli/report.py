@@ -79,7 +79,7 @@ class FitReport:
         """Return the closing line in pieces."""
         result = self.result
         rows = f"{self.n_rows - self.n_dropped:,} rows" + (
-            f" in {self.n_groups:,} groups" if self.n_groups else ""
+            f" in {self.n_groups:,} group{'s'[: self.n_groups > 1]}" if self.n_groups else ""
         )
         facts = [
             f"loss {self.loss:.10g}",
@@ -147,7 +147,9 @@ class FitReport:
                 "add --outside-good if the rest went elsewhere",
             ),
         ):
-            if n:
+            if n and self.n_groups == 1:
+                remarks.append(f"The target sums to {kind} ({examples[0][1]:.6g}); {remedy}")
+            elif n:
                 named = ", ".join(f"{label}: {total:.6g}" for label, total in examples)
                 more = ", ..." if n > len(examples) else ""
                 remarks.append(
@@ -165,7 +167,10 @@ class FitReport:
 
     def _repeated(self) -> str:
         if not self.n_repeated:
-            return "these are no shares of one whole, unless they count choices"
+            more = (
+                "name the column of the market with --group, if there is one: " if self.n_groups == 1 else ""
+            )
+            return f"{more}these are no shares of one whole, unless they count choices"
         n = self.n_repeated
         return f"{n:,} row{'s'[: n > 1]} there repeat{'s'[n > 1 :]} another one exactly: remove duplicates"
 
