@@ -235,6 +235,30 @@ def test_places_where_nothing_can_be(name, option, here):
     assert contents(here) == before
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_protected_is_refused_before_any_work(kind, here, monkeypatch):
+    """Root may write anywhere, so the answer of the system is given here."""
+    Path("kept.json").write_text("before")
+    forbidden = here / "kept.json" if kind == "file" else here
+    real = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda p, mode: real(p, mode) and not (mode & os.W_OK and Path(p).resolve() == forbidden),
+    )
+    sentence = one_error(call("fit softmax", "--json", "kept.json"))
+    assert ("is write-protected" if kind == "file" else "nothing may be written into the folder") in sentence
+    assert Path("kept.json").read_text() == "before"
+
+
+def test_json_knows_no_nan():
+    from attnfit.cli.output import plain
+
+    told = {"a": np.float64("nan"), "b": [np.inf, np.int64(3), None, True], "c": np.array([0.5, -np.inf])}
+    assert json.dumps(plain(told), allow_nan=False) == \
+        '{"a": null, "b": [null, 3, null, true], "c": [0.5, null]}'  # fmt: skip
+
+
 def name_of(name, option):
     return NAMES.get((name, option), {"--plot": "out.png", "--json": "out.json"}.get(option, "out"))
 

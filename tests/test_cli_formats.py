@@ -89,8 +89,9 @@ def test_the_same_numbers_in_every_format(name, tmp_path, expected):
         tmp_path / f"d.{name.split()[0] if name in ('gz', 'csv.bz2', 'xz', 'zip', 'xlsx', 'dta') else 'data'}"
     )
     path.write_bytes(FORMATS[name]())
-    found, _ = coefficients(path)
+    found, result = coefficients(path)
     assert found == pytest.approx(expected, rel=1e-6)
+    assert all("Read as numbers" in line for line in messages(result))
     model = tmp_path / "m"
     assert run("fit", "softmax", path, *ROLES, "--save", model).exit_code == 0
     copied = run("predict", model, path, "--group", "market")

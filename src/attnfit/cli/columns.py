@@ -120,9 +120,9 @@ def choose_features(
     out = f"; left out: {_some(left)}" if left else ""
     out += f"; left out because they hold text: {_some(list(text))}" if text else ""
     if not taken:
-        listed = out or "; add one"
+        why_none = out or "; add one"
         remedy = "; name those that are meant with --features" if left else ""
-        raise InputError(f"{path} has no numeric column left for a feature{listed}{remedy}")
+        raise InputError(f"{path} has no numeric column left for a feature{why_none}{remedy}")
     note(f"Features: {', '.join(taken)}{out}.")
     return taken
 

@@ -160,4 +160,4 @@ def _kept(error: Exception) -> str:
 
 
 def _as_note(message: Warning | str, *_: Any) -> None:
-    note(in_options(str(message)))
+    note(in_options(" ".join(str(message).split("\n"))))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from attnfit.cli.console import Literal, silence, stderr, stdout
 from attnfit.cli.errors import InputError
@@ -101,7 +104,19 @@ def put(path: Path, data: bytes | str) -> None:
 def put_json(path: Path | None, report: Any) -> None:
     """Write a report as JSON where one is asked for."""
     if path is not None:
-        put(path, json.dumps(report, indent=2) + "\n")
+        put(path, json.dumps(plain(report), indent=2, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Return plain data: JSON knows no NumPy, and neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Sequence | np.ndarray):
+        return [plain(item) for item in value]
+    number = value.item() if hasattr(value, "item") else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def results(*outputs: Path | None) -> Literal:
@@ -131,6 +146,8 @@ def _require_writable(option: str, path: Path) -> None:
         raise InputError(f"{option}: there is no folder {path.parent}{why}; make it first")
     if target.is_dir():
         raise InputError(f"{option}: {path} is a folder; add the name of a file")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise InputError(f"{option}: {path} is write-protected; name another file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{option}: nothing may be written into the folder {folder}; name another one")
 

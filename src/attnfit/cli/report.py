@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +78,7 @@ class FitReport:
         """Return the closing line in pieces."""
         result = self.result
         rows = f"{self.n_rows - self.n_dropped:,} rows" + (
-            f" in {self.n_groups:,} groups" if self.n_groups else ""
+            f" in {self.n_groups:,} group{'s'[: self.n_groups > 1]}" if self.n_groups else ""
         )
         facts = [
             f"loss {self.loss:.10g}",
@@ -147,7 +146,9 @@ class FitReport:
                 "add --outside-good if the rest went elsewhere",
             ),
         ):
-            if n:
+            if n and self.n_groups == 1:
+                remarks.append(f"The target sums to {kind} ({examples[0][1]:.6g}); {remedy}")
+            elif n:
                 named = ", ".join(f"{label}: {total:.6g}" for label, total in examples)
                 more = ", ..." if n > len(examples) else ""
                 remarks.append(
@@ -165,7 +166,10 @@ class FitReport:
 
     def _repeated(self) -> str:
         if not self.n_repeated:
-            return "these are no shares of one whole, unless they count choices"
+            more = (
+                "name the column of the market with --group, if there is one: " if self.n_groups == 1 else ""
+            )
+            return f"{more}these are no shares of one whole, unless they count choices"
         n = self.n_repeated
         return f"{n:,} row{'s'[: n > 1]} there repeat{'s'[n > 1 :]} another one exactly: remove duplicates"
 
@@ -177,41 +181,38 @@ class FitReport:
             console.say(line)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report as plain data; what is not finite becomes None."""
+        """Return the report as data."""
         rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
         result, certificate = self.result, self.certificate
-        report: dict[str, Any] = _plain(
-            {
-                "title": self.title,
-                "coefficients": rows,
-                "loss": self.loss,
-                "objective": result.value,
-                "rows": self.n_rows - self.n_dropped,
-                "dropped_rows": self.n_dropped,
-                "groups": self.n_groups,
-                "groups_above_one": 0 if self.totals is None else self.totals.n_above,
-                "groups_below_one": 0 if self.totals is None else self.totals.n_below,
-                "groups_of_one_row": 0 if self.totals is None else self.totals.n_single,
-                "reads_of_the_data": result.n_passes,
-                "iterations": result.n_iter,
-                "seconds": result.seconds,
-                "converged": result.converged,
-                "status": result.status,
-                "message": self.message,
-                "relative_gradient": result.gradient_norm,
-                "solver": result.solver,
-                "local_values": result.local_values,
-                "certificate": {
-                    "valid": certificate.valid,
-                    "radius": certificate.radius,
-                    "scaled_radius": certificate.scaled_radius,
-                    "valid_for_predictions": certificate.valid_for_predictions,
-                    "coefficient_radius": certificate.coefficient_radius.tolist(),
-                    "reason": certificate.reason,
-                },
-            }
-        )
-        return report
+        return {
+            "title": self.title,
+            "coefficients": rows,
+            "loss": self.loss,
+            "objective": result.value,
+            "rows": self.n_rows - self.n_dropped,
+            "dropped_rows": self.n_dropped,
+            "groups": self.n_groups,
+            "groups_above_one": 0 if self.totals is None else self.totals.n_above,
+            "groups_below_one": 0 if self.totals is None else self.totals.n_below,
+            "groups_of_one_row": 0 if self.totals is None else self.totals.n_single,
+            "reads_of_the_data": result.n_passes,
+            "iterations": result.n_iter,
+            "seconds": result.seconds,
+            "converged": result.converged,
+            "status": result.status,
+            "message": self.message,
+            "relative_gradient": result.gradient_norm,
+            "solver": result.solver,
+            "local_values": result.local_values,
+            "certificate": {
+                "valid": certificate.valid,
+                "radius": certificate.radius,
+                "scaled_radius": certificate.scaled_radius,
+                "valid_for_predictions": certificate.valid_for_predictions,
+                "coefficient_radius": certificate.coefficient_radius.tolist(),
+                "reason": certificate.reason,
+            },
+        }
 
 
 def end_of_fit(result: Any) -> None:
@@ -267,15 +268,3 @@ def _cell(column: str, value: Any) -> str:
     if column == "name":
         return str(value)
     return format(value, FORMATS[column]) if math.isfinite(value) else "-"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
-    # NumPy's numbers and flags; JSON has no NaN or infinity.
-    plain = value.item() if hasattr(value, "item") else value
-    return None if isinstance(plain, float) and not math.isfinite(plain) else plain

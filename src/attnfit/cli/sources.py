@@ -260,7 +260,7 @@ def _read_native(kind: str, packages: tuple[str, ...], stream: IO[bytes], path: 
             names = [str(name) for name in book.sheet_names]
             if len(names) > 1:
                 note(f"{path} has {len(names)} sheets; the first, {names[0]!r}, is read.")
-            return book.parse(names[0])
+            return pd.read_excel(book, sheet_name=names[0])
     try:
         return pd.read_stata(data)
     except ValueError as error:

@@ -28,17 +28,21 @@ def suspicion(name: str, values: Array, groups: NDArray[Any] | None) -> str | No
     """Return why a column is no feature unless it is named as one; None where it may be one."""
     if NAMELESS.fullmatch(name):
         return "no name"
-    whole = len(values) >= FEW and np.isfinite(values).all() and bool((values == np.rint(values)).all())
-    if not whole:
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return "no values"
+    if len(known) < FEW or not np.isfinite(known).all() or (known != np.rint(known)).any():
         return None
     counted = np.arange(len(values))
-    if (values == counted).all() or (values == counted + 1).all():
+    if len(known) == len(values) and ((values == counted).all() or (values == counted + 1).all()):
         return "row numbers"
-    n_different = len(np.unique(values))
-    if n_different == len(values):
+    n_different = len(np.unique(known))
+    if n_different == len(known):
         return "whole numbers that are all different"
     if IDENTIFIER.fullmatch(name):
         return "an identifier by its name"
+    if len(known) < len(values):
+        return None
     if groups is not None and _numbers_within(values, groups):
         return "numbers of the rows of each group"
     steps = np.diff(values)
