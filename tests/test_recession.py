@@ -99,6 +99,17 @@ def test_the_falling_rows_of_shares(storage, loss, monkeypatch):
     assert 3 <= n_separated <= 14
 
 
+def test_rows_that_stay_do_not_crowd_out_rows_that_fall(monkeypatch):
+    """More rows join the programme than those it has that no direction lowers."""
+    monkeypatch.setattr("attnfit.solvers.separation.FIRST_ROWS", 3)
+    monkeypatch.setattr("attnfit.solvers.separation.MORE_ROWS", 1)
+    A = np.array([[0.0, 0, 0], [1.0, 0, 0], [-1.0, 0, 0], [0.0, 1, 0], [0.0, 0, 1]])
+    b, away = [1.0, 0, 0, 0, 0], np.array([0.0, -20, -20, -20, -1])
+    problem = problems.Softmax(A, b, loss="cross_entropy", offset=away)
+    found = find_separation(problem, problem.evaluate(np.zeros(3)))
+    assert found.rows.tolist() == [3, 4]
+
+
 def test_the_falling_rows_of_a_group_in_pieces(monkeypatch):
     """Copies of rows: the answer is that of the rows once."""
     shrink_blocks(monkeypatch)
