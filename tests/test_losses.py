@@ -477,6 +477,7 @@ def test_an_activation_of_ones_own():
             (np.sin, lambda y: 1.001 * np.cos(y), lambda y: -np.sin(y)),
             "h' of activation is not the derivative",
         ),
+        ((np.exp, lambda y: 0.999 * np.exp(y), np.exp), "h' of activation is not the derivative"),
         ((np.sin, np.cos, np.sin), "h'' of activation is not the derivative"),
         ((lambda y: y[:2], np.cos, np.sin), "h of activation must map"),
         ((np.sin, lambda y: np.nan * y, np.sin), "h' of activation must map"),
