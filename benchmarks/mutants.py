@@ -1,4 +1,4 @@
-"""Faults put in on purpose: ``python -m benchmarks.mutants [--module verdicts ...] [--share 0.1]``.
+"""Faults put in on purpose: ``make mutants``, or ``python -m benchmarks.mutants --module moves --share 0.1``.
 
 Cosmic Ray's operators, and a few for numerical code, change one place of a module at a time. A change that no
 test notices is a survivor. Every mutant runs in a process of its own, forked after the libraries are loaded;
@@ -402,7 +402,7 @@ def write(name: str, n_all: int, n: int, n_late: int, survivors: list[Mutant]) -
     rate = sum(c[0] * c[2] / c[1] for c in counts) / total
     parts = [
         "# Mutants",
-        f"`make mutants`: {__doc__}",
+        (__doc__ or "").strip(),
         "Killed includes those that ran out of time. The interval (95 %) is of the rate among all mutants,\n"
         "where only some were tried. Survivors that no test can see: `docs/design.md`.",
         "\n".join(

@@ -210,12 +210,13 @@ def test_the_point_of_an_exponential_overflows_nowhere():
     assert np.isfinite(answer[[0, 2]]).all()
 
 
-def test_a_direction_that_lasts_where_the_loss_is_not_convex():
+@pytest.mark.parametrize("c", [1e-4, 1.0, 1e4])
+def test_a_direction_that_lasts_where_the_loss_is_not_convex(c):
     """Shares that no finite logit gives; none where the loss turns back on the way."""
     A = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     for b, falls in [([0.6, 0.4, -0.1], True), ([0.6, 0.4, 0.2], False)]:
-        problem = problems.Softmax(A, b, loss="squared")
-        at = problem.evaluate(np.array([np.log(2 / 3), -12.0]))
+        problem = problems.Softmax(c * A, b, loss="squared")
+        at = problem.evaluate(np.array([np.log(2 / 3), -12.0]) / c)
         found = find_separation(problem, at)
         assert (found is not None) == falls
         if found is not None:
@@ -224,14 +225,15 @@ def test_a_direction_that_lasts_where_the_loss_is_not_convex():
             assert found.direction.tolist() == [0.0, -1.0]
 
 
-def test_rows_that_share_a_column_fall_on_balance():
+@pytest.mark.parametrize("c", [1e-4, 1.0, 1e4])
+def test_rows_that_share_a_column_fall_on_balance(c):
     """One of two rows would rather rise; the sum decides, and which one is larger."""
     A = np.array([[0.0, 0], [1.0, 0], [0.0, 1], [0.0, 0], [1.0, 0], [0.0, 1]])
     ids = np.array([0, 0, 0, 1, 1, 1])
     for target, falls in [(-0.3, True), (0.3, False)]:
         b = np.array([0.6, 0.4, target, 0.6, 0.4, -0.1 * np.sign(target)])
-        problem = problems.Softmax(A, b, ids, loss="squared")
-        found = find_separation(problem, problem.evaluate(np.array([np.log(2 / 3), -12.0])))
+        problem = problems.Softmax(c * A, b, ids, loss="squared")
+        found = find_separation(problem, problem.evaluate(np.array([np.log(2 / 3), -12.0]) / c))
         assert (found is not None) == falls
         if found is not None:
             assert found.rows.tolist() == [2, 5]
