@@ -118,7 +118,10 @@ def test_the_falling_rows_of_a_group_in_pieces(monkeypatch):
         _, A, b, ids = drawn(seed, 1)
         b[:3] = 1.0
         times = 200 // len(A) + 1
-        problem = problems.Softmax(np.tile(A, (times, 1)), np.tile(b, times), loss="cross_entropy")
+        # What all rows have in common changes nothing.
+        problem = problems.Softmax(
+            np.tile(A, (times, 1)) + 5.0 * np.abs(A).max(axis=0), np.tile(b, times), loss="cross_entropy"
+        )
         assert problem.n_long == 1
         found = find_separation(problem, problem.evaluate(np.zeros(A.shape[1])))
         falls = falling_rows(A, b > 0, b == 0, ids)
@@ -215,8 +218,9 @@ def test_a_direction_that_lasts_where_the_loss_is_not_convex(c):
     """Shares that no finite logit gives; none where the loss turns back on the way."""
     A = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     for b, falls in [([0.6, 0.4, -0.1], True), ([0.6, 0.4, 0.2], False)]:
-        problem = problems.Softmax(c * A, b, loss="squared")
-        at = problem.evaluate(np.array([np.log(2 / 3), -12.0]) / c)
+        ahead = np.array([3.0, -7.0])
+        problem = problems.Softmax(c * A, b, loss="squared", offset=A @ ahead)
+        at = problem.evaluate((np.array([np.log(2 / 3), -12.0]) - ahead) / c)
         found = find_separation(problem, at)
         assert (found is not None) == falls
         if found is not None:
