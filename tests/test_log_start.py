@@ -124,6 +124,7 @@ def test_targets_without_a_logarithm(loss, way):
     data.b[data.ids == 3] = 0.0
     data.w[np.flatnonzero((data.ids == 0) & (data.b > 0))[0]] = 0.0
     groups = np.zeros_like(data.ids) if loss == "exponential" else data.ids
+    data.offset -= 3.0
     exposure = np.exp(data.offset)
     target = data.b.copy()
     for g in np.unique(groups):

@@ -99,6 +99,17 @@ def test_the_falling_rows_of_shares(storage, loss, monkeypatch):
     assert 3 <= n_separated <= 14
 
 
+def test_rows_that_stay_do_not_crowd_out_rows_that_fall(monkeypatch):
+    """More rows join the programme than those it has that no direction lowers."""
+    monkeypatch.setattr("attnfit.solvers.separation.FIRST_ROWS", 3)
+    monkeypatch.setattr("attnfit.solvers.separation.MORE_ROWS", 1)
+    A = np.array([[0.0, 0, 0], [1.0, 0, 0], [-1.0, 0, 0], [0.0, 1, 0], [0.0, 0, 1]])
+    b, away = [1.0, 0, 0, 0, 0], np.array([0.0, -20, -20, -20, -1])
+    problem = problems.Softmax(A, b, loss="cross_entropy", offset=away)
+    found = find_separation(problem, problem.evaluate(np.zeros(3)))
+    assert found.rows.tolist() == [3, 4]
+
+
 def test_the_falling_rows_of_a_group_in_pieces(monkeypatch):
     """Copies of rows: the answer is that of the rows once."""
     shrink_blocks(monkeypatch)
@@ -107,7 +118,10 @@ def test_the_falling_rows_of_a_group_in_pieces(monkeypatch):
         _, A, b, ids = drawn(seed, 1)
         b[:3] = 1.0
         times = 200 // len(A) + 1
-        problem = problems.Softmax(np.tile(A, (times, 1)), np.tile(b, times), loss="cross_entropy")
+        # What all rows have in common changes nothing.
+        problem = problems.Softmax(
+            np.tile(A, (times, 1)) + 5.0 * np.abs(A).max(axis=0), np.tile(b, times), loss="cross_entropy"
+        )
         assert problem.n_long == 1
         found = find_separation(problem, problem.evaluate(np.zeros(A.shape[1])))
         falls = falling_rows(A, b > 0, b == 0, ids)
@@ -199,12 +213,14 @@ def test_the_point_of_an_exponential_overflows_nowhere():
     assert np.isfinite(answer[[0, 2]]).all()
 
 
-def test_a_direction_that_lasts_where_the_loss_is_not_convex():
+@pytest.mark.parametrize("c", [1e-4, 1.0, 1e4])
+def test_a_direction_that_lasts_where_the_loss_is_not_convex(c):
     """Shares that no finite logit gives; none where the loss turns back on the way."""
     A = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     for b, falls in [([0.6, 0.4, -0.1], True), ([0.6, 0.4, 0.2], False)]:
-        problem = problems.Softmax(A, b, loss="squared")
-        at = problem.evaluate(np.array([np.log(2 / 3), -12.0]))
+        ahead = np.array([3.0, -7.0])
+        problem = problems.Softmax(c * A, b, loss="squared", offset=A @ ahead)
+        at = problem.evaluate((np.array([np.log(2 / 3), -12.0]) - ahead) / c)
         found = find_separation(problem, at)
         assert (found is not None) == falls
         if found is not None:
@@ -213,14 +229,15 @@ def test_a_direction_that_lasts_where_the_loss_is_not_convex():
             assert found.direction.tolist() == [0.0, -1.0]
 
 
-def test_rows_that_share_a_column_fall_on_balance():
+@pytest.mark.parametrize("c", [1e-4, 1.0, 1e4])
+def test_rows_that_share_a_column_fall_on_balance(c):
     """One of two rows would rather rise; the sum decides, and which one is larger."""
     A = np.array([[0.0, 0], [1.0, 0], [0.0, 1], [0.0, 0], [1.0, 0], [0.0, 1]])
     ids = np.array([0, 0, 0, 1, 1, 1])
     for target, falls in [(-0.3, True), (0.3, False)]:
         b = np.array([0.6, 0.4, target, 0.6, 0.4, -0.1 * np.sign(target)])
-        problem = problems.Softmax(A, b, ids, loss="squared")
-        found = find_separation(problem, problem.evaluate(np.array([np.log(2 / 3), -12.0])))
+        problem = problems.Softmax(c * A, b, ids, loss="squared")
+        found = find_separation(problem, problem.evaluate(np.array([np.log(2 / 3), -12.0]) / c))
         assert (found is not None) == falls
         if found is not None:
             assert found.rows.tolist() == [2, 5]

@@ -75,16 +75,18 @@ def test_the_hard_case(make, side, radius):
 
 
 @pytest.mark.parametrize(("share", "moves"), [(1e-5, False), (5e-4, False), (5e-3, True), (0.5, True)])
-def test_a_slope_along_a_flat_direction_counts_if_it_is_no_rounding(share, moves):
+@pytest.mark.parametrize("c", [1e-4, 1.0, 1e4])
+def test_a_slope_along_a_flat_direction_counts_if_it_is_no_rounding(share, moves, c):
+    """Beside the others, whatever the unit of the loss."""
     H, Q = matrix(np.array([0.0, 1.0, 2.0]))
-    g = Q @ np.array([share, -0.6, 0.8])
+    g = c * Q @ np.array([share, -0.6, 0.8])
     step = Eigenmodel(H).solve(g, np.inf)
     assert step.bounded == moves
-    assert (abs((Q.T @ step.p)[0]) > 1e-9) == moves
+    assert (abs((Q.T @ step.p)[0]) > 1e-9 * c) == moves
     steep = Eigenmodel(H).solve(g, np.inf, steep_only=True)
-    np.testing.assert_allclose(Q.T @ steep.p, [0.0, 0.6, -0.4], atol=1e-12)
+    np.testing.assert_allclose(Q.T @ steep.p / c, [0.0, 0.6, -0.4], atol=1e-12)
     assert not steep.bounded
-    assert np.isclose(steep.predicted, 0.5 * 0.36 + 0.5 * 0.64 / 2.0)
+    assert np.isclose(steep.predicted, c**2 * (0.5 * 0.36 + 0.5 * 0.64 / 2.0))
 
 
 @pytest.mark.parametrize("make", DENSE)
@@ -133,7 +135,7 @@ def test_how_far_a_stationary_point_is():
 
 
 def test_a_firm_model_has_more_curvature_everywhere_than_a_share_of_the_largest():
-    model = Eigenmodel(np.diag([2e-3, 1.0, 2.0]))
+    model = Eigenmodel(np.diag([2e-3, 3e-3, 4e-3, 2.0]))
     assert model.is_firm(0.5e-3)
     assert not model.is_firm(2e-3)
     assert not Eigenmodel(np.diag([-1.0, 1.0])).is_firm(1e-12)

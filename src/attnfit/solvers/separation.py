@@ -320,7 +320,7 @@ def _programme(rows: Any, at: Evaluation, frame: Frame) -> Array | None:
             return None
         if free.n_all <= len(F):
             return y
-        others: Free = rows.reduce(free_rows, at, frame, y, MORE_ROWS)
+        others: Free = rows.reduce(free_rows, at, frame, y, len(F) + MORE_ROWS)
         known = {row.tobytes() for row in F}
         fresh = [row for row in others.rows if row.tobytes() not in known]
         if not fresh:
