@@ -54,7 +54,7 @@ GUARDS = {
     "losses/log_ratio": LOSSES,
     "losses/activations": LOSSES,
     "certificates/ball": CERTIFICATES,
-    "certificates/centred": CERTIFICATES,
+    "problems/rows/centred": CERTIFICATES,
     "certificates/certification": CERTIFICATES,
     "certificates/kantorovich": CERTIFICATES,
     "certificates/lipschitz": CERTIFICATES,

@@ -53,7 +53,8 @@ def test_targets_that_are_no_counts():
     b = b * 1e-7 + 1e-9 * np.abs(A[:, 1])
     theirs = sm.GLM(b * 1e7, A, family=sm.families.Poisson()).fit(tol=1e-14)
     result = minimize(problems.Poisson(A, b))
-    np.testing.assert_allclose(result.x + [np.log(1e7), 0, 0, 0], theirs.params, atol=1e-8)
+    shift = np.array([np.log(1e7), 0.0, 0.0, 0.0])
+    np.testing.assert_allclose(result.x + shift, theirs.params, atol=1e-8)
 
 
 def test_a_dummy_without_counts_is_separated():
@@ -82,7 +83,7 @@ def test_all_counts_zero():
 
 
 def test_the_estimator_agrees_with_statsmodels():
-    A, b, w, offset = data(4)
+    A, b, _, offset = data(4)
     theirs = sm.GLM(b, A, family=sm.families.Poisson(), offset=offset).fit(cov_type="HC0", tol=1e-14)
     model = PoissonRegressor().fit(A, b, offset=offset)
     np.testing.assert_allclose(model.coef_, theirs.params, atol=1e-8)

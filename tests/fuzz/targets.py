@@ -14,7 +14,7 @@ from hostile import FORMATS, read_all
 
 
 class Target(NamedTuple):
-    """A reader. ``write`` returns the file that is damaged and the path that is read; `errors` are its own."""
+    """A reader; ``write`` returns the file that is damaged and the path that is read."""
 
     write: Callable[[Path], tuple[Path, Path]]
     read: Callable[[Path], Any]
