@@ -331,13 +331,13 @@ def test_the_largest_change_of_a_logit(storage, blocks, family, loss, penalty, m
     sizes = [150, 4, 4, 4, 6]
     ids = np.repeat(np.arange(5), sizes)
     n = len(ids)
-    A, steps = rng.standard_normal((n, 3)), rng.standard_normal((3, 4))
-    # The rows that would move most must not count, or do although they have no weight.
-    A[ids == 1] *= 50.0
-    A[160] *= 20.0
+    A, steps = rng.standard_normal((n, 3)), np.column_stack([np.eye(3), rng.standard_normal((3, 2))])
+    # Each step moves some rows most that must not count, or do although they have no weight.
+    A[ids == 1, 0] *= 50.0
+    A[160, 1] = 50.0
     w, b = rng.random(n) + 0.1, rng.random(n) + 0.1
     w[ids == 1], w[160] = 0.0, 0.0
-    A[ids == 4] *= 30.0
+    A[ids == 4, 2] *= 50.0
     b[ids == 4] = 0.0
     named = {"loss" if family == "Softmax" else "function": loss}
     groups = {} if family == "Exponential" else {"groups": ids}
