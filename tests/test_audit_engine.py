@@ -44,7 +44,8 @@ def new_model(family):
             num_attention_heads=4,
             num_key_value_heads=2,
         )
-    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config))
+    family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    module = family._from_config(config, attn_implementation=attention_for(config, family))
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     return Model(family, module, None, "causal")
@@ -78,7 +79,7 @@ def test_prefixes_grow_and_shrink(model):
     prefix.candidates([1, 2, 3])
     rest = prefix.extend(TOKENS[2:])
     np.testing.assert_allclose(rest, model.states(TOKENS, 3)[2:], rtol=1e-5, atol=1e-5)
-    assert model.module.config._attn_implementation == attention_for(model.module.config)
+    assert model.module.config._attn_implementation == attention_for(model.module.config, type(model.module))
 
 
 @pytest.mark.parametrize("chunk", [2, 1024])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,8 @@ Tokens = list[int]
 Array = NDArray[np.float32]
 # A number as in `Model.states`, or "attention:BLOCK".
 Layer = int | str
+# What configurations call the longest sequence, first come first served.
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
 @dataclass(eq=False)
@@ -76,8 +79,10 @@ class Model:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence that its positions allow."""
-        return int(self.module.config.get_text_config().max_position_embeddings)
+        """The longest sequence that its positions allow; the largest integer where there is no limit."""
+        config = self.module.config.get_text_config()
+        sizes = (getattr(config, name, None) for name in LENGTHS)
+        return next((int(size) for size in sizes if isinstance(size, int) and size > 0), sys.maxsize)
 
     @cached_property
     def embeddings(self) -> Any:
@@ -149,15 +154,18 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the configuration and of a sample of every weight."""
+        """A hash of the configuration and of all bytes of all tensors."""
         config = self.module.config.to_dict()
         volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
         settled = {key: value for key, value in config.items() if key not in volatile}
         digest = hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode())
-        for name, weight in self.base.named_parameters():
-            flat = weight.reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)]
-            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.float().numpy().tobytes())
+        met: dict[Any, str] = {}
+        for name, tensor in sorted(self.module.state_dict().items()):
+            # Tied weights are read once; which they are tied to belongs to the model.
+            same = met.setdefault((tensor.data_ptr(), tuple(tensor.shape), tensor.stride()), name)
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}={same}".encode())
+            if same == name:
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
     def tokenise(self, text: str) -> Tokens:
