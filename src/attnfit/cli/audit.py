@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated, Any
 
 import typer
@@ -20,8 +22,7 @@ from attnfit.cli.output import check_output
 from attnfit.cli.progress import FitProgress
 from attnfit.cli.report import TABLE_BOX, print_whole
 
-# 1 is for a gate that is not passed, 130 for Ctrl-C.
-BAD_INPUT = 2
+LEAK, BAD_INPUT, NOT_TESTED, CRASH, STOPPED = 1, 2, 3, 70, 130
 STANDARD = "none,float16,int8,int4,noise:0.3,noise:1.0"
 EVERYTHING = (
     "none,float16,bfloat16,int8,int8:channel,int4,int4:channel,noise:0.1,noise:0.3,noise:1.0,noise:2.0,"
@@ -29,7 +30,7 @@ EVERYTHING = (
 )
 # Texts that a model with known private texts is audited on unless others are given.
 N_OWN = 8
-# Combinations that a failed gate names.
+# Combinations that a sentence names.
 MAX_NAMED = 5
 
 
@@ -46,16 +47,33 @@ class AuditProgress(FitProgress):
 
 @contextmanager
 def bad_input(debug: bool) -> Iterator[None]:
-    """Turn what is wrong with the request into one sentence and exit code 2."""
+    """Turn what is wrong with the request into one sentence and exit code 2, and any other error into 70.
+
+    A crash must not look like a gate that was passed, nor like one that was not.
+    """
     from attnfit.audit.errors import AuditError
 
     try:
         yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
     except (AuditError, InputError, FileNotFoundError, ModuleNotFoundError) as error:
         if debug:
-            raise
+            traceback.print_exc()
         problem(str(error) if isinstance(error, InputError) else in_options(str(error)))
         raise typer.Exit(BAD_INPUT) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        with NamedTemporaryFile(
+            "w", prefix="attnfit-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            traceback.print_exc(file=file)
+        problem(
+            f"The audit broke off without a verdict, by its own fault ({type(error).__name__}: {error}); "
+            f"please report it with {file.name}"
+        )
+        raise typer.Exit(CRASH) from None
 
 
 @one_sentence
@@ -77,8 +95,11 @@ def audit(
     ] = 120.0,
     report: Annotated[Path | None, typer.Option(help="Write the report here (.html).")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here (.json).")] = None,
-    redact: Annotated[
-        bool, typer.Option("--redact", help="Leave texts and recovered tokens out of both files.")
+    reveal: Annotated[
+        bool,
+        typer.Option(
+            "--reveal/--redact", help="Write texts and recovered tokens into both files, or counts."
+        ),
     ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Keep finished cells here, and go on from there.")
@@ -104,7 +125,11 @@ def audit(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Recover texts from what a model gives away. Exit code 0: fine, 1: above --fail-above, 2: bad input."""
+    """Recover texts from what a model gives away.
+
+    Exit code 0: all was tested, and no more than --fail-above came back; 1: more did; 2: bad input;
+    3: something was not tested; 70: a fault of the program; 130: stopped.
+    """
     if self_test:
         _self_test(debug)
         return
@@ -120,20 +145,16 @@ def audit(
         with progress:
             progress.say("loading the model")
             found = _run(model, given, forms, asked, budget, checkpoint, seed, allow_pickle, progress, dask)
-    settings = {"--texts": texts, "--report": report, "--json": json_path, "--fail-above": fail_above}
-    found = found.with_command(_command(model, found.settings, defences, settings, redact))
-    show(stdout(), found)
-    if report is not None:
-        found.to_html(report, redact=redact)
-    if json_path is not None:
-        found.to_json(json_path, redact=redact)
-    if found.coverage:
-        note(_how_to_go_on(found.coverage, checkpoint))
-    if found.interrupted:
-        problem("Stopped before the end; what was done until then is in the report.")
-        raise typer.Exit(130)
-    if fail_above is not None:
-        _gate(found, fail_above)
+        settings = {"--texts": texts, "--report": report, "--json": json_path, "--fail-above": fail_above}
+        found = found.with_command(_command(model, found.settings, defences, settings, reveal))
+        show(stdout(), found, {} if given is None else dict(enumerate(given)))
+        if report is not None:
+            found.to_html(report, redact=not reveal)
+        if json_path is not None:
+            found.to_json(json_path, redact=not reveal)
+        if found.coverage:
+            note(_how_to_go_on(found.coverage, checkpoint))
+        _judge(found, fail_above)
 
 
 def _run(
@@ -159,9 +180,16 @@ def _run(
                 checkpoint=checkpoint, progress=progress.step, random_state=seed, client=client,
             )  # fmt: skip
     except AuditError as error:
-        numbers = list(lines)
-        told = re.sub(r"^texts\[(\d+)\]", lambda match: f"line {numbers[int(match[1])]}", str(error))
-        raise InputError(told) from error
+        raise InputError(_with_lines(str(error), dict(enumerate(lines)))) from error
+
+
+def _with_lines(sentence: str, numbers: dict[int, int]) -> str:
+    """Name texts by their lines in the file that they came from."""
+
+    def line(match: re.Match[str]) -> str:
+        return f"line {numbers[int(match[1])]}" if int(match[1]) in numbers else match[0]
+
+    return re.sub(r"\btexts\[(\d+)\]", line, sentence)
 
 
 def _how_to_go_on(coverage: str, checkpoint: Path | None) -> str:
@@ -195,50 +223,74 @@ def read_texts(path: Path) -> dict[int, str]:
     return found
 
 
-def show(console: Console, found: Any) -> None:
-    """Print the verdict, the share of tokens recovered for every combination, and what to change."""
-    from attnfit.audit.advice import percent
+def show(console: Console, found: Any, lines: dict[int, int] | None = None) -> None:
+    """Print the verdict, the share of tokens recovered for every combination, and what to change.
 
-    console.print(found.verdict, style="bold", markup=False, soft_wrap=True)
+    Parameters
+    ----------
+    console : Console
+    found : Report
+    lines : dict of int to int, optional
+        The line in a file that each text came from.
+    """
+    console.print(_with_lines(found.verdict, lines or {}), style="bold", markup=False, soft_wrap=True)
     table = PrintedTable(box=TABLE_BOX, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("access", *found.settings.defences):
         table.add_column(name, justify="left" if name == "access" else "right", no_wrap=True)
     for access in found.settings.access:
         pairs = [found.pair(access, defence) for defence in found.settings.defences]
-        shares = ["=" if p is None else percent(p.token_share) if p.tested else "?" for p in pairs]
-        table.add_row(access, *shares)
+        table.add_row(access, *[_share(pair) for pair in pairs])
     print_whole(console, table)
-    legend = "Share of tokens recovered; ?: not tested, =: no defence of outputs changes it."
-    console.print(legend, style="dim")
+    legend = "Share of tokens recovered; ?: not tested, =: no defence of outputs changes it"
+    if any(pair.tested and not pair.complete for pair in found.pairs):
+        legend += ", *: of the texts that could be tested to the end, not all"
+    console.print(f"{legend}.", style="dim")
     for sentence in found.advice:
-        console.print(f"\n{sentence}", markup=False, soft_wrap=True)
+        console.print(f"\n{_with_lines(sentence, lines or {})}", markup=False, soft_wrap=True)
     console.print(f"\n{found.seconds:.0f} s", markup=False)
 
 
-def _gate(found: Any, limit: float) -> None:
-    """Exit with 1 unless every combination asked for was tested and lets little enough through."""
+def _share(pair: Any) -> str:
     from attnfit.audit.advice import percent
 
-    failures = found.failures(limit)
-    if failures:
-        failures = sorted(failures, key=lambda pair: -pair.token_share)
-        told = [
-            f"{p.access} with {p.defence} {percent(p.token_share) if p.tested else 'not tested'}"
-            for p in failures[:MAX_NAMED]
-        ]
-        told += [f"{len(failures) - MAX_NAMED} more"] if len(failures) > MAX_NAMED else []
-        problem(f"Above {percent(limit)} of tokens: {', '.join(told)}")
-        raise typer.Exit(1)
-    note(f"No access with a defence asked for gives away more than {percent(limit)} of the tokens.")
+    if pair is None:
+        return "="
+    return percent(pair.token_share) + ("" if pair.complete else " *") if pair.tested else "?"
 
 
-def _command(model: str | None, settings: Any, defences: str, others: dict[str, Any], redact: bool) -> str:
+def _judge(found: Any, limit: float | None) -> None:
+    """Exit with what is worst: stopped, a leak, something that was not tested."""
+    from attnfit.audit.advice import percent
+
+    if found.interrupted:
+        problem("Stopped before the end; what was done until then is in the report.")
+        raise typer.Exit(STOPPED)
+    leaks = [] if limit is None else sorted(found.leaks(limit), key=lambda pair: -pair.leak)
+    untested = found.untested()
+    if leaks:
+        told = [f"{pair.access} with {pair.defence} {percent(pair.leak)}" for pair in leaks]
+        problem(f"Above {percent(limit or 0.0)} of tokens: {_named(told)}")
+        raise typer.Exit(LEAK)
+    if untested or found.contradictions():
+        told = [f"{pair.access} with {pair.defence}" for pair in untested] + found.contradictions()
+        problem(f"Not tested to the end, which is no sign of protection: {_named(told)}")
+        raise typer.Exit(NOT_TESTED)
+    if limit is not None:
+        note(f"No access with a defence asked for gives away more than {percent(limit)} of the tokens.")
+
+
+def _named(told: list[str]) -> str:
+    more = len(told) - MAX_NAMED
+    return ", ".join(told[:MAX_NAMED] + ([f"{more} more"] if more > 0 else []))
+
+
+def _command(model: str | None, settings: Any, defences: str, others: dict[str, Any], reveal: bool) -> str:
     words = ["attnfit", "audit", str(model), "--access", ",".join(settings.access), "--defences", defences]
     words += ["--budget", f"{settings.budget:g}"]
     for option, value in others.items():
         words += [] if value is None else [option, str(value)]
     words += ["--seed", str(settings.random_state)] if settings.random_state else []
-    return shlex.join(words + (["--redact"] if redact else []))
+    return shlex.join(words + (["--reveal"] if reveal else []))
 
 
 def _self_test(debug: bool) -> None:
@@ -256,5 +308,5 @@ def _self_test(debug: bool) -> None:
     seconds = sum(check.seconds for check in checks)
     if failed:
         problem(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
-        raise typer.Exit(1)
+        raise typer.Exit(CRASH)
     console.print(f"All {len(checks)} checks passed in {seconds:.1f} s.")

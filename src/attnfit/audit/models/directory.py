@@ -87,7 +87,7 @@ def read_config(directory: Path) -> Any:
     MalformedModel
         If it is of an unknown kind, or quantised.
     """
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"), object_hook=_numbers)
     if "adapter_config.json" in {file.name for file in directory.iterdir()}:
         raise MalformedModel(f"{directory} holds an adapter: merge it into its model, and save that")
     kind = settings.get("model_type")
@@ -96,6 +96,11 @@ def read_config(directory: Path) -> Any:
             f"config.json of {directory} has model_type {kind!r}, which is no model known here"
         )
     return CONFIG_MAPPING[kind].from_dict(_without_gates(settings, directory))
+
+
+def _numbers(settings: dict[str, Any]) -> Any:
+    """Return the number that the transformers library writes as an object, as JSON has no infinity."""
+    return float(settings["__float__"]) if settings.keys() == {"__float__"} else settings
 
 
 def _without_gates(settings: Any, directory: Path) -> Any:
