@@ -288,6 +288,8 @@ class Model:
         -------
         ndarray, shape (n, n_vocabulary)
         """
+        # What has no head says so first, whatever its layers.
+        _ = self.head
         return np.asarray(self.unembed(torch.from_numpy(self.states(tokens, self.n_layers + 1))).numpy())
 
     def _run(self, tokens: Sequence[int], module: Any, side: Literal["input", "output"]) -> Array:
