@@ -29,11 +29,14 @@ class Named:
     name, kind, fingerprint = "model <x>", "causal", "0123456789abcdef"
     n_layers, width, n_vocabulary = 2, 4, 6
 
+    def __init__(self, pieces):
+        self.pieces = pieces
+
     def detokenise(self, tokens):
-        return "".join(PIECES[token] for token in tokens)
+        return "".join(self.pieces[token] for token in tokens)
 
 
-def report(n_planned=25, interrupted=False):
+def report(n_planned=25, interrupted=False, texts=TEXTS, pieces=None):
     cells = {}
     for (access, defence), results in RIGHT.items():
         for text, (right, count) in enumerate(results):
@@ -58,10 +61,13 @@ def report(n_planned=25, interrupted=False):
             claimed = control == "other text"
             cells[key] = Cell(key, "done", "", 2, [1, 2], [claimed, claimed], verified=claimed)
         key = Key(access, "drop0", 0)
-        cells[key] = Cell(key, "error", "position 0 was withheld", 3, [], [])
+        if (access, "drop0") not in RIGHT:
+            cells[key] = Cell(key, "error", "position 0 was withheld", 3, [], [])
     defences = ("none", "int8", "noise:1.0", "noise:9.0", "drop0")
-    settings = Settings(TEXTS, ("hidden:1", "topk:5", "masked"), defences, defences, 60.0, 0)
+    settings = Settings(tuple(texts), ("hidden:1", "topk:5", "masked"), defences, defences, 60.0, 0)
     shares = {"none": 1.0, "int8": 1.0, "noise:1.0": 0.6, "noise:9.0": 0.0}
     forecasts = {"hidden:1": Forecast(shares, dict.fromkeys(NOISE, 1.2), dict.fromkeys(BITS), 0.5, 5)}
-    found = Report.of(Named(), settings, TRUTHS, cells, forecasts, n_planned, interrupted, 12.3)
+    found = Report.of(
+        Named(pieces or PIECES), settings, TRUTHS, cells, forecasts, n_planned, interrupted, 12.3
+    )
     return found.with_command("attnfit audit x --report out.html")

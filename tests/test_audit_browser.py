@@ -35,7 +35,7 @@ def browse(profile, *arguments):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "out.html"
-    report().to_html(path)
+    report().to_html(path, redact=False)
     return path.as_uri()
 
 
@@ -76,7 +76,7 @@ def test_tables_filter_by_words(page, tmp_path):
 def test_a_click_sorts(page, tmp_path):
     """The same page with a script that clicks, under a policy that allows it."""
     source = tmp_path / "clicked.html"
-    report().to_html(source)
+    report().to_html(source, redact=False)
     text = re.sub("script-src [^;]*;", "script-src 'unsafe-inline';", source.read_text())
     click = "<script>document.querySelectorAll('#pairs th button')[3].click()</script></body>"
     source.write_text(text.replace("</body>", click))
@@ -110,7 +110,7 @@ def test_a_page_that_fetches_is_noticed(tmp_path):
 
 def test_the_policy_stops_what_is_smuggled_in(tmp_path):
     source = tmp_path / "smuggled.html"
-    report().to_html(source)
+    report().to_html(source, redact=False)
     evil = "<script>document.title = 'owned'</script></body>"
     source.write_text(source.read_text().replace("</body>", evil))
     dom = browse(tmp_path / "profile", "--dump-dom", source.as_uri())

@@ -8,9 +8,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from attnfit.audit.embedding_newton import EmbeddingNewton  # noqa: E402
-from attnfit.audit.engine import prefix as prefix_module  # noqa: E402
 from attnfit.audit.engine.prefix import Prefix  # noqa: E402
 from attnfit.audit.engine.prior import Prior  # noqa: E402
+from attnfit.audit.engine.ways import Fast  # noqa: E402
 from attnfit.audit.errors import AuditError  # noqa: E402
 from attnfit.audit.evaluated import Evaluated  # noqa: E402
 from attnfit.audit.logits import last_states  # noqa: E402
@@ -44,7 +44,8 @@ def new_model(family):
             num_attention_heads=4,
             num_key_value_heads=2,
         )
-    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config))
+    family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    module = family._from_config(config, attn_implementation=attention_for(config, family))
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     return Model(family, module, None, "causal")
@@ -78,12 +79,12 @@ def test_prefixes_grow_and_shrink(model):
     prefix.candidates([1, 2, 3])
     rest = prefix.extend(TOKENS[2:])
     np.testing.assert_allclose(rest, model.states(TOKENS, 3)[2:], rtol=1e-5, atol=1e-5)
-    assert model.module.config._attn_implementation == attention_for(model.module.config)
+    assert model.module.config._attn_implementation == attention_for(model.module.config, type(model.module))
 
 
 @pytest.mark.parametrize("chunk", [2, 1024])
 def test_a_candidate_that_was_just_tried_is_not_run_again(model, monkeypatch, chunk):
-    monkeypatch.setattr(prefix_module, "CHUNK", chunk)
+    monkeypatch.setattr(Fast, "chunk", chunk)
     prefix = Prefix(model, 1, 3)
     prefix.extend(TOKENS[:3])
     for at in (3, 4, 5):
@@ -201,15 +202,27 @@ def test_capped_logits_are_uncapped():
     assert float((states - truth).norm() / truth.norm()) < 1e-2
 
 
-def test_logits_that_the_head_alone_does_not_give_are_refused():
+def test_scaled_logits_are_the_models_own():
     config = transformers.CohereConfig(
         vocab_size=800, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, logit_scale=0.25, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     scaled = Model("scaled", transformers.AutoModelForCausalLM.from_config(config), None, "causal")
-    with pytest.raises(AuditError, match="'scaled' are not its head's output"):
-        scaled.logits(TOKENS)
-    assert scaled.states(TOKENS, 2).shape == (7, 48)
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            scaled.logits(TOKENS), scaled.module(torch.tensor([TOKENS])).logits[0], atol=1e-5
+        )
+    states, _ = last_states(scaled, scaled.logits(TOKENS))
+    truth = torch.from_numpy(scaled.states(TOKENS, 3))
+    assert float((states - truth).norm() / truth.norm()) < 1e-3
+
+
+def test_logits_that_the_head_does_not_give_are_refused():
+    odd = new_model("llama")
+    odd.module.lm_head.register_forward_hook(lambda module, args, out: out.square())
+    with pytest.raises(AuditError, match="not its head's output"):
+        odd.logits(TOKENS)
+    assert odd.states(TOKENS, 2).shape == (7, 48)
 
 
 # ---- hooks -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from attnfit.audit.models import train_tiny  # noqa: E402
 from attnfit.audit.models.tiny import SHIPPED, load_tiny  # noqa: E402
 
 # Of the weights that ship; training again on another processor changes it.
-FINGERPRINT = "2ac6f1d0ac401356"
+FINGERPRINT = "68d41b39ac71ca9b"
 
 
 @pytest.fixture

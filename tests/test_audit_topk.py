@@ -15,7 +15,7 @@ from attnfit.audit.engine.prefix import Prefix  # noqa: E402
 def search_of(model, text, access="topk:5", defence="round:2"):
     seen = audit.observe(model, text, access, defence)
     checked = topk._checked(model, seen.shown, seen.array, seen.error, seen.reach)
-    return topk._TopkSearch(model, *checked, model.n_vocabulary)
+    return topk.TopkSearch(model, *checked, model.n_vocabulary)
 
 
 def test_candidates_tried_tell_where_to_look():

@@ -1,6 +1,9 @@
 """``attnfit audit`` and ``attnfit reproduce`` on the packaged model, good and bad."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from audit_models import audit_cache, tiny  # noqa: F401
@@ -71,6 +74,7 @@ def test_what_was_cut_can_be_gone_on_with(texts, tmp_path, monkeypatch):
         patch.setattr(running, "perf_counter", lambda: float(next(clock)))
         short = run("audit", "tiny", "--texts", texts, *FAST, "--checkpoint", tmp_path / "cells.jsonl")
     assert short.exit_code == 3, short.output
+    assert short.stdout.startswith("Not tested: ")
     assert "cells not run: budget" in short.stderr
     assert "The same command with a larger --budget goes on from" in short.stderr
     whole = run("audit", "tiny", "--texts", texts, *FAST, "--checkpoint", tmp_path / "cells.jsonl")
@@ -78,11 +82,79 @@ def test_what_was_cut_can_be_gone_on_with(texts, tmp_path, monkeypatch):
     assert "larger --budget" not in whole.stderr
 
 
-def test_redacted(texts, tmp_path):
+def test_files_hold_texts_only_on_request(texts, tmp_path):
+    secret = texts.read_text().splitlines()[0]
     told = tmp_path / "out.json"
-    result = run("audit", "tiny", "--texts", texts, *FAST, "--json", told, "--redact")
-    assert result.exit_code == 0, result.output
-    assert texts.read_text().splitlines()[0] not in told.read_text()
+    for option, there in (((), False), (("--redact",), False), (("--reveal",), True)):
+        result = run("audit", "tiny", "--texts", texts, *FAST, "--json", told, *option)
+        assert result.exit_code == 0, result.output
+        assert (secret in told.read_text()) == there
+        assert ("--reveal" in json.loads(told.read_text())["command"]) == there
+
+
+CODES = """
+import os, signal, sys
+from attnfit.audit import cells
+from attnfit.cli import main
+
+plain = cells.Attack.run
+
+
+def run(self, key, seconds):
+    if os.environ["WHAT"] == "crash" and key.defence == "int8":
+        raise ZeroDivisionError("injected")
+    if os.environ["WHAT"] == "stop" and key.defence == "int8":
+        os.kill(os.getpid(), signal.SIGINT)
+    return plain(self, key, seconds)
+
+
+cells.Attack.run = run
+sys.argv = ["attnfit", "audit", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "what", "arguments", "told"),
+    [
+        (0, "", ["--fail-above", "1"], "gives away more than 100 %"),
+        (1, "", ["--fail-above", "0.5"], "Above 50 % of tokens: hidden:1 with none 100 %"),
+        # A leak that is seen outweighs what was not tested.
+        (
+            1,
+            "",
+            ["--fail-above", "0.5", "--access", "hidden:1,topk:5", "--defences", "none,drop0"],
+            "Above 50 %",
+        ),
+        (2, "", ["--access", "weights"], "or 'masked'"),
+        (2, "", ["--no-such-option"], "No such option"),
+        (3, "", ["--access", "topk:5", "--defences", "drop0", "--fail-above", "1"], "topk:5 with drop0"),
+        (70, "crash", ["--fail-above", "1"], "ZeroDivisionError: injected"),
+        (130, "stop", ["--fail-above", "0"], "Stopped before the end"),
+    ],
+)
+def test_exit_codes(texts, tmp_path, code, what, arguments, told):
+    usual = [
+        "tiny",
+        "--texts",
+        str(texts),
+        "--access",
+        "hidden:1",
+        "--defences",
+        "none,int8",
+        "--budget",
+        "60",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", CODES, *usual, *arguments],
+        env=os.environ | {"WHAT": what, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert told in " ".join(done.stderr.split())
+    kept = list(tmp_path.glob("attnfit-*.txt"))
+    assert len(kept) == (code == 70)
+    if kept:
+        assert "in run" in kept[0].read_text() and "injected" in kept[0].read_text()
 
 
 @pytest.mark.parametrize(
@@ -105,9 +177,12 @@ def test_bad_input(tiny, arguments, expected):  # noqa: F811
 def test_bad_texts_are_named_by_their_lines(tiny, tmp_path):  # noqa: F811
     path = tmp_path / "texts.txt"
     path.write_text("A train.\n\n" + 300 * "a" + "\n")
-    assert "line 3 has 150 tokens; 'tiny' takes 128: shorten it" in refused(
-        run("audit", "tiny", "--texts", path)
-    )
+    partly = run("audit", "tiny", "--texts", path, "--access", "hidden:1", "--defences", "none")
+    assert partly.exit_code == 3, partly.output
+    assert "line 3: it has 150 tokens; 'tiny' takes 128: shorten it" in partly.stdout
+    assert "100 % *" in partly.stdout
+    path.write_text("\n" + 300 * "a" + "\n")
+    assert "line 2: it has 150 tokens" in refused(run("audit", "tiny", "--texts", path))
     path.write_text("\n \n")
     assert "holds no text: one text a line" in refused(run("audit", "tiny", "--texts", path))
     path.write_bytes(b"caf\xe9\n")

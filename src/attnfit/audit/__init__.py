@@ -9,6 +9,7 @@ from attnfit.audit.errors import (
     NoRoundTrip,
     ObservationMismatch,
     PickleRefused,
+    Unsupported,
     require,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "Position",
     "Relaxation",
     "Report",
+    "Unsupported",
     "Utility",
     "invert",
     "invert_attention",

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from attnfit.audit.summary import BreakPoint, Pair
 
 
+# Combinations that the verdict names.
+MAX_NAMED = 5
+
+
 def percent(share: float) -> str:
     """Return a share in percent; only all is 100 %, and only nothing 0 %."""
     for digits in (0, 1, 2):
@@ -34,25 +38,48 @@ def describe_access(access: str) -> str:
 
 
 def verdict(report: Report) -> str:
-    """Return the audit in one line: the worst access without and with the best defence."""
+    """Return the audit in one line: what was not tested, then the worst access without and with a defence."""
     name = report.model["name"]
-    told = [f"; {report.coverage}" if report.coverage else ""]
+    missing = report.untested()
+    told = (
+        [f"the report contradicts itself: {'; '.join(report.contradictions())}"]
+        if report.contradictions()
+        else []
+    )
+    nothing = [pair for pair in missing if not pair.tested]
+    some = [pair for pair in missing if pair.tested]
+    told += [f"not tested: {_listed(nothing)}"] if nothing else []
+    told += [f"tested on a part of the texts: {_listed(some)}"] if some else []
     bare = _worst(report, NONE)
     if bare is None:
-        return f"{name}: nothing was tested to its end{told[0]}"
-    line = f"{name}: up to {percent(bare.token_share)} of tokens recovered without a defence ({bare.access})"
-    defended = [(defence, _worst(report, defence)) for defence in report.settings.judged if defence != NONE]
-    tested = [(defence, pair) for defence, pair in defended if pair is not None]
-    if tested:
-        defence, pair = min(tested, key=lambda one: one[1].token_share)
-        line += f"; with {defence}, the best tried, up to {percent(pair.token_share)} ({pair.access})"
-    return line + told[0]
+        line = f"{name}: nothing was tested to its end"
+    else:
+        line = f"{name}: up to {percent(bare.leak)} of tokens recovered without a defence ({bare.access})"
+    defended = {d: _worst(report, d) for d in report.settings.judged if d != NONE and _all_tested(report, d)}
+    worst = {defence: pair for defence, pair in defended.items() if pair is not None}
+    if bare is not None and worst:
+        defence, pair = min(worst.items(), key=lambda one: one[1].leak)
+        line += f"; with {defence}, the best tried, up to {percent(pair.leak)} ({pair.access})"
+    told.append(line + (f"; {report.coverage}" if report.coverage else ""))
+    first = told[0]
+    return "; ".join([first if first.startswith(name) else first[0].upper() + first[1:], *told[1:]])
+
+
+def _listed(pairs: list[Pair]) -> str:
+    named = [f"{pair.access} with {pair.defence}" for pair in pairs[:MAX_NAMED]]
+    more = len(pairs) - MAX_NAMED
+    return ", ".join(named + ([f"{more} more"] if more > 0 else []))
+
+
+def _all_tested(report: Report, defence: str) -> bool:
+    """Return whether a defence was tried on every form of access: one that was not is no best one."""
+    return all(pair.tested for pair in report.pairs if pair.defence == defence)
 
 
 def _worst(report: Report, defence: str) -> Pair | None:
     """Return the access that lets most through, among those that the defence changes."""
-    tested = [pair for pair in report.pairs if pair.defence == defence and pair.tested]
-    return max(tested, key=lambda pair: pair.token_share, default=None)
+    known = [pair for pair in report.pairs if pair.defence == defence and pair.n_texts]
+    return max(known, key=lambda pair: pair.leak, default=None)
 
 
 def advise(report: Report, limit: float) -> list[str]:
@@ -86,6 +113,8 @@ def _of_access(report: Report, access: str, limit: float) -> str:
     what = describe_access(access)
     if bare is None or not bare.tested:
         return ""
+    if bare.token_share <= limit and not bare.complete:
+        return f"{access}: too few texts were tested to their end to say that it gives nothing away."
     share = percent(bare.token_share)
     if access == MASKED:
         return _of_masked(bare, limit)
@@ -94,7 +123,7 @@ def _of_access(report: Report, access: str, limit: float) -> str:
     told = [f"{access}: whoever sees {what} reads {share} of the tokens."]
     defended = [p for p in report.pairs if p.access == access and p.defence != NONE]
     weak = [pair for pair in defended if pair.tested and pair.token_share > limit]
-    enough = [pair for pair in defended if pair.tested and pair.token_share <= limit]
+    enough = [p for p in defended if p.tested and p.complete and p.token_share <= limit]
     if weak:
         listed = ", ".join(f"{pair.defence} {percent(pair.token_share)}" for pair in weak)
         told.append(f"These do not protect it, and so much still comes back: {listed}.")
@@ -115,13 +144,14 @@ def _of_access(report: Report, access: str, limit: float) -> str:
 
 def _untested(report: Report) -> list[str]:
     """Return one sentence for each reason why something was not tested."""
-    missing = [pair for pair in report.pairs if not pair.tested]
+    missing = [pair for pair in report.pairs if not pair.tested or (pair.message and not pair.complete)]
     told = []
     for message in dict.fromkeys(pair.message for pair in missing):
         same = [pair for pair in missing if pair.message == message]
         groups = {one.access: [pair.defence for pair in same if pair.access == one.access] for one in same}
         listed = "; ".join(f"{access} with {', '.join(defences)}" for access, defences in groups.items())
-        told.append(f"Not tested, which is no proof of protection: {listed} ({message}).")
+        every = "" if not any(pair.tested for pair in same) else " with every text"
+        told.append(f"Not tested{every}, which is no proof of protection: {listed} ({message}).")
     return told
 
 

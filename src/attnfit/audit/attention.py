@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnfit.audit.checks import check_budget, check_states
-from attnfit.audit.encoder_attention import invert_encoder_attention
-from attnfit.audit.errors import AuditError
+from attnfit.audit.encoder_attention import encoder_search
 from attnfit.audit.found import Found
 from attnfit.audit.hidden import HiddenSearch
 from attnfit.audit.models.model import Model
@@ -57,13 +56,7 @@ def invert_attention(
         If the output has another width or is not finite.
     """
     if model.kind == "encoder":
-        if block != 0:
-            raise AuditError(
-                f"attention:{block} of an encoder cannot be inverted: what enters a block after the first "
-                "is no "
-                "row of a table; observe attention:0"
-            )
-        return invert_encoder_attention(model, output, error=error)
+        return encoder_search(model, output, block, error).run(list(known_prefix))
     observed, uncertainty = check_states(model, output, error, reach)
     search = HiddenSearch(model, f"attention:{block}", observed, uncertainty, check_budget(budget, model))
     return search.run(list(known_prefix))

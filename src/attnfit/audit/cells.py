@@ -11,11 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from attnfit.audit.deadline import Deadline
-from attnfit.audit.errors import AuditError
-from attnfit.audit.inverting import invert
+from attnfit.audit.engine.prefix import check_text
+from attnfit.audit.errors import AuditError, Unsupported
+from attnfit.audit.inverting import layer_of, search_for
 from attnfit.audit.masked import COMMON, MaskedFound, common_words, recover_masked
 from attnfit.audit.models.model import Model, Tokens
-from attnfit.audit.observation import Observation, observe
+from attnfit.audit.observation import Access, Observation, observe, parse_access
 from attnfit.audit.utility import utility_lost
 
 NONE, MASKED = "none", "masked"
@@ -51,8 +52,9 @@ class Cell:
     Attributes
     ----------
     key : Key
-    status : {"done", "cut", "error"}
-        "cut": time ran out before the end; "error": it cannot be done, and the message says why.
+    status : {"done", "cut", "error", "unsupported"}
+        "cut": time ran out before the end; "error": it cannot be done, and the message says why;
+        "unsupported": the attack would be wrong on this model, and the message says at which step.
     message : str
     n_tokens : int
         Tokens of the text; with masked access the hidden ones.
@@ -67,10 +69,14 @@ class Cell:
     seconds : float
     divergence, agreement : float or None
         What the defence costs, where predictions go on from what is left.
+    way : str
+        How candidates were evaluated; empty where none were.
+    n_ambiguous : int
+        Tokens that are wrong, but known up to others with all but the same embedding.
     """
 
     key: Key
-    status: Literal["done", "cut", "error"]
+    status: Literal["done", "cut", "error", "unsupported"]
     message: str
     n_tokens: int
     tokens: Tokens
@@ -81,6 +87,8 @@ class Cell:
     seconds: float = 0.0
     divergence: float | None = None
     agreement: float | None = None
+    way: str = ""
+    n_ambiguous: int = 0
 
     @property
     def exact(self) -> bool:
@@ -112,6 +120,7 @@ class Attack:
         self._model, self._texts, self._truths = model, texts, truths
         self._seed = random_state
         self._masked: dict[int, MaskedFound] = {}
+        self._ways: dict[tuple[str, int, bool], str] = {}
 
     def run(self, key: Key, seconds: float) -> Cell:
         """Observe and invert; at most for so many seconds.
@@ -129,6 +138,8 @@ class Attack:
         try:
             with deadline:
                 cell = self._hide(blank, truth) if hidden else self._invert(blank, truth)
+        except Unsupported as error:
+            cell = replace(blank, status="unsupported", message=str(error))
         except AuditError as error:
             cell = replace(blank, status="error", message=str(error))
         except KeyboardInterrupt:
@@ -146,10 +157,16 @@ class Attack:
         text, budget = self._texts[key.text], None
         if key.control == "other text":
             text, truth = self._nonsense(key.text)
+        form = parse_access(key.access)
+        way = self._way(form, key.text, truth, key.control) if model.kind == "causal" else ""
         seen = observe(model, text, key.access, _or_none(key.defence), self._seed + key.text)
         if key.control == "noise":
             seen, truth, budget = self._noise(seen), [], NOISE_CANDIDATES
-        found = invert(model, seen, budget=budget)
+        search = search_for(model, seen, budget)
+        fault = search.contradiction(truth) if key.control != "noise" else ""
+        if fault:
+            raise Unsupported(f"{model.family}, {key.access} with {key.defence}: {fault}")
+        found = search.run([])
         cell = replace(
             blank,
             status="done",
@@ -162,13 +179,26 @@ class Attack:
             failed_at=found.failed_at,
             n_candidates=found.n_candidates,
             seconds=found.seconds,
+            way=way,
+            n_ambiguous=sum(
+                truth[at] in others and found.tokens[at] != truth[at]
+                for at, others in found.alternatives.items()
+                if at < len(truth)
+            ),
         )
         if key.control == "noise":
             return replace(cell, n_tokens=max(1, len(found.tokens)), right=[False] * len(found.tokens))
-        if key.control or model.kind != "causal" or seen.access.kind == "topk":
+        if key.control or model.kind != "causal" or seen.access.kind == "topk" or not model.predicts:
             return cell
         lost = utility_lost(model, text, seen)
         return replace(cell, divergence=lost.divergence, agreement=lost.agreement)
+
+    def _way(self, form: Access, text: int, tokens: Tokens, control: str) -> str:
+        """Return how candidates are evaluated, after that was compared with the model itself on this text."""
+        told = (str(form), text, control == "other text")
+        if told not in self._ways:
+            self._ways[told] = check_text(self._model, layer_of(self._model, form), tokens)
+        return self._ways[told]
 
     def _hide(self, blank: Cell, truth: Tokens) -> Cell:
         at = blank.key.text

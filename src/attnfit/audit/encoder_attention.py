@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from attnfit.audit.checks import check_states
 from attnfit.audit.errors import AuditError
 from attnfit.audit.found import Found, Position
-from attnfit.audit.models.model import Model
+from attnfit.audit.models.model import Model, Tokens
 from attnfit.inversion import recover
 from attnfit.problems import LayerInversion
 
@@ -21,10 +22,24 @@ Array = NDArray[np.float64]
 # Relative residual of float32 arithmetic, and how far a residual may exceed its expectation.
 ROUNDING = 1e-5
 SLACK = 1.5
+# The row of a token is what enters the first block up to this.
+SAME_ROW = 1e-6
 
 
-def invert_encoder_attention(model: Model, output: Any, *, error: Any = 0.0) -> Found:
-    """Recover the tokens from the output of the first attention of an encoder of the BERT family.
+def encoder_search(
+    model: Model, output: Any, block: int, error: Any, kind: str = "attention"
+) -> EncoderSearch:
+    """Return the inversion of the output of an encoder's attention."""
+    if kind != "attention" or block != 0:
+        raise AuditError(
+            f"{kind}:{block} of an encoder cannot be inverted: what enters a block after the first is no row "
+            "of a table, and its states depend on all tokens at once; observe attention:0"
+        )
+    return EncoderSearch(model, output, error)
+
+
+class EncoderSearch:
+    """The inversion of one output of the first attention of an encoder of the BERT family.
 
     The rows that a token can be at each position are known: word, position and type embedding, normed. A row
     can be a token only if its value lies in the span of each head's output; see `attnfit.inversion.recover`.
@@ -38,10 +53,6 @@ def invert_encoder_attention(model: Model, output: Any, *, error: Any = 0.0) -> 
     error : array_like, broadcastable to output
         Standard deviation of the error of each number.
 
-    Returns
-    -------
-    Found
-
     Raises
     ------
     AuditError
@@ -49,45 +60,79 @@ def invert_encoder_attention(model: Model, output: Any, *, error: Any = 0.0) -> 
     ObservationMismatch
         If the output has another width or is not finite.
     """
-    began = perf_counter()
-    observed, uncertainty = check_states(model, output, error)
-    B = observed.double().numpy()
-    size = float(np.sqrt(np.mean(B**2)))
-    noise = float(uncertainty.error.square().mean().sqrt()) / max(size, float(np.finfo(float).tiny))
-    precision = min(SLACK * float(np.hypot(noise, ROUNDING)), 0.5)
 
-    def interruptible(*_: object) -> None:
-        if model.before_work is not None:
-            model.before_work()
+    def __init__(self, model: Model, output: Any, error: Any) -> None:
+        observed, uncertainty = check_states(model, output, error)
+        self._model, self._output = model, observed.double().numpy()
+        size = float(np.sqrt(np.mean(self._output**2)))
+        noise = float(uncertainty.error.square().mean().sqrt()) / max(size, float(np.finfo(float).tiny))
+        self._precision = min(SLACK * float(np.hypot(noise, ROUNDING)), 0.5)
 
-    interruptible()
-    found = recover(
-        first_attention(model, B),
-        vocabulary=lambda position: token_rows(model, position),
-        precision=precision,
-        random_state=0,
-        callback=interruptible,
-    )
-    assert found.tokens is not None
-    assert found.margins is not None
-    tokens = [int(token) for token in found.tokens]
-    # Rows that are equal are one token to the layer, and several words to a reader.
-    verified = found.verdict == "recovered" and all(len(rows) == 1 for rows in found.equal_rows or [])
-    positions = tuple(
-        Position(token, found.residual, float(margin) - found.residual, model.n_vocabulary, "scan")
-        for token, margin in zip(tokens, found.margins, strict=True)
-    )
-    return Found(
-        text=model.detokenise(tokens),
-        tokens=tokens,
-        verified=verified,
-        positions=positions,
-        failed_at=None if verified else 0,
-        message=found.message,
-        n_candidates=len(tokens) * model.n_vocabulary,
-        n_forwards=len(tokens) * found.n_starts,
-        seconds=perf_counter() - began,
-    )
+    def contradiction(self, truth: Tokens) -> str:
+        """Return why the true tokens would not be accepted; empty if they would."""
+        model = self._model
+        entering = model.states(truth, 0).astype(np.float64)
+        rows = np.stack([token_rows(model, place, [token])[0] for place, token in enumerate(truth)])
+        far = np.abs(rows - entering).max(1) / np.abs(entering).max()
+        if far.max() > SAME_ROW:
+            return (
+                f"at position {far.argmax()} the row of the true token differs from what enters the first "
+                f"block by {far.max():.0e} (allowed {SAME_ROW:.0e}): its positions are counted otherwise"
+            )
+        problem = first_attention(model, self._output)
+        missed = np.sqrt(2.0 * problem.value(rows.T)) / np.linalg.norm(self._output)
+        if not missed <= self._precision:
+            return (
+                f"the first attention, computed from the true rows, misses the output by {missed:.0e} "
+                f"(allowed {self._precision:.0e})"
+            )
+        return ""
+
+    def run(self, known: Tokens) -> Found:
+        """Return everything that could be recovered."""
+        if known:
+            raise AuditError(
+                "known_prefix cannot be used with outputs of an encoder, which sees all tokens at once"
+            )
+        began, model = perf_counter(), self._model
+
+        def interruptible(*_: object) -> None:
+            if model.before_work is not None:
+                model.before_work()
+
+        interruptible()
+        found = recover(
+            first_attention(model, self._output),
+            vocabulary=lambda position: token_rows(model, position),
+            precision=self._precision,
+            random_state=0,
+            callback=interruptible,
+        )
+        assert found.tokens is not None
+        assert found.margins is not None
+        tokens = [int(token) for token in found.tokens]
+        # Rows that are equal are one token to the layer, and several words to a reader.
+        verified = found.verdict == "recovered" and all(len(rows) == 1 for rows in found.equal_rows or [])
+        positions = tuple(
+            Position(token, found.residual, float(margin) - found.residual, model.n_vocabulary, "scan")
+            for token, margin in zip(tokens, found.margins, strict=True)
+        )
+        return Found(
+            text=model.detokenise(tokens),
+            tokens=tokens,
+            verified=verified,
+            positions=positions,
+            failed_at=None if verified else 0,
+            message=found.message,
+            n_candidates=len(tokens) * model.n_vocabulary,
+            n_forwards=len(tokens) * found.n_starts,
+            seconds=perf_counter() - began,
+            alternatives={
+                place: [int(row) for row in rows if row != tokens[place]]
+                for place, rows in enumerate(found.equal_rows or [])
+                if len(rows) > 1
+            },
+        )
 
 
 def first_attention(model: Model, output: Array) -> LayerInversion:
@@ -108,12 +153,16 @@ def first_attention(model: Model, output: Array) -> LayerInversion:
     )
 
 
-def token_rows(model: Model, position: int) -> Array:
-    """Return what every token of the vocabulary is to the first block at a position, shape (N, width)."""
+def token_rows(model: Model, position: int, some: Sequence[int] | None = None) -> Array:
+    """Return what every token, or some, is to the first block at a position, shape (N, width)."""
     embed = model.base.embeddings
-    tokens = torch.arange(model.n_vocabulary)[:, None]
+    tokens = torch.arange(model.n_vocabulary)[:, None] if some is None else torch.tensor(some)[:, None]
+    # Encoders of the RoBERTa family count positions from after the one of padding.
+    table = getattr(embed, "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    place = position if padding is None else position + padding + 1
     with torch.no_grad():
-        rows = embed(input_ids=tokens, position_ids=torch.full_like(tokens, position))
+        rows = embed(input_ids=tokens, position_ids=torch.full_like(tokens, place))
     return np.asarray(rows[:, 0].double().numpy())
 
 

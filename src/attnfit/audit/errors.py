@@ -29,6 +29,10 @@ class ObservationMismatch(AuditError):
     """The observation does not come from this model, layer or access mode."""
 
 
+class Unsupported(AuditError):
+    """No way to evaluate candidates gives what the model itself gives: nothing can be said of this access."""
+
+
 MISSING = "auditing language models needs torch and transformers: pip install 'attnfit[lm]'"
 
 

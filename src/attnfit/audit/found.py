@@ -9,6 +9,8 @@ from attnfit.audit.models.model import Model, Tokens
 
 # The chance of a wrong token that a verified text may have, were all tokens alike before the observation.
 DOUBT = 0.01
+# Ambiguous positions that a message names.
+NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Found:
     n_forwards : int
         Passes of single tokens to extend, verify and predict, beside the candidates.
     seconds : float
+    alternatives : dict of int to list of int
+        Positions at which other tokens, whose embeddings are equal or nearly so, explain the observation too.
     """
 
     text: str
@@ -85,6 +89,7 @@ class Found:
     n_candidates: int
     n_forwards: int
     seconds: float
+    alternatives: dict[int, Tokens] = field(default_factory=dict)
 
     @property
     def distances(self) -> list[float]:
@@ -116,7 +121,13 @@ def certain_lead(length: int) -> float:
 
 
 def conclude(
-    model: Model, positions: list[Position], expected: int, reason: str, consistent: bool, cost: Cost
+    model: Model,
+    positions: list[Position],
+    expected: int,
+    reason: str,
+    consistent: bool,
+    cost: Cost,
+    alternatives: dict[int, Tokens] | None = None,
 ) -> Found:
     """Put a result together.
 
@@ -132,7 +143,10 @@ def conclude(
     consistent : bool
         Whether one forward pass of all tokens gives the observation.
     cost : Cost
+    alternatives : dict of int to list of int, optional
+        Other tokens that explain the observation at a position.
     """
+    others = alternatives or {}
     tokens = [position.token for position in positions]
     guessed = [place for place, position in enumerate(positions) if position.method == "nearest"]
     doubtful = min(range(len(positions)), key=lambda place: positions[place].lead, default=0)
@@ -143,6 +157,10 @@ def conclude(
         message = f"{expected} tokens guessed: one forward pass of the text does not give the observation"
         if guessed:
             message += f", from position {guessed[0]} on, where the nearest token does not explain it"
+    elif others:
+        told = [f"token {at} is {' or '.join(map(str, [tokens[at], *same]))}" for at, same in others.items()]
+        more = f" and {len(told) - NAMED} more" if len(told) > NAMED else ""
+        message = f"{expected} tokens found, ambiguous: {', '.join(told[:NAMED])}{more}"
     elif not sure:
         message = f"{expected} tokens guessed: they give the observation, but so would others"
         lead = positions[doubtful].lead
@@ -155,5 +173,5 @@ def conclude(
         )
     failed = len(tokens) if reason else None
     text = model.detokenise(tokens)
-    verified = not reason and consistent and sure
-    return Found(text, tokens, verified, tuple(positions), failed, message, **vars(cost))
+    verified = not reason and consistent and sure and not others
+    return Found(text, tokens, verified, tuple(positions), failed, message, **vars(cost), alternatives=others)

@@ -11,19 +11,22 @@ import torch
 
 from attnfit.audit.calibration import calibrate
 from attnfit.audit.checks import check_budget, check_prefix, check_states
-from attnfit.audit.engine.prefix import Prefix
+from attnfit.audit.engine.prefix import Prefix, alternatives
 from attnfit.audit.engine.prior import Prior
 from attnfit.audit.errors import AuditError, ObservationMismatch
 from attnfit.audit.evaluated import Evaluated
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.position import Clues, PositionSearch
+from attnfit.audit.target import Target
 from attnfit.audit.uncertainty import Uncertainty
 
 # Tokens of a draft verified at once after a repair; doubled while the draft is right.
 LOOKAHEAD = 2
 # Passes of one token through one block that take about a second: the whole vocabulary where this suffices.
 CHEAP = 1 << 16
+# Misfits that differ by less are of tokens that are one to the model.
+SAME = 1e-4
 
 
 def invert_hidden(
@@ -125,6 +128,10 @@ class HiddenSearch:
             reason = "interrupted"
         return self._found(reason)
 
+    def contradiction(self, truth: Tokens) -> str:
+        """Return why the true tokens would not be accepted; empty if they would."""
+        return contradicted(self._targets, torch.from_numpy(self._model.states(truth, self._layer)))
+
     def _draft(self) -> Tokens:
         """Return the probe's best token for every position."""
         first, running = self._rankers["first"], self._rankers["running"]
@@ -190,9 +197,19 @@ class HiddenSearch:
     def _found(self, reason: str) -> Found:
         tokens = [position.token for position in self._positions]
         consistent = not reason and self._reproduced(tokens)
+        others = alternatives(self._prefix, tokens, self._agrees) if consistent else {}
         n_forwards = self._prefix.n_forwards + self._prior.n_forwards + len(tokens) * (not reason)
         cost = Cost(self._prefix.n_candidates + self._n_drafted, n_forwards, perf_counter() - self._began)
-        return conclude(self._model, self._positions, len(self._states), reason, consistent, cost)
+        return conclude(self._model, self._positions, len(self._states), reason, consistent, cost, others)
+
+    def _agrees(self, place: int, states: Any) -> list[bool]:
+        """Return which states explain an observation; under errors, as well as the one that was chosen."""
+        target, misfits = self._targets[place], self._targets[place].misfits(states)
+        if not target.noisy:
+            return [bool(fit) for fit in misfits <= target.bound]
+        token = self._positions[place].token
+        chosen = target.misfits(self._prefix.candidates([token])[0])
+        return [bool(fit) for fit in misfits <= chosen + SAME]
 
     def _reproduced(self, tokens: Tokens) -> bool:
         """Return whether a plain forward pass of the tokens explains every observed state."""
@@ -201,6 +218,18 @@ class HiddenSearch:
             float(target.misfits(state)) <= target.limit
             for target, state in zip(self._targets, states, strict=True)
         )
+
+
+def contradicted(targets: Sequence[Target], states: Any, first: int = 0) -> str:
+    """Return which of the true states its target does not accept, and by how much; empty if all are."""
+    for place, (target, state) in enumerate(zip(targets, states, strict=True), first):
+        misfit = float(target.misfits(state))
+        if not misfit <= target.bound:
+            return (
+                f"at position {place} the true token misses the observation by {misfit:.2g} (allowed "
+                f"{target.bound:.2g})"
+            )
+    return ""
 
 
 def describe_failure(model: Model, at: int, evaluated: Evaluated) -> str:

@@ -98,14 +98,14 @@ def last_states(model: Model, logits: Any, error: Any = 0.0) -> tuple[Any, Uncer
     states : Tensor, shape (n, width)
     uncertainty : Uncertainty
     """
-    U = model.head.weight.double()
+    U = model.head_weight
     observed = _checked(model, logits)
     likely = torch.from_numpy(np.broadcast_to(error, observed.shape).astype(np.float64))
     if model.softcap is not None:
         observed, likely = _uncapped(observed, likely, model.softcap)
     weights = _weights(likely)
     if model.head.bias is not None:
-        observed = observed - model.head.bias
+        observed = observed - model.head.bias * model.head_scale
     # Weighted means are the constants that the logits were shifted by.
     observed = (observed - (observed @ weights)[:, None] / weights.sum()) * weights.sqrt()
     U = (U - weights @ U / weights.sum()) * weights.sqrt()[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,13 @@ class PositionSearch:
 
     def run(self) -> str | None:
         """Return the stage that found a token which explains the observation, None if all of them fail."""
-        newton = {} if self._cheap else {"newton": self._newton}
-        stages = {"shortlist": self.shortlist, "regression": self.regress} | newton | {"scan": self._scan}
+        stages: dict[str, Callable[[], bool]] = {"shortlist": self.shortlist}
+        # A vocabulary that is one pass costs less than to be clever about it.
+        if not self._cheap or len(self._table) > self._evaluated.prefix.chunk:
+            stages["regression"] = self.regress
+        if not self._cheap:
+            stages["newton"] = self._newton
+        stages["scan"] = self._scan
         return next((name for name, stage in stages.items() if stage()), None)
 
     def most_likely(self, certain: float, *, thorough: bool) -> str:

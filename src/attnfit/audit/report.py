@@ -75,7 +75,7 @@ class Report:
         """Put a report together."""
         some = list(cells.values())
         pairs = [
-            summarise(form, defence, some, forecasts.get(form))
+            summarise(form, defence, some, forecasts.get(form), len(settings.texts))
             for form in settings.access
             for defence in settings.defences
             if form != MASKED or defence == NONE
@@ -129,28 +129,52 @@ class Report:
         """Return the combinations asked for; masked access always, since no defence of outputs changes it."""
         return [pair for pair in self.pairs if pair.access == MASKED or pair.defence in self.settings.judged]
 
-    def failures(self, limit: float) -> list[Pair]:
-        """Return the combinations asked for that let more than this share of tokens through, or were not
-        tested.
+    def leaks(self, limit: float) -> list[Pair]:
+        """Return the combinations asked for that are known to let more than this share of tokens through.
 
         Parameters
         ----------
         limit : float
             From 0 to 1.
         """
-        return [pair for pair in self.judged() if not pair.tested or pair.token_share > limit]
+        return [pair for pair in self.judged() if pair.leak > limit]
 
-    def as_json(self, redact: bool = False) -> dict[str, Any]:
+    def untested(self) -> list[Pair]:
+        """Return the combinations asked for of which something is not known: no sign of protection."""
+        return [pair for pair in self.judged() if not pair.complete]
+
+    def failures(self, limit: float) -> list[Pair]:
+        """Return the combinations that leak more than this share of tokens, or were not tested to the end."""
+        return [pair for pair in self.judged() if not pair.complete or pair.leak > limit]
+
+    def contradictions(self) -> list[str]:
+        """Return where a defence seems to give away more than no defence does, which is impossible.
+
+        The attack without a defence then missed what it could have found, and its low share means nothing.
+        """
+        told = []
+        for access in self.settings.access:
+            right = {(c.key.defence, c.key.text): sum(c.right) for c in self.cells
+                     if c.key.access == access and not c.key.control and c.status == "done"}  # fmt: skip
+            for defence in self.settings.defences:
+                both = [t for d, t in right if d == defence and (NONE, t) in right]
+                bare, defended = (sum(right[d, text] for text in both) for d in (NONE, defence))
+                if defended > bare:
+                    told.append(f"{access} gives away {defended} tokens with {defence} and {bare} without it")
+        return told
+
+    def as_json(self, redact: bool = True) -> dict[str, Any]:
         """Return the report as plain data.
 
         Parameters
         ----------
         redact : bool
-            Leave texts and recovered tokens out.
+            Leave texts and recovered tokens out, and where in a text they are: only counts remain.
         """
-        cells = [as_record(cell) for cell in self.cells]
+        cells = [{**as_record(cell), "n_right": sum(cell.right)} for cell in self.cells]
         if redact:
-            cells = [{**cell, "tokens": None, "message": ""} for cell in cells]
+            hidden = {"tokens": None, "right": None, "failed_at": None, "message": ""}
+            cells = [{**cell, **hidden} for cell in cells]
         settings = vars(self.settings) | {"texts": None if redact else list(self.settings.texts)}
         plain: dict[str, Any] = _plain(
             {
@@ -177,26 +201,27 @@ class Report:
         )
         return plain
 
-    def to_json(self, path: str | PathLike[str], *, redact: bool = False) -> None:
+    def to_json(self, path: str | PathLike[str], *, redact: bool = True) -> None:
         """Write the report as JSON.
 
         Parameters
         ----------
         path : path
         redact : bool
-            Leave texts and recovered tokens out.
+            Leave texts and recovered tokens out: only counts remain.
         """
         text = json.dumps(self.as_json(redact), indent=2, allow_nan=False)
         write(path, text + "\n")
 
-    def to_html(self, path: str | PathLike[str], *, redact: bool = False) -> None:
+    def to_html(self, path: str | PathLike[str], *, redact: bool = True) -> None:
         """Write the report as one page that fetches nothing.
 
         Parameters
         ----------
         path : path
         redact : bool
-            Leave texts out of the file; otherwise the page hides them until it is asked to show them.
+            Leave texts and recovered tokens out: only counts remain. Otherwise the page hides them until it
+            is asked to show them.
         """
         from attnfit.audit.report_html import render
 

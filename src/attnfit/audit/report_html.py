@@ -14,19 +14,18 @@ from attnfit.audit.versions import versions
 
 # Texts shown as examples.
 N_EXAMPLES = 2
-HIDDEN = "\u2588"
 
 
-def render(report: Report, redact: bool = False) -> str:
+def render(report: Report, redact: bool = True) -> str:
     """Return the page.
 
     Parameters
     ----------
     report : Report
     redact : bool
-        Leave texts and recovered tokens out of the file.
+        Leave texts and recovered tokens out of the file: only counts remain.
     """
-    safe = not report.failures(LIMIT)
+    safe = not report.failures(LIMIT) and not report.contradictions()
     parts = [
         f"<h1>What {escape(report.model['name'])} gives away</h1>",
         f'<p class="verdict{" good" if safe else ""}">{escape(report.verdict)}</p>',
@@ -85,8 +84,13 @@ def _pair_row(pair: Pair) -> list[Entry]:
             *blank,
             Entry(escape(pair.message), style="long"),
         ]
-    remarks = [f"{pair.n_cut} cut short"] if pair.n_cut else []
-    remarks += [f"{pair.n_errors} impossible"] if pair.n_errors else []
+    counts = {
+        "cut short": pair.n_cut,
+        "impossible": pair.n_errors,
+        "not run": pair.n_missing,
+        "tokens known up to their like": pair.tokens_ambiguous,
+    }
+    remarks = [f"{count} {what}" for what, count in counts.items() if count]
     return [
         word(pair.access),
         word(pair.defence),
@@ -153,32 +157,39 @@ def _examples(report: Report, redact: bool) -> list[str]:
     if not cells:
         return []
     columns = [Column("text"), Column("access", word=True), Column("defence", word=True)]
-    columns += [Column("recovered"), Column("the text, recovered spans marked", word=True)]
-    toggle = '<label><input type="checkbox" id="show"> Show the texts</label>'
+    columns += [Column("recovered"), Column("tokens right"), Column("of")]
     if redact:
-        toggle = paragraph("Texts were left out of this file.", "soft")
-    return [
-        "<h2>Examples</h2>",
-        toggle,
-        table("examples", columns, [_example(report, cell, redact) for cell in cells], searched=True),
-    ]
+        above = paragraph("Texts were left out of this file.", "soft")
+    else:
+        columns.append(Column("the text, recovered spans marked", word=True))
+        above = '<label><input type="checkbox" id="show"> Show the texts</label>'
+    rows = [_example(cell) + ([] if redact else [_marked(report, cell)]) for cell in cells]
+    return ["<h2>Examples</h2>", above, table("examples", columns, rows, searched=True)]
 
 
-def _example(report: Report, cell: Cell, redact: bool) -> list[Entry]:
-    pieces = report.pieces[cell.key.text]
-    right = [*cell.right, *[False] * len(pieces)][: len(pieces)]
-    marked = ""
-    for piece, found in zip(pieces, right, strict=True):
-        shown = HIDDEN * len(piece) if redact else escape(piece)
-        marked += f"<mark>{shown}</mark>" if found else shown
-    share = sum(cell.right) / cell.n_tokens if cell.n_tokens else 0.0
+def _example(cell: Cell) -> list[Entry]:
+    """Return what is known of one inversion in counts; one that did not end has none to compare."""
+    ended = cell.status == "done" and cell.n_tokens > 0
+    share = sum(cell.right) / cell.n_tokens if ended else float("nan")
+    told = {"done": percent(share) if ended else "–", "cut": "cut short"}.get(cell.status, "not tested")
     return [
         number(cell.key.text + 1, "d"),
         word(cell.key.access),
         word(cell.key.defence),
-        Entry(percent(share), share),
-        Entry(marked.replace("</mark><mark>", ""), style="text"),
+        Entry(told, share),
+        number(sum(cell.right) if ended else None, "d"),
+        number(cell.n_tokens, "d"),
     ]
+
+
+def _marked(report: Report, cell: Cell) -> Entry:
+    """Return the text of a cell with what was recovered of it marked."""
+    pieces = report.pieces[cell.key.text]
+    right = [*cell.right, *[False] * len(pieces)][: len(pieces)]
+    marked = ""
+    for piece, found in zip(pieces, right, strict=True):
+        marked += f"<mark>{escape(piece)}</mark>" if found else escape(piece)
+    return Entry(marked.replace("</mark><mark>", ""), style="text")
 
 
 def _controls(report: Report) -> list[str]:

@@ -37,7 +37,8 @@ def _heat_cell(pair: Pair | None) -> str:
     if not pair.tested:
         return f'<td class="unknown" title="{escape(pair.message, quote=True)}">not tested</td>'
     level = round(10 * pair.token_share)
-    return f'<td class="h{level}">{percent(pair.token_share)}<small>{_cost(pair)}</small></td>'
+    part = "" if pair.complete else f" of {pair.n_texts} texts that ended"
+    return f'<td class="h{level}">{percent(pair.token_share)}{part}<small>{_cost(pair)}</small></td>'
 
 
 def _cost(pair: Pair) -> str:

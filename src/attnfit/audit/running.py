@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +13,11 @@ from attnfit.audit.breakpoints import Forecast, forecast
 from attnfit.audit.calibration import calibrate
 from attnfit.audit.cells import MASKED, NONE, Attack, Cell, Key
 from attnfit.audit.checkpoint import Checkpoint
+from attnfit.audit.engine.prefix import way_for
+from attnfit.audit.errors import Unsupported
+from attnfit.audit.inverting import layer_of
 from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.observation import parse_access
 from attnfit.audit.report import Report
 from attnfit.audit.settings import Settings, check_request, identity, tokenise_all
 
@@ -92,16 +96,17 @@ def run(
     Raises
     ------
     NoRoundTrip
-        If the tokenizer cannot represent a text.
+        If the tokenizer can represent none of the texts; some of them count as errors.
     AuditError
         If the budget is not positive, an access or a defence is not known or not available from this model,
         or the checkpoint belongs to another audit.
     """
     began = perf_counter()
     settings = check_request(model, texts, access, defences, budget, random_state)
-    truths = tokenise_all(model, settings.texts)
+    truths, faults = tokenise_all(model, settings.texts)
     kept = Checkpoint(None if checkpoint is None else Path(checkpoint), identity(model, settings))
     audit = _Run(model, settings, truths, kept, progress, began, client)
+    audit.refuse(faults)
     interrupted = audit.all_cells()
     return Report.of(model, settings, truths, audit.cells, audit.forecasts, audit.n_planned, interrupted,
                      perf_counter() - began)  # fmt: skip
@@ -133,6 +138,12 @@ class _Run:
         # Seconds in which an inversion of a form of access did not come to its end: others would not either.
         self._too_short: dict[str, float] = {}
         self.forecasts: dict[str, Forecast] = {}
+
+    def refuse(self, faults: Mapping[int, str]) -> None:
+        """Settle the cells of texts that cannot be run, by what is wrong with these."""
+        for text, fault in faults.items():
+            for key in self._rounds[text]:
+                self.cells.setdefault(key, Cell(key, "error", fault, 0, [], []))
 
     def all_cells(self) -> bool:
         """Run what fits into the budget; return whether it was interrupted."""
@@ -200,19 +211,30 @@ class _Run:
         model, forms = self._model, self._settings.access
         if model.kind != "causal":
             return
+        forms = tuple(form for form in forms if form == MASKED or self._supported(form))
         layers: list[Layer] = [int(form.partition(":")[2]) for form in forms if form.startswith("hidden:")]
         layers += [model.n_layers + 1] if "logits" in forms else []
         layers += [form for form in forms if form.startswith("attention:")]
         calibrate(model, list(dict.fromkeys(layers)))
 
+    def _supported(self, form: str) -> bool:
+        """Return whether candidates can be evaluated; where not, every cell says so itself."""
+        try:
+            way_for(self._model, layer_of(self._model, parse_access(form)))
+        except Unsupported:
+            return False
+        return True
+
     def _forecast(self) -> None:
         """Predict what defences should do; a twentieth of the budget is enough for that."""
         for form in self._settings.access:
             seconds = self._settings.budget / 20 / len(self._settings.access)
-            if form != MASKED and not form.startswith("topk"):
+            if form == MASKED or form.startswith("topk"):
+                continue
+            if self._model.kind == "encoder" or self._supported(form):
                 self.forecasts[form] = forecast(
-                    self._model, self._truths, form, self._settings.defences, seconds,
-                    self._settings.random_state,
+                    self._model, [tokens for tokens in self._truths if tokens], form,
+                    self._settings.defences, seconds, self._settings.random_state,
                 )  # fmt: skip
 
     def _tell(self, now: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from attnfit.audit.cells import MASKED, NONE
 from attnfit.audit.defences import apply_defence
-from attnfit.audit.errors import AuditError, NoRoundTrip
+from attnfit.audit.errors import AuditError
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.observation import leak, parse_access
 
@@ -96,27 +96,38 @@ def _check_kind(model: Model, forms: Sequence[str]) -> None:
         )
 
 
-def tokenise_all(model: Model, texts: Sequence[str]) -> list[Tokens]:
-    """Return the tokens of every text; errors name the text."""
-    truths = []
+def tokenise_all(model: Model, texts: Sequence[str]) -> tuple[list[Tokens], dict[int, str]]:
+    """Return the tokens of every text, and what is wrong with those that have none.
+
+    Raises
+    ------
+    AuditError
+        If that is all of them.
+    """
+    truths: list[Tokens] = []
+    faults: dict[int, AuditError] = {}
     for place, text in enumerate(texts):
         try:
-            tokens = model.tokenise(text)
+            truths.append(_tokens(model, text))
         except AuditError as error:
-            kind = NoRoundTrip if isinstance(error, NoRoundTrip) else AuditError
-            raise kind(f"texts[{place}]: {error}") from None
-        if len(tokens) > model.max_length:
-            raise AuditError(
-                f"texts[{place}] has {len(tokens)} tokens; {model.name!r} takes {model.max_length}: shorten "
-                "it"
-            )
-        truths.append(tokens)
-    return truths
+            truths.append([])
+            faults[place] = type(error)(f"texts[{place}]: {error}")
+    if len(faults) == len(truths):
+        raise faults[0]
+    return truths, {place: str(error) for place, error in faults.items()}
+
+
+def _tokens(model: Model, text: str) -> Tokens:
+    tokens = model.tokenise(text)
+    if len(tokens) > model.max_length:
+        raise AuditError(f"it has {len(tokens)} tokens; {model.name!r} takes {model.max_length}: shorten it")
+    return tokens
 
 
 def identity(model: Model, settings: Settings) -> dict[str, Any]:
     """Return what must agree for kept cells to be of use."""
-    texts = hashlib.sha256("\0".join(settings.texts).encode()).hexdigest()
+    # Also of texts that are no valid Unicode.
+    texts = hashlib.sha256("\0".join(settings.texts).encode("utf-8", "surrogatepass")).hexdigest()
     return {
         "model": model.fingerprint,
         "texts": texts,

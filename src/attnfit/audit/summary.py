@@ -11,6 +11,9 @@ from attnfit.audit.breakpoints import HALF, Forecast
 from attnfit.audit.cells import Cell
 from attnfit.audit.intervals import wilson
 
+# The interval of a share of which nothing is known.
+UNKNOWN = (0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -21,7 +24,10 @@ class Pair:
     access, defence : str
     n_texts, n_cut, n_errors : int
         Inversions that ended, that time cut short, and that cannot be done. Only the first count below.
-    tokens_right, tokens : int
+    n_unsupported, n_missing : int
+        Those that the attack cannot be trusted with on this model, and those that were not run.
+    tokens_right, tokens_ambiguous, tokens : int
+        Ambiguous ones are wrong, but known up to tokens with all but the same embedding.
     sentences_exact : int
     verified, false_claims : int
         Inversions that claim to be right, and those of them that are wrong.
@@ -32,7 +38,7 @@ class Pair:
     seconds : float
         Mean of an inversion.
     message : str
-        Why nothing was tested, if so.
+        Why something was not tested, if so.
     """
 
     access: str
@@ -50,11 +56,24 @@ class Pair:
     predicted: float | None
     seconds: float
     message: str
+    n_unsupported: int = 0
+    n_missing: int = 0
+    tokens_ambiguous: int = 0
 
     @property
     def tested(self) -> bool:
-        """Whether any inversion ran to its end."""
-        return self.n_texts > 0
+        """Whether any inversion ran to its end, and all of those that ran can be trusted."""
+        return self.n_texts > 0 and not self.n_unsupported
+
+    @property
+    def complete(self) -> bool:
+        """Whether every text was inverted to its end."""
+        return not (self.n_cut or self.n_errors or self.n_unsupported or self.n_missing)
+
+    @property
+    def leak(self) -> float:
+        """Share of tokens known to come back, ambiguous ones too; also where not everything was tested."""
+        return (self.tokens_right + self.tokens_ambiguous) / self.tokens if self.tokens else 0.0
 
     @property
     def token_share(self) -> float:
@@ -81,23 +100,30 @@ class Pair:
         shares = {
             "tested": self.tested,
             "token_share": self.token_share if self.tested else None,
-            "token_interval": list(self.token_interval),
+            "token_interval": list(self.token_interval if self.tested else UNKNOWN),
             "sentence_share": self.sentence_share if self.tested else None,
-            "sentence_interval": list(self.sentence_interval),
+            "sentence_interval": list(self.sentence_interval if self.tested else UNKNOWN),
         }
         return vars(self) | shares
 
 
-def summarise(access: str, defence: str, cells: Sequence[Cell], forecast: Forecast | None) -> Pair:
-    """Return the outcome of one combination over all texts."""
+def summarise(
+    access: str, defence: str, cells: Sequence[Cell], forecast: Forecast | None, n_asked: int | None = None
+) -> Pair:
+    """Return the outcome of one combination over all texts, of which so many were asked for."""
     mine = [c for c in cells if (c.key.access, c.key.defence, c.key.control) == (access, defence, "")]
     done = [cell for cell in mine if cell.status == "done"]
     failed = [cell for cell in mine if cell.status == "error"]
-    cut = len(mine) - len(done) - len(failed)
+    unsupported = [cell for cell in mine if cell.status == "unsupported"]
+    cut = len(mine) - len(done) - len(failed) - len(unsupported)
     message = ""
-    if not done:
-        message = failed[0].message if failed else "no inversion ended within the budget"
-        if cut and not failed:
+    if unsupported:
+        message = unsupported[0].message
+    elif failed:
+        message = failed[0].message
+    elif not done:
+        message = "no inversion ended within the budget"
+        if cut:
             part = f"{sum(sum(cell.right) for cell in mine)} of {sum(cell.n_tokens for cell in mine)} tokens"
             message += f"; {part} came back until it was cut"
     return Pair(
@@ -116,6 +142,9 @@ def summarise(access: str, defence: str, cells: Sequence[Cell], forecast: Foreca
         predicted=None if forecast is None else forecast.shares.get(defence),
         seconds=_mean([cell.seconds for cell in done]) or 0.0,
         message=message,
+        n_unsupported=len(unsupported),
+        tokens_ambiguous=sum(cell.n_ambiguous for cell in done),
+        n_missing=0 if n_asked is None else n_asked - len(mine),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from attnfit.audit.checks import check_budget, check_prefix
-from attnfit.audit.engine.prefix import Prefix
+from attnfit.audit.engine.prefix import Prefix, alternatives
 from attnfit.audit.engine.prior import Prior, with_surprises
 from attnfit.audit.errors import ObservationMismatch
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
@@ -71,12 +71,16 @@ def invert_topk(
     -------
     Found
     """
-    checked = _checked(model, shown, values, error, reach)
-    search = _TopkSearch(model, *checked, check_budget(budget, model))
+    search = topk_search(model, shown, values, error, reach, check_budget(budget, model))
     return search.run(list(known_prefix))
 
 
-class _TopkSearch:
+def topk_search(model: Model, shown: Any, values: Any, error: Any, reach: Any, budget: int) -> TopkSearch:
+    """Return the inversion of log-probabilities, checked."""
+    return TopkSearch(model, *_checked(model, shown, values, error, reach), budget)
+
+
+class TopkSearch:
     """The inversion of one observation."""
 
     def __init__(self, model: Model, shown: Any, values: Any, allowed: Any, budget: int) -> None:
@@ -119,6 +123,16 @@ class _TopkSearch:
         if reason and farthest[1]:
             self._positions, reason = farthest
         return self._found(reason)
+
+    def contradiction(self, truth: list[int]) -> str:
+        """Return why the true tokens would not be accepted; empty if they would."""
+        for at, state in enumerate(torch.from_numpy(self._model.states(truth, self._model.n_layers + 1))):
+            if not self._agrees(at, state):
+                return (
+                    f"at position {at} the true token misses the numbers shown by "
+                    f"{float(self._gaps(at, state[None]).gaps):.2g} times what may be, or gives other tokens"
+                )
+        return ""
 
     def _return(self) -> bool:
         """Take the next best token at the last position that had several; return whether there was one."""
@@ -251,10 +265,15 @@ class _TopkSearch:
         if not reason:
             states = torch.from_numpy(self._model.states(tokens, self._model.n_layers + 1))
             consistent = all(self._agrees(at, state) for at, state in enumerate(states))
+        others = alternatives(self._prefix, tokens, self._explained) if consistent else {}
         n_forwards = self._prefix.n_forwards + self._prior.n_forwards + self._n_compared
         n_forwards += len(tokens) * (not reason)
         cost = Cost(self._prefix.n_candidates, n_forwards, perf_counter() - self._began)
-        return conclude(self._model, self._positions, len(self._shown), reason, consistent, cost)
+        return conclude(self._model, self._positions, len(self._shown), reason, consistent, cost, others)
+
+    def _explained(self, at: int, states: Any) -> list[bool]:
+        agreeing = set(self._gaps(at, states).agreeing.tolist())
+        return [place in agreeing for place in range(len(states))]
 
     def _agrees(self, at: int, state: Any) -> bool:
         return len(self._gaps(at, state[None]).agreeing) == 1

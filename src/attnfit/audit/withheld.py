@@ -11,8 +11,9 @@ import torch
 
 from attnfit.audit.calibration import calibrate
 from attnfit.audit.engine.prior import Prior
+from attnfit.audit.errors import AuditError
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
-from attnfit.audit.hidden import HiddenSearch
+from attnfit.audit.hidden import HiddenSearch, contradicted
 from attnfit.audit.models.blocks import capture
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.uncertainty import Uncertainty
@@ -56,8 +57,15 @@ class WithheldSearch:
         self._targets = [uncertainty.target(place, state, scale) for place, state in enumerate(states)]
         self._certain = certain_lead(len(states) + 1)
 
-    def run(self) -> Found:
+    def contradiction(self, truth: Tokens) -> str:
+        """Return why the true tokens would not be accepted; empty if they would."""
+        states = torch.from_numpy(self._model.states(truth, self._layer))
+        return contradicted(self._targets, states[1:], first=1)
+
+    def run(self, known: Tokens) -> Found:
         """Return everything that could be recovered."""
+        if known:
+            raise AuditError("known_prefix cannot be used where the first position was withheld")
         best: Found | None = None
         for first in self._firsts():
             found = self._after(first)
@@ -151,4 +159,4 @@ class WithheldSearch:
             for target, state in zip(self._targets, states, strict=True)
         )
         cost = Cost(found.n_candidates + self._n_pairs, found.n_forwards, perf_counter() - self._began)
-        return conclude(self._model, positions, len(positions), "", consistent, cost)
+        return conclude(self._model, positions, len(positions), "", consistent, cost, found.alternatives)

@@ -239,13 +239,21 @@ def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array],
     white = Whitening(
         vectors[:, keep] / np.sqrt(values[keep]) / scale[:, None], vectors[:, ~keep], scale, noise
     )
+    # Rounding of the Hessian: T^T H T is 1 only up to it, which tells in the directions of least curvature.
+    lost = 4.0 * len(values) * EPS * float(values[-1] / values[keep].min())
+    if not lost <= 0.5:
+        return refused(
+            f"the Hessian is known to {1 / lost:.1g} of its least curvature only; centre or rescale nearly "
+            "dependent columns, or add ridge",
+            lambda_min=1.0 / white.spread**2, n_unidentified=flat,
+        )  # fmt: skip
     around = ball(white.T)
-    eta = float(np.linalg.norm(white.T.T @ at.gradient)) + around.rounding()
+    eta = (float(np.linalg.norm(white.T.T @ at.gradient)) + around.rounding()) / (1.0 - lost)
     known = {"eta": eta, "lambda_min": 1.0 / white.spread**2, "n_unidentified": flat}
     obstacle = around.obstacle(2.0 * eta)
     if obstacle is not None:
         return refused(obstacle, **known)
-    constant = around.lipschitz(2.0 * eta)
+    constant = around.lipschitz(2.0 * eta) / (1.0 - lost)
     h = constant * eta
     if not h <= 0.5:
         where = "" if flat == 0 else f" in the {int(keep.sum())} identified directions ({flat} are not)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 
 from attnfit.cli.cluster import connected
 from attnfit.cli.console import Grid, Literal, note, problem, stdout
-from attnfit.cli.errors import Debug, Exit, InputError, in_options, one_sentence
+from attnfit.cli.errors import Debug, Exit, InputError, in_options, one_sentence, unexpected
 from attnfit.cli.output import STREAM, check_paths, put, put_json, results
 from attnfit.cli.progress import FitProgress
 from attnfit.cli.report import print_whole
@@ -26,7 +27,7 @@ EVERYTHING = (
 )
 # Texts that a model with known private texts is audited on unless others are given.
 N_OWN = 8
-# Combinations that a failed gate names.
+# Combinations that a sentence names.
 MAX_NAMED = 5
 
 
@@ -43,16 +44,28 @@ class AuditProgress(FitProgress):
 
 @contextmanager
 def bad_input(debug: bool) -> Iterator[None]:
-    """Turn what is wrong with the request into one sentence and exit code 2."""
+    """Turn what is wrong with the request into one sentence and exit code 2, and any other error into 70.
+
+    A crash must not look like a gate that was passed, nor like one that was not.
+    """
     from attnfit.audit.errors import AuditError
 
     try:
         yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
     except (AuditError, InputError, FileNotFoundError, ModuleNotFoundError) as error:
         if debug:
             raise
         problem(str(error) if isinstance(error, InputError) else in_options(str(error)))
         raise typer.Exit(Exit.BAD_INPUT) from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        problem(f"The audit broke off without a verdict: {unexpected(error)}")
+        raise typer.Exit(Exit.UNEXPECTED) from None
 
 
 @one_sentence
@@ -74,8 +87,11 @@ def audit(
     ] = 120.0,
     report: Annotated[Path | None, typer.Option(help="Write the report here (.html).")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here (.json).")] = None,
-    redact: Annotated[
-        bool, typer.Option("--redact", help="Leave texts and recovered tokens out of both files.")
+    reveal: Annotated[
+        bool,
+        typer.Option(
+            "--reveal/--redact", help="Write texts and recovered tokens into both files, or counts."
+        ),
     ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Keep finished cells here, and go on from there.")
@@ -101,7 +117,11 @@ def audit(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Recover texts from what a model gives away. Exit code 1: more than --fail-above, 3: not all tested."""
+    """Recover texts from what a model gives away.
+
+    Exit code 0: all was tested, and no more than --fail-above came back; 1: more did; 2: bad input;
+    3: something was not tested; 70: a fault of the program; 130: stopped.
+    """
     if self_test:
         _self_test(debug)
         return
@@ -121,24 +141,19 @@ def audit(
         with progress:
             progress.say("loading the model")
             found = _run(model, given, forms, asked, budget, checkpoint, seed, allow_pickle, progress, dask)
-    settings = {"--texts": texts, "--report": report, "--json": json_path, "--fail-above": fail_above}
-    found = found.with_command(_command(model, found.settings, defences, settings, redact))
-    show(results(report, json_path), found)
-    if report is not None:
-        from attnfit.audit.report_html import render
+        settings = {"--texts": texts, "--report": report, "--json": json_path, "--fail-above": fail_above}
+        found = found.with_command(_command(model, found.settings, defences, settings, reveal))
+        lines = {} if given is None else dict(enumerate(given))
+        show(results(report, json_path), found, lines)
+        if report is not None:
+            from attnfit.audit.report_html import render
 
-        put(report, render(found, redact))
-    if json_path is not None:
-        put_json(json_path, found.as_json(redact=redact))
-    if found.coverage:
-        note(_how_to_go_on(found.coverage, checkpoint))
-    if found.interrupted:
-        problem("Stopped before the end; what was done until then is in the report.")
-        raise typer.Exit(Exit.STOPPED)
-    if fail_above is not None:
-        _gate(found, fail_above)
-    if found.coverage:
-        raise typer.Exit(Exit.OPEN)
+            put(report, render(found, not reveal))
+        if json_path is not None:
+            put_json(json_path, found.as_json(redact=not reveal))
+        if found.coverage:
+            note(_how_to_go_on(found.coverage, checkpoint))
+        _judge(found, fail_above)
 
 
 def _run(
@@ -164,9 +179,16 @@ def _run(
                 checkpoint=checkpoint, progress=progress.step, random_state=seed, client=client,
             )  # fmt: skip
     except AuditError as error:
-        numbers = list(lines)
-        told = re.sub(r"^texts\[(\d+)\]", lambda match: f"line {numbers[int(match[1])]}", str(error))
-        raise InputError(told) from error
+        raise InputError(_with_lines(str(error), dict(enumerate(lines)))) from error
+
+
+def _with_lines(sentence: str, numbers: dict[int, int]) -> str:
+    """Name texts by their lines in the file that they came from."""
+
+    def line(match: re.Match[str]) -> str:
+        return f"line {numbers[int(match[1])]}" if int(match[1]) in numbers else match[0]
+
+    return re.sub(r"\btexts\[(\d+)\]", line, sentence)
 
 
 def _how_to_go_on(coverage: str, checkpoint: Path | None) -> str:
@@ -201,59 +223,76 @@ def read_texts(path: Path) -> dict[int, str]:
     return found
 
 
-def show(console: Literal, found: Any) -> None:
-    """Print the verdict, the share of tokens recovered for every combination, and what to change."""
-    from attnfit.audit.advice import percent
+def show(console: Literal, found: Any, lines: dict[int, int] | None = None) -> None:
+    """Print the verdict, the share of tokens recovered for every combination, and what to change.
 
-    console.say(found.verdict, "bold")
+    Parameters
+    ----------
+    console : Literal
+    found : Report
+    lines : dict of int to int, optional
+        The line in a file that each text came from.
+    """
+    console.say(_with_lines(found.verdict, lines or {}), "bold")
     table = Grid(padding=(0, 1, 0, 0))
     for name in ("access", *found.settings.defences):
         table.add_column(name, justify="left" if name == "access" else "right", no_wrap=True)
     for access in found.settings.access:
         pairs = [found.pair(access, defence) for defence in found.settings.defences]
-        shares = ["=" if p is None else percent(p.token_share) if p.tested else "?" for p in pairs]
-        table.add_row(access, *shares)
+        table.add_row(access, *[_share(pair) for pair in pairs])
     print_whole(console, table)
-    legend = "Share of tokens recovered; ?: not tested, =: no defence of outputs changes it."
-    console.say(legend, "dim")
+    legend = "Share of tokens recovered; ?: not tested, =: no defence of outputs changes it"
+    if any(pair.tested and not pair.complete for pair in found.pairs):
+        legend += ", *: of the texts that could be tested to the end, not all"
+    console.say(f"{legend}.", "dim")
     for sentence in found.advice:
         console.gap()
-        console.say(sentence)
+        console.say(_with_lines(sentence, lines or {}))
     console.gap()
     console.say(f"{found.seconds:.0f} s")
 
 
-def _gate(found: Any, limit: float) -> None:
-    """Exit unless every combination asked for was tested and lets little enough through: with 1 where one
-    lets more through, with 3 where none did but some were not tested.
-    """
+def _share(pair: Any) -> str:
     from attnfit.audit.advice import percent
 
-    failures = found.failures(limit)
-    leaks = sorted((pair for pair in failures if pair.tested), key=lambda pair: -pair.token_share)
-    untested = [f"{pair.access} with {pair.defence}" for pair in failures if not pair.tested]
+    if pair is None:
+        return "="
+    return percent(pair.token_share) + ("" if pair.complete else " *") if pair.tested else "?"
+
+
+def _judge(found: Any, limit: float | None) -> None:
+    """Exit with what is worst: stopped, a leak, something that was not tested."""
+    from attnfit.audit.advice import percent
+
+    if found.interrupted:
+        problem("Stopped before the end; what was done until then is in the report.")
+        raise typer.Exit(Exit.STOPPED)
+    leaks = [] if limit is None else sorted(found.leaks(limit), key=lambda pair: -pair.leak)
+    untested = found.untested()
     if leaks:
-        shares = [f"{pair.access} with {pair.defence} {percent(pair.token_share)}" for pair in leaks]
-        problem(f"Above {percent(limit)} of tokens: {_some(shares)}")
-    if untested:
-        problem(f"Not tested, so not known to stay below {percent(limit)} of tokens: {_some(untested)}")
-    if failures:
-        raise typer.Exit(Exit.BAD_NEWS if leaks else Exit.OPEN)
-    note(f"No access with a defence asked for gives away more than {percent(limit)} of the tokens.")
+        told = [f"{pair.access} with {pair.defence} {percent(pair.leak)}" for pair in leaks]
+        problem(f"Above {percent(limit or 0.0)} of tokens: {_named(told)}")
+        raise typer.Exit(Exit.BAD_NEWS)
+    if untested or found.contradictions():
+        told = [f"{pair.access} with {pair.defence}" for pair in untested] + found.contradictions()
+        problem(f"Not tested to the end, which is no sign of protection: {_named(told)}")
+        raise typer.Exit(Exit.OPEN)
+    if limit is not None:
+        note(f"No access with a defence asked for gives away more than {percent(limit)} of the tokens.")
 
 
-def _some(names: list[str]) -> str:
-    more = [f"{len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
-    return ", ".join([*names[:MAX_NAMED], *more])
+def _named(told: list[str]) -> str:
+    more = len(told) - MAX_NAMED
+    return ", ".join(told[:MAX_NAMED] + ([f"{more} more"] if more > 0 else []))
 
 
-def _command(model: str | None, settings: Any, defences: str, others: dict[str, Any], redact: bool) -> str:
+def _command(model: str | None, settings: Any, defences: str, others: dict[str, Any], reveal: bool) -> str:
     words = ["attnfit", "audit", str(model), "--access", ",".join(settings.access), "--defences", defences]
     words += ["--budget", f"{settings.budget:g}"]
     for option, value in others.items():
         words += [] if value is None else [option, str(value)]
     words += ["--seed", str(settings.random_state)] if settings.random_state else []
-    return shlex.join(words + (["--redact"] if redact else []))
+    return shlex.join(words + (["--reveal"] if reveal else []))
 
 
 def _self_test(debug: bool) -> None:
@@ -271,5 +310,5 @@ def _self_test(debug: bool) -> None:
     seconds = sum(check.seconds for check in checks)
     if failed:
         problem(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
-        raise typer.Exit(Exit.BAD_NEWS)
+        raise typer.Exit(Exit.UNEXPECTED)
     console.say(f"All {len(checks)} checks passed in {seconds:.1f} s.")

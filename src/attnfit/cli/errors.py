@@ -130,8 +130,13 @@ def _describe(error: Exception) -> tuple[str, Exit]:
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror if "checkpoint" in error.strerror else error.strerror.lower()
         return f"{where}{reason}", Exit.BAD_INPUT
+    return unexpected(error), Exit.UNEXPECTED
+
+
+def unexpected(error: Exception) -> str:
+    """Return what to say of an error of attnfit itself; its traceback is kept in a file."""
     told = f"{type(error).__name__}: {error}".rstrip(": ")
-    return f"{told} (unexpected; {_kept(error)} please report it)", Exit.UNEXPECTED
+    return f"{told} (unexpected; {_kept(error)} please report it)"
 
 
 def _is_deliberate(error: BaseException) -> bool:

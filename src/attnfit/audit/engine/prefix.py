@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
-from attnfit.audit.engine.attention import seeing_only_prefix
-from attnfit.audit.models.blocks import capture
+from attnfit.audit.engine.guard import check_way, random_tokens, windows
+from attnfit.audit.engine.ways import WAYS, Way
+from attnfit.audit.errors import Unsupported
 from attnfit.audit.models.model import Layer, Model, Tokens
-
-# Candidates in one pass: more cost memory and are not faster.
-CHUNK = 1024
-
-
-class _Keys(DynamicCache):
-    """Keys and values of the prefix; while frozen, new ones are used and kept apart."""
-
-    frozen = False
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._apart: dict[int, tuple[Any, Any]] = {}
-
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *rest: Any, **more: Any) -> Any:
-        """Return the keys and values of the prefix and the new tokens."""
-        if not self.frozen:
-            return super().update(key_states, value_states, layer_idx, *rest, **more)
-        self._apart[layer_idx] = key_states, value_states
-        if layer_idx >= len(self.layers) or self.layers[layer_idx].keys is None:
-            return key_states, value_states
-        held = self.layers[layer_idx]
-        return torch.cat([held.keys, key_states], -2), torch.cat([held.values, value_states], -2)
-
-    def adopt(self, place: int) -> None:
-        """Append those that the last pass while frozen gave at one of its places."""
-        for layer, (keys, values) in self._apart.items():
-            self.update(keys[..., place : place + 1, :], values[..., place : place + 1, :], layer)
-        self._apart = {}
-
-    def shorten(self, length: int) -> None:
-        """Keep the first `length` positions."""
-        for held in self.layers:
-            if held.keys is not None:
-                held.keys, held.values = held.keys[..., :length, :], held.values[..., :length, :]
-                # Layers with a sliding window count by themselves.
-                if hasattr(held, "cumulative_length"):
-                    held.cumulative_length = length
 
 
 class Prefix:
-    """Known tokens with their keys and values up to the deepest layer asked for.
+    """Known tokens with what the model keeps of them up to the deepest layer asked for.
 
     Attributes
     ----------
@@ -75,19 +38,31 @@ class Prefix:
         States are read after these blocks, the deepest last.
     copies : int
         How many sequences are run at once; candidates are for one.
+    way : type of Way, optional
+        How candidates are evaluated: the first way that passes the guard at all layers unless given.
+
+    Raises
+    ------
+    Unsupported
+        If no way gives what a plain forward pass gives.
     """
 
-    def __init__(self, model: Model, *layers: Layer, copies: int = 1) -> None:
+    def __init__(self, model: Model, *layers: Layer, copies: int = 1, way: type[Way] | None = None) -> None:
         self.model, self._copies = model, copies
         self.tokens: list[Any] = []
         self.states = torch.empty(copies, 0, model.width)
         self.complete = layers[-1] == model.n_layers + 1
         self.n_candidates = self.n_forwards = 0
-        self._parts = [model.part(layer) for layer in layers]
-        self._keys = _Keys(config=model.module.config)
-        # Candidates of the last pass, whose keys and values are kept, and their states.
+        kind = way or max((way_for(model, layer) for layer in layers), key=WAYS.index)
+        self._way = kind(model, [model.part(layer) for layer in layers], copies)
+        # Candidates of the last pass, which can be adopted, and their states.
         self._offered: Tokens = []
         self._offered_states: Any = None
+
+    @property
+    def chunk(self) -> int:
+        """How many candidates are evaluated in one pass."""
+        return self._way.chunk
 
     def extend(self, tokens: Sequence[int | tuple[int, ...]]) -> Any:
         """Append tokens, the same for all copies or a tuple with one for each, and return their states.
@@ -97,13 +72,12 @@ class Prefix:
         """
         if len(tokens) == 1 and tokens[0] in self._offered:
             place = self._offered.index(tokens[0])
-            self._keys.adopt(place)
+            self._way.adopt(place, self._offered[place])
             states = self._offered_states[None, place : place + 1]
         else:
             ids = torch.stack([torch.as_tensor(token).expand(self._copies) for token in tokens], 1)
-            places = torch.arange(len(self.tokens), len(self.tokens) + len(tokens))
             with torch.no_grad():
-                states = self._run({"input_ids": ids}, places)[-1]
+                states = self._way.extend(ids)
             self.n_forwards += ids.numel()
         self.tokens += tokens
         self.states = torch.cat([self.states, states], 1)
@@ -112,10 +86,7 @@ class Prefix:
 
     def crop(self, length: int) -> None:
         """Forget all tokens but the first `length`."""
-        if length == 0:
-            self._keys = _Keys(config=self.model.module.config)
-        else:
-            self._keys.shorten(length)
+        self._way.crop(length)
         del self.tokens[length:]
         self.states = self.states[:, :length]
         self._offered = []
@@ -123,8 +94,8 @@ class Prefix:
     def candidates(self, tokens: Any) -> Any:
         """Return the state of each token at the next position, shape (len(tokens), width)."""
         states = self.embedded(self.model.embeddings[torch.as_tensor(tokens)])
-        last = (len(tokens) - 1) // CHUNK * CHUNK
-        self._offered, self._offered_states = list(tokens[last:]), states[last:]
+        last = (len(tokens) - 1) // self.chunk * self.chunk
+        self._offered, self._offered_states = [int(token) for token in tokens[last:]], states[last:]
         return states
 
     def embedded(self, vectors: Any) -> Any:
@@ -133,20 +104,92 @@ class Prefix:
 
     def embedded_at_all(self, vectors: Any) -> list[Any]:
         """Return the states of embeddings at the next position for every layer asked for."""
-        place = len(self.tokens)
         self._offered = []
-        self._keys.frozen = True
-        try:
-            with torch.no_grad(), seeing_only_prefix(self.model.module):
-                parts = [
-                    self._run({"inputs_embeds": part[None]}, torch.full((len(part),), place))
-                    for part in vectors.split(CHUNK)
-                ]
-        finally:
-            self._keys.frozen = False
+        with torch.no_grad():
+            states = self._way.evaluate(vectors)
         self.n_candidates += len(vectors)
-        return [torch.cat(states, 1)[0] for states in zip(*parts, strict=True)]
+        return states
 
-    def _run(self, inputs: dict[str, Any], places: Any) -> list[Any]:
-        settings = {"position_ids": places[None], "past_key_values": self._keys, "use_cache": True}
-        return capture(self.model.base, self._parts, "output", **inputs, **settings)
+
+def alternatives(
+    prefix: Prefix, tokens: Tokens, agrees: Callable[[int, Any], Sequence[bool]]
+) -> dict[int, Tokens]:
+    """Return other tokens with nearly the same embedding that explain an observation as well, by position.
+
+    Parameters
+    ----------
+    prefix : Prefix
+        It is emptied first.
+    tokens : list of int
+        Those found.
+    agrees : callable
+        Tells which states at a position explain what was observed there.
+    """
+    prefix.crop(0)
+    found: dict[int, Tokens] = {}
+    for place, token in enumerate(tokens):
+        near = prefix.model.near(token)
+        if near:
+            if place > len(prefix.tokens):
+                prefix.extend(tokens[len(prefix.tokens) : place])
+            fits = agrees(place, prefix.candidates(near))
+            same = [other for other, fit in zip(near, fits, strict=True) if fit]
+            found |= {place: same} if same else {}
+    return found
+
+
+def way_for(model: Model, layer: Layer) -> type[Way]:
+    """Return the first way to evaluate candidates that gives what the model itself gives; found once.
+
+    Raises
+    ------
+    Unsupported
+        If none does.
+    """
+    known = model.ways.get(layer)
+    if known is None:
+        known = _first_right(model, layer, random_tokens(model, min(windows(model), default=None)), WAYS)
+    return _named(known)
+
+
+def check_text(model: Model, layer: Layer, tokens: Tokens) -> str:
+    """Check the way that is used for a layer on a text of its own, and take the next one where it fails.
+
+    Returns
+    -------
+    str
+        The name of the way.
+
+    Raises
+    ------
+    Unsupported
+        If none gives what the model itself gives.
+    """
+    way = way_for(model, layer)
+    return _named(_first_right(model, layer, tokens, WAYS[WAYS.index(way) :])).name
+
+
+def _named(known: str) -> type[Way]:
+    """Return a way by its name; what is no name is the reason why there is none."""
+    for way in WAYS:
+        if way.name == known:
+            return way
+    raise Unsupported(known)
+
+
+def _first_right(model: Model, layer: Layer, tokens: Tokens, ways: Sequence[type[Way]]) -> str:
+    """Return the name of the first way that passes, or why none does; keep it for the layer."""
+    # What has no such layer says so itself.
+    model.part(layer)
+    faults = []
+    for way in ways:
+        fault = check_way(model, layer, tokens, partial(Prefix, model, layer, way=way))
+        if fault is None:
+            model.ways[layer] = way.name
+            return way.name
+        faults.append(f"{way.name}: {fault}")
+    access = layer if isinstance(layer, str) else f"hidden:{layer}"
+    model.ways[layer] = (
+        f"{model.family}, {access}: no way of evaluating candidates is right: {'; '.join(faults)}"
+    )
+    return model.ways[layer]

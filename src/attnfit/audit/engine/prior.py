@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnfit.audit.engine.prefix import Prefix
+from attnfit.audit.errors import Unsupported
 from attnfit.audit.models.model import Model
 
 # Where a text begins without the token that the model saw before every text, its first predictions are
@@ -38,23 +39,35 @@ class Prior:
     def __init__(self, model: Model, prefix: Prefix | None = None) -> None:
         self._model = model
         self._shared = prefix if prefix is not None and prefix.complete else None
-        self._plain = self._shared or Prefix(model, model.n_layers + 1)
+        self._own: list[Prefix] = []
+        self._openings: tuple[int, ...] = ()
+        # Where the head or its input cannot be had, states can still be inverted: all tokens are as likely.
+        self._plain = self._shared or self._more(copies=1) if model.predicts else None
+        if self._plain is None:
+            return
         tokenizer = model.tokenizer
         named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) if tokenizer else ()
-        # In one copy for every token that may stand before a text.
-        self._openings = tuple(dict.fromkeys(token for token in named if token is not None))
-        self._opened = Prefix(model, model.n_layers + 1, copies=len(self._openings))
+        # In one copy for every token that may stand before a text, of those that the model knows.
+        known = [token for token in named if token is not None and token < model.n_vocabulary]
+        self._openings = tuple(dict.fromkeys(known))
+        self._opened = self._more(copies=len(self._openings))
+
+    def _more(self, copies: int) -> Prefix | None:
+        try:
+            self._own.append(Prefix(self._model, self._model.n_layers + 1, copies=copies))
+        except Unsupported:
+            return None
+        return self._own[-1]
 
     @property
     def n_forwards(self) -> int:
         """Tokens run so far for the prior alone."""
-        own = 0 if self._plain is self._shared else self._plain.n_forwards
-        return own + self._opened.n_forwards
+        return sum(prefix.n_forwards for prefix in self._own)
 
     def after(self, tokens: Sequence[int]) -> Any:
         """Return log p(next token | tokens), shape (n_vocabulary,); a shared prefix then holds the tokens."""
-        readings = [_next(self._plain, list(tokens))] if tokens else []
-        if self._openings and len(tokens) < OPENING:
+        readings = [_next(self._plain, list(tokens))] if tokens and self._plain else []
+        if self._openings and self._opened and len(tokens) < OPENING:
             readings.append(_next(self._opened, [self._openings, *tokens]))
         if not readings:
             return torch.zeros(self._model.n_vocabulary)

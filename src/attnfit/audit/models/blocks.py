@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 
 from attnfit.audit.errors import MalformedModel
 
-NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out", "final_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 
 
@@ -29,25 +30,39 @@ def find_blocks(module: Any) -> Any:
     )
 
 
-def final_norm(base: Any, name: str) -> Any:
+def final_norm(base: Any, family: str) -> Any:
     """Return the normalisation after the last block."""
-    return _one_of(base, NORMS, f"model {name!r} has no final normalisation")
-
-
-def attention_of(block: Any, name: str) -> Any:
-    """Return the part of a block that ends with the attention's output projection."""
-    attention = _one_of(block, ATTENTIONS, f"the blocks of {name!r} have no attention")
-    # Encoders of the BERT family add the residual inside: the projection alone is ``attention.output.dense``.
-    output = getattr(attention, "output", None)
-    return attention if output is None else output.dense
-
-
-def _one_of(module: Any, names: tuple[str, ...], complaint: str) -> Any:
-    for name in names:
-        found = getattr(module, name, None)
+    parts = [base, getattr(base, "decoder", None)]
+    for part in parts:
+        found = _first_of(part, NORMS)
         if found is not None:
             return found
-    raise MalformedModel(f"{complaint} under any of the names {', '.join(names)}")
+    raise MalformedModel(
+        f"{family} has no normalisation after its last block under any of the names {', '.join(NORMS)}: what "
+        "its head reads cannot be observed, which rules out logits, topk and masked"
+    )
+
+
+def attention_of(block: Any, family: str) -> Any:
+    """Return the part of a block that ends with the attention's output projection."""
+    attention = _first_of(block, ATTENTIONS)
+    if attention is None:
+        raise MalformedModel(
+            f"the blocks of {family} have no attention under any of the names {', '.join(ATTENTIONS)}"
+        )
+    # Encoders of the BERT family and Bloom add the residual inside: the projection alone is ``dense``.
+    output = getattr(attention, "output", None)
+    if output is None:
+        adds = "residual" in inspect.signature(attention.forward).parameters
+        return attention.dense if adds and hasattr(attention, "dense") else attention
+    if not hasattr(output, "dense"):
+        raise MalformedModel(f"the attention of {family} is of an unknown kind: it cannot be observed")
+    return output.dense
+
+
+def _first_of(module: Any, names: tuple[str, ...]) -> Any:
+    found = (getattr(module, name, None) for name in names)
+    return next((part for part in found if part is not None), None)
 
 
 def capture(base: Any, modules: Sequence[Any], side: Literal["input", "output"], **inputs: Any) -> list[Any]:

@@ -7,21 +7,26 @@ from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from math import prod
+from os import fstat
 from pathlib import Path
-from typing import Any
+from struct import calcsize, unpack
+from typing import Any, BinaryIO
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as reader
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from attnfit.audit.errors import AuditError, MalformedModel, require
-from attnfit.audit.models.directory import attention_for
+from attnfit.audit.models.directory import attention_for, check_report
 from attnfit.audit.models.memory import check_memory
 from attnfit.audit.models.model import Model
 from attnfit.audit.models.quiet import quiet
 from attnfit.audit.storage import cache_directory, write_atomically
 
 MAGIC = b"GGUF"
+# Arrays within arrays.
+MAX_DEPTH = 4
 
 
 def load_gguf(file: Path, name: str | None = None) -> Model:
@@ -58,14 +63,20 @@ def load_gguf(file: Path, name: str | None = None) -> Model:
             if not home.is_dir():
                 write_atomically(home, partial(_convert, file, source))
             config = AutoConfig.from_pretrained(home, local_files_only=True)
-            module = AutoModelForCausalLM.from_pretrained(
-                **source, config=config, dtype=torch.float32, attn_implementation=attention_for(config)
+            family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            module, report = family.from_pretrained(
+                **source,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=attention_for(config, family),
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
     except AuditError:
         raise
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, OverflowError, TypeError) as error:
         raise MalformedModel(f"{file} is not a readable GGUF model: {error}") from error
+    check_report(report, file)
     return Model(name or file.stem, module, tokenizer, "causal")
 
 
@@ -92,9 +103,75 @@ def _convert(file: Path, source: dict[str, Any], directory: Path) -> None:
 
 
 def _identity(file: Path) -> str:
-    """Return a hash of the file's size and of its first and last mebibyte."""
-    size = file.stat().st_size
+    """Return a hash of everything before the tensors: configuration, tokenizer, names and shapes.
+
+    The file is walked through here, without the objects of the gguf package: these take seconds for a large
+    vocabulary, at every start.
+    """
     with file.open("rb") as opened:
-        head = opened.read(2**20)
-        opened.seek(max(0, size - 2**20))
-        return sha256(str(size).encode() + head + opened.read()).hexdigest()[:16]
+        reading = _Header(opened)
+        opened.seek(len(MAGIC))
+        reading.number("I")
+        n_tensors, n_settings = reading.number("Q"), reading.number("Q")
+        for _ in range(n_settings):
+            reading.skip_text()
+            reading.skip_value(reading.number("I"))
+        for _ in range(n_tensors):
+            reading.skip_text()
+            # Sides, then kind and place.
+            reading.skip(8 * reading.number("I") + 4 + 8)
+        end = opened.tell()
+        opened.seek(0)
+        return sha256(opened.read(end)).hexdigest()[:16]
+
+
+# Bytes of each kind of value; 8 is text, 9 an array.
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+TEXT, ARRAY = 8, 9
+
+
+class _Header:
+    """The metadata of a GGUF file, passed over.
+
+    Raises
+    ------
+    ValueError
+        Where they reach beyond the end of the file or are of an unknown kind.
+    """
+
+    def __init__(self, opened: BinaryIO) -> None:
+        self._opened = opened
+        self._size = fstat(opened.fileno()).st_size
+
+    def number(self, kind: str) -> int:
+        """Return one unsigned number."""
+        data = self._opened.read(calcsize(kind))
+        if len(data) < calcsize(kind):
+            raise ValueError("it ends within its metadata")
+        return int(unpack(f"<{kind}", data)[0])
+
+    def skip(self, count: int) -> None:
+        """Pass over some bytes."""
+        if count > self._size - self._opened.tell():
+            raise ValueError("it ends within its metadata")
+        self._opened.seek(count, 1)
+
+    def skip_text(self) -> None:
+        """Pass over a text and its length."""
+        self.skip(self.number("Q"))
+
+    def skip_value(self, kind: int, depth: int = 0) -> None:
+        """Pass over a value."""
+        if kind == TEXT:
+            self.skip_text()
+        elif kind == ARRAY and depth < MAX_DEPTH:
+            inner, count = self.number("I"), self.number("Q")
+            if inner in SIZES:
+                self.skip(SIZES[inner] * count)
+                return
+            for _ in range(count):
+                self.skip_value(inner, depth + 1)
+        elif kind in SIZES:
+            self.skip(SIZES[kind])
+        else:
+            raise ValueError(f"it has metadata of the unknown kind {kind}")

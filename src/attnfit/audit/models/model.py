@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,13 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attnfit.audit.errors import AuditError, NoRoundTrip
+from attnfit.audit.errors import AuditError, MalformedModel, NoRoundTrip
 from attnfit.audit.models.blocks import attention_of, capture, final_norm, find_blocks
 
 Tokens = list[int]
 Array = NDArray[np.float32]
 # A number as in `Model.states`, or "attention:BLOCK".
 Layer = int | str
+# What configurations call the longest sequence, first come first served.
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+# Embeddings that differ by less than this share of their size may give states that no observation tells
+# apart: so many of them are compared before a token counts as known.
+NEAR, N_NEAR = 0.3, 16
 
 
 @dataclass(eq=False)
@@ -38,6 +44,8 @@ class Model:
         Texts that the model is known to have memorised; empty for models from elsewhere.
     calibrations : dict
         What was learned about its layers so far.
+    ways : dict
+        How candidates are evaluated at each layer, by name; or why they cannot be.
     before_work : callable, optional
         Called before long work on it that is no forward pass; what it raises ends the work.
     """
@@ -48,9 +56,11 @@ class Model:
     kind: Literal["causal", "encoder"]
     private_texts: tuple[str, ...] = ()
     calibrations: dict[Layer, Any] = field(default_factory=dict, repr=False)
+    ways: dict[Layer, str] = field(default_factory=dict, repr=False)
     before_work: Callable[[], None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self._near: dict[int, Tokens] = {}
         self.module.eval().requires_grad_(False)
         self.blocks = find_blocks(self.module)
 
@@ -65,9 +75,14 @@ class Model:
         return len(self.blocks)
 
     @property
+    def family(self) -> str:
+        """What the transformers library calls its architecture."""
+        return str(self.module.config.model_type)
+
+    @property
     def width(self) -> int:
-        """Length of a hidden state."""
-        return int(self.embeddings.shape[1])
+        """Length of a hidden state; embeddings are shorter where a projection follows them."""
+        return int(self.module.config.get_text_config().hidden_size)
 
     @property
     def n_vocabulary(self) -> int:
@@ -76,16 +91,29 @@ class Model:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence that its positions allow."""
-        return int(self.module.config.get_text_config().max_position_embeddings)
+        """The longest sequence that its positions allow; the largest integer where there is no limit."""
+        config = self.module.config.get_text_config()
+        sizes = (getattr(config, name, None) for name in LENGTHS)
+        return next((int(size) for size in sizes if isinstance(size, int) and size > 0), sys.maxsize)
 
     @cached_property
     def embeddings(self) -> Any:
-        """What each token is to the first block, before positions; shape (n_vocabulary, width)."""
+        """What each token is to the model, before positions; shape (n_vocabulary, width), or narrower."""
         table = self.module.get_input_embeddings()
         if type(table) is torch.nn.Embedding:
             return table.weight
         return table(torch.arange(table.weight.shape[0]))
+
+    def near(self, token: int) -> Tokens:
+        """Return other tokens with nearly the same embedding: all that are equal, the nearest of the rest."""
+        if token not in self._near:
+            table = self.embeddings
+            far = (table - table[token]).square().sum(1)
+            close = (far <= (NEAR**2) * table[token].square().sum()).nonzero()[:, 0]
+            order = close[far[close].argsort(stable=True)]
+            count = max(N_NEAR + 1, int((far == 0.0).sum()))
+            self._near[token] = [int(other) for other in order[:count] if other != token]
+        return self._near[token]
 
     @property
     def head(self) -> Any:
@@ -96,15 +124,26 @@ class Model:
         return head
 
     @cached_property
+    def head_weight(self) -> Any:
+        """What the head multiplies normed last states by, scale included, in double precision."""
+        return self.head.weight.double() * self.head_scale
+
+    @cached_property
     def head_directions(self) -> tuple[Any, Any]:
         """Squared sizes of the head along its principal directions, ascending, and these as columns.
 
         Of the head centred over the vocabulary: what is common to all logits does not show in probabilities.
         """
-        U = self.head.weight.double()
-        U = U - U.mean(0)
+        U = self.head_weight - self.head_weight.mean(0)
         values, vectors = torch.linalg.eigh(U.T @ U)
         return values, vectors
+
+    @property
+    def head_scale(self) -> float:
+        """The number that some architectures multiply their logits by."""
+        config = self.module.config.get_text_config()
+        divided, times = (getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logit_scale"))
+        return float(times) / float(divided)
 
     @property
     def softcap(self) -> float | None:
@@ -116,16 +155,15 @@ class Model:
         """Return the logits of normed last states with their gradient, shape (..., n_vocabulary); or those of
         some tokens, shape (..., len(tokens)).
         """
-        if not self._head_is_all:
+        if not self.predicts:
             raise AuditError(
-                f"the logits of {self.name!r} are not its head's output, at most capped by a tanh: this "
-                "architecture cannot be audited by logits, topk or masked"
+                f"the logits of {self.name!r} ({self.family}) are not its head's output, at most scaled and "
+                "capped by a tanh: this architecture cannot be audited by logits, topk or masked"
             )
-        if tokens is None:
-            logits = self.head(states)
-        else:
-            bias = None if self.head.bias is None else self.head.bias[tokens]
-            logits = torch.nn.functional.linear(states, self.head.weight[tokens], bias)
+        weight, bias = self.head.weight, self.head.bias
+        if tokens is not None:
+            weight, bias = weight[tokens], None if bias is None else bias[tokens]
+        logits = torch.nn.functional.linear(states.to(weight.dtype), weight, bias) * self.head_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def unembed(self, states: Any, tokens: Any = None) -> Any:
@@ -134,30 +172,37 @@ class Model:
             return self.scores(states, tokens).float()
 
     @cached_property
-    def _head_is_all(self) -> bool:
-        """Whether head and cap give what the model itself returns."""
-        self.__dict__["_head_is_all"] = True
+    def predicts(self) -> bool:
+        """Whether head, scale and cap give the logits that the model itself returns."""
+        try:
+            last = torch.from_numpy(self.states([0, 1], self.n_layers + 1))
+        except MalformedModel:
+            return False
         with torch.no_grad():
-            given = self.module(input_ids=torch.tensor([[0, 1]]), use_cache=False).logits
-        ours = torch.from_numpy(self.logits([0, 1]))
-        return bool(torch.allclose(ours, given[0].float(), rtol=1e-3, atol=1e-3 * float(given.abs().max())))
+            given = self.module(input_ids=torch.tensor([[0, 1]]), use_cache=False).logits[0].float()
+            self.__dict__["predicts"] = True
+            ours = self.unembed(last)
+        return bool(torch.allclose(ours, given, rtol=1e-3, atol=1e-3 * float(given.abs().max())))
 
     @cached_property
     def final_norm(self) -> Any:
         """The normalisation between the last block and the logits."""
-        return final_norm(self.base, self.name)
+        return final_norm(self.base, self.family)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the configuration and of a sample of every weight."""
+        """A hash of the configuration and of all bytes of all tensors."""
         config = self.module.config.to_dict()
         volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
         settled = {key: value for key, value in config.items() if key not in volatile}
         digest = hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode())
-        for name, weight in self.base.named_parameters():
-            flat = weight.reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)]
-            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.float().numpy().tobytes())
+        met: dict[Any, str] = {}
+        for name, tensor in sorted(self.module.state_dict().items()):
+            # Tied weights are read once; which they are tied to belongs to the model.
+            same = met.setdefault((tensor.data_ptr(), tuple(tensor.shape), tensor.stride()), name)
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}={same}".encode())
+            if same == name:
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
     def tokenise(self, text: str) -> Tokens:
@@ -175,20 +220,25 @@ class Model:
         try:
             tokens = [int(token) for token in self.tokenizer(text)["input_ids"]]
         except (TypeError, UnicodeError) as error:
-            raise NoRoundTrip(f"text is not valid Unicode: {error}") from error
+            at = f" at character {error.start}" if isinstance(error, UnicodeEncodeError) else ""
+            raise NoRoundTrip(f"text is not valid Unicode{at}") from error
         unknown = self.tokenizer.unk_token_id
         # Byte-level tokenizers often name their end-of-text token "unknown" although they have none.
         if unknown is not None and unknown in tokens and unknown != self.tokenizer.eos_token_id:
             place = tokens.index(unknown)
             raise NoRoundTrip(
-                f"token {place} of the text is unknown to the tokenizer of {self.name!r}, after "
-                f"{self.detokenise(tokens[:place])!r}; leave those characters out"
+                f"token {place} of the text is unknown to the tokenizer of {self.name!r}, after character "
+                f"{len(self.detokenise(tokens[:place]))}; leave those characters out"
             )
         back = self.detokenise(tokens)
         # Encoders often fold case and accents: what they see must at least be stable.
         stable = self.kind == "encoder" and self.tokenizer(back)["input_ids"] == tokens
         if back != text and not stable:
-            raise NoRoundTrip(f"the tokenizer of {self.name!r} turns {text!r} into {back!r}")
+            # Not the text itself: messages get into reports that are passed on.
+            same = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
+            raise NoRoundTrip(
+                f"the tokenizer of {self.name!r} turns the text into another one, from character {same} on"
+            )
         return tokens
 
     def detokenise(self, tokens: Sequence[int]) -> str:
@@ -225,7 +275,7 @@ class Model:
             block = int(layer.removeprefix("attention:"))
             if not 0 <= block < self.n_layers:
                 raise AuditError(f"block must be 0 to {self.n_layers - 1} for {self.name!r}, not {block}")
-            return attention_of(self.blocks[block], self.name)
+            return attention_of(self.blocks[block], self.family)
         top = self.n_layers + (self.kind == "causal")
         if not 1 <= layer <= top:
             raise AuditError(f"layer must be 1 to {top} for {self.name!r}, not {layer}")
@@ -238,9 +288,9 @@ class Model:
         -------
         ndarray, shape (n, n_vocabulary)
         """
-        kind = self.head.weight.dtype
-        last = torch.from_numpy(self.states(tokens, self.n_layers + 1)).to(kind)
-        return np.asarray(self.unembed(last).numpy())
+        # What has no head says so first, whatever its layers.
+        _ = self.head
+        return np.asarray(self.unembed(torch.from_numpy(self.states(tokens, self.n_layers + 1))).numpy())
 
     def _run(self, tokens: Sequence[int], module: Any, side: Literal["input", "output"]) -> Array:
         with torch.no_grad():

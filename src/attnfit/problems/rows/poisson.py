@@ -46,7 +46,7 @@ class Poisson(GroupedProblem):
     >>> years = np.arange(5.0)
     >>> counts = [2, 3, 6, 7, 12]
     >>> minimize(problems.Poisson(np.column_stack([np.ones(5), years]), counts)).x.round(4)
-    array([0.7529, 0.4264])
+    array([0.7501, 0.4313])
     """
 
     def __init__(
