@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 import attnfit
 from attnfit import SoftmaxRegressor, minimize, problems
 from attnfit.problems.rows.recession import Frame, verify
-from attnfit.solvers.separation import find_separation
+from attnfit.solvers.separation import _by_projection, find_separation
 
 
 def fit(problem, **options):
@@ -336,3 +336,32 @@ def test_estimators_take_a_number_of_starts():
     one, many = (SoftmaxRegressor(n_starts=n).fit(A, b).loss_value_ for n in (1, 10))
     assert many == pytest.approx(0.0574499999988518, rel=1e-9)
     assert one >= many
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_projections_agree_with_the_programme(seed):
+    rng = np.random.default_rng(seed)
+    m, r = int(rng.integers(2, 14)), int(rng.integers(1, 5))
+    F = rng.integers(-2, 3, (m, r)).astype(float)
+    F = F[F.any(axis=1)]
+    if not len(F):
+        return
+    decided, y = _by_projection(F)
+    found = scipy.optimize.linprog(
+        np.r_[np.zeros(r), -np.ones(len(F))],
+        A_ub=np.hstack([F, np.eye(len(F))]),
+        b_ub=np.zeros(len(F)),
+        bounds=[(None, None)] * r + [(0.0, 1.0)] * len(F),
+    )
+    if not decided:
+        return
+    falls = np.zeros(len(F), dtype=bool) if y is None else F @ y <= -1.0 + 1e-9
+    np.testing.assert_array_equal(falls, found.x[r:] > 0.5)
+    if y is not None:
+        assert (F @ y).max() <= 1e-8
+
+
+def test_most_is_decided_by_projections():
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(-2, 3, (12, 3)).astype(float) for _ in range(200)]
+    assert sum(_by_projection(F[F.any(axis=1)])[0] for F in rows) > 150

@@ -356,14 +356,17 @@ def _by_projection(F: Array) -> tuple[bool, Array | None]:
     if not null.shape[1]:
         return False, None
     decided, y = _by_projection(F[~stay] @ null)
-    others_decided, others = _by_projection(F[stay])
-    if not (decided and others_decided) or y is None:
+    if not decided or y is None:
         return False, None
     v = null @ y
+    falls = F @ v <= -0.5
+    decided, others = _by_projection(F[~falls]) if not falls.all() else (True, None)
+    if not decided:
+        return False, None
     if others is None:
         return True, v
     # Far enough along v the rows that it lowers fall whatever the others' direction does to them.
-    return True, others + (1.0 + max(float((F[~stay] @ others).max()), 0.0)) * v
+    return True, others + (1.0 + max(float((F[falls] @ others).max()), 0.0)) * v
 
 
 def _solve(F: Array) -> Array | None:
