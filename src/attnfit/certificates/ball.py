@@ -107,6 +107,11 @@ class ChunkRows:
         """Add up a number a row."""
         self.sums[name] = self.sums.get(name, 0.0) + float(np.sum(values))
 
+    def add_columns(self, name: str, values: Array) -> None:
+        """Add up ``values |a|``, shape (d,)."""
+        columns = self.part.design.combine(values[None, :], abs(self.block))[0]
+        self.sums[name] = self.sums.get(name, 0.0) + np.asarray(columns).reshape(-1)
+
     def add_gram(self, name: str, weights: Array, *, centred: bool) -> None:
         """Add the rows to a Gram with non-negative row weights."""
         gram = self._gram(name)

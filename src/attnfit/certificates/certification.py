@@ -133,8 +133,10 @@ class RowBall:
         """Bound the effect of rounding in A x and in the sums on the whitened gradient, to first order."""
         problem = self.problem
         sums = sums_on_ball(problem, self.at, self.whitener, _rounding, 0.0)
-        ridge = np.linalg.norm(np.abs(self.whitener).T @ np.abs(problem.ridge * self.at.x))
-        return 4.0 * float(np.finfo(np.float64).eps) * float(sums["rounding"] + ridge)
+        # Each entry of the gradient is a sum of its own, and rounded on its own.
+        columns = sums["columns"] + np.abs(problem.ridge * self.at.x)
+        own = np.linalg.norm(np.abs(self.whitener).T @ columns)
+        return 4.0 * float(np.finfo(np.float64).eps) * float(sums["rounding"] + own)
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,13 @@ def _rounding(rows: ChunkRows, radius: float) -> Stages:
         sums = yield rows.sum(np.abs(m) * own), rows.sum(np.abs(m) * dz), rows.sum(np.abs(share * inner))
         centre, mean, lost = map(rows.spread, sums)
         rows.add("rounding", np.abs(outer) * (np.abs(inner) + lost) * own)
-    rows.add("rounding", np.abs(part.loss.slope(*point)) * own)
+    slope = np.abs(part.loss.slope(*point))
+    rows.add("rounding", slope * own)
+    rows.add_columns("columns", slope)
     penalty = part.row_penalties(rows.chunk)
     if penalty is not None:
         rows.add("rounding", penalty * dz * own)
+        rows.add_columns("columns", penalty * dz)
     for t, r, q in terms:
         size, beside = (np.abs(1.0 if v is None else v) for v in (r, 0.0 if q is None else q))
         rows.add("rounding", np.abs(t) * (size * own + beside * centre) * (size * dz + beside * mean))
