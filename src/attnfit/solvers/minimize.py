@@ -223,7 +223,9 @@ def _fit(
         at = given.evaluate(reduction.lift(at.x))
         message += f"; {reduction.note}" if reduction.note else ""
     x, value, found = at.x, at.value, verdict.separation
-    if found is not None and separation != "keep":
+    # In other variables than the user's all of them move.
+    known = reduction is None or reduction.keeps_unknowns
+    if found is not None and separation != "keep" and known:
         x = found.coefficients(best.at.x)
         value = found.value if np.isfinite(found.value) else value
         if separation == "drop" and found.has_rest:
@@ -232,7 +234,7 @@ def _fit(
         if reduction is not None:
             x = reduction.lift(x)
     if found is not None and reduction is not None:
-        found = found.lifted(given, reduction.lift)
+        found = found.lifted(given, reduction.lift, 0.0 if reduction.keeps_unknowns else 1e-12)
     return Result(
         x=x.reshape(given.shape),
         value=value,

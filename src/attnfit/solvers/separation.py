@@ -92,12 +92,15 @@ class Separation:
     _given: Any = field(default=None, repr=False)
     _lift: Callable[[Array], Array] | None = field(default=None, repr=False)
 
-    def lifted(self, given: Any, lift: Callable[[Array], Array]) -> Separation:
-        """Return what is said here of a problem in better variables as the user knows it."""
+    def lifted(self, given: Any, lift: Callable[[Array], Array], least: float) -> Separation:
+        """Return what is said here of a problem in better variables as the user knows it; entries of the
+        direction below ``least`` of the largest are rounding.
+        """
         moved = lift(self._along_unknowns)
         # The largest entry may be beyond the range of float64, or all but nothing.
         moved = moved / max(float(np.abs(moved).max()), np.finfo(float).tiny)
-        columns = [(j, float(moved[j])) for j, _ in self.columns]
+        order = np.argsort(-np.abs(moved), kind="stable")
+        columns = [(int(j), float(moved[j])) for j in order if abs(moved[j]) > least]
         return replace(self, direction=moved, columns=columns, _given=given, _lift=lift)
 
     @property
