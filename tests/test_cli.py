@@ -215,6 +215,16 @@ def test_fit_writes_a_picture(cars, tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 20_000
 
 
+def test_warmup(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "attnfit.problems.rows.fused.warm_up", lambda everything: asked.append(everything) or 7
+    )
+    assert run("warmup").stdout.startswith("7 loops compiled in ")
+    run("warmup", "--all")
+    assert asked == [False, True]
+
+
 # ---- demo and bench ----------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from attnfit.cli.mixture import fit_mixture
 from attnfit.cli.models import OPTIONS
 from attnfit.cli.predict import predict
 from attnfit.cli.reproduce import reproduce
+from attnfit.cli.warmup import warmup
 from attnfit.version import __version__
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -92,6 +93,6 @@ app.add_typer(
     help="Fit a model: softmax, exponential, rescaled, attention or mixture.",
     epilog=EXIT_CODES,
 )
-for command in (predict, invert, audit, reproduce, demo):
+for command in (predict, invert, audit, reproduce, demo, warmup):
     app.command(epilog=EXIT_CODES)(command)
 app.command(context_settings={"ignore_unknown_options": True, **SETTINGS}, epilog=EXIT_CODES)(bench)

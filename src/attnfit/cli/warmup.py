@@ -1,0 +1,26 @@
+"""``attnfit warmup``: compile what large fits need, once."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from attnfit.cli.console import stdout
+from attnfit.cli.errors import Debug, one_sentence
+
+
+@one_sentence
+def warmup(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every loss, precision and storage: six times as long.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Compile the loops of large fits and keep them on disk: for images, so that no first fit waits."""
+    from attnfit.problems.rows.fused import warm_up
+
+    began = time.perf_counter()
+    n = warm_up(everything)
+    stdout().say(f"{n} loops compiled in {time.perf_counter() - began:.0f} s.")
