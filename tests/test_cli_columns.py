@@ -11,6 +11,8 @@ from test_cli_formats import FRAME, ROLES, coefficients
 from attnfit import datasets
 from attnfit.cli.suspects import refuse_codes, suspicion
 
+pytest.importorskip("pyarrow")
+
 # ---- columns that are no features -------------------------------------------------------------------------
 
 
