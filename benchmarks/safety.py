@@ -1,8 +1,8 @@
 """What is tried against the safety of files, terminals, machines and models, and how often it fails:
 ``python -m benchmarks.safety``.
 
-A case is a test of the suite: a way to damage a file, to read one that looks like another, to run where nothing
-can be written, or to get a false "nothing leaks" out of an audit.
+A case is a test of the suite: a way to damage a file, to read one that looks like another, to run where
+nothing can be written, or to get a false "nothing leaks" out of an audit.
 """
 
 from __future__ import annotations
