@@ -72,6 +72,10 @@ class Design(LinearOperator):
         """
         return None
 
+    def peek(self, rows: Rows) -> Any:
+        """Return some rows as they are in memory, counted as no read; None where they are elsewhere."""
+        return None
+
     def scaled(self, factors: Array) -> Design:
         """Return the matrix with its columns multiplied, shape (d,), in memory."""
         raise ValueError("these rows are not in memory; scale the columns where they are")

@@ -36,6 +36,10 @@ class DenseDesign(Design):
         rows = np.asarray(self.array[:n_rows], dtype=np.float64)
         return np.asarray(np.maximum(rows.max(axis=0), -rows.min(axis=0)))
 
+    def peek(self, rows: Rows) -> Array | None:
+        """Return some rows."""
+        return None if self.on_disk else np.asarray(self.array[rows], dtype=np.float64)
+
     def scaled(self, factors: Array) -> DenseDesign:
         """Return the matrix with its columns multiplied."""
         return DenseDesign(np.asarray(self.array, dtype=np.float64) * factors)

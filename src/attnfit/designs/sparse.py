@@ -46,6 +46,10 @@ class SparseDesign(Design):
         matrix.data = matrix.data * factors[matrix.indices]
         return SparseDesign(matrix)
 
+    def peek(self, rows: Rows) -> Any:
+        """Return some rows; None on disk."""
+        return None if self.on_disk else self.matrix[rows].astype(np.float64)
+
     def take(self, rows: Rows) -> SparseDesign:
         """Return the matrix of some rows."""
         return SparseDesign(self.matrix[rows])

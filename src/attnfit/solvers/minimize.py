@@ -77,7 +77,7 @@ def minimize(
     tol : float, in (0, 1e-2]
         The largest change of a fitted logit that the next Newton step may still make: of ``exp(z)``
         relatively, or of half a log-odds. It does not depend on the units of the target, the weights or the
-        unknowns. Where rounding forbids it, steps that stop shrinking are accepted up to 1e-6.
+        unknowns. Where rounding forbids it, steps that stop shrinking are accepted up to 2e-7.
     max_iter : int
         Largest number of steps on the full data.
     callback : callable, optional

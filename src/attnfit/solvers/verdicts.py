@@ -38,8 +38,9 @@ ASK = 1e-3
 # A step this small is not worth taking for the sake of the curvature that comes with it.
 STAY = 1e-7
 # Steps of a trusted model that stop shrinking below this move are at the rounding of the data, which is
-# accepted up to the second.
-FLOOR, ACCEPTED_FLOOR = 1e-4, 1e-6
+# accepted up to the second: of 23 such ends among 2,002 problems the true step was up to 3 times as long, and
+# 50 times at 7e-7.
+FLOOR, ACCEPTED_FLOOR = 1e-4, 2e-7
 # A fit that keeps its stride, in logits and as a share of the step before, may have no minimum.
 STRIDE, KEPT_STRIDE = 0.1, 0.7
 # A step that promises to lower the loss by less than this share of it promises nothing.

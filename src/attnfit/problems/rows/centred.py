@@ -52,7 +52,9 @@ def is_shifted(part: StoredProblem) -> bool:
     if not part.loss.shift_invariant or part.penalty is not None:
         return False
     n, order = min(part.n_rows, LOOKED_AT), part.groups.order
-    block = part.design._fetch(slice(0, n) if order is None else order[:n])
+    block = part.design.peek(slice(0, n) if order is None else order[:n])
+    if block is None:
+        return False
     starts = part.groups.starts
     inside = centre_rows(block, starts[starts < n])
     size, spread = (_largest(rows) for rows in (block, inside))
