@@ -221,7 +221,7 @@ def test_nothing_is_written_after_a_refusal(tmp_path):
     path = write_rows(tmp_path / "d.csv", HEADER, changed(0, "x", ""))
     outputs = [tmp_path / name for name in ("m.safetensors", "r.json", "p.png")]
     options = [x for pair in zip(("--save", "--json", "--plot"), outputs, strict=True) for x in pair]
-    one_error(run("fit", "softmax", path, "--target", "y", "--group", "g", *options))
+    one_error(run("fit", "softmax", path, "--target", "y", "--group", "g", "--features", "x,w", *options))
     assert not any(output.exists() for output in outputs)
 
 
