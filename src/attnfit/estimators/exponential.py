@@ -271,7 +271,7 @@ class PoissonRegressor(OutcomeRegressor):
     >>> model.coef_.round(4)
     array([0.7501, 0.4313])
     >>> model.predict([[1.0, 5.0]]).round(2)
-    array([17.9])
+    array([18.3])
     """
 
     def __init__(
