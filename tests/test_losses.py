@@ -254,7 +254,7 @@ def test_what_is_said_of_a_loss_is_true(name):
     for other in others[::2]:
         other.b *= 6.0
     assert any(np.linalg.eigvalsh(o.derivatives()[1])[0] < -1e-9 for o in others) != loss.convex
-    if loss.shares:
+    if loss.shares and loss.coupled:
         assert LOSSES[loss.shares] is loss
     assert bool(loss.shares) == isinstance(loss, CrossEntropy) == loss.needs_mass
     if loss.needs_mass:

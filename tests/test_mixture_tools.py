@@ -173,7 +173,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("one", "other", "sentence"), MISTAKES)
 def test_mistakes_end_in_one_sentence(run, one, other, sentence):
     done = run(one, other)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert sentence in done.output
     assert done.output.count("Error:") == 1
     assert "Traceback" not in done.output

@@ -42,6 +42,11 @@ class Compiled:
             self._without_cache(error)
             return self._compiled(*args)
 
+    @property
+    def stats(self) -> Any:
+        """What Numba counts of its cache."""
+        return self._compiled.stats
+
     def _without_cache(self, error: Exception) -> None:
         import numba
 
