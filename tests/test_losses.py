@@ -256,7 +256,8 @@ def test_what_is_said_of_a_loss_is_true(name):
     assert any(np.linalg.eigvalsh(o.derivatives()[1])[0] < -1e-9 for o in others) != loss.convex
     if loss.shares and loss.coupled:
         assert LOSSES[loss.shares] is loss
-    assert bool(loss.shares) == isinstance(loss, CrossEntropy) == loss.needs_mass
+    assert bool(loss.shares) == isinstance(loss, CrossEntropy | PoissonDeviance)
+    assert isinstance(loss, CrossEntropy) == loss.needs_mass
     if loss.needs_mass:
         block.b[:] = 0.0
         assert not block.derivatives()[0].any()
