@@ -330,3 +330,13 @@ def test_the_way_to_the_boundary(towards, size):
     tau = _to_boundary(p, direction, 1.0)
     assert tau >= 0.0
     assert np.isclose(np.linalg.norm(p + tau * direction), 1.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-234, 1e-160, 1e100])
+@pytest.mark.parametrize("radius", [np.inf, 2.3e-308, 1e-200, 1.0])
+def test_gradients_and_radii_at_the_ends_of_the_range(size, radius):
+    for values in ([-1.0, 2.0, 3.0], [0.0, 1.0, 2.0], [1.0, 2.0, 3.0]):
+        with np.errstate(all="ignore"):
+            step = Eigenmodel(np.diag(values)).solve(size * np.array([1.0, -2.0, 0.5]), radius)
+        assert np.isfinite(step.p).all()
+        assert np.linalg.norm(step.p) <= max(1.001 * radius, 1e-150) or radius == np.inf

@@ -123,8 +123,10 @@ class Eigenmodel:
             if abs(norm - radius) <= 1e-6 * radius:
                 break
             low, high = (shift, high) if norm > radius else (low, shift)
-            slope = float(np.sum(along**2 / (self.values + shift) ** 3)) / norm**2
-            newton = shift + (norm - radius) / (radius * slope)
+            # Squares of a gradient of rounding may underflow.
+            square = norm * norm
+            slope = float(np.sum(along**2 / (self.values + shift) ** 3)) / square if square > 0.0 else 0.0
+            newton = shift + (norm - radius) / (radius * slope) if radius * slope > 0.0 else np.inf
             shift = newton if low < newton < high else 0.5 * (low + high)
         return np.asarray(-along / (self.values + shift))
 
