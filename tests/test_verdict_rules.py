@@ -162,9 +162,9 @@ def test_steps_that_stop_shrinking_are_at_the_rounding_of_the_data(moves, found)
 
 def test_an_old_curvature_may_shrink_steps_no_faster():
     """Only two new ones tell that it is rounding; the step before counts as it was."""
-    judge, found = stalled((9e-7, 8e-7), fresh=False)
+    judge, found = stalled((1.9e-7, 1.8e-7), fresh=False)
     assert found is Next.CURVATURE_HERE
-    at = point([8e-7, 0.0], x=(0.0, 1e-3))
+    at = point([1.8e-7, 0.0], x=(0.0, 1e-3))
     assert look(judge, at, quadratic(exact_at=at.x)) is Status.CONVERGED
     # Two steps with a curvature that the first of them had not.
     judge = Judge(Logits(), TOL)
@@ -246,8 +246,8 @@ def test_a_radius_cut_by_rounding_hides_nothing():
 
 def test_negative_curvature_is_left_where_the_slope_is_none():
     model = quadratic((-1.0, 1.0), np.zeros(2))
-    assert look(Judge(Logits(), TOL), point([0.5e-6, 0.0]), model, 1.0) is Next.LEAVE_SADDLE
-    assert look(Judge(Logits(), TOL), point([2e-6, 0.0]), model, 1.0) is Next.STEP
+    assert look(Judge(Logits(), TOL), point([1e-7, 0.0]), model, 1.0) is Next.LEAVE_SADDLE
+    assert look(Judge(Logits(), TOL), point([4e-7, 0.0]), model, 1.0) is Next.STEP
     assert look(Judge(Logits(), 1e-5), point([0.5e-5, 0.0]), model, 1.0) is Next.LEAVE_SADDLE
     krylov = Model(KrylovModel(lambda v: np.array([-1.0, 1.0]) * v, 1e-2), np.ones(2))
     assert look(Judge(Logits(), TOL), point([1e-9, 0.0]), krylov, 1.0) is Next.STEP
