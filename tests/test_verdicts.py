@@ -363,7 +363,8 @@ def test_small_squared_problems_miss_few_minima():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("seed", range(52))
+# The last ones were exceeded before the rounding of the Hessian and of each sum was counted.
+@pytest.mark.parametrize("seed", [*range(52), 40059, 40184, 40210])
 def test_no_certificate_is_exceeded(seed):
     known = certificate_of(seed)
     if known is None:
