@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from os import PathLike
 from typing import Any, Literal, Self
 
@@ -28,7 +29,7 @@ from attnfit.problems.rows.grouped import GroupedProblem
 Array = NDArray[np.float64]
 
 
-class OutcomeRegressor(BaseRegressor):
+class OutcomeRegressor(BaseRegressor, ABC):
     """A regression of outcomes without a normaliser on ``u(X coef + offset)``: fit and prediction."""
 
     row_penalty: Any
@@ -39,8 +40,9 @@ class OutcomeRegressor(BaseRegressor):
         """Name of u."""
         return "exp"
 
+    @abstractmethod
     def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
-        raise NotImplementedError
+        """Return the problem on these data."""
 
     @with_callbacks
     def fit(
