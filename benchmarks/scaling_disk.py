@@ -71,7 +71,7 @@ def plain_read(path: Path) -> float:
 def ours(options: argparse.Namespace) -> Any:
     """The problem on disk."""
     from attnfit import problems
-    from attnfit.designs import open_source
+    from attnfit.data import open_source
 
     A, b = make(options.folder, int(options.rows), D, "float32")
     return problems.Softmax(open_source(A), open_source(b))

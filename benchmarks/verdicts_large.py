@@ -26,7 +26,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from attnfit import minimize, problems
-from attnfit.designs import open_source
+from attnfit.data import open_source
 from benchmarks.report import table, write
 
 FALSE, SEEN = 1e-5, 1e-6

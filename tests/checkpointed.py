@@ -10,7 +10,7 @@ from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
-from attnfit.designs import DenseDesign
+from attnfit.data import DenseDesign
 from attnfit.solvers import (
     ActiveSet,
     BatchedNewton,

@@ -9,7 +9,7 @@ from autodiff import as_tensor
 from errata_shown import RIGHT, error, gradient, hessian, reproduces
 
 from attnfit import minimize, problems
-from attnfit.problems.inversion.cases import Symbols
+from attnfit.objectives.inverse_cases import Symbols
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import zarr
 from scipy import sparse
 
-from attnfit.designs.sources import FileFormatError, open_source
+from attnfit.data.sources import FileFormatError, open_source
 
 A = np.round(np.random.default_rng(0).standard_normal((60, 5)), 1)
 

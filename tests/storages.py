@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from attnfit.designs import open_source
+from attnfit.data import open_source
 
 # Rows of the pieces in which n rows are stored: one piece, many, unequal ones.
 PIECES = {

@@ -13,9 +13,9 @@ N, D = 1003, 7
 
 def small_pieces(monkeypatch):
     """Make blocks of some 1,000 bytes, runs of neighbours 64 bytes apart: small files have many."""
-    monkeypatch.setattr("attnfit.designs.sources.npy.BLOCK_BYTES", 1 << 10)
-    monkeypatch.setattr("attnfit.designs.sources.npy.PAGE_BYTES", 1 << 6)
-    monkeypatch.setattr("attnfit.designs.sources.parquet.DECODED_BYTES", 3 << 12)
+    monkeypatch.setattr("attnfit.data.sources.npy.BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("attnfit.data.sources.npy.PAGE_BYTES", 1 << 6)
+    monkeypatch.setattr("attnfit.data.sources.parquet.DECODED_BYTES", 3 << 12)
 
 
 def matrix(n=N, d=D, dtype=float, seed=0):

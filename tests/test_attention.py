@@ -42,8 +42,8 @@ def build(loss, function, case, rank=None, seed=5):
 @pytest.mark.parametrize(("loss", "function", "case"), CASES)
 def test_every_derivative(loss, function, case, monkeypatch):
     if case["blocks"] == "small":
-        monkeypatch.setattr("attnfit.designs.kronecker.BLOCK_PAIRS", 1)
-        monkeypatch.setattr("attnfit.designs.kronecker.KEPT_SQUARES", 1)
+        monkeypatch.setattr("attnfit.data.pairs.BLOCK_PAIRS", 1)
+        monkeypatch.setattr("attnfit.data.pairs.KEPT_SQUARES", 1)
     exact, x, units = build(loss, function, case)
     problem = exact.problem()
     v = np.random.default_rng(0).standard_normal(len(x)) / units

@@ -211,7 +211,7 @@ def test_blocks_of_queries_do_not_change_a_fit(data, monkeypatch):
     B = maps_of(A1, A2, X) * np.exp(0.2 * rng.standard_normal((60, 50)))
     B /= B.sum(axis=1, keepdims=True)
     whole = minimize(problems.Attention(A1, A2, B))
-    monkeypatch.setattr("attnfit.designs.kronecker.BLOCK_PAIRS", 100)
+    monkeypatch.setattr("attnfit.data.pairs.BLOCK_PAIRS", 100)
     problem = problems.Attention(A1, A2, B)
     assert len(problem.chunks) == 8
     assert relative(minimize(problem).x, whole.x) < 1e-9

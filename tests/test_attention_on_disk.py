@@ -5,7 +5,7 @@ import pytest
 from instances import relative
 
 from attnfit import minimize, problems
-from attnfit.designs import open_source
+from attnfit.data import open_source
 
 LOSSES = ["squared", "cross_entropy", "kl", "log_ratio", "rescaled", "exponential", "linear_cross_entropy"]
 
@@ -18,7 +18,7 @@ def maps(rng, n1, n2, d=3, dtype=np.float64):
 
 @pytest.fixture
 def few_pairs(monkeypatch):
-    monkeypatch.setattr("attnfit.designs.kronecker.BLOCK_PAIRS", 100)
+    monkeypatch.setattr("attnfit.data.pairs.BLOCK_PAIRS", 100)
 
 
 def stored(kind, B, at):

@@ -16,11 +16,10 @@ from attnfit import certificates, minimize, problems
 from attnfit.certificates.kantorovich import newton_kantorovich
 from attnfit.certificates.lipschitz import lipschitz_constant, output_bounds
 from attnfit.certificates.mixture import _on_face
-from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential, Total
-from attnfit.losses.log_ratio import LogRatio
-from attnfit.losses.softmax import LOSSES
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential, Total
+from attnfit.losses.softmax import LOSSES, LogRatio
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.rows import GroupedProblem
 
 
 def derivatives(function, at, order):

@@ -12,9 +12,9 @@ from instances import ALL_LOSSES, instance
 
 from attnfit import SoftmaxRegressor, certificates, minimize, problems
 from attnfit.losses.activations import ACTIVATIONS, Activation
-from attnfit.losses.exponential import SquaredExponential
+from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss, Squared
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.objectives.rows import GroupedProblem
 
 
 def quietly(problem, **options):

@@ -119,7 +119,7 @@ def test_long_groups_give_the_same_certificate(monkeypatch):
     inst, _ = instance("Softmax", "squared", sizes=(300, 7), d=3, noise=0.1)
     x = minimize(inst.problem()).x + 1e-4
     whole = certificates.certify(inst.problem(), x)
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1)
     pieces = inst.problem()
     assert len(pieces.long_groups) == 1
     split = certificates.certify(pieces, x)
@@ -206,7 +206,7 @@ def test_the_curvature_of_a_saddle_is_in_the_units_of_the_user():
 @pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
 @pytest.mark.parametrize(("sizes", "most"), [((20, 15, 9), 5), ((3000, 7), 10)])
 def test_a_certificate_takes_a_handful_of_reads(monkeypatch, family, loss, sizes, most):
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 8192)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 8192)
     problem = instance(family, loss, sizes=sizes, d=4, noise=0.1)[0].problem(ridge=0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,8 +14,8 @@ from instances import instance
 from scipy import sparse
 
 from attnfit import certificates, minimize, problems
-from attnfit.certificates.enclosure import Enclosure
-from attnfit.losses.segments import Segments
+from attnfit.certificates.rigorous import Enclosure
+from attnfit.segments import Segments
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")

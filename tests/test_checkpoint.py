@@ -104,7 +104,7 @@ def test_a_fit_may_crash_again_and_again(path):
 
 def test_what_was_read_is_not_read_again(path, monkeypatch):
     """The last evaluation is repeated to check the data, and the rows to look at steps with are fetched."""
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 30)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 30)
     reads = Reads(monkeypatch)
     fit("exact", path, make=lambda: rows(5000))
     assert reads.count > 5

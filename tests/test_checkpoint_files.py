@@ -12,11 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from attnfit.solvers import (
-    CheckpointError,
-    checkpoint,
-    checkpoint_file,
-)
+from attnfit.solvers import CheckpointError, checkpoint, checkpoint_file
 from benchmarks import faults
 
 

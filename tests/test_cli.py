@@ -218,7 +218,7 @@ def test_fit_writes_a_picture(cars, tmp_path):
 def test_warmup(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "attnfit.problems.rows.fused.warm_up", lambda everything: asked.append(everything) or 7
+        "attnfit.objectives.compiled.warm_up", lambda everything: asked.append(everything) or 7
     )
     assert run("warmup").stdout.startswith("7 loops compiled in ")
     run("warmup", "--all")

@@ -9,8 +9,8 @@ from instances import instance, relative
 from scipy import sparse
 
 from attnfit import inversion, minimize, problems
-from attnfit.problems.rows.merging import merged
-from attnfit.sketching import RowSampler
+from attnfit.objectives.leverage import RowSampler
+from attnfit.objectives.part import merged
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -205,7 +205,7 @@ def test_indices_in_errors_are_those_of_the_partition():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_scattered_groups_are_drawn_whole_and_never_none(seed):
-    from attnfit.problems.rows.thinning import draw_rows
+    from attnfit.objectives.subsample import draw_rows
 
     rng = np.random.default_rng(3)
     A, labels = rng.standard_normal((30_000, 2)), rng.permutation(np.repeat(np.arange(30), 1000))
@@ -256,7 +256,7 @@ def test_weights_only_where_targets_are_zero(n):
 
 def test_threads_are_given_back():
     """Also where tasks end in the order in which they began."""
-    from attnfit.designs.threads import available_threads, one_blas_thread
+    from attnfit.data.parallel import available_threads, one_blas_thread
 
     before = available_threads()
     one, other = one_blas_thread(), one_blas_thread()

@@ -168,7 +168,7 @@ def test_the_same_report_wherever_the_data_are(shares, model, place):
     here = sklearn.clone(model).fit(X, y, groups=groups)
     options = {}
     if place == "disk":
-        from attnfit.designs import open_source
+        from attnfit.data import open_source
 
         arguments = [open_source(path, ["a", "b"]), open_source(path, "y"), open_source(path, "g")]
         options = {"memory_limit": "32GB"}
@@ -202,7 +202,7 @@ def test_the_same_report_wherever_the_data_are(shares, model, place):
 
 
 def test_what_needs_all_rows_is_refused_elsewhere(shares):
-    from attnfit.designs import open_source
+    from attnfit.data import open_source
 
     _, path = shares
     X, y, groups = open_source(path, ["a", "b"]), open_source(path, "y"), open_source(path, "g")

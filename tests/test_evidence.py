@@ -9,13 +9,12 @@ from instances import ALL_LOSSES, instance, relative
 from scipy import sparse
 
 from attnfit import minimize, problems
-from attnfit.designs.gram import GramParts, group_rows
+from attnfit.data.gram import GramParts, group_rows
 from attnfit.solvers.curvature import FromSample, Kept, Model, dense_model
-from attnfit.solvers.descent import descend
 from attnfit.solvers.evidence import Evidence
+from attnfit.solvers.loop import Tracker, descend
 from attnfit.solvers.newton import Newton
-from attnfit.solvers.tracking import Tracker
-from attnfit.solvers.trust_region import SecantModel
+from attnfit.solvers.subproblem import SecantModel
 from attnfit.solvers.verdicts import STAY, Judge, Next, Status
 
 TOL = 1e-8
@@ -28,7 +27,7 @@ TOL = 1e-8
 @pytest.mark.parametrize("q", [1.0, -2.0, "each"])
 def test_parts_of_a_gram_are_those_of_the_matrix(storage, own, q, monkeypatch):
     """Of rows that are not centred, of whole groups, and of pieces of a long one; added up over two parts."""
-    monkeypatch.setattr("attnfit.designs.gram.PART_BYTES", 1)
+    monkeypatch.setattr("attnfit.data.gram.PART_BYTES", 1)
     rng = np.random.default_rng(0)
     sizes = np.array([40, 1, 7, 22])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])

@@ -56,8 +56,8 @@ def derivatives(exact, x):
 @pytest.mark.parametrize("blocks", ["large", "small"])
 def test_joint_derivatives(case, blocks, monkeypatch):
     if blocks == "small":
-        monkeypatch.setattr("attnfit.problems.maps.texts.BLOCK_PAIRS", 1)
-        monkeypatch.setattr("attnfit.problems.maps.full_attention.KEPT_PAIRS", 1)
+        monkeypatch.setattr("attnfit.objectives.projected.BLOCK_PAIRS", 1)
+        monkeypatch.setattr("attnfit.objectives.full_attention.KEPT_PAIRS", 1)
     problem, exact, x = build(**case)
     gradient, hessian = derivatives(exact, x)
     v = np.random.default_rng(1).standard_normal(len(x))

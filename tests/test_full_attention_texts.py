@@ -8,7 +8,7 @@ from instances import relative
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
-from attnfit.problems.maps.separable import Separable
+from attnfit.objectives.separable import Separable
 from attnfit.solvers import Newton, VariableProjection
 
 D1, D2, V, M = 3, 2, 2, 3

@@ -19,7 +19,7 @@ from hostile import FORMATS, read_all, write_zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnfit.designs.sources import open_source
+from attnfit.data.sources import open_source
 
 # ------------------------------------------------------------------------------------------------ any format
 

@@ -19,7 +19,7 @@ import pytest
 import zarr
 from hostile import A, read_all, write_zarr
 
-from attnfit.designs.sources import FileFormatError, open_source
+from attnfit.data.sources import FileFormatError, open_source
 
 NONSENSE = [
     None,

@@ -6,7 +6,7 @@ from layer_reference import layer, planted
 
 from attnfit import inversion, minimize, problems
 from attnfit.certificates import certify
-from attnfit.certificates.layer import LayerBall
+from attnfit.certificates.layers import InverseBall
 
 
 @pytest.mark.parametrize("setting", ["self-dominant", "two outputs", "half known"])
@@ -39,7 +39,7 @@ def test_lipschitz_constant_bounds_what_is_observed(options, radius):
     problem = reference.problem()
     rng = np.random.default_rng(0)
     whitener = 0.3 * rng.standard_normal((len(x), len(x)))
-    ball = LayerBall(problem, problem.evaluate(x), whitener)
+    ball = InverseBall(problem, problem.evaluate(x), whitener)
     constant = ball.lipschitz(radius)
     observed = 0.0
     for _ in range(20):
@@ -63,12 +63,12 @@ def test_rounding_is_bounded():
     at = problem.evaluate(X.reshape(-1))
     whitener = np.linalg.inv(np.linalg.cholesky(problem.hessian_at(at))).T
     measured = np.linalg.norm(whitener.T @ at.gradient)
-    assert measured <= LayerBall(problem, at, whitener).rounding() < 1e-9
+    assert measured <= InverseBall(problem, at, whitener).rounding() < 1e-9
 
 
 def test_large_problems_refuse_with_the_reason(monkeypatch):
     problem, _ = planted("self-dominant", n=6, d=3, scale=1.0, seed=0)
-    monkeypatch.setattr("attnfit.certificates.layer.MAX_DENSE", 10)
+    monkeypatch.setattr("attnfit.certificates.layers.MAX_DENSE", 10)
     proof = inversion.recover(problem, random_state=0).certificate
     assert not proof.valid
     assert "18 unknowns" in proof.reason

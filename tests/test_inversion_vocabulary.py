@@ -10,7 +10,7 @@ from attnfit.inversion.exchange import exchanged_squares
 from attnfit.inversion.joint import JointDecoder, Posterior, Prior
 from attnfit.inversion.span import SpanTest
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.problems.inversion.moments import moment_tokens
+from attnfit.objectives.inverse_curvature import moment_tokens
 
 
 def table_layer(scale=1.0, n=16, d=8, size=1000, heads=1, rank=None, m=None, mask=None, known=0, seed=0):

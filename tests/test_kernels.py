@@ -11,8 +11,8 @@ from instances import ALL_LOSSES, SOFTMAX, instance, relative
 from scipy import sparse
 
 from attnfit import minimize, problems
-from attnfit.designs import DenseDesign
-from attnfit.problems.rows import fused
+from attnfit.data import DenseDesign
+from attnfit.objectives import compiled as loops
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def compiled(monkeypatch):
 
 
 def compile_from(monkeypatch, entries):
-    monkeypatch.setattr("attnfit.designs.dense.COMPILED_ENTRIES", entries)
-    monkeypatch.setattr("attnfit.designs.sparse.COMPILED_ENTRIES", entries)
+    for name in ("DENSE_ENTRIES", "SPARSE_ENTRIES"):
+        monkeypatch.setattr(f"attnfit.data.matrix.{name}", entries)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 1), (257, 7), (64, 33)])
@@ -191,12 +191,12 @@ def test_compiled_loops_are_kept_between_processes(tmp_path):
     code = """
 import time, numpy as np
 from attnfit import problems
-import attnfit.designs.dense as dense
-dense.COMPILED_ENTRIES = 1
-from attnfit.problems.rows import fused
+import attnfit.data.matrix as matrix
+matrix.DENSE_ENTRIES = 1
+from attnfit.objectives import compiled as loops
 p = problems.Softmax(np.eye(5, 3), np.full(5, 0.2), loss="kl", groups=[0, 0, 1, 1, 1])
 p.value(np.ones(3))
-kernel = fused.loop_of(p.loss, "rows", by_group=True)
+kernel = loops.loop_of(p.loss, "rows", by_group=True)
 print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
 """
     environment = dict(os.environ) | {"NUMBA_CACHE_DIR": str(tmp_path)}
@@ -240,8 +240,8 @@ def test_warming_up_asks_for_the_loops_of_every_large_fit(everything, monkeypatc
         asked.add((template.__name__, storage, formulas[1].__qualname__))
         return lambda *arguments: None
 
-    monkeypatch.setattr(fused, "compile_loop", compile_loop)
-    n = fused.warm_up(everything)
+    monkeypatch.setattr(loops, "compile_loop", compile_loop)
+    n = loops.warm_up(everything)
     storages = {storage for _, storage, _ in asked}
     losses = {loss for _, _, loss in asked}
     assert storages == ({"rows", "columns", "csr"} if everything else {"rows", "csr"})

@@ -10,7 +10,7 @@ from instances import relative
 from layer_reference import layer
 
 from attnfit import problems
-from attnfit.problems.inversion.cases import case_number
+from attnfit.objectives.inverse_cases import case_number
 
 GRID = [
     {"heads": h, "mask": k, "n_known": u, "m": m, "convention": c, "gamma": g}

@@ -8,7 +8,8 @@ from layered_instances import ACTIVATIONS, LayeredInstance
 from scipy import sparse
 
 from attnfit.losses import activations
-from attnfit.problems.layers import curvature, layered
+from attnfit.objectives import layer_curvature as curvature
+from attnfit.objectives import layered
 
 TOLERANCE = 1e-10
 AXES = {

@@ -13,9 +13,9 @@ from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import certificates, minimize, problems
-from attnfit.certificates.two_layer import LayerBall
+from attnfit.certificates.layers import LayerBall
 from attnfit.solvers import ActiveSet, BatchedNewton, Newton, SampledTwoLayer, batched
-from attnfit.solvers.escaping import EscapingNewton
+from attnfit.solvers.newton import EscapingNewton
 from attnfit.solvers.sampled_two_layer import SampledDiagonal
 
 

@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
 from attnfit.solvers import LevenbergMarquardt, Newton
-from attnfit.solvers.sampled_jacobian import SampledJacobian
+from attnfit.solvers.curvature import SampledJacobian
 
 
 def fit(problem, **options):
@@ -47,7 +47,7 @@ def test_start_of_the_user():
 def test_conjugate_gradients_reach_the_same_point(monkeypatch):
     problem, X = planted("self-dominant", n=8, d=4, scale=1.0, seed=0)
     monkeypatch.setattr("attnfit.solvers.damped.MAX_DENSE", 10)
-    monkeypatch.setattr("attnfit.solvers.levenberg_marquardt.MAX_DENSE", 10)
+    monkeypatch.setattr("attnfit.solvers.damped.MAX_DENSE", 10)
     result = fit(problem)
     assert "conjugate gradients" in result.solver
     assert relative(result.x, X) < 1e-8
@@ -58,7 +58,7 @@ def test_starts_one_by_one_end_where_starts_together_do(monkeypatch):
     W, V, B = rng.standard_normal((3, 3)), rng.standard_normal((3, 3)), rng.standard_normal((5, 3))
     problem = problems.LayerInversion(W, V, B, gamma=0.1)
     together = fit(problem, max_iter=500)
-    monkeypatch.setattr("attnfit.solvers.levenberg_marquardt.BATCH_ENTRIES", 1)
+    monkeypatch.setattr("attnfit.solvers.damped.BATCH_ENTRIES", 1)
     apart = fit(problem, max_iter=500)
     assert len(together.local_values) == len(apart.local_values) == 10
     for name, value in together.local_values.items():

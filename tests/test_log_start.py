@@ -6,7 +6,7 @@ from conftest import shrink_blocks
 from scipy import sparse
 
 from attnfit import problems
-from attnfit.problems.rows.log_start import log_start
+from attnfit.objectives.surrogate import log_start
 
 SIZES = (9, 1, 6, 14, 5)
 STORAGES = {"dense": np.asarray, "csr": sparse.csr_array}
@@ -58,8 +58,8 @@ def way(request, monkeypatch):
     if "pieces" in request.param:
         shrink_blocks(monkeypatch)
     if "matrix" in request.param:
-        monkeypatch.setattr("attnfit.problems.rows.log_start.MAX_DENSE", 0)
-        monkeypatch.setattr("attnfit.problems.rows.log_start.FORCING", 1e-12)
+        monkeypatch.setattr("attnfit.objectives.surrogate.MAX_DENSE", 0)
+        monkeypatch.setattr("attnfit.objectives.surrogate.FORCING", 1e-12)
     return request.param
 
 
@@ -193,7 +193,7 @@ def test_conjugate_gradients_go_as_far_as_a_start_needs(monkeypatch):
     problem = problems.Softmax(data.A, data.b, data.ids, loss="squared", weights=data.w)
     z, t = softmax_targets("squared", data)
     exact = weighted(data.A, z, t, data.ids)
-    monkeypatch.setattr("attnfit.problems.rows.log_start.MAX_DENSE", 0)
+    monkeypatch.setattr("attnfit.objectives.surrogate.MAX_DENSE", 0)
     error = np.linalg.norm((log_start(problem).x - exact) * np.abs(data.A).max(axis=0))
     size = np.linalg.norm(exact * np.abs(data.A).max(axis=0))
     assert 1e-6 * size < error < 0.05 * size

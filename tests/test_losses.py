@@ -7,11 +7,10 @@ from autodiff import as_tensor
 from instances import relative
 
 from attnfit.losses.activations import ACTIVATIONS, as_activation
-from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential, Total, output_range
-from attnfit.losses.log_ratio import LogRatio
+from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential, Total, output_range
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.segments import Segments
-from attnfit.losses.softmax import LOSSES, CrossEntropy, Squared
+from attnfit.losses.softmax import LOSSES, CrossEntropy, LogRatio, Squared
+from attnfit.segments import Segments
 
 U = {"exp": torch.exp, "cosh": torch.cosh, "sinh": torch.sinh}
 

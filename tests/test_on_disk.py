@@ -11,11 +11,10 @@ from instances import instance, relative
 from scipy import sparse
 
 from attnfit import minimize, problems
-from attnfit.designs import DriftError, open_source
-from attnfit.designs.column import Column
-from attnfit.designs.read_ahead import Recent, read_ahead
-from attnfit.designs.threads import available_threads, in_order
-from attnfit.problems.memory import CURVATURE, READING, parse_size
+from attnfit.data import DriftError, open_source
+from attnfit.data.on_disk import Column
+from attnfit.data.parallel import Recent, available_threads, in_order, read_ahead
+from attnfit.objectives.objective import CURVATURE, READING, parse_size
 
 
 def saved(at, **columns):
@@ -26,16 +25,16 @@ def saved(at, **columns):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    monkeypatch.setattr("attnfit.designs.dense.COMPILED_ENTRIES", 1)
-    monkeypatch.setattr("attnfit.designs.sparse.COMPILED_ENTRIES", 1)
+    for name in ("DENSE_ENTRIES", "SPARSE_ENTRIES"):
+        monkeypatch.setattr(f"attnfit.data.matrix.{name}", 1)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("groups", [False, True])
 def test_compiled_reads(dtype, groups, compiled, tmp_path, monkeypatch):
     # Several runs of several blocks each.
-    monkeypatch.setattr("attnfit.designs.on_disk.RUN_BYTES", 1 << 17)
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 15)
+    monkeypatch.setattr("attnfit.data.on_disk.RUN_BYTES", 1 << 17)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 15)
     sizes = tuple(1 + k % 7 for k in range(5000)) if groups else (20_000,)
     inst, x = instance("Softmax", "cross_entropy", sizes=sizes, d=5)
     A = inst.A.astype(dtype)
@@ -90,8 +89,8 @@ def test_labels_out_of_order_are_sorted(tmp_path, small_blocks):
 
 def test_a_file_that_changes_is_named(tmp_path, monkeypatch):
     # What fits into three runs is read once.
-    monkeypatch.setattr("attnfit.designs.on_disk.RUN_BYTES", 1 << 15)
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr("attnfit.data.on_disk.RUN_BYTES", 1 << 15)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 18)
     rng = np.random.default_rng(0)
     A, b = rng.standard_normal((30_000, 4)), np.full(30_000, 1 / 30_000)
     disk = problems.Softmax(**saved(tmp_path, A=A, b=b))
@@ -213,7 +212,7 @@ for rows in (slice(k, k + 500_000) for k in range(0, n, 500_000)):
     (tmp_path / "make.py").write_text(make)
     fit = """
 from attnfit import minimize, problems
-from attnfit.designs import open_source
+from attnfit.data import open_source
 problem = problems.Softmax(open_source("A.npy"), open_source("b.npy"))
 result = minimize(problem, memory_limit="400MB", random_state=0)
 # Unlike ru_maxrss this does not begin with what the parent process holds.
@@ -238,7 +237,7 @@ print(result.status, result.n_passes, peak, result.problem.memory_estimate().tot
 def test_threads_that_share_a_problem_do_not_disturb_each_other(tmp_path, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setattr("attnfit.designs.on_disk.RUN_BYTES", 1 << 15)
+    monkeypatch.setattr("attnfit.data.on_disk.RUN_BYTES", 1 << 15)
     rng = np.random.default_rng(0)
     A, b = rng.standard_normal((60_000, 4)), np.full(60_000, 1 / 60_000)
     disk = problems.Softmax(**saved(tmp_path, A=A, b=b))
@@ -260,7 +259,7 @@ def test_a_problem_on_disk_can_be_pickled(tmp_path):
 
 
 def test_as_many_threads_read_as_there_is_memory_for(compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr("attnfit.problems.rows.data.available_threads", lambda: 100)
+    monkeypatch.setattr("attnfit.objectives.store.available_threads", lambda: 100)
     rng = np.random.default_rng(0)
     A, b = rng.standard_normal((400_000, 4)), rng.random(400_000)
     disk = problems.Softmax(**saved(tmp_path, A=A, b=b / b.sum()))
@@ -274,10 +273,10 @@ def test_as_many_threads_read_as_there_is_memory_for(compiled, tmp_path, monkeyp
 
 
 def test_many_threads_do_not_work_on_memory_that_is_read_into(compiled, tmp_path, monkeypatch):
-    for module in ("fused", "data"):
-        monkeypatch.setattr(f"attnfit.problems.rows.{module}.available_threads", lambda: 16)
-    monkeypatch.setattr("attnfit.designs.on_disk.RUN_BYTES", 1 << 15)
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 18)
+    for module in ("compiled", "store"):
+        monkeypatch.setattr(f"attnfit.objectives.{module}.available_threads", lambda: 16)
+    monkeypatch.setattr("attnfit.data.on_disk.RUN_BYTES", 1 << 15)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 18)
     rng = np.random.default_rng(0)
     A, b = rng.standard_normal((400_000, 4)), rng.random(400_000)
     disk = problems.Softmax(**saved(tmp_path, A=A, b=b / b.sum()))

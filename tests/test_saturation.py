@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from attnfit import minimize, problems
-from attnfit.problems.layers import saturation
+from attnfit.objectives import saturation
 
 FINE = np.geomspace(1e-4, 0.5, 100)
 

@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import attnfit
 from attnfit import SoftmaxRegressor, minimize, problems
-from attnfit.problems.rows.recession import Frame, verify
+from attnfit.objectives.recession import Frame, verify
 from attnfit.solvers.separation import _by_projection, find_separation
 
 
@@ -127,7 +127,7 @@ def check_vanishing_dummy(result):
 
 
 def test_a_group_longer_than_a_block(monkeypatch):
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 10)
     A, y = vanishing_dummy()
     problem = problems.Softmax(A, y, loss="cross_entropy")
     assert problem.n_long == 1

@@ -5,7 +5,7 @@ import pytest
 from instances import ALL_LOSSES, instance, relative
 from scipy import sparse
 
-from attnfit.sketching import RowSampler, leverage_sketch
+from attnfit.objectives.leverage import RowSampler, leverage_sketch
 
 
 def leverages(A):

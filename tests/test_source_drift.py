@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stored_files import ALL, N, dense, matrix, small_pieces, write_npy, write_zarr
 
-from attnfit.designs.sources import DriftError, open_source
-from attnfit.designs.sources.checksum import checksum, first_difference
+from attnfit.data.sources import DriftError, open_source
+from attnfit.data.sources.base import checksum, first_difference
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from stored_files import (
     write_zarr,
 )
 
-from attnfit.designs.sources import FileFormatError, Source, open_source
+from attnfit.data.sources import FileFormatError, Source, open_source
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from instances import ALL_LOSSES, COUPLED, SOFTMAX, instance, relative, softmax
 from scipy import sparse
 
 from attnfit import problems
-from attnfit.designs import DenseDesign, SparseDesign
+from attnfit.data import DenseDesign, SparseDesign
 from attnfit.losses.softmax import LOSSES
 
 LONG = (500, 3, 2, 300)
@@ -288,7 +288,7 @@ def test_softmax_helper_agrees_with_predict():
 
 def test_rows_of_entropy_are_drawn_uniformly():
     """Else the offsets of the draw would be part of the loss."""
-    from attnfit.problems.rows.thinning import draw_rows
+    from attnfit.objectives.subsample import draw_rows
 
     rng = np.random.default_rng(0)
     problem = problems.Softmax(rng.standard_normal((30_000, 3)), rng.random(30_000) ** 8, loss="entropy")

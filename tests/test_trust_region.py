@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attnfit.solvers.trust_region import CholeskyModel, Eigenmodel, KrylovModel, SecantModel, _to_boundary
+from attnfit.solvers.subproblem import CholeskyModel, Eigenmodel, KrylovModel, SecantModel, _to_boundary
 
 DENSE = [Eigenmodel, CholeskyModel]
 SPECTRA = {

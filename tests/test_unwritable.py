@@ -13,10 +13,10 @@ FIT = """
 import warnings
 import numpy as np
 from scipy import sparse
-import attnfit.designs.dense, attnfit.designs.sparse
-attnfit.designs.dense.COMPILED_ENTRIES = attnfit.designs.sparse.COMPILED_ENTRIES = 0
+import attnfit.data.matrix, attnfit.data.matrix
+attnfit.data.matrix.COMPILED_ENTRIES = attnfit.data.matrix.COMPILED_ENTRIES = 0
 from attnfit import minimize, problems
-from attnfit.designs import open_source
+from attnfit.data import open_source
 
 rng = np.random.default_rng(0)
 A = rng.standard_normal((400, 2))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnfit.designs.kernels import OPTIONS
-from attnfit.problems.rows.vector_exp import exp
+from attnfit.data.kernels import OPTIONS
+from attnfit.objectives.compiled import exp
 
 
 @pytest.fixture(scope="module")

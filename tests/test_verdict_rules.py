@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from attnfit import minimize, problems
-from attnfit.problems.base import Moved
-from attnfit.problems.evaluation import Evaluation
+from attnfit.objectives.objective import Evaluation, Moved
 from attnfit.solvers import verdicts
 from attnfit.solvers.curvature import MatrixFree, Model
-from attnfit.solvers.trust_region import Eigenmodel, KrylovModel, Step
+from attnfit.solvers.subproblem import Eigenmodel, KrylovModel, Step
 from attnfit.solvers.verdicts import End, Judge, Next, Status, Verdict, assess, unknown
 
 TOL = 1e-8

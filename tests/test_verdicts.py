@@ -233,7 +233,7 @@ def test_every_solver_is_judged_alike(solver):
 
 def test_a_solver_of_ones_own_is_judged_too():
     """One that stops anywhere and calls it converged."""
-    from attnfit.solvers.descent import Descent
+    from attnfit.solvers.loop import Descent
     from attnfit.solvers.newton import Outcome
 
     class Lazy:

@@ -139,7 +139,7 @@ def targets() -> dict[str, Target]:
     from attnfit.cli.errors import InputError
     from attnfit.estimators.model_header import ModelFileError
     from attnfit.inversion.layer_files import LayerFileError
-    from attnfit.solvers.journal import CheckpointError
+    from attnfit.solvers.record import CheckpointError
 
     rows = {name: _rows(name) for name in FORMATS}
     return rows | {

@@ -9,23 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.certificates.ball import ChunkRows, Stages, sums_on_ball
 from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
-from attnfit.certificates.layer import certify_layer
-from attnfit.certificates.lipschitz import lipschitz_constant, missing_bound
+from attnfit.certificates.layers import certify_layer, certify_layers
+from attnfit.certificates.lipschitz import ChunkRows, Stages, lipschitz_constant, missing_bound, sums_on_ball
 from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
-from attnfit.certificates.two_layer import certify_layers
+from attnfit.data.groups import Chunk
 from attnfit.losses.softmax import CrossEntropy
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.inputs import as_point
-from attnfit.problems.inversion.layer_problem import LayerProblem
-from attnfit.problems.layers.layered import LayeredProblem
-from attnfit.problems.maps.attention import Attention
-from attnfit.problems.rows.centred import centred
-from attnfit.problems.rows.grouped import GroupedProblem
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.objectives.attention import Attention
+from attnfit.objectives.centred import centred
+from attnfit.objectives.inputs import as_point
+from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.layered import LayeredProblem
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.part import StoredProblem
+from attnfit.objectives.rows import GroupedProblem
 
 Array = NDArray[np.float64]
 
@@ -67,7 +65,7 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     Notes
     -----
     Newton-Kantorovich theorem, see Deuflhard, "Newton Methods for Nonlinear Problems" (2011), Theorem 2.1,
-    with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.two_layer`, which
+    with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.layers`, which
     replace the papers' ``n^4 exp(20 R^2)``.
     """
     found, each = _certify(problem, x, rigorous), np.full(problem.shape, np.inf)

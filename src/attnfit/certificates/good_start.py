@@ -12,18 +12,23 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.special import logsumexp
 
-from attnfit.certificates.ball import ChunkRows, Stages, sums_on_ball
 from attnfit.certificates.certification import DENSE_ENTRIES
-from attnfit.certificates.layer import LayerBall as InversionBall
-from attnfit.certificates.lipschitz import largest_eigenvalue, lipschitz_constant
-from attnfit.certificates.two_layer import LayerBall
-from attnfit.problems.base import MAX_DENSE
-from attnfit.problems.inputs import as_point
-from attnfit.problems.inversion.layer_problem import LayerProblem
-from attnfit.problems.layers.layered import LayeredProblem
-from attnfit.problems.layers.two_layer import TwoLayer
-from attnfit.problems.maps.attention import Attention
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.certificates.layers import InverseBall
+from attnfit.certificates.layers import InverseBall as InversionBall
+from attnfit.certificates.lipschitz import (
+    ChunkRows,
+    Stages,
+    largest_eigenvalue,
+    lipschitz_constant,
+    sums_on_ball,
+)
+from attnfit.objectives.attention import Attention
+from attnfit.objectives.inputs import as_point
+from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.layered import LayeredProblem
+from attnfit.objectives.layers import TwoLayer
+from attnfit.objectives.objective import MAX_DENSE
+from attnfit.objectives.rows import GroupedProblem
 
 Array = NDArray[np.float64]
 LOG10 = float(np.log(10.0))
@@ -268,7 +273,7 @@ def _of_layers(problem: TwoLayer, start: Array, reference: Array) -> Iterator[Co
             at.gradient,
             _hessian(one, at),
             x0 - x,
-            partial(_on_ball, LayerBall, one, at),
+            partial(_on_ball, InverseBall, one, at),
             _two_layer_constant(one, norms, x0, x),
         )
 

@@ -9,10 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
-from attnfit.problems.evaluation import Evaluation
+from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.solvers.curvature import natural_scale
-from attnfit.solvers.trust_region import Eigenmodel
+from attnfit.solvers.subproblem import Eigenmodel
 
 Array = NDArray[np.float64]
 

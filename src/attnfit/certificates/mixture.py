@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.certificates.kantorovich import Certificate
-from attnfit.problems.inputs import as_point
-from attnfit.problems.layers.duality import GAP_TOLERANCE, duality_gaps, target_sizes
-from attnfit.problems.layers.layered import LayeredProblem
+from attnfit.objectives.inputs import as_point
+from attnfit.objectives.layered import LayeredProblem
+from attnfit.objectives.saturation import GAP_TOLERANCE, duality_gaps, target_sizes
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]

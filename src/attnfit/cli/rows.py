@@ -169,7 +169,7 @@ def _repeated_here(X: Any, inputs: dict[str, Any], table: Table, labels: Sequenc
 def _on_disk(data: Path, roles: Roles) -> Rows:
     import pyarrow.dataset as ds
 
-    from attnfit.designs import open_source
+    from attnfit.data import open_source
 
     dataset = ds.dataset(data, format="parquet")
     numeric = [f.name for f in dataset.schema if _is_numeric(f.type)]

@@ -19,7 +19,7 @@ def warmup(
     debug: Debug = False,
 ) -> None:
     """Compile the loops of large fits and keep them on disk: for images, so that no first fit waits."""
-    from attnfit.problems.rows.fused import warm_up
+    from attnfit.objectives.compiled import warm_up
 
     began = time.perf_counter()
     n = warm_up(everything)

@@ -16,7 +16,7 @@ from sklearn.metrics import r2_score
 from attnfit.estimators import inference
 from attnfit.estimators.callbacks import CallbackSupportMixin, Listeners
 from attnfit.estimators.summary import Summary, summarise
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.objectives.rows import GroupedProblem
 from attnfit.solvers import Result, minimize
 
 if TYPE_CHECKING:

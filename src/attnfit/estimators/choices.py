@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.designs import Design
+from attnfit.data import Design
+from attnfit.data.groups import parse_groups
 from attnfit.estimators import reading
 from attnfit.estimators.outside import add_zero_rows, outside_shares
 from attnfit.estimators.totals import ShareTotals
-from attnfit.problems.rows.partition import parse_groups
 
 Array = NDArray[np.float64]
 

@@ -22,9 +22,9 @@ from attnfit.estimators.reading import (
     read_target,
     read_weights,
 )
-from attnfit.losses.exponential import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.objectives.rows import GroupedProblem
 from attnfit.problems import Exponential, Poisson
-from attnfit.problems.rows.grouped import GroupedProblem
 
 Array = NDArray[np.float64]
 
@@ -83,7 +83,7 @@ class OutcomeRegressor(BaseRegressor, ABC):
 
         Notes
         -----
-        With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
+        With a Dask array or data frame for X, or y on disk (`attnfit.data.open_source`), the data stay
         where they are, and ``r2_`` is NaN.
         """
         listeners = Listeners(self, X, y, {"sample_weight": sample_weight, "offset": offset})

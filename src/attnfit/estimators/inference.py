@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.losses.softmax import CrossEntropy
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.objectives.rows import GroupedProblem
 from attnfit.solvers import Result
 from attnfit.solvers.curvature import natural_scale
-from attnfit.solvers.trust_region import Eigenmodel
+from attnfit.solvers.subproblem import Eigenmodel
 
 Array = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit import solvers
-from attnfit.losses.exponential import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.losses.softmax import LOSSES
 from attnfit.solvers import Status
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.elsewhere import Elsewhere
 from attnfit.estimators.shares import ShareRegressor
-from attnfit.losses.base import Loss
-from attnfit.losses.exponential import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.objectives.inputs import choose
 from attnfit.problems import Rescaled
-from attnfit.problems.inputs import choose
 
 Array = NDArray[np.float64]
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.metadata_routing import UNUSED
 
+from attnfit.data.groups import parse_groups
 from attnfit.estimators import reading
-from attnfit.problems.inputs import choose
-from attnfit.problems.rows.partition import parse_groups
+from attnfit.objectives.inputs import choose
 
 Array = NDArray[np.float64]
 METRICS = ("log_loss", "brier")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 
+from attnfit.data.groups import parse_groups
 from attnfit.estimators import reading
 from attnfit.estimators.base import BaseRegressor, Limits
 from attnfit.estimators.callbacks import Listeners, with_callbacks
@@ -23,10 +24,9 @@ from attnfit.estimators.elsewhere import (
     totals_elsewhere,
 )
 from attnfit.estimators.totals import ShareTotals
-from attnfit.losses.base import Loss
-from attnfit.losses.segments import Segments
-from attnfit.problems.rows.grouped import GroupedProblem
-from attnfit.problems.rows.partition import parse_groups
+from attnfit.losses.loss import Loss
+from attnfit.objectives.rows import GroupedProblem
+from attnfit.segments import Segments
 
 Array = NDArray[np.float64]
 
@@ -96,7 +96,7 @@ class ShareRegressor(BaseRegressor):
 
         Notes
         -----
-        With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
+        With a Dask array or data frame for X, or y on disk (`attnfit.data.open_source`), the data stay
         where they are: what needs all rows at once is then refused, and ``r2_`` is NaN.
         """
         self._loss()

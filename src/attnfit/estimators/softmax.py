@@ -12,10 +12,10 @@ from scipy.special import xlogy
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.elsewhere import Elsewhere
 from attnfit.estimators.shares import ShareRegressor
-from attnfit.losses.base import Loss
+from attnfit.losses.loss import Loss
 from attnfit.losses.softmax import LOSSES
+from attnfit.objectives.inputs import choose
 from attnfit.problems import Softmax
-from attnfit.problems.inputs import choose
 
 Array = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from attnfit.problems.base import MAX_DENSE
+from attnfit.objectives.objective import MAX_DENSE
 
 Array = NDArray[np.float64]
 HALF_WIDTH = float(ndtri(0.975))

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.incontext.shifts import Shift, data_shift, shift
+from attnfit.objectives.inputs import as_point
 from attnfit.problems import Softmax
-from attnfit.problems.inputs import as_point
 
 Array = NDArray[np.float64]
 

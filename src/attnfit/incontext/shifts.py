@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
-from attnfit.problems.inputs import as_point
-from attnfit.problems.maps.attention import Attention
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.objectives.attention import Attention
+from attnfit.objectives.inputs import as_point
+from attnfit.objectives.objective import Problem
+from attnfit.objectives.rows import GroupedProblem
 from attnfit.theory.instances import Regression
 from attnfit.theory.instances.state import Move
 from attnfit.theory.reading import read

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import maximum_flow
 
-from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.objectives.inverse_problem import LayerProblem
 
 Seen = NDArray[np.bool_]
 

@@ -16,8 +16,8 @@ from attnfit.inversion.rivals import Rivals, rivals
 from attnfit.inversion.sequential import decode_in_order, is_sequential
 from attnfit.inversion.span import SpanTest
 from attnfit.inversion.vocabulary import Vocabulary
+from attnfit.objectives.objective import MAX_DENSE
 from attnfit.problems import LayerInversion
-from attnfit.problems.base import MAX_DENSE
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.objectives.inverse_problem import LayerProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from attnfit.objectives.inverse_curvature import heads_of_projections
+from attnfit.objectives.inverse_layer import CONVENTIONS, read_heads
 from attnfit.problems import LayerInversion
-from attnfit.problems.inversion.projections import heads_of_projections
-from attnfit.problems.inversion.reading import CONVENTIONS, read_heads
 
 # The tensors of the two forms of a layer: those it needs, and those it may have.
 FORMS = {

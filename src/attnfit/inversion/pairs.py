@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.inversion.layer import HeadState, Pass, softmax_rows
-from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.objectives.inverse_layer import HeadState, Pass, softmax_rows
+from attnfit.objectives.inverse_problem import LayerProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

@@ -15,8 +15,8 @@ from attnfit.inversion.decoding import Decoded, decode
 from attnfit.inversion.identifiable import Identifiability, identifiable
 from attnfit.inversion.search import search
 from attnfit.inversion.vocabulary import Vocabulary
+from attnfit.objectives.objective import MAX_DENSE
 from attnfit.problems import LayerInversion
-from attnfit.problems.base import MAX_DENSE
 
 Array = NDArray[np.float64]
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from attnfit.inversion.exchange import exchanged_squares
 from attnfit.inversion.pairs import pair_squares
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.problems.inversion.layer import Pass
-from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.objectives.inverse_layer import Pass
+from attnfit.objectives.inverse_problem import LayerProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from attnfit.problems import LayerInversion
 from attnfit.solvers.damped import DampedFits
+from attnfit.solvers.loop import Tracker
 from attnfit.solvers.result import Record
-from attnfit.solvers.tracking import Tracker
 
 Array = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.inversion.layer_problem import LayerProblem
+from attnfit.objectives.inverse_problem import LayerProblem
 
 Array = NDArray[np.float64]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.inputs import require_finite_matrix
-from attnfit.problems.inversion.reading import read_matrix
+from attnfit.objectives.inputs import require_finite_matrix
+from attnfit.objectives.inverse_layer import read_matrix
 
 Array = NDArray[np.float64]
 

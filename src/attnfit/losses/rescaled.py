@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attnfit.losses.base import Closed, GramTerm, Loss, Moments
-from attnfit.losses.exponential import FUNCTIONS
-from attnfit.losses.segments import Array, Segments
+from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.losses.loss import Closed, GramTerm, Loss, Moments
+from attnfit.segments import Array, Segments
 
 
 class SquaredRescaled(Loss):

@@ -1,16 +1,16 @@
 """Strategies that find a minimum, each on a page."""
 
 from attnfit.solvers.batched import BatchedNewton
+from attnfit.solvers.damped import LevenbergMarquardt
 from attnfit.solvers.gradient_descent import GradientDescent
-from attnfit.solvers.journal import CheckpointError
-from attnfit.solvers.levenberg_marquardt import LevenbergMarquardt
+from attnfit.solvers.loop import StopFit
 from attnfit.solvers.minimize import minimize
 from attnfit.solvers.newton import Newton
+from attnfit.solvers.record import CheckpointError
 from attnfit.solvers.result import History, Record, Result
 from attnfit.solvers.sampled_two_layer import SampledTwoLayer
 from attnfit.solvers.separation import Separation
 from attnfit.solvers.simplex import ActiveSet
-from attnfit.solvers.tracking import StopFit
 from attnfit.solvers.variable_projection import VariableProjection
 from attnfit.solvers.verdicts import Status
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from attnfit.solvers.journal import CheckpointError
+from attnfit.solvers.record import CheckpointError
 
 HEADER, DIGEST = "attnfit_checkpoint", "sha256"
 Arrays = dict[str, NDArray[Any]]

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import linalg
 
-from attnfit.designs.gram import flatness
-from attnfit.problems.base import Problem
-from attnfit.problems.evaluation import Evaluation
-from attnfit.sketching import RowSampler
-from attnfit.solvers.trust_region import (
+from attnfit.data.gram import flatness
+from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.leverage import RowSampler
+from attnfit.objectives.objective import Evaluation, Problem
+from attnfit.solvers.subproblem import (
     RANK_TOLERANCE,
     CholeskyModel,
     Eigenmodel,
@@ -389,3 +390,45 @@ class MatrixFree:
         scale = self.scale
         quadratic = KrylovModel(lambda v: product(v / scale) / scale, forcing)
         return Model(quadratic, scale, at.x if sample is None else None)
+
+
+@dataclass
+class SampledJacobian:
+    """``J^T D J`` of residuals drawn by leverage scores, plus their own curvature, exact.
+
+    Every model draws anew. The approximate Newton step of "Unmasking Transformers: A Theoretical Approach to
+    Data Recovery via Attention Weights": it samples what is positive and leaves alone what is not. It
+    pays where residuals far outnumber the unknowns: many known tokens, several outputs.
+
+    Parameters
+    ----------
+    budget : float
+        Expected number of residuals drawn.
+    rng : numpy.random.Generator
+    """
+
+    budget: float
+    rng: np.random.Generator
+
+    _exact: bool = False
+
+    def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, object]:
+        """Ask for nothing: residuals are drawn when the model is made."""
+        self._exact = exact
+        return {}
+
+    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
+        """Draw residuals and add the exact part."""
+        assert isinstance(problem, LayerProblem)
+        return (
+            exact_model(problem, at) if self._exact else dense_model(problem, self.curvature(problem, at), at)
+        )
+
+    def curvature(self, problem: LayerProblem, at: Evaluation) -> Array:
+        """Return an unbiased estimate of the Hessian."""
+        J = problem.jacobian_at(at)
+        scores = np.sum(linalg.qr(J, mode="economic", check_finite=False)[0] ** 2, axis=1)
+        chances = np.minimum(1.0, self.budget * scores / max(float(scores.sum()), np.finfo(float).tiny))
+        drawn = np.flatnonzero(self.rng.random(len(chances)) < chances)
+        weighted = J[drawn] / np.sqrt(chances[drawn])[:, None]
+        return np.asarray(weighted.T @ weighted + problem.residual_curvature_at(at))

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.rows import GroupedProblem
 from attnfit.solvers.curvature import Model
-from attnfit.solvers.trust_region import Step
+from attnfit.solvers.subproblem import Step
 
 Array = NDArray[np.float64]
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
-from attnfit.solvers.descent import Descent
+from attnfit.objectives.objective import Problem
+from attnfit.solvers.loop import Descent, StopFit, Tracker
 from attnfit.solvers.newton import Outcome
-from attnfit.solvers.start import Start, probe_of
-from attnfit.solvers.tracking import StopFit, Tracker
+from attnfit.solvers.starts import Start, probe_of
 from attnfit.solvers.verdicts import ACCEPTED_FLOOR, Status, assess
 
 Array = NDArray[np.float64]

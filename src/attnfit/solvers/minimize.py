@@ -1,4 +1,4 @@
-"""The one call that fits any problem."""
+"""Which solver a problem gets when none is asked for."""
 
 from __future__ import annotations
 
@@ -11,18 +11,47 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem, Reduction
-from attnfit.problems.inputs import as_point, choose
-from attnfit.problems.memory import parse_size
+from attnfit.objectives.inputs import as_point, choose
+from attnfit.objectives.inverse import LayerInversion
+from attnfit.objectives.layered import LayeredProblem
+from attnfit.objectives.objective import Problem, Reduction, parse_size
+from attnfit.objectives.projected import ProjectedAttention
 from attnfit.solvers.checkpoint import Checkpoint
-from attnfit.solvers.default import default_solver
-from attnfit.solvers.journal import Journal
-from attnfit.solvers.journaled import journaled
-from attnfit.solvers.newton import Outcome, require_starts
+from attnfit.solvers.loop import Callback, Tracker
+from attnfit.solvers.newton import Newton, Outcome, require_starts
+from attnfit.solvers.record import Journal, journaled
 from attnfit.solvers.result import Result
-from attnfit.solvers.start import Start
-from attnfit.solvers.tracking import Callback, Tracker
+from attnfit.solvers.starts import Start
 from attnfit.solvers.verdicts import MAX_TOL, End, Status, Verdict, assess
+
+
+def default_solver(problem: Problem) -> Any:
+    """Return the exact solver for mixtures, all columns at once where there are several, restarts for the
+    inversion of a layer, many starts for attention outputs whose maps fit in memory, else Newton's method,
+    which for layered problems goes on from false optima.
+    """
+    if isinstance(problem, LayerInversion):
+        from attnfit.solvers.damped import LevenbergMarquardt
+
+        return LevenbergMarquardt()
+    if isinstance(problem, ProjectedAttention):
+        from attnfit.solvers.variable_projection import VariableProjection
+
+        return VariableProjection() if VariableProjection.suits(problem) else Newton()
+    if not isinstance(problem, LayeredProblem):
+        return Newton()
+    if problem.is_mixture:
+        from attnfit.solvers.simplex import ActiveSet
+
+        return ActiveSet()
+    if len(problem.shape) == 2:
+        from attnfit.solvers.batched import BatchedNewton
+
+        return BatchedNewton()
+    from attnfit.solvers.newton import EscapingNewton
+
+    return EscapingNewton()
+
 
 Array = NDArray[np.float64]
 

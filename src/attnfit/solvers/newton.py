@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import MAX_DENSE, Problem
-from attnfit.problems.inputs import choose
-from attnfit.problems.inversion.layer_problem import LayerProblem
-from attnfit.problems.rows.grouped import GroupedProblem
-from attnfit.problems.rows.moves import Probe
-from attnfit.problems.rows.sample_sizes import rows_to_draw
-from attnfit.sketching import RowSampler, leverage_sketch
+from attnfit.objectives.budget import rows_to_draw
+from attnfit.objectives.inputs import choose
+from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.layered import LayeredProblem
+from attnfit.objectives.leverage import RowSampler, leverage_sketch
+from attnfit.objectives.moves import Probe
+from attnfit.objectives.objective import MAX_DENSE, Problem
+from attnfit.objectives.rows import GroupedProblem
 from attnfit.solvers.curvature import (
     Exact,
     FromSample,
     Kept,
     MatrixFree,
     Sampled,
+    SampledJacobian,
     Strategy,
     natural_scale,
 )
-from attnfit.solvers.descent import Descent, descend
 from attnfit.solvers.evidence import DEAR_GRAM, N_ROWS, ROWS_PER_UNKNOWN, Evidence
-from attnfit.solvers.sampled_jacobian import SampledJacobian
-from attnfit.solvers.start import Start, distance, draw_sample, probe_of
-from attnfit.solvers.tracking import Interrupted, Tracker
+from attnfit.solvers.loop import Descent, Interrupted, Tracker, descend
+from attnfit.solvers.starts import Start, distance, draw_sample, probe_of
 from attnfit.solvers.verdicts import Judge, Status, Verdict
 
 Array = NDArray[np.float64]
@@ -263,3 +263,56 @@ def require_starts(n_starts: Any) -> None:
     whole = isinstance(n_starts, int | np.integer) and not isinstance(n_starts, bool)
     if n_starts != "auto" and not (whole and n_starts >= 1):
         raise ValueError(f'n_starts must be an integer >= 1 or "auto", not {n_starts!r}')
+
+
+# How often a fit goes on from a false optimum.
+MAX_ESCAPES = 5
+
+
+@dataclass(frozen=True)
+class EscapingNewton:
+    """`Newton` for layered problems: where a softmax output has underflowed although more of it would lower
+    the loss, it goes on from a point where that output is raised.
+
+    Parameters
+    ----------
+    newton : Newton
+    """
+
+    newton: Newton = field(default_factory=Newton)
+
+    def run(
+        self,
+        problem: Any,
+        start: Any,
+        x0: Array | None,
+        tol: float,
+        max_iter: int,
+        tracker: Tracker,
+        rng: np.random.Generator,
+    ) -> Outcome:
+        """Minimise; `attnfit.minimize` documents the arguments.
+
+        Raises
+        ------
+        ValueError
+            If the problem is not a layered one.
+        """
+        if not isinstance(problem, LayeredProblem):
+            raise ValueError(
+                "EscapingNewton takes TwoLayer, ReluSoftmax and ThreeLayer, not "
+                f"{type(problem).__name__}; use Newton"
+            )
+        outcome = self.newton.run(problem, start, x0, tol, max_iter, tracker, rng)
+        for _ in range(MAX_ESCAPES):
+            left = max_iter - outcome.n_iter
+            escapes = problem.escapes(outcome.best.at) if outcome.best.status == "converged" else {}
+            if not escapes or left <= 0:
+                break
+            X = outcome.best.at.x.reshape(-1, problem.n_columns).copy()
+            for column, escape in escapes.items():
+                X[:, column] = escape.x
+            onward = self.newton.run(problem, start, X.reshape(-1), tol, left, tracker, rng)
+            values = outcome.local_values | {"escape": onward.best.at.value}
+            outcome = replace(onward, local_values=values, n_iter=outcome.n_iter + onward.n_iter)
+        return outcome

@@ -8,15 +8,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.inputs import choose
-from attnfit.problems.layers.two_layer import TwoLayer
-from attnfit.sketching import RowSampler, leverage_sketch
+from attnfit.objectives.inputs import choose
+from attnfit.objectives.layers import TwoLayer
+from attnfit.objectives.leverage import RowSampler, leverage_sketch
+from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.solvers.curvature import Model, dense_model, exact_model
-from attnfit.solvers.descent import descend
+from attnfit.solvers.loop import Tracker, descend
 from attnfit.solvers.newton import Outcome
-from attnfit.solvers.tracking import Tracker
 from attnfit.solvers.verdicts import Judge
 
 Array = NDArray[np.float64]

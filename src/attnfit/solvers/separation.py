@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-from attnfit.designs.gram import flatness
-from attnfit.problems.base import MAX_DENSE, Problem
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.rows.recession import (
+from attnfit.data.gram import flatness
+from attnfit.objectives.moves import Kind, kind_of
+from attnfit.objectives.objective import MAX_DENSE, Evaluation, Problem
+from attnfit.objectives.recession import (
     FixedSums,
     Frame,
     Free,
@@ -29,7 +29,6 @@ from attnfit.problems.rows.recession import (
     separated_sums,
     verify,
 )
-from attnfit.problems.rows.row_kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from attnfit.solvers.result import Result

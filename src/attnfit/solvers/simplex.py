@@ -1,4 +1,4 @@
-"""Mixtures solved exactly: the active set of the simplex, for all right-hand sides at once."""
+"""Convex quadratics over the simplex, many at once: the active-set method on the faces of the simplex."""
 
 from __future__ import annotations
 
@@ -9,17 +9,198 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.problems.layers.duality import GAP_TOLERANCE, duality_gaps, target_sizes
-from attnfit.problems.layers.evaluation import LayeredEvaluation
-from attnfit.problems.layers.two_layer import TwoLayer
-from attnfit.solvers.columns import REMEDIES, describe, overall
-from attnfit.solvers.descent import Descent
-from attnfit.solvers.faces import minimise_over_simplex
+from attnfit.objectives.layer_curvature import LayeredEvaluation
+from attnfit.objectives.layers import TwoLayer
+from attnfit.objectives.saturation import GAP_TOLERANCE, duality_gaps, target_sizes
+from attnfit.solvers.batched import REMEDIES, describe, overall
+from attnfit.solvers.loop import Descent, StopFit, Tracker
 from attnfit.solvers.newton import Outcome
-from attnfit.solvers.tracking import StopFit, Tracker
 from attnfit.solvers.verdicts import Status, Verdict
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Index = NDArray[np.intp]
+
+# Added to the unit diagonal of scaled systems: dependent columns share their weight, and every face has one
+# answer. Refinement removes its effect on the optimality conditions.
+RIDGE = 1e-12
+N_REFINEMENTS = 2
+# Factors of distinct faces held at once, in numbers.
+FACTOR_ENTRIES = 2**22
+
+
+class Faces:
+    """``min 0.5 f^T G f - c^T f`` over the affine hulls of faces ``{f : sum f = 1, f_i = 0 off the face}``.
+
+    Parameters
+    ----------
+    gram : ndarray, shape (n, n) or (k, n, n)
+        One for all problems or one each.
+    """
+
+    def __init__(self, gram: Array) -> None:
+        self.gram = gram
+        self.shared = gram.ndim == 2
+        size = np.sqrt(np.einsum("...ii->...i", gram))
+        smallest = np.where(size > 0.0, size, np.inf).min(axis=-1, keepdims=True)
+        # Systems are solved in variables of unit curvature; one without any takes the smallest scale.
+        self.scale = np.where(size > 0.0, size, np.where(np.isfinite(smallest), smallest, 1.0))
+
+    def solve(self, problems: Index, passive: Mask, c: Array) -> Array:
+        """Return the minimisers on the faces where ``passive``, shape (p, n); zero elsewhere.
+
+        Parameters
+        ----------
+        problems : ndarray, shape (p,)
+            Whose quadratics, where each has its own.
+        passive : ndarray of bool, shape (p, n)
+            Each row marks at least one vertex.
+        c : ndarray, shape (p, n)
+        """
+        out = np.empty_like(c)
+        step = max(1, FACTOR_ENTRIES // (int(passive.sum(axis=1).max()) + 1) ** 2)
+        # Problems on the same face next to each other share its factor within a chunk.
+        order = _by_face(passive) if self.shared else np.arange(len(passive))
+        for first in range(0, len(order), step):
+            part = order[first : first + step]
+            out[part] = self._solve(problems[part], passive[part], c[part])
+        return out
+
+    def multiply(self, problems: Index, f: Array) -> Array:
+        """Return ``G f`` of each problem, shape (p, n)."""
+        if self.shared:
+            return np.asarray(f @ self.gram)
+        return np.asarray(np.matmul(self.gram[problems], f[:, :, None])[:, :, 0])
+
+    def _solve(self, problems: Index, passive: Mask, c: Array) -> Array:
+        # The vertices of each face first, and no more of the others than the largest face needs.
+        vertices = np.argsort(~passive, axis=1, kind="stable")[:, : int(passive.sum(axis=1).max())]
+        if self.shared:
+            change = np.append(True, (passive[1:] != passive[:-1]).any(axis=1))
+            inverse = self._inverse(problems[change], passive[change], vertices[change])[
+                np.cumsum(change) - 1
+            ]
+        else:
+            inverse = self._inverse(problems, passive, vertices)
+        f, multiplier = np.zeros_like(c), np.zeros((len(c), 1))
+        for _ in range(1 + N_REFINEMENTS):
+            miss = np.where(passive, c - self.multiply(problems, f) - multiplier, 0.0)
+            right = np.append(
+                np.take_along_axis(miss, vertices, axis=1), 1.0 - f.sum(axis=1, keepdims=True), axis=1
+            )
+            solved = np.matmul(inverse, right[:, :, None])[:, :, 0]
+            known = np.take_along_axis(f, vertices, axis=1)
+            np.put_along_axis(f, vertices, known + solved[:, :-1], axis=1)
+            multiplier = multiplier + solved[:, -1:]
+        return np.where(passive, f, 0.0)
+
+    def _inverse(self, problems: Index, passive: Mask, vertices: Index) -> Array:
+        """Return the inverses of the optimality conditions on faces, shape (p, size + 1, size + 1)."""
+        p, size = vertices.shape
+        rows, columns = vertices[:, :, None], vertices[:, None, :]
+        gram = self.gram[rows, columns] if self.shared else self.gram[problems[:, None, None], rows, columns]
+        member = np.take_along_axis(passive, vertices, axis=1)
+        unit = 1.0 / (self.scale[vertices] if self.shared else self.scale[problems[:, None], vertices])
+        system = np.zeros((p, size + 1, size + 1))
+        gram = gram * unit[:, :, None] * unit[:, None, :]
+        system[:, :size, :size] = np.where(member[:, :, None] & member[:, None, :], gram, 0.0)
+        system[:, np.arange(size), np.arange(size)] += np.where(member, RIDGE, 1.0)
+        # The last unknown is the multiplier of the sum, scaled so that its column has entries up to one.
+        border = np.where(member, unit, 0.0)
+        last = border.max(axis=1, keepdims=True)
+        system[:, :size, size] = system[:, size, :size] = border / last
+        unit = np.append(unit, 1.0 / last, axis=1)
+        return np.linalg.inv(system) * unit[:, :, None] * unit[:, None, :]
+
+
+def _by_face(passive: Mask) -> Index:
+    return np.lexsort(np.packbits(passive, axis=1).T)
+
+
+def minimise_over_simplex(
+    gram: Array, c: Array, tolerance: Array, max_changes: int | None = None
+) -> tuple[Array, int]:
+    """Minimise ``0.5 f^T G f - c^T f`` over ``f >= 0, sum f = 1`` for each row of c.
+
+    From the face that is left when negative weights are dropped, the vertex that promises most joins the
+    face; on the way to the face's minimiser, vertices whose weight reaches zero leave it. Every step is
+    feasible and lowers the objective, so any end has a valid duality gap.
+
+    Parameters
+    ----------
+    gram : ndarray, shape (n, n) or (k, n, n)
+    c : ndarray, shape (k, n)
+    tolerance : ndarray, shape (k,)
+        Stop at a duality gap of this size.
+    max_changes : int, optional
+        Changes of the face a problem may take, 10 n + 30 by default.
+
+    Returns
+    -------
+    f : ndarray, shape (k, n)
+    n_changes : int
+        The largest number that a problem took.
+
+    Notes
+    -----
+    Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23, with the sum as a further
+    condition.
+    """
+    faces = Faces(gram)
+    k, n = c.shape
+    f, passive = _first_faces(faces, c)
+    blocked = np.zeros((k, n), dtype=bool)
+    live = np.arange(k)
+    limit = 10 * n + 30 if max_changes is None else max_changes
+    for change in range(limit + 1):
+        g = faces.multiply(live, f[live]) - c[live]
+        mean = np.sum(f[live] * g, axis=1, keepdims=True)
+        promise = np.where(passive[live] | blocked[live], -np.inf, mean - g)
+        joining = promise.argmax(axis=1)
+        going = promise[np.arange(len(live)), joining] > tolerance[live]
+        live, joining = live[going], joining[going]
+        if not len(live) or change == limit:
+            return f, change
+        passive[live, joining] = True
+        _descend_to_face(faces, c, f, passive, live)
+        stuck = ~passive[live, joining]
+        # A vertex that leaves at once joined because of rounding: it has to wait until another one joins.
+        blocked[live[~stuck]] = False
+        blocked[live[stuck], joining[stuck]] = True
+    raise AssertionError("unreachable")
+
+
+def _first_faces(faces: Faces, c: Array) -> tuple[Array, Mask]:
+    """Drop negative weights, all at once, until a face's minimiser has none."""
+    passive = np.ones(c.shape, dtype=bool)
+    f = np.zeros_like(c)
+    live = np.arange(len(c))
+    while len(live):
+        f[live] = faces.solve(live, passive[live], c[live])
+        negative = passive[live] & (f[live] <= 0.0)
+        live, negative = live[negative.any(axis=1)], negative[negative.any(axis=1)]
+        passive[live] &= ~negative
+    return f, passive
+
+
+def _descend_to_face(faces: Faces, c: Array, f: Array, passive: Mask, rows: Index) -> None:
+    """Move each row of f to the minimiser of its face, which loses the vertices that block the way."""
+    while len(rows):
+        goal = faces.solve(rows, passive[rows], c[rows])
+        blocking = passive[rows] & (goal <= 0.0)
+        free = ~blocking.any(axis=1)
+        f[rows[free]] = goal[free]
+        rows, goal, blocking = rows[~free], goal[~free], blocking[~free]
+        if not len(rows):
+            return
+        here = f[rows]
+        room = np.where(blocking, here / np.where(blocking, here - goal, 1.0), np.inf)
+        room[blocking & (here <= 0.0)] = 0.0
+        step = room.min(axis=1, keepdims=True)
+        leaving = blocking & (room <= step)
+        passive[rows] &= ~leaving
+        f[rows] = np.where(leaving, 0.0, np.maximum(here + step * (goal - here), 0.0))
+
 
 # Right-hand sides that are solved together; more share factors of a face, fewer fit into the cache.
 CHUNK = 2**14

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import MAX_DENSE
-from attnfit.problems.maps.projected import ProjectedAttention
-from attnfit.problems.maps.separable import Points, Separable
+from attnfit.objectives.objective import MAX_DENSE
+from attnfit.objectives.projected import ProjectedAttention
+from attnfit.objectives.separable import Points, Separable
 from attnfit.solvers.curvature import Kept, MatrixFree, natural_scale
-from attnfit.solvers.descent import Descent, descend
+from attnfit.solvers.loop import Descent, StopFit, Tracker, descend
 from attnfit.solvers.newton import Outcome
-from attnfit.solvers.tracking import StopFit, Tracker
 from attnfit.solvers.verdicts import Judge, Status, Verdict
 
 Array = NDArray[np.float64]

@@ -1,6 +1,6 @@
 """The verdict on a fit: when an answer is one, and what is said where it is not.
 
-`tol` is the largest change of a fitted logit (see `attnfit.problems.rows.moves`) that the next Newton step
+`tol` is the largest change of a fitted logit (see `attnfit.objectives.moves`) that the next Newton step
 may still make. A point is accepted if the step is a full one with the curvature of all the data, formed at
 most a quarter of a logit away, if that curvature has no negative direction and none that is flat although
 the data see it, and if the step, measured on every row, moves no logit by more. With such a curvature the
@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import MAX_DENSE, Problem
-from attnfit.problems.evaluation import Evaluation
+from attnfit.objectives.objective import MAX_DENSE, Evaluation, Problem
 from attnfit.solvers.curvature import MatrixFree, Model, exact_model, natural_scale
-from attnfit.solvers.trust_region import Step
+from attnfit.solvers.subproblem import Step
 
 if TYPE_CHECKING:
     from attnfit.solvers.evidence import Evidence

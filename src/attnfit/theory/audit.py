@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.problems.base import Problem
+from attnfit.objectives.objective import Problem
 from attnfit.theory.bound import AnyBound, Check, power
 from attnfit.theory.bounds.assumptions import EXP
 from attnfit.theory.reading import Reading, read

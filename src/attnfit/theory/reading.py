@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.designs.kronecker import PairRows
-from attnfit.losses.exponential import SquaredExponential
+from attnfit.data.pairs import PairRows
+from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.objectives.attention import Attention
+from attnfit.objectives.inputs import as_point
+from attnfit.objectives.objective import Problem
+from attnfit.objectives.rows import GroupedProblem
 from attnfit.problems import LayerInversion, TwoLayer
-from attnfit.problems.base import Problem
-from attnfit.problems.inputs import as_point
-from attnfit.problems.maps.attention import Attention
-from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.theory import instances
 from attnfit.theory.instances.sampling import AnyInstance
 

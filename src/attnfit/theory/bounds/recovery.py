@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from attnfit.problems.inversion.cases import Symbols, case_number
+from attnfit.objectives.inverse_cases import Symbols, case_number
 from attnfit.theory.bound import Bound, Condition, Sharp, Size
 from attnfit.theory.instances.recovery import Recovery, Rows
 from attnfit.theory.logs import Array, log, product

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.losses.exponential import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS
 
 Array = NDArray[np.float64]
 

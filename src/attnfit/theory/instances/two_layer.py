@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.losses.activations import Activation, as_activation
-from attnfit.problems.inputs import as_point
+from attnfit.objectives.inputs import as_point
 from attnfit.theory.instances.reading import as_array, as_number
 from attnfit.theory.instances.state import Move, State, common_scale
 

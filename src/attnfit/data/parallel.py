@@ -1,0 +1,143 @@
+"""Threads that read ahead and compute, and how many there may be."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import cache
+from threading import Lock, RLock
+from typing import Any, TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def available_threads() -> int:
+    """Return the number of threads that BLAS may use now: who limits those means these as well."""
+    found = [int(pool["num_threads"]) for pool in pools().info() if pool["user_api"] == "blas"]
+    return min([_cores(), *found])
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
+    """Yield ``work(item)`` of each item, in order, from so many threads."""
+    if n_threads == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            # A thread that is done does not wait for another that is not.
+            if len(waiting) == 2 * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class _OneThread:
+    """BLAS has one thread as long as anybody is inside; the last to leave restores what was."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._limit = Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit = pools().limit(limits=1)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limit.restore_original_limits()  # type: ignore[attr-defined]
+
+
+_ONE_THREAD = _OneThread()
+
+
+def one_blas_thread() -> AbstractContextManager[None]:
+    """Return the context in which BLAS has one thread; the number is the process's, so it is shared."""
+    return _ONE_THREAD
+
+
+@cache
+def pools() -> Any:
+    """Return the thread pools of this process; to find them takes some milliseconds."""
+    return ThreadpoolController()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# The piece in use, the one being read, and one that a caller may not have let go of yet.
+KEPT = 3
+
+
+def read_ahead(load: Callable[[T], Any], items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, each once ``load(item)`` is done; a thread loads the next one meanwhile."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as reader:
+        item = next(iterator, None)
+        loading = None if item is None else reader.submit(load, item)
+        while item is not None and loading is not None:
+            loading.result()
+            ready, item = item, next(iterator, None)
+            loading = None if item is None else reader.submit(load, item)
+            yield ready
+
+
+class Recent:
+    """The pieces read last, by their rows.
+
+    Parameters
+    ----------
+    most : int
+        Number of pieces to keep.
+
+    Attributes
+    ----------
+    lock : RLock
+        Held by whoever goes over the rows: another thread would write over the pieces in use.
+    """
+
+    def __init__(self, most: int = KEPT) -> None:
+        self._most = most
+        self._pieces: list[tuple[int, int, Any]] = []
+        self.lock = RLock()
+
+    def __reduce__(self) -> tuple[type[Recent], tuple[int]]:
+        # What was read stays behind.
+        return Recent, (self._most,)
+
+    def find(self, rows: slice) -> tuple[int, Any] | None:
+        """Return the first row of the piece that holds these rows, and the piece."""
+        for start, stop, piece in reversed(list(self._pieces)):
+            if start <= rows.start and rows.stop <= stop:
+                return start, piece
+        return None
+
+    def renew(self, rows: slice) -> bool:
+        """Make the piece that holds these rows the last to be let go; return whether there is one."""
+        for known in list(self._pieces):
+            if known[0] <= rows.start and rows.stop <= known[1]:
+                self._pieces.remove(known)
+                self._pieces.append(known)
+                return True
+        return False
+
+    def make_room(self) -> Any:
+        """Let go of the oldest piece where there are enough; return it for its memory."""
+        return self._pieces.pop(0)[2] if len(self._pieces) >= self._most else None
+
+    def keep(self, start: int, stop: int, piece: Any) -> None:
+        """Keep a piece."""
+        self._pieces.append((start, stop, piece))

@@ -1,0 +1,446 @@
+"""Regression of attention maps on queries and keys."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.data.groups import Chunk, Groups
+from attnfit.data.pairs import KroneckerDesign
+from attnfit.losses.elementwise import FUNCTIONS, SquaredExponential, Total
+from attnfit.losses.loss import Loss
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.softmax import LOSSES, Entropy, LogRatio, SoftmaxLoss
+from attnfit.objectives.inputs import as_point, as_ridge, choose
+from attnfit.objectives.objective import Evaluation, Reduction
+from attnfit.objectives.pairs import first_negative, read_pairs, signs, smallest_normal
+from attnfit.objectives.part import StoredProblem
+from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.store import DERIVED
+from attnfit.objectives.whitening import Whitening
+from attnfit.segments import Array, Segments
+
+# Singular values below this share of the largest are rounding.
+RANK = 1e-12
+NAMES = (*LOSSES, "log_ratio", "rescaled", "exponential", "sparse")
+
+
+class Subspace(NamedTuple):
+    """What the data identify: X = queries Y keys^T for any Y of shape (r1, r2).
+
+    ``queries`` (d1, r1) and ``keys`` (d2, r2) have orthonormal columns.
+    """
+
+    queries: Array
+    keys: Array
+
+
+class Attention(GroupedProblem):
+    """Fit X so that ``softmax(A1 X A2^T)``, row by row, is a given map:
+    ``sum_i Phi(softmax(z_i)) + penalties``.
+
+    The logits are ``Z = A1 X A2^T + sum_p c_p F_p + offset``. Losses, with f_i the softmax of row i over its
+    unmasked keys:
+
+    ======================= ========================================================================
+    loss                    the sum over the rows i, with weights w
+    ======================= ========================================================================
+    "squared"               ``0.5 w |f_i - b_i|^2``
+    "cross_entropy"         ``-w <b_i, log f_i>``
+    "kl"                    ``w <b_i, log b_i - log f_i>``
+    "linear_cross_entropy"  ``-w <b_i, f_i>`` (printed as cross entropy in the paper: the log is missing)
+    "entropy"               ``-w <f_i, log f_i>`` (B does not enter)
+    "log_ratio"             ``0.5 sum_k w v_ik (z_ik - log b_ik - mean_i)^2``, see below
+    "rescaled"              ``0.5 w |u(z_i) - <u(z_i), 1> b_i|^2``
+    "exponential"           ``0.5 w |u(z_i) - b_i|^2``
+    "sparse"                ``w <exp(z_i), 1>`` (B does not enter)
+    ======================= ========================================================================
+
+    "log_ratio" is least squares on logarithms up to a constant a row, and quadratic in X. It is the loss for
+    maps that were rounded, whose relative error is the same for large and small entries: the weight v is 1
+    for numbers that the format holds in full precision, ``(b / smallest normal number)^2`` below, and 0 for
+    zeros. The format is the narrowest of half, single and double precision that holds all of B.
+
+    The penalties are ``0.5 ||row_penalty o (Z - offset)||_F^2 + 0.5 ridge (||X||_F^2 + |c|^2)``.
+
+    Parameters
+    ----------
+    A1 : array_like, shape (n1, d1), or a list of them
+        Queries. A list means several sequences, of any lengths, that share X.
+    A2 : array_like, shape (n2, d2), or a list of them
+        Keys. May be A1 itself.
+    B : array_like or source on disk, shape (n1, n2), or a list of them
+        Maps, in any precision, which is kept; zeros are data, and negative entries too where the loss takes
+        no logarithm of them ("squared", "linear_cross_entropy", "rescaled", "exponential"). On disk (a
+        memory map, a zarr array, what `attnfit.data.open_source` returns) they are read by blocks of
+        queries. None where the loss has no target.
+    loss : str
+    mask : "causal", or array_like of bool, shape (n1, n2), or a list, optional
+        True where a query attends to a key. A causal mask lets the last query see every key.
+    rank : int, optional
+        Fit ``X = U V^T`` of this rank: the unknown is then that of
+        `attnfit.objectives.low_rank.LowRankAttention`.
+    function : {"exp", "cosh", "sinh"}
+        The function u of the losses "rescaled" and "exponential".
+    weights : array_like, shape (n1,) or (n1, n2), or a list, optional
+    offset : array_like, shape (n1, n2), or a list, optional
+    pair_features : list of array_like, shape (n1, n2), optional
+        Features of the pairs beside the bilinear part, such as a distance; for several sequences a list of
+        such lists. The unknown is then the vector (X in C order, c): see `split`.
+    row_penalty : float or array_like, shape (n1, n2)
+    ridge : float
+
+    Raises
+    ------
+    ValueError
+        If anything is not finite, of the wrong shape or sign, a mask empties a row, or the rank exceeds
+        min(d1, d2); the message names the argument and the index.
+
+    Notes
+    -----
+    The matrix ``A1 (x) A2`` of shape (n1 n2, d1 d2) is never formed: with S the gradient in the logits,
+    ``dL/dX = A1^T (S A2)``; the Hessian is a row-wise Khatri-Rao product on either side (see
+    `attnfit.data.pairs`). Work arrays hold one block of queries. Constants in a row of logits, and
+    directions that no query or key has, are not identified: `identified` names the rest, and `minimize`
+    returns the X of least norm. Source: "In-Context Learning for Attention Scheme: from Single Softmax
+    Regression to Multiple Softmax Regression via a Tensor Trick", Sections 5 and 6 (signs corrected).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from attnfit import minimize, problems
+    >>> A = np.random.default_rng(0).standard_normal((30, 4))
+    >>> X = np.diag([1.0, 0.5, -1.0, 0.0])
+    >>> maps = np.exp(A @ X @ A.T)
+    >>> maps /= maps.sum(axis=1, keepdims=True)
+    >>> bool(abs(minimize(problems.Attention(A, A, maps)).x - X).max() < 1e-12)
+    True
+    """
+
+    rows_can_be_drawn = False
+    best_hessian = "kept"
+    design: KroneckerDesign
+    _reduced = False
+
+    def __new__(cls, *args: Any, rank: int | None = None, ridge: float = 0.0, **options: Any) -> Any:
+        """Return a problem in the factors of X where a rank is given."""
+        # Copies are made without arguments; rank is the sixth.
+        rank = args[5] if len(args) > 5 else rank
+        if rank is None:
+            return super().__new__(cls)
+        from attnfit.objectives.low_rank import LowRankAttention
+
+        return LowRankAttention(cls(*args[:5], **options), rank, ridge)
+
+    def __init__(
+        self,
+        A1: Any,
+        A2: Any,
+        B: Any = None,
+        loss: str = "squared",
+        mask: Any = None,
+        rank: int | None = None,
+        *,
+        function: str = "exp",
+        weights: Any = None,
+        offset: Any = None,
+        pair_features: Any = None,
+        row_penalty: Any = 0.0,
+        ridge: float = 0.0,
+    ) -> None:
+        choose(loss, dict.fromkeys(NAMES), "loss")
+        choose(function, FUNCTIONS, "function")
+        if B is None and loss not in ("entropy", "sparse"):
+            raise ValueError(f"B is missing; loss {loss!r} needs the maps, shape (queries, keys)")
+        pairs = read_pairs(A1, A2, B, mask, weights, offset, pair_features, row_penalty)
+        self.design = pairs.design
+        n = int(self.design.shape[0])
+        self.b = np.broadcast_to(np.zeros(1), n) if pairs.target is None else pairs.target
+        self.weights, self.offset, self.penalty = pairs.weights, pairs.offset, pairs.penalty
+        self.ridge = as_ridge(ridge)
+        self._smallest_normal = smallest_normal(self.b)
+        starts = self.design.starts[:-1]
+        self.groups = Groups(starts, None, np.arange(len(starts)))
+        self.long_groups = np.zeros(0, dtype=np.intp)
+        found = _loss(loss, function)
+        if found.shares or isinstance(found, LogRatio):
+            self._require_shares(loss)
+        self._set_loss(found)
+
+    def _set_loss(self, loss: Loss) -> None:
+        self.loss = loss
+        self.chunks = [self._chunk(first, last) for first, last in self.design.query_ranges()]
+        self.constants = np.zeros(len(self.groups) if loss.coupled else 1)
+        for chunk in self.chunks if loss.coupled else []:
+            b, w, _ = self.targets(chunk)
+            self.constants[chunk.groups] = loss.constants(b, np.asarray(w), chunk.segments)
+
+    def _chunk(self, first: int, last: int) -> Chunk:
+        starts = self.design.starts
+        rows = slice(int(starts[first]), int(starts[last]))
+        if not self.loss.coupled:
+            return Chunk(rows, rows, Segments(np.zeros(1, np.intp), rows.stop - rows.start), slice(0, 1))
+        segments = Segments(starts[first:last] - starts[first], rows.stop - rows.start)
+        return Chunk(rows, rows, segments, slice(first, last))
+
+    def _require_shares(self, loss: str) -> None:
+        """Refuse negative targets where the loss takes their logarithms."""
+        pair, value = first_negative(self.b)
+        if pair >= 0:
+            s, i, k = self._where(pair)
+            name = "B" if len(self.design.sequences) == 1 else f"B[{s}]"
+            raise ValueError(
+                f"{name} is negative at row {i}, column {k} ({value:g}); loss {loss!r} takes shares >= 0 "
+                "(the squared, rescaled and linear cross entropy losses take any maps)"
+            )
+
+    def _where(self, pair: int) -> tuple[int, int, int]:
+        """Return sequence, query and key of a pair."""
+        query = int(np.searchsorted(self.design.starts, pair, side="right")) - 1
+        s = int(np.searchsorted(self.design.first_query, query, side="right")) - 1
+        i = query - int(self.design.first_query[s])
+        k = pair - int(self.design.starts[query])
+        mask = self.design.sequences[s].mask
+        return s, i, k if mask is None else int(np.flatnonzero(mask[i])[k])
+
+    def with_loss(self, loss: Loss, b: Array, weights: Array | None) -> Self:
+        """Return a problem on the same pairs with another loss, target and weights, one a pair."""
+        other = copy(self)
+        for name in DERIVED:
+            other.__dict__.pop(name, None)
+        other.b, other.weights = b, weights
+        other._set_loss(loss)
+        return other
+
+    # ---- shapes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d1, d2), or (d1 d2 + p,) with p pair features."""
+        d1, d2 = self.design.d1, self.design.d2
+        return (d1 * d2 + self.design.n_features,) if self.design.n_features else (d1, d2)
+
+    @property
+    def n_unknowns(self) -> int:
+        """Number of unknowns."""
+        return int(self.design.shape[1])
+
+    def split(self, x: Any) -> tuple[Array, Array]:
+        """Return X, shape (d1, d2), and the coefficients c of the pair features, shape (p,)."""
+        flat = as_point(x, self.shape)
+        size = self.design.d1 * self.design.d2
+        return flat[:size].reshape(self.design.d1, self.design.d2), flat[size:]
+
+    def as_maps(self, values: Array) -> Any:
+        """Arrange one value a pair, shape (n_rows,), as a matrix a sequence, zero where masked."""
+        out = []
+        for s, block in enumerate(self.design.sequences):
+            first, last = self.design.starts[self.design.first_query[[s, s + 1]]]
+            shape = (len(block.queries), len(block.keys))
+            if block.mask is None:
+                out.append(values[first:last].reshape(shape))
+            else:
+                out.append(np.zeros(shape))
+                out[-1][block.mask] = values[first:last]
+        return out[0] if len(out) == 1 else out
+
+    # ---- data by chunk; targets may be of half precision
+
+    def targets(self, chunk: Chunk) -> tuple[Array, Any, Array]:
+        """Return target and weight of each pair, and the constant of each query."""
+        b, w, constant = super().targets(chunk)
+        b = np.asarray(b, dtype=np.float64)
+        if isinstance(self.loss, LogRatio):
+            positive = b > 0.0
+            w = w * np.where(positive, np.minimum(b / self._smallest_normal, 1.0) ** 2, 0.0)
+            b = np.log(np.where(positive, b, 1.0))
+        return b, w, constant
+
+    def shift(self, chunk: Chunk) -> Array | float:
+        """Return the offset of the chunk's logits."""
+        return np.asarray(super().shift(chunk), dtype=np.float64)
+
+    # ---- what users call
+
+    def predict(self, x: Any) -> Any:
+        """Return the fitted maps, shape (n1, n2), zero where masked; a list for several sequences.
+
+        Raises like `value`, and ValueError where a normaliser is zero (sinh).
+        """
+        return self.as_maps(super().predict(as_point(x, self.shape)))
+
+    def relative_error(self, x: Any) -> float:
+        """Return ``||F - B||_F / ||B||_F`` of the fitted maps F over the pairs that are not masked.
+
+        On a problem made from other sequences than those x was fitted to, this is the held-out error.
+        """
+        squared = total = 0.0
+
+        def add(_: StoredProblem, chunk: Chunk, z: Array, state: list[Array]) -> Array:
+            nonlocal squared, total
+            b = np.asarray(self.b[chunk.rows], dtype=np.float64)
+            squared += float(np.sum((self.loss.fitted(z, state) - b) ** 2))
+            total += float(np.sum(b * b))
+            return z
+
+        self.by_row(self._evaluate_checked(x), add)
+        return float(np.sqrt(squared / total)) if total > 0 else float("inf")
+
+    def data_gradient(self, x: Any) -> tuple[Any, Any]:
+        """Return dL/dA1, shape (n1, d1), and dL/dA2, shape (n2, d2); lists for several sequences.
+
+        With S the gradient in the logits: ``(S A2) X^T`` and ``S^T (A1 X)``. Where A1 and A2 are one matrix
+        A, dL/dA is the sum of both. Raises like `value`.
+        """
+        at = self._evaluate_checked(x)
+        X, _ = self.split(x)
+        by_query = [np.empty_like(block.queries) for block in self.design.sequences]
+        by_key = [np.zeros_like(block.keys) for block in self.design.sequences]
+        for chunk in self.ahead(self.chunks):
+            block, z = self.logits(chunk, at.x)
+            b, w, _ = self.targets(chunk)
+            slope = self.loss.slope(z, b, w, self.row_state(chunk, z, at))
+            penalty = self.row_penalties(chunk)
+            if penalty is not None:
+                slope = slope + penalty * (z - self.shift(chunk))
+            assert isinstance(chunk.index, slice)
+            s, queries = self.design.find_queries(chunk.index)
+            S = block.matrix(slope)
+            by_query[s][queries] = (S @ block.keys) @ X.T
+            by_key[s] += S.T @ (block.queries @ X)
+        return (by_query[0], by_key[0]) if len(by_key) == 1 else (by_query, by_key)
+
+    # ---- where a fit begins and in which variables
+
+    @property
+    def zero_is_stationary(self) -> bool:
+        """Whether the gradient at zero vanishes for every data set."""
+        if self.offset is not None:
+            return False
+        if isinstance(self.loss, SquaredExponential | SquaredRescaled):
+            return self.loss.function == "cosh" or (
+                self.loss.function == "sinh" and isinstance(self.loss, SquaredRescaled)
+            )
+        return isinstance(self.loss, Entropy) and self.weights is None
+
+    @property
+    def zero_is_trivial(self) -> bool:
+        """Whether zero is a minimum that says nothing about the data."""
+        return isinstance(self.loss, SquaredRescaled) and self.loss.function == "sinh" and self.offset is None
+
+    def initial_point(self, random_state: Any = None) -> Array:
+        """Return zero, or logits of size 0.1 where zero is stationary by symmetry."""
+        if not self.zero_is_stationary:
+            return np.zeros(self.shape)
+        rng = np.random.default_rng(random_state)
+        x = rng.standard_normal(self.n_unknowns)
+        block = self.design.block(self.chunks[0].index)
+        # Where all logits are alike whatever x, any size will do.
+        return np.asarray(x * (0.1 / (float(np.std(block @ x)) or 1.0))).reshape(self.shape)
+
+    def starts(self, rng: np.random.Generator) -> dict[str, Array]:
+        """Return the closed form where there is one, else the initial point."""
+        if not self._has_closed_form():
+            return super().starts(rng)
+        return {"closed form": self._closed_form().reshape(-1)}
+
+    def convex_neighbour(self) -> GroupedProblem | None:
+        """Return least squares on logarithms where zeros are rounded numbers, cross entropy where they are
+        data;
+        its like for other outputs. None where there is a closed form.
+        """
+        if self._has_closed_form():
+            return None
+        if self._takes_logarithms() and self.zeros_are_rounded():
+            return self.with_loss(LogRatio(), self.b, self.weights)
+        return super().convex_neighbour()
+
+    def _takes_logarithms(self) -> bool:
+        """Whether the maps are shares whose logarithm the logits explain, up to a constant a row."""
+        if isinstance(self.loss, SquaredRescaled):
+            return self.loss.function == "exp"
+        return isinstance(self.loss, SoftmaxLoss | LogRatio) and not isinstance(self.loss, Entropy)
+
+    def zeros_are_rounded(self) -> bool:
+        """Whether entries below the format's normal numbers show that zeros, if any, are smaller ones yet;
+        entries of both signs are no rounded shares.
+        """
+        found = signs(self.b)
+        return not found.negative and (not found.zeros or found.smallest < self._smallest_normal)
+
+    def _has_closed_form(self) -> bool:
+        """Whether log B is known for every pair, up to a constant a row where outputs are normalised."""
+        loss, design = self.loss, self.design
+        exponential = isinstance(loss, SquaredExponential) and loss.function == "exp"
+        if not exponential and not self._takes_logarithms():
+            return False
+        if len(design.sequences) > 1 or design.n_features or design.sequences[0].mask is not None:
+            return False
+        found = signs(self.b)
+        return not (found.zeros or found.negative)
+
+    def _closed_form(self) -> Array:
+        """Return ``A1^+ (log B - offset) A2^+^T``, shape (d1, d2), which reproduces an exact map."""
+        design, normalised = self.design, self.loss.coupled
+        queries, keys = design.sequences[0].queries, design.sequences[0].keys
+        if normalised:
+            keys = keys - keys.mean(axis=0)
+        inverse = np.linalg.pinv(keys, rcond=RANK)
+        half = np.empty((len(queries), design.d2))
+        for chunk in self.ahead(self.chunks):
+            assert isinstance(chunk.index, slice)
+            logs = np.log(np.asarray(self.b[chunk.rows], dtype=np.float64)) - self.shift(chunk)
+            half[design.find_queries(chunk.index)[1]] = logs.reshape(-1, len(keys)) @ inverse.T
+        return np.asarray(np.linalg.pinv(queries, rcond=RANK) @ half)
+
+    def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
+        """Return which unknowns no pair sees: none is left in the variables of `reduction`."""
+        return np.zeros(self.n_unknowns, dtype=bool)
+
+    @property
+    def _centred(self) -> bool:
+        """Whether a constant added to a row of logits changes nothing."""
+        return isinstance(self.loss, SoftmaxLoss | LogRatio) and self.penalty is None
+
+    def identified(self) -> Subspace:
+        """Return what the data identify of X; `minimize` returns an X within it."""
+        whitening = Whitening.of(self.design, centred=self._centred)
+        queries, keys = whitening.queries, whitening.keys
+        return Subspace(queries.directions[:, : queries.rank], keys.directions[:, : keys.rank])
+
+    def dense(self) -> GroupedProblem:
+        """Return the same problem with its matrix of pairs formed, shape (n_pairs, n_unknowns)."""
+        rows, b, w = [], np.empty(self.n_rows), np.empty(self.n_rows)
+        for chunk in self.chunks:
+            block = self.fetch(chunk)
+            rows.append(block @ np.eye(self.n_unknowns))
+            b[chunk.rows], w[chunk.rows], _ = self.targets(chunk)
+        formed: GroupedProblem = GroupedProblem(
+            np.concatenate(rows), b, loss=self.loss, groups=self.design.starts, weights=w,
+            offset=self.offset, row_penalty=0.0 if self.penalty is None else np.sqrt(self.penalty),
+            ridge=self.ridge,
+        )  # fmt: skip
+        return formed
+
+    def reduction(self) -> Reduction | None:
+        """Return the problem in whitened variables, in which only identified directions are left."""
+        if self._reduced:
+            return None
+        whitening = Whitening.of(self.design, centred=self._centred)
+        other = copy(self)
+        other._reduced, other.design = True, whitening.design
+        other.ridge = self.ridge * np.concatenate([whitening.ridge, np.ones(self.design.n_features)])
+        return Reduction(other, whitening.lift, whitening.restrict, whitening.note)
+
+
+def _loss(name: str, function: str) -> Loss:
+    if name == "rescaled":
+        return SquaredRescaled(function)
+    if name == "exponential":
+        return SquaredExponential(function)
+    if name == "log_ratio":
+        return LogRatio()
+    return Total() if name == "sparse" else LOSSES[name]

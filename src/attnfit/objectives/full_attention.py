@@ -1,0 +1,346 @@
+"""Regression of attention outputs: the bilinear form and the value matrix together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.data.pairs import KroneckerDesign
+from attnfit.objectives.inputs import as_point, as_ridge
+from attnfit.objectives.objective import Evaluation, Problem, Reduction, majorant
+from attnfit.objectives.projected import Maps, ProjectedAttention, read_texts, text_maps
+from attnfit.objectives.whitening import Whitening
+
+Array = NDArray[np.float64]
+
+# Maps of this many entries are kept for the products with the Hessian; larger ones are made anew.
+KEPT_PAIRS = 1 << 24
+
+
+class FullAttention(Problem):
+    """Fit (X, Y) so that attention outputs are given: ``0.5 sum_i w_i |(sum_h P_h A3 Y_h - B)_i|^2 + ridge``.
+
+    ``P_h = softmax(A1 X_h A2^T + offset)`` row by row over unmasked keys; the ridge is ``0.5 ridge
+    (||X||_F^2 + ||Y||_F^2)``. The source prints the loss without the 0.5, for one head and one text.
+
+    Parameters
+    ----------
+    A1 : array_like, shape (n, d1), or a list of them
+        Queries; a list holds one matrix a text, and so do then A2, A3, B and, where given, mask, weights and
+        offset. X and Y are the same for all texts, and a query attends to keys of its text only.
+    A2 : array_like, shape (k, d2), or a list
+        Keys.
+    A3 : array_like, shape (k, v), or a list
+        What values are made of.
+    B : array_like, shape (n, m), or a list
+        Outputs.
+    mask : "causal" or array_like of bool, shape (n, k), or a list, optional
+    weights : array_like, shape (n,), or a list, optional
+    offset : array_like, shape (n, k), or a list, optional
+    ridge : float
+        Needed where A3 has dependent columns, or more columns (times heads) than there are outputs: Y is then
+        not determined.
+    n_heads : int
+        Heads whose outputs are added. They are a set: their order means nothing.
+
+    Raises
+    ------
+    ValueError
+        If anything is not finite or of the wrong shape, a query sees no key, or Z = [P_1 A3 ... P_H A3] is
+        singular for every X and ridge is zero.
+
+    Notes
+    -----
+    The unknown is the vector (X, Y), each in C order, X of shape (d1, d2) and Y of (v, m), with a leading
+    axis of heads where there are several: see `split`. With ``C = Z Y - B``, ``G = w C`` and ``S_h = P_h o
+    (G Y_h^T A3^T - rowsum)``: ``dL/dX_h = A1^T S_h A2``, ``dL/dY = Z^T G``, summed over texts. Y is linear in
+    the model, so `minimize` eliminates it (`projected`). To first order in X one text without a mask shows
+    ``X C Y`` only, C being the covariance of keys and values; several texts or a causal mask have several C.
+    Source: "Local Convergence of Approximate Newton Method for Two Layer Nonlinear Regression", attention
+    optimisation problem, with exact derivatives; Golub and Pereyra, "The differentiation of pseudo-inverses
+    and nonlinear least squares problems whose variables separate" (1973).
+    """
+
+    linear = False
+    best_hessian = "matrix_free"
+
+    def __init__(
+        self,
+        A1: Any,
+        A2: Any,
+        A3: Any,
+        B: Any,
+        *,
+        mask: Any = None,
+        weights: Any = None,
+        offset: Any = None,
+        ridge: float = 0.0,
+        n_heads: int = 1,
+    ) -> None:
+        if isinstance(n_heads, bool) or not isinstance(n_heads, int | np.integer) or n_heads < 1:
+            raise ValueError(f"n_heads must be an integer >= 1, not {n_heads!r}")
+        self.n_heads = int(n_heads)
+        self.design, self.texts, self.weights = read_texts(A1, A2, A3, B, mask, weights, offset)
+        self.A1 = np.concatenate([text.A1 for text in self.texts])
+        self.A2 = np.concatenate([text.A2 for text in self.texts])
+        self.A3 = np.concatenate([text.A3 for text in self.texts])
+        self.B = np.concatenate([text.B for text in self.texts])
+        self.ridge: float | Array = as_ridge(ridge)
+        self._require_regular()
+        self._pairs_read = 0
+
+    def _require_regular(self) -> None:
+        v = self.A3.shape[1]
+        rank = int(np.linalg.matrix_rank(self.A3))
+        if self.ridge == 0.0 and (rank < v or len(self.A1) < self.n_heads * v):
+            what = f"A3 has rank {rank}" if rank < v else f"there are only {len(self.A1)} outputs"
+            heads = f" in {self.n_heads} heads" if self.n_heads > 1 else ""
+            raise ValueError(
+                f"Z = softmax(A1 X A2^T) A3 is singular for every X: {what} but A3 has {v} columns{heads}, "
+                "so Y is not determined; pass ridge > 0, or drop columns of A3"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(heads (d1 d2 + v m),): X, then Y."""
+        d1, d2, v, m = self.sizes
+        return (self.n_heads * (d1 * d2 + v * m),)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """d1, d2, v and m."""
+        text = self.texts[0]
+        return text.A1.shape[1], text.A2.shape[1], text.A3.shape[1], text.B.shape[1]
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of a query and a key of its text."""
+        return sum(len(text.A1) * len(text.A2) for text in self.texts)
+
+    @property
+    def n_passes(self) -> float:
+        """Reads of the maps of all heads since the problem was made."""
+        return self._pairs_read / (self.n_pairs * self.n_heads)
+
+    def count_read(self, n_pairs: int) -> None:
+        """Count entries of maps that were formed outside."""
+        self._pairs_read += n_pairs
+
+    def split(self, x: Any) -> tuple[Array, Array]:
+        """Return X, shape (d1, d2), and Y, shape (v, m); of several heads (heads, d1, d2), (heads, v, m)."""
+        X, Y = self._split(as_point(x, self.shape))
+        return (X[0], Y[0]) if self.n_heads == 1 else (X, Y)
+
+    def _split(self, flat: Array) -> tuple[Array, Array]:
+        """Return X and Y with their axis of heads."""
+        d1, d2, v, m = self.sizes
+        size = self.n_heads * d1 * d2
+        return flat[:size].reshape(-1, d1, d2), flat[size:].reshape(-1, v, m)
+
+    def join(self, X: Array, Y: Array) -> Array:
+        """Return the unknown made of X and Y."""
+        return np.concatenate([np.reshape(X, -1), np.reshape(Y, -1)])
+
+    def predict(self, x: Any) -> Any:
+        """Return the fitted outputs, shape (n, m), or a list of them, one a text."""
+        X, Y = self._split(as_point(x, self.shape))
+        stacked = np.concatenate([maps.values(maps.P) for maps in self.maps(X)]) @ Y.reshape(-1, Y.shape[2])
+        if len(self.texts) == 1:
+            return stacked
+        return np.split(stacked, [text.first for text in self.texts[1:]])
+
+    def maps(self, X: Array) -> Iterator[Maps]:
+        """Yield the maps for X, shape (heads, d1, d2), by blocks of queries."""
+        for maps in text_maps(self.texts, X):
+            self._pairs_read += maps.P.size
+            yield maps
+
+    def kept_maps(self, X: Array) -> Callable[[], Iterable[Maps]]:
+        """Return a function that gives the maps again, from memory where they are small."""
+        if self.n_pairs * self.n_heads > KEPT_PAIRS:
+            return lambda: self.maps(X)
+        kept = list(self.maps(X))
+        return lambda: kept
+
+    def initial_point(self, random_state: Any = None) -> Array:
+        """Return a small random X and the best Y for it."""
+        projected = self.projected()
+        X = projected.initial_point(random_state)
+        return self.join(X, projected.values(X))
+
+    def projected(self) -> ProjectedAttention:
+        """Return the problem in X alone, Y being the best for each X."""
+        return ProjectedAttention(self)
+
+    def reduction(self) -> Reduction:
+        """Return the projected problem over whitened queries and keys."""
+        whitening = Whitening.of(self.design, centred=True)
+        projected = ProjectedAttention(self.with_design(whitening.design))
+        heads = self.n_heads
+        projected.ridge = self.ridge * np.tile(whitening.ridge, heads)
+
+        def lift(y: Array) -> Array:
+            X = [whitening.lift(part) for part in y.reshape(heads, -1)]
+            return np.concatenate([*X, projected.values(y).reshape(-1)])
+
+        def restrict(x: Array) -> Array:
+            return np.concatenate([whitening.restrict(X.reshape(-1)) for X in self._split(x)[0]])
+
+        note = "Y eliminated" + (f"; {whitening.note}" if whitening.note else "")
+        return Reduction(projected, lift, restrict, note)
+
+    def with_design(self, design: KroneckerDesign) -> FullAttention:
+        """Return the problem with other queries and keys of the same pairs."""
+        texts, offsets = self.texts, [text.offset for text in self.texts]
+        weights = [self.weights[t.first : t.first + len(t.A1)] for t in texts]
+        parts: list[list[Any]] = [
+            [block.queries for block in design.sequences],
+            [block.keys for block in design.sequences],
+            [text.A3 for text in texts],
+            [text.B for text in texts],
+        ]
+        one = len(texts) == 1
+        A1, A2, A3, B = (part[0] if one else part for part in parts)
+        masks = [np.ones((len(t.A1), len(t.A2)), dtype=bool) if t.mask is None else t.mask for t in texts]
+        return FullAttention(
+            A1, A2, A3, B,
+            mask=masks[0] if one else masks,
+            weights=weights[0] if one else weights,
+            offset=None if offsets[0] is None else offsets[0] if one else offsets,
+            ridge=float(np.max(self.ridge)),
+            n_heads=self.n_heads,
+        )  # fmt: skip
+
+    # ---- for the solvers
+
+    def slope(self, maps: Maps, G: Array, Y: Array) -> Array:
+        """Return ``P_h o (G Y_h^T A3^T - rowsum)``, the gradient in the logits, shape (heads, rows, k)."""
+        back = (G @ np.swapaxes(Y, 1, 2)) @ maps.text.A3.T
+        return np.asarray(maps.P * (back - np.sum(maps.P * back, axis=2, keepdims=True)))
+
+    def pulled(self, maps: Maps, S: Array) -> Array:
+        """Return the gradient in X of a gradient in the logits, ``A1^T S_h A2``, shape (heads, d1, d2)."""
+        return np.asarray(maps.A1.T @ (S @ maps.text.A2))
+
+    def evaluate(
+        self,
+        x: Array,
+        near: Evaluation | None = None,
+        sampler: Any = None,
+        *,
+        origin: bool = False,
+        hessian: bool = False,
+    ) -> Evaluation:
+        """Return value and gradient at x."""
+        X, Y = self._split(x)
+        flat = Y.reshape(-1, Y.shape[2])
+        value, by_x, by_y = 0.0, np.zeros_like(X), np.zeros_like(flat)
+        for maps in self.maps(X):
+            Z = maps.values(maps.P)
+            C = Z @ flat - self.B[maps.rows]
+            G = self.weights[maps.rows, None] * C
+            value += 0.5 * float(np.sum(G * C))
+            by_y += Z.T @ G
+            by_x += self.pulled(maps, self.slope(maps, G, Y))
+        value += 0.5 * float(np.sum(self.ridge * x * x))
+        gradient = self.join(by_x, by_y) + self.ridge * x
+        start = self.evaluate(np.zeros_like(x)).gradient if origin else None
+        return Evaluation(x, value, gradient, origin_gradient=start)
+
+    def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
+        """Return (dX, dY) -> H (dX, dY)."""
+        X, Y = self._split(at.x)
+        again = self.kept_maps(X)
+
+        def product(direction: Array) -> Array:
+            dX, dY = self._split(direction)
+            by_x, by_y = np.zeros_like(X), np.zeros((Y.size // Y.shape[2], Y.shape[2]))
+            for maps in again():
+                part = self.second(maps, Y, dX, dY)
+                by_x += part[0]
+                by_y += part[1]
+            return np.asarray(self.join(by_x, by_y) + self.ridge * direction)
+
+        return product
+
+    def moved(self, maps: Maps, dX: Array) -> Array:
+        """Return the change of the maps, ``J(P_h)(A1 dX_h A2^T)``."""
+        u = (maps.A1 @ dX) @ maps.text.A2.T
+        return np.asarray(maps.P * (u - np.sum(maps.P * u, axis=2, keepdims=True)))
+
+    def second(self, maps: Maps, Y: Array, dX: Array, dY: Array) -> tuple[Array, Array]:
+        """Return the part of a block of queries in the product of the Hessian with (dX, dY)."""
+        w, P, A3 = self.weights[maps.rows, None], maps.P, maps.text.A3
+        flat, dflat = Y.reshape(-1, Y.shape[2]), dY.reshape(-1, Y.shape[2])
+        Z = maps.values(P)
+        G = w * (Z @ flat - self.B[maps.rows])
+        dP = self.moved(maps, dX)
+        dZ = maps.values(dP)
+        dG = w * (dZ @ flat + Z @ dflat)
+        Yt, dYt = np.swapaxes(Y, 1, 2), np.swapaxes(dY, 1, 2)
+        back = (G @ Yt) @ A3.T
+        dback = (dG @ Yt + G @ dYt) @ A3.T
+        mean = np.sum(P * back, axis=2, keepdims=True)
+        dmean = np.sum(dP * back + P * dback, axis=2, keepdims=True)
+        dS = dP * (back - mean) + P * (dback - dmean)
+        return self.pulled(maps, dS), dZ.T @ G + Z.T @ dG
+
+    def hessian_at(self, at: Evaluation, sample: Any = None, *, absolute: bool = False) -> Array:
+        """Return the Hessian from its blocks in X and Y; an array of shape (n, heads d2 (m + v)) is formed by
+        blocks.
+
+        With ``absolute`` all eigenvalues are taken by absolute value.
+        """
+        X, Y = self._split(at.x)
+        (heads, d1, d2), (v, m) = X.shape, Y.shape[1:]
+        flat = Y.reshape(-1, m)
+        xx = np.zeros((heads, d1, d2, heads, d1, d2))
+        xy = np.zeros((heads, d1, d2, heads * v, m))
+        yy = np.zeros((heads * v, heads * v))
+        for maps in self.maps(X):
+            text, A1, w, P = maps.text, maps.A1, self.weights[maps.rows], maps.P
+            keys = text.A2 - text.A2.mean(axis=0)
+            Z = maps.values(P)
+            G = w[:, None] * (Z @ flat - self.B[maps.rows])
+            S = self.slope(maps, G, Y)
+            outputs = []
+            for h in range(heads):
+                W, mu, g = text.A3 @ Y[h], P[h] @ keys, S[h] @ keys
+                outputs.append(_cross(P[h], W, keys) - (P[h] @ W)[:, :, None] * mu[:, None, :])
+                values = _cross(P[h], text.A3, keys) - (P[h] @ text.A3)[:, :, None] * mu[:, None, :]
+                own = _cross(S[h], keys, keys) - g[:, :, None] * mu[:, None, :] - mu[:, :, None] * g[:, None]
+                xx[h, :, :, h] += np.einsum("ip,iq,ilr->plqr", A1, A1, own, optimize=True)
+                part = np.einsum("ip,ij,iul->pluj", A1, G, values, optimize=True)
+                xy[h, :, :, h * v : (h + 1) * v] += part
+            T = np.stack(outputs)
+            inner = np.einsum("i,hijl,gijr->hilgr", w, T, T, optimize=True)
+            xx += np.einsum("ip,iq,hilgr->hplgqr", A1, A1, inner, optimize=True)
+            xy += np.einsum("ip,i,hijl,iu->hpluj", A1, w, T, Z, optimize=True)
+            yy += Z.T @ (w[:, None] * Z)
+        size = heads * d1 * d2
+        H = np.empty((size + heads * v * m,) * 2)
+        H[:size, :size] = xx.reshape(size, size)
+        H[:size, size:] = xy.reshape(size, -1)
+        H[size:, :size] = H[:size, size:].T
+        H[size:, size:] = np.kron(yy, np.eye(m))
+        H[np.diag_indices(len(H))] += self.ridge
+        return majorant(H) if absolute else H
+
+    def diagonal_at(self, at: Evaluation) -> Array:
+        """Return one number for X and one for each row of Y: the mean curvature and that of Z."""
+        X, Y = self._split(at.x)
+        by_y = np.zeros(self.n_heads * Y.shape[1])
+        for maps in self.maps(X):
+            Z = maps.values(maps.P)
+            by_y += self.weights[maps.rows] @ (Z * Z)
+        by_x = self.projected().diagonal_at(Evaluation(X.reshape(-1), at.value, at.gradient))
+        return np.asarray(np.concatenate([by_x, np.repeat(by_y, Y.shape[2])]) + self.ridge)
+
+
+def _cross(P: Array, left: Array, right: Array) -> Array:
+    """Return ``sum_k P_ik left_kj right_kl``, shape (n, j, l)."""
+    rows = left[:, :, None] * right[:, None, :]
+    return (P @ rows.reshape(len(left), -1)).reshape(len(P), left.shape[1], right.shape[1])

@@ -1,0 +1,266 @@
+"""Check and convert what a user passes in; every message names the argument, the index and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from attnfit.data import Column, DenseDesign, Design, SparseDesign
+from attnfit.data.on_disk import open_design, pieces, stored_source
+
+Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+
+def as_design(A: Any, name: str = "A") -> Design:
+    """Wrap A, an array, sparse matrix, data frame or anything stored on disk, of shape (n, d), as a design.
+
+    Raises
+    ------
+    ValueError
+        If A is empty, not two-dimensional, not numeric or not finite.
+    """
+    if isinstance(A, Design):
+        return A
+    source = stored_source(A, name)
+    if source is not None:
+        _require_numeric(source.dtype, name)
+        _require_shape(source.shape, name)
+        return open_design(source)
+    if sparse.issparse(A):
+        _require_numeric(A.dtype, name)
+        _require_shape(A.shape, name)
+        require_indices(A, name)
+        design = SparseDesign(A)
+        require_finite_rows(design.matrix, slice(0, A.shape[0]), name)
+        return design
+    array = _unmasked(A if isinstance(A, np.ndarray) else _frame_to_array(A, name), name)
+    _require_numeric(array.dtype, name)
+    _require_shape(array.shape, name)
+    require_finite_matrix(array, name)
+    return DenseDesign(array)
+
+
+def require_indices(A: Any, name: str = "A") -> None:
+    """Raise ValueError if the index arrays of a sparse matrix point outside it: products would read there."""
+    if not hasattr(A, "indptr"):
+        return
+    try:
+        # A copy of the object, not of its arrays: checking may set them.
+        copy(A).check_format(full_check=True)
+    except ValueError as error:
+        limit = A.shape[0 if A.format == "csc" else 1]
+        outside = np.flatnonzero((A.indices < 0) | (A.indices >= limit))
+        where = f" (entry {outside[0]} has index {A.indices[outside[0]]})" if len(outside) else ""
+        raise ValueError(
+            f"{name} is not a valid {A.format} matrix: {error}{where}; build it from its entries, as "
+            "scipy.sparse.csr_array((values, (rows, columns)), shape=shape)"
+        ) from error
+
+
+def require_finite_matrix(array: NDArray[Any], name: str = "A", first_row: int = 0) -> None:
+    """Raise ValueError naming row and column of the first entry that is not finite."""
+    if array.dtype.kind != "f":
+        return
+    step = max(1, 2**20 // max(1, array.shape[1]))
+    for start in range(0, array.shape[0], step):
+        block = array[start : start + step]
+        # A finite sum proves finite entries; only a non-finite one is worth a second, slower look.
+        with np.errstate(all="ignore"):
+            suspicious = not np.isfinite(block.sum())
+        if suspicious and not np.isfinite(block).all():
+            i, j = np.argwhere(~np.isfinite(block))[0]
+            raise _not_finite(name, block[i, j], f"row {first_row + start + i}, column {j}")
+
+
+def require_finite_rows(
+    block: Any, rows: slice | Index, name: str, locate: Callable[[int], str] | None = None
+) -> None:
+    """Raise ValueError naming the user's row and the column of the first entry of a block that is not
+    finite, and where it is stored.
+    """
+    if not sparse.issparse(block):
+        bad = np.argwhere(~np.isfinite(block))
+        entry = (int(bad[0][0]), int(bad[0][1])) if len(bad) else None
+    else:
+        stored = np.flatnonzero(~np.isfinite(block.data))
+        entry = None
+        if len(stored):
+            row = int(np.searchsorted(block.indptr, stored[0], side="right")) - 1
+            entry = (row, int(block.indices[stored[0]]))
+    if entry is not None:
+        row = rows.start + entry[0] if isinstance(rows, slice) else int(rows[entry[0]])
+        place = "" if locate is None else locate(row)
+        where = f"row {row}, column {entry[1]}{f' ({place})' if place else ''}"
+        raise _not_finite(name, block[entry], where)
+
+
+def as_column(
+    values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False
+) -> Array | Column:
+    """Return ``values``, one a row of A, as `as_vector` does, but as a `Column` where they are on disk."""
+    source = values.source if isinstance(values, Column) else stored_source(values, name)
+    if source is None:
+        return as_vector(values, n, name, non_negative=non_negative, scalar=scalar)
+    column = values if isinstance(values, Column) else Column(source)
+    _require_numeric(source.dtype, name)
+    if len(column) != n or int(np.prod(source.shape)) != n:
+        raise ValueError(
+            f"{name} has shape {source.shape} but A has {n} rows; pass one value a row, shape ({n},)"
+        )
+    for rows, piece in pieces(column):
+        bad = np.flatnonzero(~np.isfinite(piece))
+        if len(bad):
+            k = rows.start + int(bad[0])
+            raise _not_finite(name, piece[bad[0]], f"index {k} ({source.locate(k)})")
+        if non_negative and (piece < 0).any():
+            k = rows.start + int(np.flatnonzero(piece < 0)[0])
+            raise _negative(name, k, piece[k - rows.start])
+    return column
+
+
+def as_vector(
+    values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False, rows_of: str = "A"
+) -> Array:
+    """Return ``values`` as float64 of shape (n,) (or () where ``scalar`` is allowed), checked."""
+    try:
+        array = np.asarray(_unmasked(values, name))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} cannot be read as an array of numbers: {error}; pass one value a row"
+        ) from error
+    _require_numeric(array.dtype, name)
+    if array.ndim == 2 and 1 in array.shape:
+        array = array.reshape(-1)
+    if array.ndim == 0 and scalar:
+        pass
+    elif array.shape != (n,):
+        raise ValueError(
+            f"{name} has shape {array.shape} but {rows_of} has {n} rows; pass one value a row, shape ({n},)"
+        )
+    array = array.astype(np.float64, copy=False)
+    bad = np.flatnonzero(~np.isfinite(array))
+    if len(bad):
+        raise _not_finite(name, array.reshape(-1)[bad[0]], f"index {bad[0]}")
+    if non_negative and (array < 0).any():
+        k = int(np.flatnonzero(array < 0)[0])
+        raise _negative(name, k, array.reshape(-1)[k])
+    return array
+
+
+def as_point(x: Any, shape: tuple[int, ...], name: str = "x") -> Array:
+    """Return x flat, accepting the flat and the natural shape."""
+    try:
+        array = np.asarray(x, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot be read as numbers: {error}; pass an array of shape {shape}"
+        ) from error
+    size = int(np.prod(shape))
+    if array.shape not in (shape, (size,)):
+        raise ValueError(f"{name} has shape {array.shape}; expected {shape} or ({size},)")
+    flat = array.reshape(-1)
+    bad = np.flatnonzero(~np.isfinite(flat))
+    if len(bad):
+        raise ValueError(f"{name} contains {flat[bad[0]]} at index {bad[0]}; pass finite numbers")
+    return flat
+
+
+def as_ridge(ridge: float) -> float:
+    """Return the ridge parameter, checked."""
+    try:
+        value = float(ridge)
+    except (TypeError, ValueError):
+        value = np.nan
+    if not np.isfinite(value) or value < 0:
+        raise ValueError(f"ridge must be a finite number >= 0, not {ridge!r}")
+    return value
+
+
+def choose(value: Any, options: Any, name: str) -> Any:
+    """Look up an option by name."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, not {value!r}")
+    return options[value]
+
+
+def negative_target(k: int, loss: str) -> ValueError:
+    """Return the error of a target that a loss of shares does not take."""
+    return ValueError(
+        f"b is negative at index {k}; {loss} needs targets >= 0 (squared loss takes any target)"
+    )
+
+
+def _negative(name: str, k: int, value: float) -> ValueError:
+    return ValueError(
+        f"{name} is negative at index {k} ({value:g}); use values >= 0, with 0 to leave a row out"
+    )
+
+
+def _not_finite(name: str, value: Any, where: str) -> ValueError:
+    return ValueError(
+        f"{name} contains {str(value).replace('nan', 'NaN')} at {where}; remove or impute such entries first"
+    )
+
+
+def _unmasked(values: Any, name: str) -> Any:
+    """Return the data of a masked array, which must not hide any."""
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    hidden = np.argwhere(np.ma.getmaskarray(values))
+    if len(hidden):
+        where = ", ".join(map(str, hidden[0]))
+        raise ValueError(
+            f"{name} is masked at index {where}; fill the masked entries or drop their rows first"
+        )
+    return values.data
+
+
+def _require_numeric(dtype: Any, name: str) -> None:
+    if np.dtype(dtype).kind not in "fiub":
+        raise ValueError(f"{name} has dtype {dtype}; convert it to real numbers (float, integer or boolean)")
+
+
+def _require_shape(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) != 2:
+        raise ValueError(
+            f"{name} must have two dimensions (rows, features), not shape {shape}; use {name}.reshape(-1, "
+            f"1) for one feature"
+        )
+    if 0 in shape:
+        raise ValueError(f"{name} is empty: shape {shape}; pass at least one row and one column")
+
+
+def _frame_to_array(frame: Any, name: str) -> NDArray[Any]:
+    """Convert a data frame of any narwhals backend, or anything array-like."""
+    import narwhals as nw
+
+    try:
+        native = nw.from_native(frame, eager_only=True)
+    except TypeError:
+        try:
+            return np.asarray(frame)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot be read as a matrix: {error}; pass rows of equal length"
+            ) from error
+    _require_shape(native.shape, name)
+    columns = list(native.iter_columns())
+    for series in columns:
+        column, dtype = series.name, series.dtype
+        if not (dtype.is_numeric() or dtype == nw.Boolean):
+            raise ValueError(
+                f"column {column!r} of {name} has type {dtype}; encode it as numbers (for example one "
+                f"column a category)"
+            )
+        if series.null_count():
+            row = int(np.flatnonzero(series.is_null().to_numpy())[0])
+            raise ValueError(
+                f"{name} contains a missing value at row {row}, column {column!r}; remove or impute it"
+            )
+    return np.column_stack([np.asarray(series.to_numpy()) for series in columns])

@@ -1,0 +1,287 @@
+"""The models of rows: exponential, Poisson, softmax and rescaled regression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnfit.losses.elementwise import FUNCTIONS, PoissonDeviance, SquaredExponential
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.softmax import LOSSES
+from attnfit.objectives.inputs import choose
+from attnfit.objectives.rows import GroupedProblem
+
+
+class Exponential(GroupedProblem):
+    """``L(x) = 0.5 sum w (u(A x + offset) - b)^2 + 0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``.
+
+    Parameters
+    ----------
+    A : array, sparse matrix, memory map or data frame, shape (n, d)
+    b : array_like, shape (n,)
+    function : {"exp", "cosh", "sinh"}
+        The function u.
+    weights, offset : array_like, shape (n,), optional
+        Row weights w and an addition to the logits.
+    row_penalty : float or array_like of shape (n,)
+        The papers' regulariser w.
+    ridge : float
+
+    Raises
+    ------
+    ValueError
+        On input that is not finite, of the wrong shape or sign; the message names the index.
+    OverflowError
+        From `value` and its kin where ``u(Ax)^2`` exceeds float64.
+
+    Notes
+    -----
+    With ``v = u'`` and ``c = u - b``: gradient ``A^T (w c v)``, Hessian ``A^T diag(w (v^2 + c u)) A``.
+    Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 7.5.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        b: Any,
+        function: str = "exp",
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        row_penalty: Any = 0.0,
+        ridge: float = 0.0,
+    ) -> None:
+        choose(function, FUNCTIONS, "function")
+        super().__init__(
+            A,
+            b,
+            loss=SquaredExponential(function),
+            weights=weights,
+            offset=offset,
+            row_penalty=row_penalty,
+            ridge=ridge,
+        )
+        self.function = function
+
+    @property
+    def zero_is_stationary(self) -> bool:
+        """True for cosh without offset, an even function."""
+        return self.function == "cosh" and self.offset is None
+
+
+class Poisson(GroupedProblem):
+    """``L(x) = sum w (exp(eta) - b eta) + 0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2`` with
+    ``eta = A x + offset``.
+
+    The negative Poisson log-likelihood up to ``sum w log b!``; for targets that are no counts the
+    pseudo-likelihood whose answer is consistent whenever ``E b = exp(eta)`` (Santos Silva and Tenreyro, "The
+    Log of Gravity" (2006), doi:10.1162/rest.88.4.641).
+
+    Parameters
+    ----------
+    A : array, sparse matrix, memory map or data frame, shape (n, d)
+    b : array_like, shape (n,)
+        Counts, or any numbers that are not negative; zeros are data.
+    weights, offset : array_like, shape (n,), optional
+        Row weights w, and an addition to the logits: the logarithm of an exposure.
+    row_penalty : float or array_like of shape (n,)
+    ridge : float
+
+    Raises
+    ------
+    ValueError
+        On input that is not finite, of the wrong shape, or negative; the message names the index.
+    OverflowError
+        From `value` and its kin where ``exp(eta)`` exceeds float64.
+
+    Notes
+    -----
+    Gradient ``A^T (w (exp(eta) - b))``, Hessian ``A^T diag(w exp(eta)) A``: convex. Where a combination of
+    columns is zero on all rows with ``b > 0`` and of one sign on the others there is no finite minimum:
+    ``result.separation`` says so.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from attnfit import minimize, problems
+    >>> years = np.arange(5.0)
+    >>> counts = [2, 3, 6, 7, 12]
+    >>> minimize(problems.Poisson(np.column_stack([np.ones(5), years]), counts)).x.round(4)
+    array([0.7501, 0.4313])
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        b: Any,
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        row_penalty: Any = 0.0,
+        ridge: float = 0.0,
+    ) -> None:
+        super().__init__(
+            A,
+            b,
+            loss=PoissonDeviance(),
+            weights=weights,
+            offset=offset,
+            row_penalty=row_penalty,
+            ridge=ridge,
+        )
+
+
+class Softmax(GroupedProblem):
+    """Softmax regression: ``L(x) = sum_g Phi(softmax(A_g x + offset_g)) + penalties``.
+
+    ======================= =================================
+    loss                    Phi(f)
+    ======================= =================================
+    "squared"               ``0.5 sum w (f - b)^2``
+    "cross_entropy"         ``-sum w b log f``
+    "kl"                    ``sum w b (log b - log f)``
+    "linear_cross_entropy"  ``-sum w b f``
+    "entropy"               ``-sum w f log f`` (b does not enter)
+    ======================= =================================
+
+    The penalties are ``0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``. The papers print the squared
+    loss without the 0.5.
+
+    Parameters
+    ----------
+    A : array, sparse matrix, memory map or data frame, shape (n, d)
+        Rows are alternatives; a row of zeros is an outside option.
+    b : array_like, shape (n,)
+        Target, usually shares of the group; zeros are data. It need not sum to one.
+    groups : array_like, optional
+        n labels in any order, or offsets ``0 < ... < n``; one group by default.
+    loss : str
+    weights : array_like, shape (n,) or (n_groups,), optional
+        Row weights w, or one weight a group (groups in order of first appearance).
+    offset : array_like, shape (n,), optional
+        Added to the logits.
+    row_penalty : float or array_like of shape (n,)
+        The papers' regulariser w.
+    ridge : float
+
+    Raises
+    ------
+    ValueError
+        On input that is not finite, of the wrong shape or sign; the message names the index.
+
+    Notes
+    -----
+    With ``f`` the softmax, ``p = Phi'(f)``, ``C`` the rows centred at ``A^T f`` of their group: gradient
+    ``C^T (p f)``, Hessian ``C^T diag(t) C`` with ``t = f (Phi'' f + p - <p, f>)``. Sources: "In-Context
+    Learning for Attention Scheme: from Single Softmax Regression to Multiple Softmax Regression via a Tensor
+    Trick", Section 5; "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression",
+    Lemma 4.5 (sign corrected).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from attnfit import minimize, problems
+    >>> A = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    >>> problem = problems.Softmax(A, [0.5, 0.25, 0.25])
+    >>> minimize(problem).x.round(4) + 0.0
+    array([0.6931, 0.    ])
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        b: Any,
+        groups: Any = None,
+        loss: str = "squared",
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        row_penalty: Any = 0.0,
+        ridge: float = 0.0,
+    ) -> None:
+        super().__init__(
+            A,
+            b,
+            loss=choose(loss, LOSSES, "loss"),
+            groups=groups,
+            weights=weights,
+            offset=offset,
+            row_penalty=row_penalty,
+            ridge=ridge,
+        )
+
+    @property
+    def zero_is_stationary(self) -> bool:
+        """True for entropy without offset and weights: uniform outputs are its maximum."""
+        return self.loss is LOSSES["entropy"] and self.offset is None and self.weights is None
+
+
+class Rescaled(GroupedProblem):
+    """``L(x) = sum_g 0.5 sum w (u(z) - <u(z), 1> b)^2 + penalties`` with ``z = A_g x + offset_g``.
+
+    Softmax regression multiplied through by its normaliser: nothing is divided, so u = sinh, whose normaliser
+    may vanish, is allowed. The penalties are ``0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``.
+
+    Parameters
+    ----------
+    A : array, sparse matrix, memory map or data frame, shape (n, d)
+    b : array_like, shape (n,)
+        Target shares.
+    function : {"exp", "cosh", "sinh"}
+        The function u.
+    groups : array_like, optional
+        n labels in any order, or offsets; one group by default.
+    weights : array_like, shape (n,) or (n_groups,), optional
+    offset : array_like, shape (n,), optional
+    row_penalty : float or array_like of shape (n,)
+    ridge : float
+
+    Raises
+    ------
+    ValueError
+        On input that is not finite, of the wrong shape or sign; the message names the index.
+    OverflowError
+        From `value` and its kin where ``u(Ax)^2`` exceeds float64.
+
+    Notes
+    -----
+    The loss is not invariant to a constant added to the logits, and is small wherever u is: where the
+    constant vector lies in the range of A, the infimum zero is approached as the logits go to minus infinity
+    (exp). For sinh x = 0 is a minimum with value zero whatever the target: `minimize` starts elsewhere, but a
+    poor fit may still end there. A ridge or row penalty makes exp and cosh well posed. Source: "An Iterative
+    Algorithm for Rescaled Hyperbolic Functions Regression", Definitions 7.5 and 8.2 (corrected).
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        b: Any,
+        function: str = "exp",
+        groups: Any = None,
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        row_penalty: Any = 0.0,
+        ridge: float = 0.0,
+    ) -> None:
+        choose(function, FUNCTIONS, "function")
+        super().__init__(
+            A,
+            b,
+            loss=SquaredRescaled(function),
+            groups=groups,
+            weights=weights,
+            offset=offset,
+            row_penalty=row_penalty,
+            ridge=ridge,
+        )
+        self.function = function
+
+    @property
+    def zero_is_stationary(self) -> bool:
+        """True without offset for cosh, an even function, and for sinh, which vanishes at zero."""
+        return self.function in ("cosh", "sinh") and self.offset is None
+
+    @property
+    def zero_is_trivial(self) -> bool:
+        """True without offset for sinh: all outputs and the loss are zero there, whatever the target."""
+        return self.function == "sinh" and self.offset is None

@@ -1,1 +1,0 @@
-"""Losses of the rows of one matrix, in groups that share a normaliser."""

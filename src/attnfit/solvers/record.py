@@ -1,0 +1,513 @@
+"""What the reads of a fit returned, in order: enough to run the same fit again without them.
+
+A fit is a function of its data and of the state of its generator, and what takes long is reading the data. So
+no solver has to store its state: it runs again, and its questions to the problem are answered from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.objectives.layer_curvature import LayeredEvaluation
+from attnfit.objectives.objective import Drawn, Evaluation, Moved, Problem
+from attnfit.objectives.surrogate import LogStart
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or of other data, another fit or another version."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a draw of rows leaves behind: the generator's state, what the sampler knows, how many rows."""
+
+    random: Mapping[str, Any]
+    mass: float
+    has_leverage: bool
+    n_rows: int | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A call and its answer.
+
+    Attributes
+    ----------
+    call, digest : str
+        The name of the call and a digest of its arguments.
+    n_passes, seconds : float
+        Reads of the data and time that it took.
+    arrays : dict of str to ndarray
+        The answer, by its parts.
+    draw : Draw, optional
+    overflow : str, optional
+        The message, where the answer was an OverflowError.
+    """
+
+    call: str
+    digest: str
+    n_passes: float
+    seconds: float
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    draw: Draw | None = None
+    overflow: str | None = None
+
+
+def digest(*arguments: Any) -> str:
+    """Return a digest of arrays, numbers and words."""
+    found = hashlib.blake2b(digest_size=16)
+    for argument in arguments:
+        array = isinstance(argument, np.ndarray)
+        found.update(np.ascontiguousarray(argument).tobytes() if array else repr(argument).encode())
+        found.update(b"\n")
+    return found.hexdigest()
+
+
+class Journal:
+    """The entries of a fit: taken from one by one while they last, added to from then on.
+
+    Parameters
+    ----------
+    entries : list of Entry
+        Of an earlier run.
+    name : str
+        For messages.
+    may_differ : bool
+        Whether this run may leave the path of the earlier one, because it was given another goal.
+
+    Attributes
+    ----------
+    reads_saved, seconds_saved : float
+        What the entries taken took when they were made.
+    at : Evaluation, optional
+        The last point evaluated.
+    """
+
+    def __init__(self, entries: list[Entry], name: str = "", *, may_differ: bool = False) -> None:
+        self.entries = entries
+        self.reads_saved, self.seconds_saved = 0.0, 0.0
+        self.at: Evaluation | None = None
+        self.on_add: Callable[[], None] = lambda: None
+        self._name, self._may_differ = name, may_differ
+        self._position = 0
+        self._unchecked: tuple[Evaluation, Callable[[], Evaluation]] | None = None
+        self._leverages: dict[int, Callable[[], Any]] = {}
+        self._depth = 0
+        self._sealed = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether calls are neither answered nor entered."""
+        return self._sealed or self._depth > 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave out the calls made inside: they are part of an answer."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def seal(self) -> None:
+        """End the journal: what an interrupted fit still asks for, to report, the resumed one will not."""
+        self._sealed = True
+
+    def clock(self) -> float:
+        """Return the time, in which a call that is answered from here takes as long as it first did."""
+        return time.perf_counter() + self.seconds_saved
+
+    def take(self, call: str, key: str) -> Entry | None:
+        """Return the entry of a call, None where there is none and it must be made.
+
+        Raises
+        ------
+        CheckpointError
+            If the data have changed.
+        """
+        if self._position < len(self.entries):
+            entry = self.entries[self._position]
+            if (entry.call, entry.digest) == (call, key):
+                self._position += 1
+                self.reads_saved += entry.n_passes
+                self.seconds_saved += entry.seconds
+                return entry
+            if not self._may_differ:
+                warnings.warn(
+                    f"entry {self._position + 1} of {len(self.entries)} in {self._name} ({entry.call}) is "
+                    "not what the fit asks for now: the data have changed, or it runs differently on this "
+                    "machine or with this number of threads; from here on the data are read",
+                    stacklevel=2,
+                )
+            del self.entries[self._position :]
+        self.check()
+        return None
+
+    def add(self, entry: Entry) -> None:
+        """Enter a call that was made."""
+        self.entries.append(entry)
+        self._position = len(self.entries)
+        self.on_add()
+
+    def expect(self, at: Evaluation, again: Callable[[], Evaluation]) -> None:
+        """Keep an evaluation taken from here, and how to repeat it, for `check`."""
+        self._unchecked = at, again
+
+    def check(self) -> None:
+        """Repeat the last evaluation that was taken from here: the data must give the same bits.
+
+        Raises
+        ------
+        CheckpointError
+            If they do not.
+        """
+        if self._unchecked is None or self._sealed:
+            return
+        expected, again = self._unchecked
+        try:
+            found = again()
+            same = np.array_equal(expected.value, found.value, equal_nan=True)
+            same = same and np.array_equal(expected.gradient, found.gradient, equal_nan=True)
+        except OverflowError:
+            # A solver would take it for a step too far.
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"the data are not those of {self._name}: the last point it holds has another value or "
+                "gradient now (if only by rounding, it comes from another machine or number of threads); "
+                "restore the data, or pass resume=False to start afresh"
+            )
+        self._unchecked = None
+
+    # ---- leverages of rows, which are too many to keep
+
+    def leverage_from(self, sampler: Any, again: Callable[[], Any]) -> None:
+        """Keep how to compute the leverages of a sampler, which were not read in this run."""
+        if sampler.leverage is not None:
+            self._leverages[id(sampler.leverage)] = again
+
+    def renew(self, sampler: Any) -> None:
+        """Compute the leverages of a sampler unless they are known."""
+        self._leverages.pop(id(sampler.leverage), lambda: None)()
+
+
+Array = NDArray[np.float64]
+
+# Evaluations made of arrays, or of what can be computed again from x, and their parts beside value and
+# gradient.
+KINDS = (Evaluation, LayeredEvaluation)
+PARTS = ("state", "centre", "origin_gradient", "hessian", "column_values")
+
+
+@dataclass(frozen=True)
+class Unread(Drawn):
+    """Rows drawn in an earlier run: their number is known, and ``read`` draws them again."""
+
+    read: Callable[[], Evaluation] = field(kw_only=True, repr=False)
+
+
+class Journaled(Problem):
+    """What `journaled` puts before the class of a problem.
+
+    Calls that read the data go through the journal; any other call works on the data as ever, so nothing
+    depends on which calls these are but the time a resumed fit takes.
+    """
+
+    _journal: Journal
+    _journaled_columns: NDArray[np.bool_] | None = None
+
+    @property
+    def n_passes(self) -> float:
+        """Reads of the data, those of the earlier run included."""
+        return float(self._inherited("n_passes")) + self._journal.reads_saved
+
+    def convex_neighbour(self) -> Problem | None:
+        """Return the convex neighbour, journaled."""
+        neighbour = super().convex_neighbour()
+        return None if neighbour is None else journaled(neighbour, self._journal)
+
+    def evaluate(
+        self,
+        x: Array,
+        near: Evaluation | None = None,
+        sampler: Any = None,
+        *,
+        origin: bool = False,
+        hessian: bool = False,
+    ) -> Evaluation:
+        """Return value and gradient at x, and what else is asked for."""
+        journal = self._journal
+        own = self._inherited("evaluate")
+
+        def ask() -> Evaluation:
+            if sampler is not None:
+                journal.renew(sampler)
+            at: Evaluation = own(x, near, sampler, origin=origin, hessian=hessian)
+            return at
+
+        def enter(at: Evaluation | None) -> dict[str, Any]:
+            draw = None
+            if sampler is not None:
+                state = deepcopy(sampler.rng.bit_generator.state)
+                n_rows = None if at is None or at.sample is None else at.sample.n_rows
+                draw = Draw(state, float(sampler.mass), sampler.has_leverage, n_rows)
+            if at is None:
+                return {"draw": draw}
+            journal.at = at
+            return {"arrays": _parts(at), "draw": draw}
+
+        def answer(entry: Entry) -> Evaluation:
+            # What an evaluation is near to may hold much that is not needed to repeat it.
+            bare = None if near is None else near.bare()
+            again = self._again(lambda s: own(x, bare, s, origin=origin, hessian=hessian), sampler)
+            sample = None
+            if sampler is not None and entry.draw is not None:
+                sampler.rng.bit_generator.state = entry.draw.random
+                sampler.mass, sampler.has_leverage = entry.draw.mass, entry.draw.has_leverage
+                if entry.draw.n_rows is not None:
+                    sample = Unread(None, entry.draw.n_rows, read=again)
+            if entry.overflow is not None:
+                raise OverflowError(entry.overflow)
+            known = journal.at = _evaluation(entry, x, sample)
+            journal.expect(known, again)
+            return again() if _is_bare(entry) else known
+
+        key = digest(type(self).__name__, x, origin, hessian, near is None, sampler is None)
+        found: Evaluation = self._through("evaluate", key, ask, enter, answer)
+        return found
+
+    def _again(self, read: Callable[..., Evaluation], sampler: Any) -> Callable[[], Evaluation]:
+        """Return how to repeat a read later on, rows drawn included; it is repeated once."""
+        journal, before = self._journal, None if sampler is None else _twin(sampler)
+
+        @cache
+        def again() -> Evaluation:
+            with journal.aside():
+                if before is None:
+                    return read(None)
+                if before.has_leverage:
+                    journal.renew(before)
+                return read(_twin(before))
+
+        if before is not None and not before.has_leverage:
+            journal.leverage_from(before, again)
+        return again
+
+    def hessian_at(self, at: Evaluation, sample: Any = None, **options: Any) -> Array:
+        """Return the Hessian at an evaluated point."""
+        call = self._inherited("hessian_at")
+        key = digest(at.x, sample is None, sorted(options.items()))
+        return self._array("hessian_at", key, lambda: call(at, _drawn(sample), **options), 2 * at.x.shape)
+
+    def diagonal_at(self, at: Evaluation) -> Array:
+        """Return the diagonal of a positive majorant of the Hessian."""
+        call = self._inherited("diagonal_at")
+        return self._array("diagonal_at", digest(at.x), lambda: call(at), at.x.shape)
+
+    def log_start(self, normaliser: float = 1.0) -> LogStart | None:
+        """Return least squares on the logarithm of the target."""
+        call = self._inherited("log_start")
+
+        def ask() -> Array:
+            found = call(normaliser)
+            return np.zeros(0) if found is None else np.append(found.x, found.share)
+
+        found = self._array("log_start", digest(normaliser), ask, None)
+        return LogStart(found[:-1], float(found[-1])) if len(found) else None
+
+    def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
+        """Return which unknowns no datum and no penalty sees."""
+        if self._journaled_columns is None:
+            call = self._inherited("unseen_columns")
+            shape = (self.n_unknowns,)
+            found = self._array("unseen_columns", "", lambda: call(at).astype(np.float64), shape)
+            self._journaled_columns = found > 0.0
+        return self._journaled_columns
+
+    def unseen_directions(self, at: Evaluation) -> Array:
+        """Return an orthonormal basis of the directions along which no datum and no penalty changes."""
+        call = self._inherited("unseen_directions")
+        return self._array("unseen_directions", digest(at.x), lambda: call(at), None)
+
+    def moves(self, at: Evaluation, steps: Array) -> Moved | None:
+        """Return by how much each step changes a fitted logit at most."""
+        call = self._inherited("moves")
+
+        def ask() -> Array:
+            found = call(at, steps)
+            return np.zeros(0) if found is None else np.append(found.largest, found.least)
+
+        found = self._array("moves", digest(at.x, steps), ask, None)
+        return Moved(found[:-1], float(found[-1])) if len(found) else None
+
+    def look_along(self, at: Evaluation, step: Array, directions: Array) -> tuple[Moved, Array, Array]:
+        """Return the move of a step, the Hessian's diagonal and its curvature along directions."""
+        call, d = self._inherited("look_along"), len(step)
+
+        def ask() -> Array:
+            moved, diagonal, along = call(at, step, directions)
+            return np.concatenate([moved.largest, [moved.least], diagonal, along])
+
+        found = self._array("look_along", digest(at.x, step, directions), ask, None)
+        return Moved(found[:1], float(found[1])), found[2 : 2 + d], found[2 + d :]
+
+    def hvp_at(self, at: Evaluation, v: Array, **options: Any) -> Array:
+        """Return the Hessian at an evaluated point times v."""
+        call = self._inherited("hvp_at")
+        key = digest(at.x, v, sorted(options.items()))
+        return self._array("hvp_at", key, lambda: call(at, v, **options), at.x.shape)
+
+    def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
+        """Return v -> H v; the read that prepares it is made when the first product is."""
+        call = self._inherited("hessian_operator")
+        prepared = cache(lambda: call(at, _drawn(sample)))
+
+        def product(v: Array) -> Array:
+            key = digest(at.x, v, sample is None)
+            return self._array("product", key, lambda: prepared()(v), at.x.shape)
+
+        return product
+
+    # ---- through the journal
+
+    def _inherited(self, name: str) -> Any:
+        """Return the method of the problem itself."""
+        return getattr(super(), name)
+
+    def _array(self, call: str, key: str, ask: Callable[[], Array], shape: tuple[int, ...] | None) -> Array:
+        def enter(found: Array | None) -> dict[str, Any]:
+            return {} if found is None else {"arrays": {"answer": np.array(found)}}
+
+        def answer(entry: Entry) -> Array:
+            if entry.overflow is not None:
+                raise OverflowError(entry.overflow)
+            return _part(entry, "answer", shape)
+
+        found: Array = self._through(call, key, ask, enter, answer)
+        return found
+
+    def _through(
+        self,
+        call: str,
+        key: str,
+        ask: Callable[[], Any],
+        enter: Callable[[Any], dict[str, Any]],
+        answer: Callable[[Entry], Any],
+    ) -> Any:
+        """Return the answer that the journal has, or ask for it and enter it: None where it overflows."""
+        journal = self._journal
+        if journal.silent:
+            return ask()
+        try:
+            entry = journal.take(call, key)
+            if entry is None:
+                return self._entered(call, key, ask, enter)
+        except KeyboardInterrupt:
+            journal.seal()
+            raise
+        return answer(entry)
+
+    def _entered(
+        self, call: str, key: str, ask: Callable[[], Any], enter: Callable[[Any], dict[str, Any]]
+    ) -> Any:
+        """Return the answer of the problem itself, and enter it."""
+        journal, reads, began = self._journal, self.n_passes, time.perf_counter()
+
+        def add(**parts: Any) -> None:
+            journal.add(Entry(call, key, self.n_passes - reads, time.perf_counter() - began, **parts))
+
+        try:
+            with journal.aside():
+                found = ask()
+        except OverflowError as error:
+            # A solver rejects such a step and goes on.
+            add(**enter(None), overflow=str(error))
+            raise
+        add(**enter(found))
+        return found
+
+
+def journaled(problem: Problem, journal: Journal) -> Problem:
+    """Return a problem on the same data, of a class derived from the problem's own, that uses a journal."""
+    if isinstance(problem, Journaled):
+        return problem
+    own = type(problem)
+    other = copy(problem)
+    other.__class__ = type(own.__name__, (Journaled, own), {"__module__": own.__module__})
+    assert isinstance(other, Journaled)
+    other._journal = journal
+    return other
+
+
+def _twin(sampler: Any) -> Any:
+    """Return a sampler that draws the same rows; the leverages are shared."""
+    twin = copy(sampler)
+    twin.rng = deepcopy(sampler.rng)
+    return twin
+
+
+def _drawn(sample: Any) -> Any:
+    """Return drawn rows, drawn again where they are of an earlier run."""
+    return sample.read().sample if isinstance(sample, Unread) else sample
+
+
+def _parts(at: Evaluation) -> dict[str, NDArray[Any]]:
+    """Return an evaluation as arrays that nobody else changes.
+
+    Of one that holds more than arrays, such as all that passed through a layer, value and gradient must do:
+    it is repeated.
+    """
+    arrays = {"value": np.array(at.value), "gradient": np.array(at.gradient)}
+    if type(at) not in KINDS:
+        return arrays
+    for name in PARTS:
+        if getattr(at, name, None) is not None:
+            arrays[name] = np.array(getattr(at, name))
+    if at.inner is not None:
+        arrays["inner.x"] = np.array(at.inner.x)
+        arrays |= {f"inner.{name}": array for name, array in _parts(at.inner).items()}
+    return arrays
+
+
+def _is_bare(entry: Entry) -> bool:
+    return "state" not in entry.arrays
+
+
+def _evaluation(entry: Entry, x: Array, sample: Drawn | None, prefix: str = "") -> Evaluation:
+    """Return the evaluation that an entry holds."""
+
+    def part(name: str, *shape: int) -> Array:
+        return _part(entry, prefix + name, shape)
+
+    d = len(x)
+    shapes = {"origin_gradient": (d,), "hessian": (d, d)}
+    given: dict[str, Any] = {
+        name: _part(entry, prefix + name, shapes.get(name)) for name in PARTS if prefix + name in entry.arrays
+    }
+    if f"{prefix}inner.x" in entry.arrays:
+        inner = _part(entry, f"{prefix}inner.x", None)
+        given["inner"] = _evaluation(entry, inner, None, f"{prefix}inner.")
+    kind = LayeredEvaluation if "column_values" in given else Evaluation
+    return kind(x, float(part("value")), part("gradient", d), sample=sample, **given)
+
+
+def _part(entry: Entry, name: str, shape: tuple[int, ...] | None) -> Array:
+    """Return an array of an entry."""
+    array = entry.arrays.get(name)
+    if array is None or (shape is not None and array.shape != shape):
+        raise CheckpointError(
+            f"the checkpoint is malformed: {name} of {entry.call} is missing or has another shape than the "
+            "fit's; pass resume=False to start afresh"
+        )
+    return array.copy()

@@ -1,0 +1,286 @@
+"""Where a fit begins: scales, starts and curvature metric from samples of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnfit.objectives.budget import sample_sizes
+from attnfit.objectives.moves import Probe
+from attnfit.objectives.objective import Evaluation, Problem
+from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.subsample import draw_rows
+from attnfit.objectives.surrogate import LogStart
+from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
+from attnfit.solvers.loop import Descent, Interrupted, Tracker, descend
+from attnfit.solvers.verdicts import Judge
+
+Array = NDArray[np.float64]
+
+# A descent on a sample ends once the next step moves no logit by more than this.
+SAMPLE_TOL = 1e-3
+# Small problems that are not convex are descended into from this many points.
+AUTO_STARTS, AUTO_ENTRIES, AUTO_UNKNOWNS = 10, 10_000, 16
+# Sizes of the logits of Gaussian starts, in turn: with smaller ones distant minima are missed (measured).
+LOGIT_SIZES = (1.0, 3.0, 10.0, 30.0)
+# Where the sum of the outputs is not known: guesses of it besides one a row.
+NORMALISERS = (0.3, 3.0, 0.1, 10.0, 0.03, 30.0, 100.0)
+# From this share of positive targets on their logarithms tell as much as the convex neighbour.
+MOST = 0.95
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A small problem that stands for the full one, and its convex neighbour; the full problem itself where
+    that is small.
+
+    Attributes
+    ----------
+    share : float
+        Its rows over those of the full problem.
+    is_full : bool
+        Whether it is the full problem itself.
+    """
+
+    problem: Any
+    convex: Any
+    share: float
+    is_full: bool = True
+
+    @property
+    def n_passes(self) -> float:
+        """Reads of the full data that the work on the sample amounts to, beyond the fetch of its rows."""
+        if self.is_full:
+            return 0.0
+        return float(
+            self.share * (self.problem.n_passes + (0.0 if self.convex is None else self.convex.n_passes))
+        )
+
+
+def whole(problem: Problem) -> Sample:
+    """Return the problem itself with its convex neighbour."""
+    return Sample(problem, None if problem.convex else problem.convex_neighbour(), 1.0)
+
+
+def draw_sample(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) -> Sample:
+    """Return an importance-weighted sample of about ``n_rows`` rows of a problem and its convex neighbour."""
+    small_enough = problem.n_rows <= n_rows and problem.is_whole
+    draw = None if small_enough else draw_rows(problem, n_rows, rng)
+    if draw is None:
+        return whole(problem)
+    small = draw.problem(problem.loss, problem.ridge)
+    convex = None if problem.convex else draw.convex_neighbour(problem.loss, problem.ridge)
+    return Sample(small, convex, small.n_rows / problem.n_rows, is_full=False)
+
+
+def draw_scout(sample: Sample, n_rows: int, rng: np.random.Generator) -> Sample:
+    """Return a sample of a sample: the same rows of both its problems."""
+    problem, convex = sample.problem, sample.convex
+    draw = draw_rows(problem, n_rows, rng) if problem.n_rows > n_rows else None
+    if draw is None:
+        return sample
+    small = draw.problem(problem.loss, problem.ridge)
+    if convex is not None:
+        beside = draw.with_targets(*(v[draw.rows] for v in (convex.b, convex.weights, convex.offset)))
+        convex = beside.problem(convex.loss, convex.ridge)
+    return Sample(small, convex, sample.share * small.n_rows / problem.n_rows, is_full=False)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The samples from which a fit takes its scale, its starts and its first curvature."""
+
+    full: Any
+    scout: Sample
+    sample: Sample
+
+    @classmethod
+    def draw(cls, problem: Problem, rng: np.random.Generator) -> Start:
+        """Draw both samples; large problems whose rows can be drawn only."""
+        if not isinstance(problem, GroupedProblem) or not problem.rows_can_be_drawn:
+            itself = whole(problem)
+            return cls(problem, itself, itself)
+        scout_rows, n_rows = sample_sizes(problem.n_rows, problem.n_unknowns)
+        sample = draw_sample(problem, n_rows, rng)
+        if sample.is_full or n_rows == scout_rows:
+            return cls(problem, sample, sample)
+        return cls(problem, draw_scout(sample, scout_rows, rng), sample)
+
+    @property
+    def n_passes(self) -> float:
+        """Reads of the full data that the work on both samples amounts to."""
+        return self.sample.n_passes + (0.0 if self.scout is self.sample else self.scout.n_passes)
+
+    def scale(self) -> Array:
+        """Return the square root of each unknown's curvature at zero, shape (d,): the fit works in
+        ``scale * x``.
+        """
+        problem = self.sample.problem
+        return natural_scale(problem, problem.evaluate(np.zeros(problem.n_unknowns)))
+
+    def points(
+        self, tracker: Tracker, rng: np.random.Generator, n_starts: int | Literal["auto"] = "auto"
+    ) -> dict[str, Array]:
+        """Return the points to descend from, by name; the best first.
+
+        A convex problem has one: weighted least squares on the logarithm of the target, or zero, polished on
+        the larger sample where rows can be sampled. Otherwise the answer of the convex neighbour (cross
+        entropy for losses of a softmax) joins where few targets have a logarithm, and zero; then Gaussian
+        points of several sizes, up to ``n_starts``. Where rows can be sampled the descents begin on the
+        scout; ends in one minimum count once and are polished on the larger sample.
+        """
+        if self.full.convex:
+            # One minimum needs no scout.
+            points = self._convex(rng)
+            if self.sample.is_full:
+                return points
+            (name, x), *_ = points.items()
+            return {name: _on_sample(self.sample.problem, x, f"sample: {name}", tracker).at.x}
+        points = self._named(tracker, rng)
+        points |= self._gaussian(len(points), n_starts, rng)
+        if n_starts != "auto":
+            points = dict(list(points.items())[:n_starts])
+        if self.sample.is_full:
+            return points
+        ends = {
+            name: _on_sample(self.scout.problem, x, f"scout: {name}", tracker) for name, x in points.items()
+        }
+        # Ends on the scout stop at a thousandth of a logit: one minimum shows as two points apart.
+        distinct = _distinct(ends, self.scout.problem, 0.05)
+        if self.sample is not self.scout:
+            polished = {
+                name: _on_sample(self.sample.problem, end.at.x, f"sample: {name}", tracker)
+                for name, end in distinct.items()
+            }
+            distinct = _distinct(polished, self.sample.problem, 0.01)
+        return {name: end.at.x for name, end in distinct.items()}
+
+    def _convex(self, rng: np.random.Generator) -> dict[str, Array]:
+        """Return the start of a convex problem: the logarithms' if it is below the problem's own."""
+        problem = self.sample.problem
+        others: dict[str, Array] = problem.starts(rng)
+        logs = _logarithms(problem)
+        if logs is None or len(others) > 1:
+            return others
+        own = next(iter(others.values()))
+        return {"logarithms": logs.x} if _value(problem, logs.x) <= _value(problem, own) else others
+
+    def _named(self, tracker: Tracker, rng: np.random.Generator) -> dict[str, Array]:
+        """Return the starts that the data suggest."""
+        problem = self.scout.problem
+        logs = _logarithms(problem)
+        others: dict[str, Array] = problem.starts(rng)
+        points = {} if logs is None else {"logarithms": logs.x}
+        if logs is not None and problem.guesses_normaliser:
+            for factor in NORMALISERS:
+                other = problem.log_start(factor)
+                if other is not None:
+                    points[f"logarithms, {factor:g} x"] = other.x
+        if self.scout.convex is not None and (logs is None or logs.share < MOST):
+            neighbour = self.scout.convex
+            zero = np.zeros(neighbour.n_unknowns)
+            found = _on_sample(neighbour, zero, "convex neighbour", tracker).at.x
+            points["convex"] = self.full.adopt(found)
+        return points if self.full.zero_is_trivial and points else {**points, **others}
+
+    def _gaussian(
+        self, n_known: int, n_starts: int | Literal["auto"], rng: np.random.Generator
+    ) -> dict[str, Array]:
+        """Return Gaussian points, each with logits of one size."""
+        problem = self.scout.problem
+        if not isinstance(problem, GroupedProblem):
+            return {}
+        d = problem.n_unknowns
+        if n_starts == "auto":
+            small = self.sample.is_full and problem.rows_can_be_drawn
+            small = small and problem.n_rows * d <= AUTO_ENTRIES and d <= AUTO_UNKNOWNS
+            n_starts = AUTO_STARTS if small else 1
+        if n_starts <= n_known:
+            return {}
+        sizes = Probe(problem).column_sizes()
+        unit = np.where(sizes > 0.0, 1.0 / (np.where(sizes > 0.0, sizes, 1.0) * np.sqrt(d)), 0.0)
+        return {
+            f"Gaussian {k + 1}": LOGIT_SIZES[k % len(LOGIT_SIZES)] * rng.standard_normal(d) * unit
+            for k in range(n_starts - n_known)
+        }
+
+    def transfer(self, x: Array) -> Evaluation | None:
+        """Predict the states of the full problem's long groups at x from the sample."""
+        if self.sample.is_full or not self.full.n_long:
+            return None
+        small = self.sample.problem
+        # The sample's groups carry the full problem's labels, in increasing order.
+        labels = self.full.long_labels
+        numbers = np.searchsorted(small.groups.labels, labels)
+        if numbers.max() >= small.n_groups or (small.groups.labels[numbers] != labels).any():
+            return None
+        at = small.evaluate(x)
+        states, centres = zip(*(small.group_summary(int(g), at) for g in numbers), strict=True)
+        return Evaluation(x, at.value, at.gradient, np.array(states).T, np.array(centres))
+
+
+def _logarithms(problem: Problem) -> LogStart | None:
+    if isinstance(problem, GroupedProblem) and problem.rows_can_be_drawn:
+        return problem.log_start()
+    return None
+
+
+def _value(problem: Problem, x: Array) -> float:
+    try:
+        value = problem.evaluate(x).value
+    except OverflowError:
+        return np.inf
+    return value if np.isfinite(value) else np.inf
+
+
+def _on_sample(problem: Problem, x: Array, phase: str, tracker: Tracker) -> Descent:
+    """Descend on a problem that is small, as far as its answer means something for the full one."""
+    exact = problem.n_unknowns <= MEDIUM
+    strategy = Exact() if exact else MatrixFree(natural_scale(problem, problem.evaluate(x)))
+    at = problem.evaluate(x, origin=True, **strategy.request(None))
+    judge = Judge(problem, SAMPLE_TOL, probe_of(problem), final=False)
+    found = descend(problem, at, strategy, judge, tracker, phase=phase, max_iter=50)
+    if found.status == "interrupted":
+        raise Interrupted(found.at.x)
+    return found
+
+
+def probe_of(problem: Problem) -> Probe | None:
+    """Return rows of a problem that are at hand; None where it has no rows, or has them elsewhere."""
+    return Probe(problem) if isinstance(problem, GroupedProblem) and problem.is_whole else None
+
+
+def distance(problem: Problem, one: Evaluation, other: Evaluation, probe: Probe | None = None) -> float:
+    """Return by how much a fitted logit differs between two points at most; where there are no logits, the
+    points' own distance, relative to their size.
+    """
+    step = (one.x - other.x)[:, None]
+    moved = probe.moves(one, step) if probe is not None and probe.exact else problem.moves(one, step)
+    if moved is not None:
+        return float(moved.largest[0])
+    return float(np.linalg.norm(step) / max(np.linalg.norm(one.x), np.finfo(float).tiny))
+
+
+def _distinct(ends: dict[str, Descent], problem: Problem, closeness: float) -> dict[str, Descent]:
+    """Return the finite ends that are different minima, the best of each, in order of their values.
+
+    An end that ran out of steps above one that converged is no minimum: the full data would be read many
+    times on its way down.
+    """
+    kept: dict[str, Descent] = {}
+    for name in sorted(ends, key=lambda name: ends[name].at.value):
+        end = ends[name]
+        astray = end.status == "max_iter" and any(other.status == "converged" for other in kept.values())
+        if not astray and not any(_same(problem, end.at, k.at, closeness) for k in kept.values()):
+            kept[name] = end
+    finite = {name: end for name, end in kept.items() if np.isfinite(end.at.value)}
+    return finite or ends
+
+
+def _same(problem: Problem, one: Evaluation, other: Evaluation, closeness: float) -> bool:
+    """Whether two ends on a sample are on their way to one minimum."""
+    gap = abs(one.value - other.value)
+    return gap <= 1e-9 * abs(one.value) or distance(problem, one, other) <= closeness

@@ -1,0 +1,299 @@
+"""The trust-region subproblem: minimise ``g^T p + 0.5 p^T H p`` subject to ``||p|| <= radius``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+Array = NDArray[np.float64]
+
+# Eigenvalues below this share of the largest are rounding: the direction is not identified. A Hessian that is
+# one Gram is known better than that: see `attnfit.data.gram.flatness`.
+RANK_TOLERANCE = 1e-13
+# Numbers that the products of conjugate gradients may take.
+KEPT_NUMBERS = 1 << 25
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, the decrease that the quadratic model promises, whether the radius bounded it, and its length
+    in scaled variables.
+    """
+
+    p: Array
+    predicted: float
+    bounded: bool
+    size: float = 0.0
+
+
+class Eigenmodel:
+    """A quadratic model in its eigenbasis: exact solutions for every radius, minimum-norm where it is
+    singular.
+
+    More and Sorensen, "Computing a trust region step" (1983).
+    """
+
+    def __init__(self, hessian: Array, tolerance: float = RANK_TOLERANCE) -> None:
+        self.values, self.vectors = linalg.eigh(hessian, check_finite=False, driver="evd")
+        self.floor = tolerance * max(float(np.abs(self.values).max()), np.finfo(float).tiny)
+
+    @property
+    def negative(self) -> bool:
+        """Whether some direction has negative curvature beyond rounding."""
+        return bool(self.values[0] < -1e-9 * float(np.abs(self.values).max()))
+
+    def is_firm(self, share: float) -> bool:
+        """Whether every direction has more curvature than this share of the largest."""
+        return bool(self.values[0] > share * self.values[-1])
+
+    @property
+    def hessian(self) -> Array:
+        """The matrix, shape (d, d)."""
+        return np.asarray((self.vectors * self.values) @ self.vectors.T)
+
+    @property
+    def unidentified(self) -> Array:
+        """Directions without curvature, shape (n_unknowns, k), as columns."""
+        return np.asarray(self.vectors[:, np.abs(self.values) <= self.floor])
+
+    @property
+    def n_flat(self) -> int:
+        """Number of directions without curvature."""
+        return int((np.abs(self.values) <= self.floor).sum())
+
+    def solve(self, g: Array, radius: float, *, steep_only: bool = False) -> Step:
+        """Return the global minimiser of the model within the radius; with ``steep_only`` it does not move
+        along directions without curvature.
+        """
+        along = self.vectors.T @ g
+        flat = np.abs(self.values) <= self.floor
+        # A gradient in a flat direction that is rounding must not be divided by a curvature that is rounding.
+        along[flat & (steep_only | (np.abs(along) <= 1e-3 * np.linalg.norm(along)))] = 0.0
+        active = along != 0.0
+        # Curvature that is negative by rounding counts by its size.
+        if not self.negative and not (flat & active).any():
+            q = np.zeros_like(along)
+            q[active] = -along[active] / np.abs(self.values[active])
+            if np.linalg.norm(q) <= radius:
+                return self._step(along, q, False)
+        if not np.isfinite(radius):
+            # No radius yet and no Newton step: take the scale between a gradient step (the diagonal is about
+            # one) and the step of the model with the curvature's absolute values.
+            size = np.maximum(np.abs(self.values), max(self.floor, 1e-100))
+            radius = float(np.sqrt(np.linalg.norm(along / size) * np.linalg.norm(along)))
+        radius = max(radius, np.finfo(float).tiny)
+        return self._step(along, self._boundary(along, radius), True)
+
+    def approach(self, g: Array) -> Array:
+        """Return the Newton step with the curvature taken by absolute value, off flat directions: how far a
+        stationary point is, whatever its kind.
+        """
+        size = np.where(np.abs(self.values) > self.floor, np.abs(self.values), np.inf)
+        return np.asarray(self.vectors @ (-(self.vectors.T @ g) / size))
+
+    def _step(self, along: Array, q: Array, bounded: bool) -> Step:
+        predicted = -float(along @ q + 0.5 * np.sum(self.values * q * q))
+        return Step(self.vectors @ q, predicted, bounded)
+
+    def _boundary(self, along: Array, radius: float) -> Array:
+        """Solve ``||(H + shift)^-1 g|| = radius`` for a shift that makes H + shift positive, by safeguarded
+        Newton.
+        """
+        lowest = max(0.0, -float(self.values[0]))
+        low, high = lowest, lowest + float(np.linalg.norm(along)) / radius + self.floor
+        gap = self.floor
+
+        def size(shift: float) -> float:
+            return float(np.linalg.norm(along / (self.values + shift)))
+
+        if lowest > 0 and size(lowest + gap) < radius:
+            # Hard case: fill up to the radius along the direction of most negative curvature.
+            q = -along / np.maximum(self.values + lowest + gap, gap)
+            q[0] = 0.0
+            missing = np.sqrt(max(radius**2 - float(q @ q), 0.0))
+            q[0] = -missing if along[0] > 0 else missing
+            return np.asarray(q)
+        shift = max(low + gap, 0.5 * (low + high))
+        for _ in range(100):
+            norm = size(shift)
+            if abs(norm - radius) <= 1e-6 * radius:
+                break
+            low, high = (shift, high) if norm > radius else (low, shift)
+            # Squares of a gradient of rounding may underflow.
+            square = norm * norm
+            slope = float(np.sum(along**2 / (self.values + shift) ** 3)) / square if square > 0.0 else 0.0
+            newton = shift + (norm - radius) / (radius * slope) if radius * slope > 0.0 else np.inf
+            shift = newton if low < newton < high else 0.5 * (low + high)
+        return np.asarray(-along / (self.values + shift))
+
+
+class CholeskyModel:
+    """A quadratic model that is factored only as far as needed: Cholesky for a plain Newton step, else
+    eigenvectors.
+    """
+
+    def __init__(self, hessian: Array, tolerance: float = RANK_TOLERANCE) -> None:
+        self.hessian, self.tolerance = hessian, tolerance
+        self._eigen: Eigenmodel | None = None
+        self._factor: Array | None = None
+        self._reciprocal = 0.0
+        try:
+            factor = linalg.cholesky(hessian, lower=True, check_finite=False)
+        except linalg.LinAlgError:
+            return
+        # The estimate of the condition number is rarely off by more than three (Higham 1987).
+        size = float(np.abs(hessian).sum(axis=0).max())
+        reciprocal, _ = linalg.lapack.dpocon(factor, size, uplo="L")
+        self._reciprocal = float(reciprocal)
+        if reciprocal > 100 * tolerance:
+            self._factor = factor
+
+    def is_firm(self, share: float) -> bool:
+        """Whether every direction has more curvature than this share of the largest, by the estimate of the
+        condition number, rarely off by more than three.
+        """
+        return self._reciprocal > 3.0 * share
+
+    @property
+    def eigen(self) -> Eigenmodel:
+        """The model in its eigenbasis."""
+        if self._eigen is None:
+            self._eigen = Eigenmodel(self.hessian, self.tolerance)
+        return self._eigen
+
+    @property
+    def eigen_if_needed(self) -> Eigenmodel | None:
+        """The model in its eigenbasis, or None where a factorisation shows that it has full rank."""
+        return None if self._factor is not None else self.eigen
+
+    @property
+    def negative(self) -> bool:
+        """Whether some direction has negative curvature beyond rounding."""
+        return self._factor is None and self.eigen.negative
+
+    @property
+    def n_flat(self) -> int:
+        """Number of directions without curvature."""
+        return 0 if self._factor is not None else self.eigen.n_flat
+
+    def solve(self, g: Array, radius: float, *, steep_only: bool = False) -> Step:
+        """Return the global minimiser of the model within the radius."""
+        if self._factor is not None:
+            p = -linalg.cho_solve((self._factor, True), g, check_finite=False)
+            if np.linalg.norm(p) <= radius:
+                return Step(p, -0.5 * float(g @ p), False)
+        return self.eigen.solve(g, radius, steep_only=steep_only)
+
+
+class SecantModel:
+    """A model corrected by pairs of steps and gradient differences: limited-memory BFGS on top of a factored
+    Hessian.
+
+    Nocedal, "Updating quasi-Newton matrices with limited storage" (1980), with the model in place of a
+    multiple of the identity.
+    """
+
+    def __init__(self, base: Eigenmodel | CholeskyModel) -> None:
+        self.base = base
+        self._pairs: list[tuple[Array, Array, float]] = []
+
+    @property
+    def negative(self) -> bool:
+        """Whether some direction has negative curvature beyond rounding."""
+        return self.base.negative
+
+    @property
+    def hessian(self) -> Array:
+        """The corrected matrix, shape (d, d)."""
+        matrix = self.base.hessian.copy()
+        for s, y, rho in self._pairs:
+            along = matrix @ s
+            matrix += rho * np.multiply.outer(y, y) - np.multiply.outer(along, along) / float(s @ along)
+        return matrix
+
+    def learn(self, s: Array, y: Array) -> SecantModel:
+        """Add a step and its gradient difference, in scaled variables."""
+        curvature = float(s @ y)
+        if curvature > 0.0:
+            self._pairs.append((s, y, 1.0 / curvature))
+        return self
+
+    def solve(self, g: Array, radius: float, *, steep_only: bool = False) -> Step:
+        """Return the quasi-Newton step, or the base model's step where that one is too long."""
+        q, coefficients = g.copy(), []
+        for s, y, rho in reversed(self._pairs):
+            coefficients.append(rho * float(s @ q))
+            q -= coefficients[-1] * y
+        inner = self.base.solve(q, np.inf, steep_only=steep_only)
+        if not self._pairs or inner.bounded:
+            return self.base.solve(g, radius, steep_only=steep_only)
+        r = -inner.p
+        for (s, y, rho), alpha in zip(self._pairs, reversed(coefficients), strict=True):
+            r += (alpha - rho * float(y @ r)) * s
+        if np.linalg.norm(r) > radius:
+            return self.base.solve(g, radius, steep_only=steep_only)
+        return Step(-r, 0.5 * float(g @ r), False)
+
+
+class KrylovModel:
+    """A quadratic model known through products only: conjugate gradients stopped at the radius.
+
+    Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983). Started
+    from zero it never leaves the range of the Hessian, so the step has minimum norm where that is singular. A
+    model belongs to one gradient.
+    """
+
+    def __init__(self, product: Callable[[Array], Array], forcing: float, max_products: int = 250) -> None:
+        self.product = product
+        self.forcing = forcing
+        self.max_products = max_products
+        self.negative = False
+        # A shorter radius follows the same path less far: its products are known, as many as may be kept.
+        self._known: list[Array] = []
+
+    def solve(self, g: Array, radius: float, *, steep_only: bool = False) -> Step:
+        """Return an approximate minimiser of the model within the radius."""
+        p, Hp = np.zeros_like(g), np.zeros_like(g)
+        r, direction = g.copy(), -g
+        square = float(r @ r)
+        target = self.forcing**2 * square
+        for k in range(self.max_products):
+            Hd = self._known[k] if k < len(self._known) else self.product(direction)
+            if k == len(self._known) and (k + 1) * len(g) <= KEPT_NUMBERS:
+                self._known.append(Hd)
+            curvature = float(direction @ Hd)
+            if curvature <= RANK_TOLERANCE * float(direction @ direction):
+                self.negative = True
+                # Without a radius yet, a gradient step sets the scale: the model's diagonal is about one.
+                reach = (
+                    radius if np.isfinite(radius) else max(float(np.linalg.norm(g)), float(np.linalg.norm(p)))
+                )
+                tau = _to_boundary(p, direction, reach)
+                return _krylov_step(g, p + tau * direction, Hp + tau * Hd, True)
+            alpha = square / curvature
+            if np.linalg.norm(p + alpha * direction) > radius:
+                tau = _to_boundary(p, direction, radius)
+                return _krylov_step(g, p + tau * direction, Hp + tau * Hd, True)
+            p, Hp, r = p + alpha * direction, Hp + alpha * Hd, r + alpha * Hd
+            fresh = float(r @ r)
+            if fresh <= target:
+                break
+            direction = -r + (fresh / square) * direction
+            square = fresh
+        return _krylov_step(g, p, Hp, False)
+
+
+def _krylov_step(g: Array, p: Array, Hp: Array, bounded: bool) -> Step:
+    return Step(p, -float(g @ p + 0.5 * p @ Hp), bounded)
+
+
+def _to_boundary(p: Array, direction: Array, radius: float) -> float:
+    """Return tau >= 0 with ``||p + tau direction|| = radius``."""
+    dd, pd, pp = float(direction @ direction), float(p @ direction), float(p @ p)
+    gap = max(radius**2 - pp, 0.0)
+    root = np.sqrt(pd * pd + dd * gap)
+    return float(gap / (pd + root) if pd > 0 else (root - pd) / dd)
