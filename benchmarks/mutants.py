@@ -260,7 +260,7 @@ class Only:
         items[:] = sorted(kept, key=lambda item: self.order[item.nodeid])
 
 
-def apart(work: Callable[[], Any], seconds: float, *, fresh: bool = False) -> tuple[Any, bool]:
+def thread_copy(work: Callable[[], Any], seconds: float, *, fresh: bool = False) -> tuple[Any, bool]:
     """Return what a function returns in a process of its own, None if the process dies; and whether it took
     too long. Compiled code is kept by the names of files, and mutants have their original's: ``fresh`` where
     the changed module is compiled.
@@ -309,7 +309,7 @@ def learn(files: tuple[str, ...]) -> Watch:
         passed = run_tests(list(files), watch)
         return passed, watch, [n for n in sys.modules if n.split(".")[0] not in ours()]
 
-    found, _ = apart(work, 1800)
+    found, _ = thread_copy(work, 1800)
     if found is None or not found[0]:
         raise SystemExit(f"tests fail on the modules as they are: {' '.join(files)}")
     for name in found[2]:
@@ -338,7 +338,7 @@ def survives(name: str, mutant: Mutant) -> tuple[bool, bool]:
         return run_tests(sorted({n.split("::")[0] for n in names}), Only(names))
 
     seconds = 3 * sum(watch.seconds[n] for n in names) + GRACE
-    survived, late = apart(work, seconds, fresh=name.startswith("losses"))
+    survived, late = thread_copy(work, seconds, fresh=name.startswith("losses"))
     return bool(survived), late
 
 

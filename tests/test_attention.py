@@ -54,7 +54,7 @@ def test_every_derivative(loss, function, case, monkeypatch):
     assert relative(problem.gradient(x).reshape(-1) / units, exact.gradient(x) / units) < TOLERANCE
     assert relative(problem.hessian(x) / np.multiply.outer(units, units), hessian) < TOLERANCE
     assert relative(problem.hvp(x, v).reshape(-1) / units, hessian @ (v * units)) < TOLERANCE
-    origin = problem.evaluate(x, origin=True).origin_gradient / units
+    origin = problem.evaluate(x, at_zero=True).gradient_at_zero / units
     size = np.linalg.norm(exact.gradient(x) / units)
     assert np.linalg.norm(origin - exact.gradient(0 * x) / units) < TOLERANCE * size + 1e-12
 

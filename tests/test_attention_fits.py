@@ -213,7 +213,7 @@ def test_blocks_of_queries_do_not_change_a_fit(data, monkeypatch):
     whole = minimize(problems.Attention(A1, A2, B))
     monkeypatch.setattr("attnfit.data.pairs.BLOCK_PAIRS", 100)
     problem = problems.Attention(A1, A2, B)
-    assert len(problem.chunks) == 8
+    assert len(problem.rows.chunks) == 8
     assert relative(minimize(problem).x, whole.x) < 1e-9
 
 

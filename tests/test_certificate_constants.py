@@ -19,7 +19,7 @@ from attnfit.certificates.mixture import _on_face
 from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential, Total
 from attnfit.losses.softmax import LOSSES, LogRatio
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 
 
 def derivatives(function, at, order):
@@ -253,7 +253,7 @@ def test_half_is_the_limit():
 def test_a_quadratic_is_certified_exactly():
     """Log ratios: one Newton step is the whole way, and the ball says how long it is."""
     inst, _ = instance("Softmax", "squared", sizes=(9, 8), d=3, noise=0.1)
-    problem = GroupedProblem(inst.A, np.log(inst.b), loss=LogRatio(), groups=inst.groups)
+    problem = RowProblem(inst.A, np.log(inst.b), loss=LogRatio(), groups=inst.groups)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         best = minimize(problem, tol=1e-12)

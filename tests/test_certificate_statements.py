@@ -14,7 +14,7 @@ from attnfit import SoftmaxRegressor, certificates, minimize, problems
 from attnfit.losses.activations import ACTIVATIONS, Activation
 from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss, Squared
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 
 
 def quietly(problem, **options):
@@ -285,7 +285,7 @@ class Tail(CrossEntropy):
 )
 def test_a_loss_is_certified_by_the_class_that_made_it(loss, stated):
     inst, _ = instance("Softmax", "squared", sizes=(9, 8), d=3, noise=0.05)
-    problem = GroupedProblem(inst.A, inst.b, loss=loss, groups=inst.groups)
+    problem = RowProblem(inst.A, inst.b, loss=loss, groups=inst.groups)
     proof = certificates.certify(problem, quietly(inst.problem()).x)
     assert proof.valid == stated
     if not stated:
@@ -295,7 +295,7 @@ def test_a_loss_is_certified_by_the_class_that_made_it(loss, stated):
 
 def test_losses_of_single_rows_state_their_bound():
     inst, _ = instance("Exponential", "exp", d=3)
-    proof = certificates.certify(GroupedProblem(inst.A, inst.b, loss=Shifted("exp")), np.zeros(3))
+    proof = certificates.certify(RowProblem(inst.A, inst.b, loss=Shifted("exp")), np.zeros(3))
     assert "third_derivative_bound" in proof.reason
 
 

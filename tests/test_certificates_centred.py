@@ -84,7 +84,7 @@ def test_long_groups_of_shifted_columns(monkeypatch, kind, order):
     x = quietly(problems.Softmax(by_group(A, ids), b, ids, loss="cross_entropy"), tol=1e-12).x
     rows = np.random.default_rng(0).permutation(len(b)) if order == "mixed" else np.arange(len(b))
     problem = problems.Softmax(kind(A[rows]), b[rows], ids[rows], loss="cross_entropy")
-    assert problem.n_long == 2
+    assert problem.rows.n_long == 2
     whole = certificates.certify(problems.Softmax(by_group(A, ids), b, ids, loss="cross_entropy"), x)
     split = certificates.certify(problem, x)
     assert whole.valid and split.valid

@@ -137,7 +137,7 @@ def test_a_resumed_fit_may_go_further(case, first, path):
 
 def test_without_a_checkpoint_problems_are_left_alone(monkeypatch):
     module = sys.modules["attnfit.solvers.minimize"]
-    monkeypatch.setattr(module, "journaled", None)
+    monkeypatch.setattr(module, "Recorded", None)
     monkeypatch.setattr(module, "Checkpoint", None)
     assert fit("auto").converged
 

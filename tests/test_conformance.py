@@ -41,13 +41,13 @@ def built(case, at):
 
 
 def everything(problem, x):
-    at = problem.evaluate(x, origin=True)
+    at = problem.evaluate(x, at_zero=True)
     near = problem.evaluate(1.01 * x, at)
     v = np.arange(1.0, len(x) + 1.0)
     yield "value", problem.value(x)
     yield "gradient", problem.gradient(x)
     # Zero for entropy.
-    yield "origin", at.origin_gradient + 1e-3 * at.gradient
+    yield "origin", at.gradient_at_zero + 1e-3 * at.gradient
     yield "warm", near.gradient
     yield "hessian", problem.hessian(x)
     yield "hvp", problem.hvp(x, v)

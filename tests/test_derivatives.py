@@ -83,7 +83,7 @@ def test_every_derivative(family, loss, case, monkeypatch):
     slope, point = problem.data_gradient(x)
     assert relative(np.multiply.outer(slope, point * scales), exact.data_gradient(x) * scales) < TOLERANCE
     # At zero the gradient may vanish by symmetry: rounding is relative to the one at x.
-    error = (problem.evaluate(x, origin=True).origin_gradient - exact.gradient(0 * x)) / scales
+    error = (problem.evaluate(x, at_zero=True).gradient_at_zero - exact.gradient(0 * x)) / scales
     assert np.linalg.norm(error) < TOLERANCE * np.linalg.norm(exact.gradient(x) / scales) + 1e-13
 
 

@@ -211,7 +211,7 @@ def test_scattered_groups_are_drawn_whole_and_never_none(seed):
     A, labels = rng.standard_normal((30_000, 2)), rng.permutation(np.repeat(np.arange(30), 1000))
     lazy = [da.from_array(v, chunks=(6000, *v.shape[1:])) for v in (A, np.full(30_000, 1e-3), labels)]
     problem = problems.Softmax(*lazy)
-    assert problem.n_long == 30
+    assert problem.rows.n_long == 30
     draw = draw_rows(problem, 4100, np.random.default_rng(seed))
     assert len(draw.rows) == 4000
     assert set(np.bincount(draw.labels - draw.labels.min())) <= {0, 1000}
@@ -233,7 +233,7 @@ def test_neighbours_of_parts_are_those_of_the_whole(groups, zero):
     given, x = w.copy(), np.array([0.3, -0.2, 0.1])
     whole = problems.Rescaled(A, b, groups=labels, weights=w)
     spread = problems.Rescaled(da.from_array(A, chunks=(100, 3)), b, groups=labels, weights=given)
-    neighbours = whole.convex_neighbour(), spread.convex_neighbour()
+    neighbours = whole.convex_surrogate(), spread.convex_surrogate()
     assert relative(*[p.gradient(x) for p in neighbours]) < 1e-12
     assert (given == w).all()
     assert relative(spread.gradient(x), whole.gradient(x)) < 1e-12
@@ -250,7 +250,7 @@ def test_weights_only_where_targets_are_zero(n):
     w = (b == 0.0).astype(float)
     for data in (A, da.from_array(A, chunks=(n // 4, 3))):
         problem = problems.Softmax(data, b, weights=w, ridge=1e-3)
-        assert problem.convex_neighbour() is None
+        assert problem.convex_surrogate() is None
         assert minimize(problem, random_state=0).status in ("converged", "precision")
 
 

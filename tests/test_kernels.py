@@ -93,12 +93,12 @@ def test_every_read_agrees_with_numpy(monkeypatch, family, loss, groups, storage
         options |= {"row_penalty": rng.random(n)} if penalised else {}
         changes = {"A": A, "b": inst.b[order]} | options | ({} if labels is None else {"groups": labels})
         plain, fast = both(monkeypatch, inst.replace(options=options), **changes)
-        expected, found = (p.evaluate(x, origin=True) for p in (plain, fast))
+        expected, found = (p.evaluate(x, at_zero=True) for p in (plain, fast))
         assert fast.n_passes == plain.n_passes
         assert relative(found.value, expected.value) < 1e-13
-        size = np.linalg.norm(expected.gradient) + np.linalg.norm(expected.origin_gradient)
+        size = np.linalg.norm(expected.gradient) + np.linalg.norm(expected.gradient_at_zero)
         assert np.linalg.norm(found.gradient - expected.gradient) < 1e-13 * size
-        assert np.linalg.norm(found.origin_gradient - expected.origin_gradient) < 1e-13 * size
+        assert np.linalg.norm(found.gradient_at_zero - expected.gradient_at_zero) < 1e-13 * size
         if found.state.size:
             assert relative(found.state, expected.state) < 1e-13
             assert relative(found.centre, expected.centre) < 1e-13

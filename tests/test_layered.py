@@ -78,7 +78,7 @@ def test_every_derivative(activation, case, monkeypatch):
     for name, reference in zip(("A1", "A2"), inst.data_gradient(x), strict=True):
         assert relative(problem.data_gradient(x)[name], reference) < TOLERANCE
     at = problem.evaluate(x.reshape(-1), origin=True)
-    assert relative(at.origin_gradient, inst.gradient(0 * x).reshape(-1)) < TOLERANCE
+    assert relative(at.gradient_at_zero, inst.gradient(0 * x).reshape(-1)) < TOLERANCE
     majorant = problem.hessian_at(at, absolute=True) / both
     assert np.linalg.eigvalsh(majorant)[0] > -1e-9
     assert np.linalg.eigvalsh(majorant - hessian / both)[0] > -1e-9 * np.linalg.norm(majorant)

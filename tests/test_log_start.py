@@ -70,7 +70,7 @@ def test_shares(loss, storage, way):
     problem = problems.Softmax(
         STORAGES[storage](data.A), data.b, data.ids, loss=loss, weights=data.w, offset=data.offset
     )
-    assert (problem.n_long == 1) == ("pieces" in way)
+    assert (problem.rows.n_long == 1) == ("pieces" in way)
     z, t = softmax_targets(loss, data)
     start = log_start(problem)
     expected = weighted(data.A, z - data.offset, t, data.ids)

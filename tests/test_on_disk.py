@@ -259,17 +259,17 @@ def test_a_problem_on_disk_can_be_pickled(tmp_path):
 
 
 def test_as_many_threads_read_as_there_is_memory_for(compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr("attnfit.objectives.store.available_threads", lambda: 100)
+    monkeypatch.setattr("attnfit.data.store.available_threads", lambda: 100)
     rng = np.random.default_rng(0)
     A, b = rng.standard_normal((400_000, 4)), rng.random(400_000)
     disk = problems.Softmax(**saved(tmp_path, A=A, b=b / b.sum()))
-    assert disk.n_readers == 101
+    assert disk.rows.n_readers == 101
     limit = disk.memory_estimate().total
-    bounded = disk.within(limit)
-    assert 2 < bounded.n_readers < 100
+    bounded = disk.with_memory_limit(limit)
+    assert 2 < bounded.rows.n_readers < 100
     assert bounded.memory_estimate().parts[READING] < limit / 4
     assert relative(bounded.gradient(np.ones(4)), disk.gradient(np.ones(4))) < 1e-12
-    assert problems.Softmax(A, b / b.sum()).n_readers == 100
+    assert problems.Softmax(A, b / b.sum()).rows.n_readers == 100
 
 
 def test_many_threads_do_not_work_on_memory_that_is_read_into(compiled, tmp_path, monkeypatch):

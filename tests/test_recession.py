@@ -121,7 +121,7 @@ def test_the_falling_rows_of_a_group_in_pieces(monkeypatch):
         problem = problems.Softmax(
             np.tile(A, (times, 1)) + 5.0 * np.abs(A).max(axis=0), np.tile(b, times), loss="cross_entropy"
         )
-        assert problem.n_long == 1
+        assert problem.rows.n_long == 1
         found = find_separation(problem, problem.evaluate(np.zeros(A.shape[1])))
         falls = falling_rows(A, b > 0, b == 0, ids)
         assert (found is not None) == falls.any()
@@ -257,15 +257,15 @@ def test_which_small_shares_fall(loss):
         reference = Objective("Softmax", loss, np.eye(5), b, np.zeros(5, dtype=int), w)
         slope = reference.gradient(z)
         at = problem.evaluate(z)
-        chunk = problem.chunks[0]
-        rows = rows_of(problem, chunk, problem.fetch(chunk), at)
+        chunk = problem.rows.chunks[0]
+        rows = rows_of(problem.rows, chunk, problem.rows.fetch(chunk), at)
         if loss != "entropy":
             assert rows.free[:2].tolist() == (slope[:2] > 0).tolist()
         assert not rows.free[2:].any()
         assert (rows.fixed ^ rows.free).all()
         f = np.exp(z - z.max())
         np.testing.assert_allclose(rows.size, f, rtol=1e-9)
-        every = rows_of(problem, chunk, problem.fetch(chunk), at, each=False)
+        every = rows_of(problem.rows, chunk, problem.rows.fetch(chunk), at, each=False)
         assert every.free.tolist() == [True, True, False, False, False]
 
 
@@ -273,8 +273,8 @@ def test_which_small_shares_fall(loss):
 def test_a_small_share_may_fall_and_a_large_one_is_held(share, free):
     z = np.array([0.0, np.log(share / (1 - share))])
     problem = problems.Softmax(np.eye(2), [1.2, -0.3], loss="squared")
-    chunk = problem.chunks[0]
-    rows = rows_of(problem, chunk, problem.fetch(chunk), problem.evaluate(z))
+    chunk = problem.rows.chunks[0]
+    rows = rows_of(problem.rows, chunk, problem.rows.fetch(chunk), problem.evaluate(z))
     assert rows.free.tolist() == [False, free]
 
 
@@ -343,7 +343,7 @@ def test_the_largest_change_of_a_logit(storage, blocks, family, loss, penalty, m
     problem = getattr(problems, family)(
         STORAGES[storage](A), b, weights=w, row_penalty=penalty, **named, **groups
     )
-    assert (problem.n_long > 0) == (blocks == "small" and family != "Exponential")
+    assert (problem.rows.n_long > 0) == (blocks == "small" and family != "Exponential")
     has_weight = np.isin(ids, np.unique(ids[w > 0]))
     counts = {"Exponential": w > 0, "Rescaled": has_weight, "Softmax": has_weight}[family]
     if loss == "cross_entropy":
@@ -380,7 +380,7 @@ def test_a_probe_keeps_some_rows():
     probe = Probe(problem)
     kept = sum(chunk.segments.n_rows for chunk, _ in probe._kept)
     assert not probe.exact
-    assert 0 < kept <= max(PROBE_ROWS, problem.chunks[0].segments.n_rows)
+    assert 0 < kept <= max(PROBE_ROWS, problem.rows.chunks[0].segments.n_rows)
     along = (A[:kept] @ steps).reshape(-1, 5, 3)
     some = (along.max(axis=1) - along.min(axis=1)).max(axis=0) / 2.0
     at = problem.evaluate(np.zeros(2))

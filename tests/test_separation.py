@@ -130,7 +130,7 @@ def test_a_group_longer_than_a_block(monkeypatch):
     monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 10)
     A, y = vanishing_dummy()
     problem = problems.Softmax(A, y, loss="cross_entropy")
-    assert problem.n_long == 1
+    assert problem.rows.n_long == 1
     check_vanishing_dummy(fit(problem))
 
 
@@ -220,14 +220,14 @@ def test_a_direction_keeps_fixed_rows_together(apart, is_one):
     problem = problems.Softmax([[0.0], [apart], [-1.0]], [0.5, 0.5, 0.0], loss="cross_entropy")
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
-    assert problem.reduce(verify, at, frame, np.ones(1), False).confirm(frame) is is_one
+    assert problem.rows.reduce(verify, at, frame, np.ones(1), False).confirm(frame) is is_one
 
 
 def test_a_direction_lets_no_free_row_rise():
     problem = problems.Softmax([[0.0], [0.5], [-1.0]], [1.0, 0.0, 0.0], loss="cross_entropy")
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
-    assert not problem.reduce(verify, at, frame, np.ones(1), False).confirm(frame)
+    assert not problem.rows.reduce(verify, at, frame, np.ones(1), False).confirm(frame)
 
 
 def separable(size=1.0):

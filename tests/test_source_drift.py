@@ -176,7 +176,7 @@ def test_checksums_travel(tmp_path):
 def test_threads_compare_with_what_others_read(name, tmp_path):
     a = matrix()
     source = open_source(ALL[name](tmp_path, a))
-    apart = source.apart()
+    apart = source.thread_copy()
     apart.read(0, N)
     rewrite(name, tmp_path, a, 507)
     for make in (lambda: source, source.apart, lambda: apart):
@@ -193,13 +193,13 @@ def test_threads_find_out_once_that_a_file_was_touched(tmp_path, monkeypatch):
     source = open_source(write_npy(tmp_path, a))
     source.read(0, N)
     os.utime(tmp_path / "a.npy", ns=(1, time.time_ns()))
-    first = source.apart()
+    first = source.thread_copy()
 
     def renew(*_):
         raise AssertionError("compared again")
 
     monkeypatch.setattr(type(source), "_renew", renew)
-    for each in (source, first, source.apart()):
+    for each in (source, first, source.thread_copy()):
         assert np.array_equal(each.read(0, N), a)
         each.close()
 

@@ -185,7 +185,7 @@ def near_fit(family, loss, size, seed=0):
 def test_gradient_keeps_its_digits_near_a_perfect_fit(family, loss, small_blocks):
     inst, x = near_fit(family, loss, 1e-9)
     problem = inst.problem()
-    assert len(problem.long_groups) == 1
+    assert len(problem.rows.long_groups) == 1
     exact = extended_gradient(inst, x)
     assert relative(problem.gradient(x), exact) < 1e-5
     # A reference that was predicted from a point nearby does as well.
@@ -236,7 +236,7 @@ def test_number_of_reads(family, loss, storage, monkeypatch):
     inst, x = instance(family, loss, sizes=(300, 250))
     short = inst.problem(A=storage(inst.A))
     assert reads(short, lambda: short.value_and_gradient(x)) == 1.0
-    assert reads(short, lambda: short.evaluate(x, origin=True, hessian=True)) == 1.0
+    assert reads(short, lambda: short.evaluate(x, at_zero=True, hessian=True)) == 1.0
     assert reads(short, lambda: short.hessian(x)) == 2.0
     assert reads(short, lambda: short.hvp(x, x)) == 2.0
     shrink_blocks(monkeypatch)
@@ -244,7 +244,7 @@ def test_number_of_reads(family, loss, storage, monkeypatch):
     cold = 1.0 if family == "Exponential" else 2.0
     assert reads(long, lambda: long.value_and_gradient(x)) == cold
     near = long.evaluate(x)
-    assert reads(long, lambda: long.evaluate(x + 0.01, near, origin=True, hessian=True)) == 1.0
+    assert reads(long, lambda: long.evaluate(x + 0.01, near, at_zero=True, hessian=True)) == 1.0
     assert reads(long, lambda: long.hessian_at(near)) == 1.0
     assert reads(long, lambda: long.hvp_at(near, x)) == 1.0
 

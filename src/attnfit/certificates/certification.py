@@ -15,15 +15,15 @@ from attnfit.certificates.lipschitz import ChunkRows, Stages, lipschitz_constant
 from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
 from attnfit.data.groups import Chunk
+from attnfit.data.inputs import as_point
 from attnfit.losses.softmax import CrossEntropy
 from attnfit.objectives.attention import Attention
-from attnfit.objectives.centred import centred
-from attnfit.objectives.inputs import as_point
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import StoredProblem
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.part import Part
+from attnfit.objectives.rows import RowProblem
+from attnfit.objectives.units import centred
 
 Array = NDArray[np.float64]
 
@@ -75,7 +75,7 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
 
 
 def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
-    if rigorous and (isinstance(problem, Attention) or not isinstance(problem, GroupedProblem)):
+    if rigorous and (isinstance(problem, Attention) or not isinstance(problem, RowProblem)):
         return refused(
             f"no rigorous certificate is known for {type(problem).__name__}; call certificate() without "
             "rigorous"
@@ -91,7 +91,7 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
                 f"more than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
             )
         x, problem = as_point(x, problem.shape), problem.dense()
-    if not isinstance(problem, GroupedProblem):
+    if not isinstance(problem, RowProblem):
         return refused(
             f"none is known for {type(problem).__name__}, whose factors are not unique; compare "
             "result.local_values of several starts"
@@ -111,7 +111,7 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
 class RowBall:
     """The `Ball` of a loss of the rows of one matrix."""
 
-    problem: GroupedProblem
+    problem: RowProblem
     at: Evaluation
     whitener: Array
 
@@ -125,7 +125,7 @@ class RowBall:
 
     def seen(self, directions: Array) -> float:
         """Return the largest ``|a_i . v| / (|a_i| . |v|)`` over rows that count and directions v."""
-        return float(self.problem.reduce(_seen, directions).share)
+        return float(self.problem.rows.reduce(_seen, directions).share)
 
     def rounding(self) -> float:
         """Bound the effect of rounding in A x and in the sums on the whitened gradient, to first order."""
@@ -147,10 +147,10 @@ class _Largest:
         return _Largest(max(self.share, other.share))
 
 
-def _seen(part: StoredProblem, chunks: list[Chunk], directions: Array) -> _Largest:
+def _seen(part: Part, chunks: list[Chunk], directions: Array) -> _Largest:
     """Return the largest change of a logit relative to its terms; groups without weight do not count."""
     largest = 0.0
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         block = part.fetch(chunk)
         size = np.asarray(abs(block) @ np.abs(directions))
         along = np.abs(np.asarray(block @ directions))
@@ -159,7 +159,7 @@ def _seen(part: StoredProblem, chunks: list[Chunk], directions: Array) -> _Large
     return _Largest(largest)
 
 
-def _counting(part: StoredProblem, chunk: Chunk) -> NDArray[np.bool_]:
+def _counting(part: Part, chunk: Chunk) -> NDArray[np.bool_]:
     """Return which rows enter the loss: those of a group with a weight, of cross entropy with a target."""
     _, w, constant = part.targets(chunk)
     n, segments = chunk.segments.n_rows, chunk.segments

@@ -22,13 +22,13 @@ from attnfit.certificates.lipschitz import (
     lipschitz_constant,
     sums_on_ball,
 )
+from attnfit.data.inputs import as_point
 from attnfit.objectives.attention import Attention
-from attnfit.objectives.inputs import as_point
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.layers import TwoLayer
 from attnfit.objectives.objective import MAX_DENSE
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 
 Array = NDArray[np.float64]
 LOG10 = float(np.log(10.0))
@@ -201,7 +201,7 @@ def _conditions(problem: Any, start: Array, reference: Array) -> Iterator[Condit
                 f"pairs, more than {DENSE_ENTRIES:,} numbers; pass fewer queries"
             )
         problem = problem.dense()
-    if isinstance(problem, GroupedProblem):
+    if isinstance(problem, RowProblem):
         yield _of_rows(problem, start.reshape(-1), reference.reshape(-1))
     elif isinstance(problem, TwoLayer):
         yield from _of_layers(problem, start, reference)
@@ -223,7 +223,7 @@ def _hessian(problem: Any, at: Any) -> Array:
     return np.asarray(hessian)
 
 
-def _of_rows(problem: GroupedProblem, start: Array, reference: Array) -> Condition:
+def _of_rows(problem: RowProblem, start: Array, reference: Array) -> Condition:
     at = problem.evaluate(reference)
     hessian = _hessian(problem, at)
     identity = np.eye(len(reference))

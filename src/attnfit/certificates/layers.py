@@ -14,8 +14,8 @@ from scipy.sparse.linalg import norm as sparse_norm
 
 from attnfit.certificates.kantorovich import Certificate, combined, newton_kantorovich, refused
 from attnfit.data.centred import centre_rows
+from attnfit.data.inputs import as_point
 from attnfit.losses.activations import Activation
-from attnfit.objectives.inputs import as_point
 from attnfit.objectives.inverse_layer import HeadState
 from attnfit.objectives.inverse_problem import LayerEvaluation, LayerProblem
 from attnfit.objectives.layer_curvature import LayeredEvaluation, Layers, outer_rows

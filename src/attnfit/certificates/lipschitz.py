@@ -22,8 +22,8 @@ from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, LogRatio, SoftmaxLoss
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import StoredProblem, merged
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.part import Part, merged
+from attnfit.objectives.rows import RowProblem
 
 Array = NDArray[np.float64]
 
@@ -62,7 +62,7 @@ class ChunkRows:
 
     Parameters
     ----------
-    part : StoredProblem
+    part : Part
     chunk : Chunk
     at : Evaluation
         The centre of the ball.
@@ -73,7 +73,7 @@ class ChunkRows:
     """
 
     def __init__(
-        self, part: StoredProblem, chunk: Chunk, at: Evaluation, whitener: Array, sums: dict[str, Any]
+        self, part: Part, chunk: Chunk, at: Evaluation, whitener: Array, sums: dict[str, Any]
     ) -> None:
         self.part, self.chunk, self.at, self.whitener, self.sums = part, chunk, at, whitener, sums
         self.block, self.z = part.logits(chunk, at.x)
@@ -153,7 +153,7 @@ Formula = Callable[[ChunkRows, float], Stages]
 
 
 def sums_on_ball(
-    problem: GroupedProblem, at: Evaluation, whitener: Array, formula: Formula, radius: float
+    problem: RowProblem, at: Evaluation, whitener: Array, formula: Formula, radius: float
 ) -> dict[str, Any]:
     """Return what a formula adds up over all rows: one read, and one more for each time that it asks for sums
     over groups longer than a chunk.
@@ -161,7 +161,7 @@ def sums_on_ball(
     known: dict[int, list[tuple[Array, ...]]] = {}
     sums: dict[str, Any] = {}
     while True:
-        asked, found = problem.reduce(_read, at.bare(), whitener, formula, radius, known)
+        asked, found = problem.rows.reduce(_read, at.bare(), whitener, formula, radius, known)
         sums = merged(sums, found)
         if not asked:
             return sums
@@ -170,7 +170,7 @@ def sums_on_ball(
 
 
 def _read(
-    part: StoredProblem,
+    part: Part,
     chunks: list[Chunk],
     at: Evaluation,
     whitener: Array,
@@ -184,7 +184,7 @@ def _read(
     # Whole groups were done with the first read.
     wanted = [chunk for chunk in chunks if chunk.long >= 0] if known else chunks
     with np.errstate(over="ignore", invalid="ignore"):
-        for chunk in part.ahead(wanted):
+        for chunk in part.prefetch(wanted):
             stages = formula(ChunkRows(part, chunk, at, whitener, sums), radius)
             answers = iter(known.get(chunk.long, []))
             own = next(stages, None)
@@ -200,13 +200,13 @@ def _read(
     return asked, sums
 
 
-def lipschitz_constant(problem: GroupedProblem, at: Evaluation, whitener: Array, radius: float) -> float:
+def lipschitz_constant(problem: RowProblem, at: Evaluation, whitener: Array, radius: float) -> float:
     """Return M with ``|H(y) - H(y')| <= M |y - y'|`` on the ball of this radius, infinite where nothing
     finite is known.
 
     Parameters
     ----------
-    problem : GroupedProblem
+    problem : RowProblem
     at : Evaluation
         The centre of the ball.
     whitener : ndarray, shape (d, k)

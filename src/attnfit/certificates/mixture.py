@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.certificates.kantorovich import Certificate
-from attnfit.objectives.inputs import as_point
+from attnfit.data.inputs import as_point
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.saturation import GAP_TOLERANCE, duality_gaps, target_sizes
 

@@ -21,7 +21,7 @@ from attnfit.data.matrix import DenseDesign
 from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.softmax import LOSSES, CrossEntropy, Entropy, SoftmaxLoss, Squared
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.segments import Array, Segments
 from attnfit.solvers.curvature import natural_scale
 from attnfit.solvers.subproblem import Eigenmodel
@@ -141,7 +141,7 @@ WIDEN = 1e-8
 KNOWN = {SquaredExponential, *map(type, LOSSES.values())}
 
 
-def certify_rigorously(problem: GroupedProblem, x: Array, centred: GroupedProblem) -> Certificate:
+def certify_rigorously(problem: RowProblem, x: Array, centred: RowProblem) -> Certificate:
     """Certify x with every rounding error bounded; ``centred`` rows propose the whitener."""
     obstacle = _unsupported(problem)
     if obstacle is not None:
@@ -160,19 +160,19 @@ def certify_rigorously(problem: GroupedProblem, x: Array, centred: GroupedProble
         return _ball(rows, Enclosure.exact(white.T), white)
 
 
-def _unsupported(problem: GroupedProblem) -> str | None:
+def _unsupported(problem: RowProblem) -> str | None:
     """Return what of the problem has no enclosure here."""
     loss = problem.loss
     if type(loss) not in KNOWN:
         return f"the loss {type(loss).__name__}"
-    if not problem.is_whole or type(problem.design) is not DenseDesign:
+    if not problem.rows.is_whole or type(problem.design) is not DenseDesign:
         return "rows that are not a dense matrix in memory"
     if problem.n_rows + problem.n_unknowns > MOST_TERMS:
         return f"more than {MOST_TERMS:,} rows"
     return "a row_penalty" if problem.penalty is not None else None
 
 
-def _whitening(problem: GroupedProblem, at: Evaluation) -> Whitening | None:
+def _whitening(problem: RowProblem, at: Evaluation) -> Whitening | None:
     """Return an approximate whitener of all directions, None where there is none."""
     hessian, scale = problem.hessian_at(at), natural_scale(problem, at)
     if not np.isfinite(hessian).all():
@@ -219,7 +219,7 @@ class _Rows:
         )
 
 
-def _rows_of(problem: GroupedProblem, x: Array) -> _Rows:
+def _rows_of(problem: RowProblem, x: Array) -> _Rows:
     order, starts, loss = problem.groups.order, problem.groups.starts, problem.loss
     stored = np.asarray(problem.design.array, dtype=np.float64)
     A = stored if order is None else stored[order]

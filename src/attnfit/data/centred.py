@@ -198,8 +198,8 @@ class CentredDesign(Design):
     def locate(self, row: int) -> str:
         return self.inner.locate(row)
 
-    def apart(self) -> CentredDesign:
-        other = CentredDesign(self.inner.apart(), self._starts, None, self._known)
+    def thread_copy(self) -> CentredDesign:
+        other = CentredDesign(self.inner.thread_copy(), self._starts, None, self._known)
         other._rank = self._rank
         return other
 

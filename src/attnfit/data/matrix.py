@@ -125,7 +125,7 @@ class Design(LinearOperator):
     def load(self, rows: slice) -> None:
         """Read these rows and keep them for a while: of use on disk."""
 
-    def apart(self) -> Self:
+    def thread_copy(self) -> Self:
         """Return the same matrix for another thread: what that reads from disk is its own."""
         return self
 

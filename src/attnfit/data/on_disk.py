@@ -75,10 +75,10 @@ class Column:
             self.recent.make_room()
             self.recent.keep(rows.start, rows.stop, self._numbers(self.source.read(rows.start, rows.stop)))
 
-    def apart(self) -> Self:
+    def thread_copy(self) -> Self:
         """Return the same vector for another thread: what that reads is its own."""
         other = copy(self)
-        other.source, other.recent = self.source.apart(), Recent(1)
+        other.source, other.recent = self.source.thread_copy(), Recent(1)
         return other
 
     def take(self, rows: NDArray[np.intp]) -> Column:
@@ -196,9 +196,9 @@ class DenseOnDisk(DenseDesign):
         """Return the matrix of some rows, in increasing order, which stay on disk."""
         return _some_rows(self, rows)
 
-    def apart(self) -> Self:
+    def thread_copy(self) -> Self:
         other = copy(self)
-        other.source, other.recent = self.source.apart(), Recent(1)
+        other.source, other.recent = self.source.thread_copy(), Recent(1)
         return other
 
     def load(self, rows: slice) -> None:
@@ -274,9 +274,9 @@ class SparseOnDisk(SparseDesign):
         """Return the matrix of some rows, in increasing order, which stay on disk."""
         return _some_rows(self, rows)
 
-    def apart(self) -> Self:
+    def thread_copy(self) -> Self:
         other = copy(self)
-        other.source, other.recent = self.source.apart(), Recent(1)
+        other.source, other.recent = self.source.thread_copy(), Recent(1)
         return other
 
     def load(self, rows: slice) -> None:

@@ -16,7 +16,7 @@ from sklearn.metrics import r2_score
 from attnfit.estimators import inference
 from attnfit.estimators.callbacks import CallbackSupportMixin, Listeners
 from attnfit.estimators.summary import Summary, summarise
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.solvers import Result, minimize
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
 
     def _solve(
         self,
-        problem: GroupedProblem,
+        problem: RowProblem,
         training: tuple[Array, Array | None, Array | None] | None,
         listeners: Listeners,
         limits: Limits,
@@ -149,7 +149,7 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         """The coefficients, or a finite point with the same outputs."""
         return self.coef_ if self._limit is None else self._limit
 
-    def _training_problem(self, wanted: str) -> GroupedProblem:
+    def _training_problem(self, wanted: str) -> RowProblem:
         if not hasattr(self, "result_"):
             raise NotFittedError(f"{wanted} is known after fit; call fit first")
         if self.result_.problem is None:
@@ -157,7 +157,7 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
                 f"{wanted} needs the training data, which neither a pickled nor a saved model carries; "
                 "read it before pickling or saving"
             )
-        problem: GroupedProblem = self.result_.problem
+        problem: RowProblem = self.result_.problem
         return problem
 
     def summary(self) -> Summary:

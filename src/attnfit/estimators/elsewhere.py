@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.data import Column
+from attnfit.data.inputs import is_dask
 from attnfit.data.sources import Source
 from attnfit.estimators.totals import ShareTotals
-from attnfit.objectives.dask_parts import is_dask, later
+from attnfit.objectives.dask_parts import later
 from attnfit.segments import Segments
 
 Array = NDArray[np.float64]
@@ -126,8 +127,9 @@ def _sums(y: Any, groups: Any) -> dict[Any, Array]:
 def normaliser_elsewhere(problem: Any, x: Array) -> float:
     """Return the normaliser of the only group."""
     at = problem.evaluate(x)
-    if problem.n_long:
+    rows = problem.rows
+    if rows.n_long:
         return float(at.state[0, 0])
-    (chunk,) = problem.chunks
+    (chunk,) = rows.chunks
     segments: Segments = chunk.segments
-    return float(problem.loss.reference(problem.logits(chunk, x)[1], segments)[0])
+    return float(rows.loss.reference(rows.logits(chunk, x)[1], segments)[0])

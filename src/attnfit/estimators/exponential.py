@@ -23,7 +23,7 @@ from attnfit.estimators.reading import (
     read_weights,
 )
 from attnfit.losses.elementwise import FUNCTIONS
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.problems import Exponential, Poisson
 
 Array = NDArray[np.float64]
@@ -41,7 +41,7 @@ class OutcomeRegressor(BaseRegressor, ABC):
         return "exp"
 
     @abstractmethod
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
+    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> RowProblem:
         """Return the problem on these data."""
 
     @with_callbacks
@@ -210,7 +210,7 @@ class ExponentialRegressor(OutcomeRegressor):
     def _function(self) -> str:
         return self.function
 
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
+    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> RowProblem:
         return Exponential(
             A,
             b,
@@ -301,7 +301,7 @@ class PoissonRegressor(OutcomeRegressor):
         tags.target_tags.positive_only = True
         return tags
 
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
+    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> RowProblem:
         return Poisson(A, b, weights=weights, offset=offset, row_penalty=row_penalty, ridge=self.ridge)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:

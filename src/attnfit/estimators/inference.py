@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.losses.softmax import CrossEntropy
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.solvers import Result
 from attnfit.solvers.curvature import natural_scale
 from attnfit.solvers.subproblem import Eigenmodel
@@ -17,7 +16,7 @@ from attnfit.solvers.subproblem import Eigenmodel
 Array = NDArray[np.float64]
 
 
-def covariance(problem: GroupedProblem, x: Array) -> tuple[Array, NDArray[np.bool_]]:
+def covariance(problem: RowProblem, x: Array) -> tuple[Array, NDArray[np.bool_]]:
     """Return the covariance, shape (d, d), and which coefficients the data identify, shape (d,).
 
     Cross entropy and KL: ``H^+``, the inverse of the observed information. Other losses: the sandwich ``H^+ S
@@ -44,7 +43,7 @@ def covariance(problem: GroupedProblem, x: Array) -> tuple[Array, NDArray[np.boo
     return inverse @ problem.score_gram(x) @ inverse, identified
 
 
-def covariance_of(result: Result, problem: GroupedProblem) -> tuple[Array, NDArray[np.bool_]]:
+def covariance_of(result: Result, problem: RowProblem) -> tuple[Array, NDArray[np.bool_]]:
     """Return `covariance` at the end of a fit; where there is no finite minimum that of the remaining rows,
     NaN for coefficients without a finite value.
     """
@@ -70,12 +69,10 @@ def standard_errors(covariance: Array, identified: NDArray[np.bool_]) -> Array:
     return np.where(identified, np.sqrt(np.maximum(np.diag(covariance), 0.0)), np.nan)
 
 
-def loss_without_penalties(problem: GroupedProblem, x: Array, value: float) -> float:
+def loss_without_penalties(problem: RowProblem, x: Array, value: float) -> float:
     """Return the loss at x given the objective; reads the data only where there is a row penalty."""
     if problem.penalty is None and not np.any(problem.ridge):
         return value
     if problem.penalty is None:
         return value - 0.5 * float(np.sum(problem.ridge * x * x))
-    bare = copy(problem)
-    bare.penalty, bare.ridge = None, 0.0
-    return bare.value(x)
+    return problem.without_penalties().value(x)

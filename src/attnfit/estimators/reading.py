@@ -13,9 +13,8 @@ from sklearn.utils.validation import column_or_1d, validate_data
 
 from attnfit.data import DenseDesign, Design, SparseDesign
 from attnfit.data.groups import Groups
+from attnfit.data.inputs import as_design, as_vector, is_dask, require_finite_rows
 from attnfit.data.on_disk import stored_source
-from attnfit.objectives.dask_parts import is_dask
-from attnfit.objectives.inputs import as_design, as_vector, require_finite_rows
 
 Array = NDArray[np.float64]
 

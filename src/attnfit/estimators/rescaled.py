@@ -7,13 +7,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.inputs import choose
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.elsewhere import Elsewhere
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.objectives.inputs import choose
 from attnfit.problems import Rescaled
 
 Array = NDArray[np.float64]

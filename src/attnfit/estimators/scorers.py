@@ -10,8 +10,8 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.metadata_routing import UNUSED
 
 from attnfit.data.groups import parse_groups
+from attnfit.data.inputs import choose
 from attnfit.estimators import reading
-from attnfit.objectives.inputs import choose
 
 Array = NDArray[np.float64]
 METRICS = ("log_loss", "brier")

@@ -25,7 +25,7 @@ from attnfit.estimators.elsewhere import (
 )
 from attnfit.estimators.totals import ShareTotals
 from attnfit.losses.loss import Loss
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.segments import Segments
 
 Array = NDArray[np.float64]
@@ -47,7 +47,7 @@ class ShareRegressor(BaseRegressor):
         """Return the loss, whose normaliser and output predictions use."""
 
     @abstractmethod
-    def _problem(self, choices: Choices | Elsewhere, row_penalty: Any) -> GroupedProblem:
+    def _problem(self, choices: Choices | Elsewhere, row_penalty: Any) -> RowProblem:
         """Return the problem to fit."""
 
     @with_callbacks

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
+from attnfit.data.inputs import choose
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.elsewhere import Elsewhere
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.losses.loss import Loss
 from attnfit.losses.softmax import LOSSES
-from attnfit.objectives.inputs import choose
 from attnfit.problems import Softmax
 
 Array = NDArray[np.float64]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.inputs import as_point
 from attnfit.incontext.shifts import Shift, data_shift, shift
-from attnfit.objectives.inputs import as_point
 from attnfit.problems import Softmax
 
 Array = NDArray[np.float64]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.inputs import as_point
 from attnfit.objectives.attention import Attention
-from attnfit.objectives.inputs import as_point
 from attnfit.objectives.objective import Problem
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.theory.instances import Regression
 from attnfit.theory.instances.state import Move
 from attnfit.theory.reading import read
@@ -132,9 +132,9 @@ def data_shift(problem: Problem, x: Any, A: Any, A_new: Any) -> Shift:
     return _shift(grouped, moved, moved.data, kind, 1)
 
 
-def _read(problem: Problem, x: Any, x_new: Any) -> tuple[GroupedProblem, Regression, str]:
+def _read(problem: Problem, x: Any, x_new: Any) -> tuple[RowProblem, Regression, str]:
     """Return the problem, the same as groups of dense rows, and which papers speak of it."""
-    if not isinstance(problem, GroupedProblem):
+    if not isinstance(problem, RowProblem):
         raise TypeError(f"{type(problem).__name__} has no normaliser; pass Softmax, Rescaled or Attention")
     reading = read(problem, x, x_new)
     if reading.models == ("exponential",):
@@ -147,7 +147,7 @@ def _read(problem: Problem, x: Any, x_new: Any) -> tuple[GroupedProblem, Regress
     return problem, instance, matrix + reading.models[0]
 
 
-def _shift(problem: GroupedProblem, instance: Regression, move: Move, kind: str, which: int) -> Shift:
+def _shift(problem: RowProblem, instance: Regression, move: Move, kind: str, which: int) -> Shift:
     start, dz = move.start, move.dz
     mask = np.ones(dz.shape, dtype=bool) if instance.mask is None else instance.mask
     moved = np.where(mask, dz, 0.0)
@@ -184,7 +184,7 @@ def _shift(problem: GroupedProblem, instance: Regression, move: Move, kind: str,
     )
 
 
-def _place(problem: GroupedProblem, mask: NDArray[np.bool_], values: Array) -> Array:
+def _place(problem: RowProblem, mask: NDArray[np.bool_], values: Array) -> Array:
     """Bring numbers of padded groups into the order of the user's target."""
     flat = values[mask]
     return np.asarray(
@@ -192,7 +192,7 @@ def _place(problem: GroupedProblem, mask: NDArray[np.bool_], values: Array) -> A
     )
 
 
-def _stack(problem: GroupedProblem, instance: Regression, data: Any, name: str) -> Array:
+def _stack(problem: RowProblem, instance: Regression, data: Any, name: str) -> Array:
     """Return the data as padded groups of the instance's shape."""
     stack = np.array(instance.A)
     mask = np.ones(stack.shape[:2], dtype=bool) if instance.mask is None else instance.mask

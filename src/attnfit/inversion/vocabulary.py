@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import require_finite_matrix
+from attnfit.data.inputs import require_finite_matrix
 from attnfit.objectives.inverse_layer import read_matrix
 
 Array = NDArray[np.float64]

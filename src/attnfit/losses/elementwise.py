@@ -110,7 +110,7 @@ class PoissonDeviance(UncoupledLoss):
 
     convex = True
     certifiable = True
-    shares = "Poisson regression"
+    nonnegative_target = "Poisson regression"
 
     @staticmethod
     def link(z: Array, reference: Array | float) -> tuple[Array, Array]:

@@ -76,10 +76,10 @@ class Loss(ABC):
     ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in z.
     ``logarithmic`` says that the normaliser is the logarithm of a sum over the group, rather than the sum.
     ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then
-    those of ``exp(z - reference)`` are one, and the rest play no part. ``shares`` names a loss that takes
-    no negative targets, ``has_target`` says whether the target plays a part. ``shift_invariant`` says that
-    the loss ignores a number added to all logits of a group, ``needs_mass`` that a group whose targets sum
-    to zero plays no part.
+    those of ``exp(z - reference)`` are one, and the rest play no part. ``nonnegative_target`` names a loss
+    that takes no negative targets, ``has_target`` says whether the target plays a part. ``shift_invariant``
+    says that the loss ignores a number added to all logits of a group, ``needs_mass`` that a group whose
+    targets sum to zero plays no part.
 
     ``certifiable`` states that the loss is three times continuously differentiable and that its class says
     by how much at most the third derivative moves the curvature: an uncoupled loss by
@@ -92,7 +92,7 @@ class Loss(ABC):
     convex: bool = False
     logarithmic: bool = False
     exact_sums: tuple[int, ...] = ()
-    shares: str = ""
+    nonnegative_target: str = ""
     has_target: bool = True
     shift_invariant: bool = False
     certifiable: bool = False

@@ -137,7 +137,7 @@ class CrossEntropy(SoftmaxLoss):
     convex = True
     certifiable = True
     needs_mass = True
-    shares = "cross_entropy"
+    nonnegative_target = "cross_entropy"
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         return segments.sum(w * b)
@@ -180,7 +180,7 @@ class KullbackLeibler(CrossEntropy):
     """``sum w b (log b - log f)``, with ``0 log 0 = 0``."""
 
     certifiable = True
-    shares = "kl"
+    nonnegative_target = "kl"
 
     @staticmethod
     def moments(

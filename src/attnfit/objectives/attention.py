@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from copy import copy
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.data.groups import Chunk, Groups
+from attnfit.data.inputs import as_point, as_ridge, choose
 from attnfit.data.pairs import KroneckerDesign
+from attnfit.data.store import Table
 from attnfit.losses.elementwise import FUNCTIONS, SquaredExponential, Total
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LOSSES, Entropy, LogRatio, SoftmaxLoss
-from attnfit.objectives.inputs import as_point, as_ridge, choose
 from attnfit.objectives.objective import Evaluation, Reduction
 from attnfit.objectives.pairs import first_negative, read_pairs, signs, smallest_normal
-from attnfit.objectives.part import StoredProblem
-from attnfit.objectives.rows import GroupedProblem
-from attnfit.objectives.store import DERIVED
+from attnfit.objectives.part import Part
+from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.whitening import Whitening
 from attnfit.segments import Array, Segments
 
@@ -38,7 +37,44 @@ class Subspace(NamedTuple):
     keys: Array
 
 
-class Attention(GroupedProblem):
+class PairPart(Part):
+    """Pairs of queries and keys as rows: a chunk holds whole queries, targets may be of half precision."""
+
+    design: KroneckerDesign
+
+    def __init__(self, loss: Loss, table: Table) -> None:
+        self.smallest_normal = smallest_normal(table.b)
+        super().__init__(loss, table)
+
+    def _refuse_negative_targets(self) -> None:
+        """Leave it to the problem, which can name query and key."""
+
+    def cut(self, *, grouped: bool, shared: Any = None) -> None:
+        """Cut the pairs into chunks of whole queries."""
+        starts = self.design.starts
+        self.chunks, self.long_groups = [], np.zeros(0, dtype=np.intp)
+        for first, last in self.design.query_ranges():
+            rows = slice(int(starts[first]), int(starts[last]))
+            begins = starts[first:last] - starts[first] if grouped else np.zeros(1, np.intp)
+            segments = Segments(begins, rows.stop - rows.start)
+            self.chunks.append(Chunk(rows, rows, segments, slice(first, last) if grouped else slice(0, 1)))
+
+    def targets(self, chunk: Chunk) -> tuple[Array, Any, Array]:
+        """Return target and weight of each pair, and the constant of each query."""
+        b, w, constant = super().targets(chunk)
+        b = np.asarray(b, dtype=np.float64)
+        if isinstance(self.loss, LogRatio):
+            positive = b > 0.0
+            w = w * np.where(positive, np.minimum(b / self.smallest_normal, 1.0) ** 2, 0.0)
+            b = np.log(np.where(positive, b, 1.0))
+        return b, w, constant
+
+    def shift(self, chunk: Chunk) -> Array | float:
+        """Return the offset of the chunk's logits."""
+        return np.asarray(super().shift(chunk), dtype=np.float64)
+
+
+class Attention(RowProblem):
     """Fit X so that ``softmax(A1 X A2^T)``, row by row, is a given map:
     ``sum_i Phi(softmax(z_i)) + penalties``.
 
@@ -122,8 +158,6 @@ class Attention(GroupedProblem):
 
     rows_can_be_drawn = False
     best_hessian = "kept"
-    design: KroneckerDesign
-    _reduced = False
 
     def __new__(cls, *args: Any, rank: int | None = None, ridge: float = 0.0, **options: Any) -> Any:
         """Return a problem in the factors of X where a rank is given."""
@@ -156,64 +190,17 @@ class Attention(GroupedProblem):
         if B is None and loss not in ("entropy", "sparse"):
             raise ValueError(f"B is missing; loss {loss!r} needs the maps, shape (queries, keys)")
         pairs = read_pairs(A1, A2, B, mask, weights, offset, pair_features, row_penalty)
-        self.design = pairs.design
-        n = int(self.design.shape[0])
-        self.b = np.broadcast_to(np.zeros(1), n) if pairs.target is None else pairs.target
-        self.weights, self.offset, self.penalty = pairs.weights, pairs.offset, pairs.penalty
         self.ridge = as_ridge(ridge)
-        self._smallest_normal = smallest_normal(self.b)
-        starts = self.design.starts[:-1]
-        self.groups = Groups(starts, None, np.arange(len(starts)))
-        self.long_groups = np.zeros(0, dtype=np.intp)
         found = _loss(loss, function)
-        if found.shares or isinstance(found, LogRatio):
-            self._require_shares(loss)
-        self._set_loss(found)
-
-    def _set_loss(self, loss: Loss) -> None:
-        self.loss = loss
-        self.chunks = [self._chunk(first, last) for first, last in self.design.query_ranges()]
-        self.constants = np.zeros(len(self.groups) if loss.coupled else 1)
-        for chunk in self.chunks if loss.coupled else []:
-            b, w, _ = self.targets(chunk)
-            self.constants[chunk.groups] = loss.constants(b, np.asarray(w), chunk.segments)
-
-    def _chunk(self, first: int, last: int) -> Chunk:
-        starts = self.design.starts
-        rows = slice(int(starts[first]), int(starts[last]))
-        if not self.loss.coupled:
-            return Chunk(rows, rows, Segments(np.zeros(1, np.intp), rows.stop - rows.start), slice(0, 1))
-        segments = Segments(starts[first:last] - starts[first], rows.stop - rows.start)
-        return Chunk(rows, rows, segments, slice(first, last))
-
-    def _require_shares(self, loss: str) -> None:
-        """Refuse negative targets where the loss takes their logarithms."""
-        pair, value = first_negative(self.b)
-        if pair >= 0:
-            s, i, k = self._where(pair)
-            name = "B" if len(self.design.sequences) == 1 else f"B[{s}]"
-            raise ValueError(
-                f"{name} is negative at row {i}, column {k} ({value:g}); loss {loss!r} takes shares >= 0 "
-                "(the squared, rescaled and linear cross entropy losses take any maps)"
-            )
-
-    def _where(self, pair: int) -> tuple[int, int, int]:
-        """Return sequence, query and key of a pair."""
-        query = int(np.searchsorted(self.design.starts, pair, side="right")) - 1
-        s = int(np.searchsorted(self.design.first_query, query, side="right")) - 1
-        i = query - int(self.design.first_query[s])
-        k = pair - int(self.design.starts[query])
-        mask = self.design.sequences[s].mask
-        return s, i, k if mask is None else int(np.flatnonzero(mask[i])[k])
-
-    def with_loss(self, loss: Loss, b: Array, weights: Array | None) -> Self:
-        """Return a problem on the same pairs with another loss, target and weights, one a pair."""
-        other = copy(self)
-        for name in DERIVED:
-            other.__dict__.pop(name, None)
-        other.b, other.weights = b, weights
-        other._set_loss(loss)
-        return other
+        starts = pairs.design.starts[:-1]
+        groups = Groups(starts, None, np.arange(len(starts)))
+        n = int(pairs.design.shape[0])
+        target = np.broadcast_to(np.zeros(1), n) if pairs.target is None else pairs.target
+        if found.nonnegative_target or isinstance(found, LogRatio):
+            _require_shares(pairs.design, target, loss)
+        self.rows = PairPart(
+            found, Table(pairs.design, groups, target, pairs.weights, pairs.offset, pairs.penalty)
+        )
 
     # ---- shapes
 
@@ -222,11 +209,6 @@ class Attention(GroupedProblem):
         """(d1, d2), or (d1 d2 + p,) with p pair features."""
         d1, d2 = self.design.d1, self.design.d2
         return (d1 * d2 + self.design.n_features,) if self.design.n_features else (d1, d2)
-
-    @property
-    def n_unknowns(self) -> int:
-        """Number of unknowns."""
-        return int(self.design.shape[1])
 
     def split(self, x: Any) -> tuple[Array, Array]:
         """Return X, shape (d1, d2), and the coefficients c of the pair features, shape (p,)."""
@@ -247,22 +229,6 @@ class Attention(GroupedProblem):
                 out[-1][block.mask] = values[first:last]
         return out[0] if len(out) == 1 else out
 
-    # ---- data by chunk; targets may be of half precision
-
-    def targets(self, chunk: Chunk) -> tuple[Array, Any, Array]:
-        """Return target and weight of each pair, and the constant of each query."""
-        b, w, constant = super().targets(chunk)
-        b = np.asarray(b, dtype=np.float64)
-        if isinstance(self.loss, LogRatio):
-            positive = b > 0.0
-            w = w * np.where(positive, np.minimum(b / self._smallest_normal, 1.0) ** 2, 0.0)
-            b = np.log(np.where(positive, b, 1.0))
-        return b, w, constant
-
-    def shift(self, chunk: Chunk) -> Array | float:
-        """Return the offset of the chunk's logits."""
-        return np.asarray(super().shift(chunk), dtype=np.float64)
-
     # ---- what users call
 
     def predict(self, x: Any) -> Any:
@@ -279,14 +245,14 @@ class Attention(GroupedProblem):
         """
         squared = total = 0.0
 
-        def add(_: StoredProblem, chunk: Chunk, z: Array, state: list[Array]) -> Array:
+        def add(_: Part, chunk: Chunk, z: Array, state: list[Array]) -> Array:
             nonlocal squared, total
             b = np.asarray(self.b[chunk.rows], dtype=np.float64)
             squared += float(np.sum((self.loss.fitted(z, state) - b) ** 2))
             total += float(np.sum(b * b))
             return z
 
-        self.by_row(self._evaluate_checked(x), add)
+        self.rows.by_row(self._evaluate_checked(x), add)
         return float(np.sqrt(squared / total)) if total > 0 else float("inf")
 
     def data_gradient(self, x: Any) -> tuple[Any, Any]:
@@ -299,13 +265,13 @@ class Attention(GroupedProblem):
         X, _ = self.split(x)
         by_query = [np.empty_like(block.queries) for block in self.design.sequences]
         by_key = [np.zeros_like(block.keys) for block in self.design.sequences]
-        for chunk in self.ahead(self.chunks):
-            block, z = self.logits(chunk, at.x)
-            b, w, _ = self.targets(chunk)
-            slope = self.loss.slope(z, b, w, self.row_state(chunk, z, at))
-            penalty = self.row_penalties(chunk)
+        for chunk in self.rows.prefetch(self.rows.chunks):
+            block, z = self.rows.logits(chunk, at.x)
+            b, w, _ = self.rows.targets(chunk)
+            slope = self.loss.slope(z, b, w, self.rows.row_state(chunk, z, at))
+            penalty = self.rows.row_penalties(chunk)
             if penalty is not None:
-                slope = slope + penalty * (z - self.shift(chunk))
+                slope = slope + penalty * (z - self.rows.shift(chunk))
             assert isinstance(chunk.index, slice)
             s, queries = self.design.find_queries(chunk.index)
             S = block.matrix(slope)
@@ -337,7 +303,7 @@ class Attention(GroupedProblem):
             return np.zeros(self.shape)
         rng = np.random.default_rng(random_state)
         x = rng.standard_normal(self.n_unknowns)
-        block = self.design.block(self.chunks[0].index)
+        block = self.design.block(self.rows.chunks[0].index)
         # Where all logits are alike whatever x, any size will do.
         return np.asarray(x * (0.1 / (float(np.std(block @ x)) or 1.0))).reshape(self.shape)
 
@@ -347,7 +313,7 @@ class Attention(GroupedProblem):
             return super().starts(rng)
         return {"closed form": self._closed_form().reshape(-1)}
 
-    def convex_neighbour(self) -> GroupedProblem | None:
+    def convex_surrogate(self) -> RowProblem | None:
         """Return least squares on logarithms where zeros are rounded numbers, cross entropy where they are
         data;
         its like for other outputs. None where there is a closed form.
@@ -355,8 +321,8 @@ class Attention(GroupedProblem):
         if self._has_closed_form():
             return None
         if self._takes_logarithms() and self.zeros_are_rounded():
-            return self.with_loss(LogRatio(), self.b, self.weights)
-        return super().convex_neighbour()
+            return self.with_rows(self.rows.with_loss(LogRatio(), self.b, self.weights))
+        return super().convex_surrogate()
 
     def _takes_logarithms(self) -> bool:
         """Whether the maps are shares whose logarithm the logits explain, up to a constant a row."""
@@ -369,7 +335,7 @@ class Attention(GroupedProblem):
         entries of both signs are no rounded shares.
         """
         found = signs(self.b)
-        return not found.negative and (not found.zeros or found.smallest < self._smallest_normal)
+        return not found.negative and (not found.zeros or found.smallest < self.rows.smallest_normal)
 
     def _has_closed_form(self) -> bool:
         """Whether log B is known for every pair, up to a constant a row where outputs are normalised."""
@@ -390,9 +356,9 @@ class Attention(GroupedProblem):
             keys = keys - keys.mean(axis=0)
         inverse = np.linalg.pinv(keys, rcond=RANK)
         half = np.empty((len(queries), design.d2))
-        for chunk in self.ahead(self.chunks):
+        for chunk in self.rows.prefetch(self.rows.chunks):
             assert isinstance(chunk.index, slice)
-            logs = np.log(np.asarray(self.b[chunk.rows], dtype=np.float64)) - self.shift(chunk)
+            logs = np.log(np.asarray(self.b[chunk.rows], dtype=np.float64)) - self.rows.shift(chunk)
             half[design.find_queries(chunk.index)[1]] = logs.reshape(-1, len(keys)) @ inverse.T
         return np.asarray(np.linalg.pinv(queries, rcond=RANK) @ half)
 
@@ -411,14 +377,14 @@ class Attention(GroupedProblem):
         queries, keys = whitening.queries, whitening.keys
         return Subspace(queries.directions[:, : queries.rank], keys.directions[:, : keys.rank])
 
-    def dense(self) -> GroupedProblem:
+    def dense(self) -> RowProblem:
         """Return the same problem with its matrix of pairs formed, shape (n_pairs, n_unknowns)."""
         rows, b, w = [], np.empty(self.n_rows), np.empty(self.n_rows)
-        for chunk in self.chunks:
-            block = self.fetch(chunk)
+        for chunk in self.rows.chunks:
+            block = self.rows.fetch(chunk)
             rows.append(block @ np.eye(self.n_unknowns))
-            b[chunk.rows], w[chunk.rows], _ = self.targets(chunk)
-        formed: GroupedProblem = GroupedProblem(
+            b[chunk.rows], w[chunk.rows], _ = self.rows.targets(chunk)
+        formed: RowProblem = RowProblem(
             np.concatenate(rows), b, loss=self.loss, groups=self.design.starts, weights=w,
             offset=self.offset, row_penalty=0.0 if self.penalty is None else np.sqrt(self.penalty),
             ridge=self.ridge,
@@ -427,11 +393,11 @@ class Attention(GroupedProblem):
 
     def reduction(self) -> Reduction | None:
         """Return the problem in whitened variables, in which only identified directions are left."""
-        if self._reduced:
+        if self.in_better_units:
             return None
         whitening = Whitening.of(self.design, centred=self._centred)
-        other = copy(self)
-        other._reduced, other.design = True, whitening.design
+        other = self.with_rows(self.rows.on(whitening.design))
+        other.in_better_units = True
         other.ridge = self.ridge * np.concatenate([whitening.ridge, np.ones(self.design.n_features)])
         return Reduction(other, whitening.lift, whitening.restrict, whitening.note)
 
@@ -444,3 +410,25 @@ def _loss(name: str, function: str) -> Loss:
     if name == "log_ratio":
         return LogRatio()
     return Total() if name == "sparse" else LOSSES[name]
+
+
+def _require_shares(design: KroneckerDesign, target: Any, loss: str) -> None:
+    """Refuse negative targets where the loss takes their logarithms."""
+    pair, value = first_negative(target)
+    if pair >= 0:
+        s, i, k = _where(design, pair)
+        name = "B" if len(design.sequences) == 1 else f"B[{s}]"
+        raise ValueError(
+            f"{name} is negative at row {i}, column {k} ({value:g}); loss {loss!r} takes shares >= 0 "
+            "(the squared, rescaled and linear cross entropy losses take any maps)"
+        )
+
+
+def _where(design: KroneckerDesign, pair: int) -> tuple[int, int, int]:
+    """Return sequence, query and key of a pair."""
+    query = int(np.searchsorted(design.starts, pair, side="right")) - 1
+    s = int(np.searchsorted(design.first_query, query, side="right")) - 1
+    i = query - int(design.first_query[s])
+    k = pair - int(design.starts[query])
+    mask = design.sequences[s].mask
+    return s, i, k if mask is None else int(np.flatnonzero(mask[i])[k])

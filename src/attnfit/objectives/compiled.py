@@ -23,8 +23,9 @@ from attnfit.data.kernels import OPTIONS, STORAGES, Compiled, U, block_times_vec
 from attnfit.data.parallel import available_threads, in_order
 from attnfit.data.sources.base import checksum
 from attnfit.losses.loss import Loss, Moments
+from attnfit.objectives.first_order import Totals
 from attnfit.objectives.models import Exponential, Poisson, Rescaled, Softmax
-from attnfit.objectives.part import StoredProblem, Totals
+from attnfit.objectives.part import Part
 from attnfit.segments import Array
 
 # Adding it rounds to an integer, which is then found in the lower bits.
@@ -143,7 +144,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
 ):
     """Whole groups: normalise, close and add up several at a time while their rows are in cache.
 
-    A second row of ``out`` is for the gradient at the origin.
+    A second row of ``out`` is for the gradient at zero.
     """
     size = step
     for g in range(len(constants)):
@@ -164,7 +165,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
         dots(data, first_row + start, count, x, z)
         for r in range(count):
             check += 0.0 * z[r]
-        # At x and, where its gradient is wanted too, at the origin.
+        # At x and, where its gradient is wanted too, at zero.
         for place in range(len(out)):
             for r in range(count):
                 logit = z[r] if place == 0 else 0.0
@@ -236,11 +237,11 @@ NONE = np.zeros(0)
 
 
 def sum_up(
-    problem: StoredProblem,
+    part: Part,
     chunks: list[Chunk],
     x: Array,
     reference: Array,
-    origin_states: Array | None,
+    long_states: Array | None,
 ) -> Totals | None:
     """Read once; None where a logit is not finite."""
     x = np.ascontiguousarray(x)
@@ -248,55 +249,55 @@ def sum_up(
 
     def work(run: list[Chunk]) -> Totals | None:
         # A thread computes with what it has just read, while that is in its cache.
-        if not hasattr(own, "problem"):
-            own.problem = problem.apart()
-        own.problem.load(run)
+        if not hasattr(own, "rows"):
+            own.rows = part.thread_copy()
+        own.rows.load(run)
         with may_compute:
-            return _sum_up_run(own.problem, run, x, reference, origin_states)
+            return _sum_up_run(own.rows, run, x, reference, long_states)
 
-    totals = Totals.zero(problem.n_unknowns)
-    for found in in_order(work, runs(chunks, problem.design.thread_rows), problem.n_readers):
+    totals = Totals.zero(part.n_unknowns, part.n_long)
+    for found in in_order(work, runs(chunks, part.design.thread_rows), part.n_readers):
         if found is None:
             return None
         totals = totals.merge(found)
     # Threads would lose some of what they count.
-    problem.design.rows_read += sum(chunk.segments.n_rows for chunk in chunks)
+    part.design.rows_read += sum(chunk.segments.n_rows for chunk in chunks)
     return totals
 
 
 def _sum_up_run(
-    problem: StoredProblem,
+    part: Part,
     span: list[Chunk],
     x: Array,
     reference: Array,
-    origin_states: Array | None,
+    long_states: Array | None,
     storage: str | None = None,
 ) -> Totals | None:
     """Return the totals of a run of chunks; None where a logit is not finite."""
-    storage = storage or problem.design.storage
+    storage = storage or part.design.storage
     assert storage is not None
-    loss, long, d = problem.loss, span[0].long, problem.n_unknowns
+    loss, long, d = part.loss, span[0].long, part.n_unknowns
     by_group = loss.coupled and long < 0
     rows = _join([chunk.rows for chunk in span])
-    parts = problem.design.parts(_join([chunk.index for chunk in span]))
-    vectors = [problem.b[rows]]
-    vectors += [NONE if v is None else v[rows] for v in (problem.weights, problem.offset, problem.penalty)]
-    beside, origin = NONE, origin_states is not None
-    if origin_states is not None and not by_group:
-        slopes = [problem.origin_slope(c, *problem.targets(c)[:2], origin_states) for c in span]
+    parts = part.design.parts(_join([chunk.index for chunk in span]))
+    vectors = [part.b[rows]]
+    vectors += [NONE if v is None else v[rows] for v in (part.weights, part.offset, part.penalty)]
+    beside, at_zero = NONE, long_states is not None
+    if long_states is not None and not by_group:
+        slopes = [part.slope_at_zero(c, long_states) for c in span]
         beside = np.concatenate(
             [np.broadcast_to(s, c.segments.n_rows) for s, c in zip(slopes, span, strict=True)]
         )
     groups = _join([chunk.groups for chunk in span])
-    constants = problem.constants[groups]
+    constants = part.constants[groups]
     if by_group:
-        first = problem.groups.starts[groups]
+        first = part.groups.starts[groups]
         shared: Any = (np.append(first, first[0] + len(vectors[0])) - first[0], constants)
     else:
         shared = (beside, float(reference[long]) if long >= 0 else 0.0, float(constants[0]))
     n_columns, n_extras = _n_moments(loss.moments)
     n_rows_out = 1 if by_group else n_columns + bool(len(vectors[3]))
-    out = empty_sums(storage, n_rows_out + origin, d)
+    out = empty_sums(storage, n_rows_out + at_zero, d)
     sums = np.zeros(n_columns + n_extras + 2)
     kernel = loop_of(loss, storage, by_group=by_group)
     # Several short groups at a time: one alone ends in loops too short to pay.
@@ -304,7 +305,7 @@ def _sum_up_run(
     kernel(*parts, x, *vectors, *shared, step, n_columns, out, sums)
     if sums[-1] != 0.0:
         return None
-    totals = Totals.zero(d)
+    totals = Totals.zero(d, part.n_long)
     totals.value += float(sums[-2])
     if by_group:
         totals.gradient += out[0]
@@ -315,8 +316,8 @@ def _sum_up_run(
         totals.gradient += out[0]
     if not by_group and n_rows_out > n_columns:
         totals.gradient += out[n_columns]
-    if origin:
-        totals.origin_gradient += out[-1]
+    if at_zero:
+        totals.gradient_at_zero += out[-1]
     return totals
 
 
@@ -358,8 +359,8 @@ def warm_up(everything: bool = False) -> int:
                 arguments = options if kind in uncoupled else options | {"groups": groups}
                 problem = kind(matrix, np.full(4, 0.5), **arguments)
                 whole = groups is not None or kind in uncoupled
-                chunks = problem.chunks if whole else _as_pieces(problem)
-                _sum_up_run(problem, chunks, np.zeros(2), np.ones(1), None, storage)
+                chunks = problem.rows.chunks if whole else _as_pieces(problem.rows)
+                _sum_up_run(problem.rows, chunks, np.zeros(2), np.ones(1), None, storage)
                 n += 1
     block_times_vector()(rows, 0, len(rows), np.zeros(2), np.empty(len(rows)))
     gram = Gram(2)
@@ -379,9 +380,9 @@ def _stored(rows: Array, everything: bool) -> Iterator[tuple[Any, str]]:
         yield sparse.csr_array(rows.astype(np.float32)), "csr"
 
 
-def _as_pieces(problem: StoredProblem) -> list[Chunk]:
+def _as_pieces(part: Part) -> list[Chunk]:
     """Return the rows as a piece of a group longer than a block."""
-    return [replace(chunk, long=0) for chunk in problem.chunks]
+    return [replace(chunk, long=0) for chunk in part.chunks]
 
 
 def _join(rows: list[Rows]) -> Rows:

@@ -1,6 +1,6 @@
 """Rows that are partitions of a Dask array or data frame: the same problems, read where the data are.
 
-Each partition becomes a `Part`, an ordinary problem on its own rows that stays on its worker. A read sends x
+Each partition becomes a `DaskPart`, rows with a loss that stay on their worker. A pass sends x
 out once and brings back one sum, merged in a tree: O(d) numbers for a gradient, O(d^2) for a Hessian. Dask
 decides where the parts are, keeps them in the workers' memory and makes those of a dead worker again.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cache
 from functools import reduce as fold
 from typing import Any
 
@@ -20,15 +19,16 @@ import numpy as np
 
 from attnfit.data import Design
 from attnfit.data.groups import Chunk
+from attnfit.data.inputs import is_dask
 from attnfit.data.matrix import Rows
 from attnfit.data.parallel import one_blas_thread
+from attnfit.losses.loss import Loss
 from attnfit.objectives.dask_parts import (
-    Part,
+    DaskPart,
     Shared,
     Summary,
     ends_of,
     head_of,
-    is_dask,
     later,
     make_part,
     moves_between,
@@ -38,20 +38,13 @@ from attnfit.objectives.dask_parts import (
 )
 from attnfit.objectives.leverage import RowSampler
 from attnfit.objectives.objective import Drawn, Evaluation
-from attnfit.objectives.part import PerPart, StoredProblem, merged
+from attnfit.objectives.part import Part, PerPart, merged, row_values
 from attnfit.objectives.recession import Frame, separated_rows
-from attnfit.objectives.store import DERIVED
-from attnfit.objectives.surrogate import neighbouring_targets
+from attnfit.objectives.surrogate import surrogate_targets
 from attnfit.segments import Array, Index, Segments
 
 # Sums merged by one task.
 FAN_IN = 8
-
-
-@cache
-def distributed(kind: type[Any]) -> type[Any]:
-    """Return the class of the same problem on data in several places."""
-    return type(f"Distributed{kind.__name__}", (Distributed, kind), {"__module__": kind.__module__})
 
 
 class RemoteDesign(Design):
@@ -88,12 +81,30 @@ class RemoteDesign(Design):
         return np.asarray(weights @ block)
 
 
-class Distributed(StoredProblem):
-    """Overrides who iterates over the data; mixed into the class of the problem."""
+class OnDask:
+    """The rows of a problem as partitions on workers, with the loss: what `Part` is for rows in one place.
 
-    def _store(self, A: Any, b: Any, groups: Any, weights: Any, offset: Any, row_penalty: Any) -> None:
+    Parameters
+    ----------
+    loss : Loss
+    A, b, groups, weights, offset, row_penalty
+        As a problem takes them; A is a Dask array or data frame.
+
+    Raises
+    ------
+    ValueError
+        Like a problem in memory; the message names the partition too.
+    """
+
+    is_whole = False
+    memory_limit: int | None = None
+
+    def __init__(
+        self, loss: Loss, A: Any, b: Any, groups: Any, weights: Any, offset: Any, row_penalty: Any
+    ) -> None:
         from dask import compute, persist
 
+        self.loss = loss
         scalar = np.ndim(row_penalty) == 0 and not is_dask(row_penalty)
         vectors = {"b": b, "groups": groups, "weights": weights, "offset": offset}
         vectors["row_penalty"] = None if scalar else row_penalty
@@ -123,60 +134,51 @@ class Distributed(StoredProblem):
 
         known: list[Summary] = list(compute(*[later(summary_of)(part) for part in parts]))
         shared = shared_labels(parts, known) if self.loss.coupled else set()
-        found = compute(*[later(Part.sums_of)(part, shared) for part in parts])
+        found = compute(*[later(DaskPart.sums_of)(part, shared) for part in parts])
         sums: dict[Any, Array] = fold(merged, found)
         numbers = {label: number for number, label in enumerate(sums)}
-        self._constants = np.array([constant for constant, *_ in sums.values()])
-        self._masses = {numbers[label]: values[1:] for label, values in sums.items()}
+        self.long_constants = np.array([constant for constant, *_ in sums.values()])
+        self.n_long = len(self.long_constants)
+        self._target_totals = {numbers[label]: values[1:] for label, values in sums.items()}
         first_labels = np.cumsum([0, *(summary.n_groups for summary in known)])
         self._first_long = int(first_labels[-1])
-        told = [Shared(numbers, self._constants, int(first), self._first_long) for first in first_labels[:-1]]
-        self._parts = persist(*[later(Part.among)(p, s) for p, s in zip(parts, told, strict=True)])
+        told = [
+            Shared(numbers, self.long_constants, int(first), self._first_long) for first in first_labels[:-1]
+        ]
+        self._parts = persist(*[later(DaskPart.among)(p, s) for p, s in zip(parts, told, strict=True)])
         n_rows, n_columns = sum(s.n_rows for s in known), {s.n_columns for s in known}
         if len(n_columns) > 1:
             raise ValueError(f"partitions of A have different numbers of columns: {sorted(n_columns)}")
-        self.design = RemoteDesign((n_rows, n_columns.pop()), max(s.gram_cost for s in known))
-        self._largest_group = max(s.largest_group for s in known)
-        self._n_groups = self._first_long - sum(map(len, found)) + len(numbers) if self.loss.coupled else 1
+        self.n_rows, self.n_unknowns = n_rows, n_columns.pop()
+        self.design = RemoteDesign((n_rows, self.n_unknowns), max(s.gram_cost for s in known))
+        self.largest_group = max(s.largest_group for s in known)
+        self.n_groups = self._first_long - sum(map(len, found)) + len(numbers) if self.loss.coupled else 1
         return any(summary.has_weight for summary in known)
-
-    # ---- what is known here of the groups
-
-    @property
-    def is_whole(self) -> bool:
-        return False
-
-    @property
-    def n_groups(self) -> int:
-        return self._n_groups
-
-    @property
-    def n_long(self) -> int:
-        return len(self._constants)
-
-    @property
-    def long_constants(self) -> Array:
-        return self._constants
 
     @property
     def long_labels(self) -> Index:
+        """The label of each long group in a sample of the data."""
         return self._first_long + np.arange(self.n_long)
 
-    def long_masses(self) -> dict[int, Array]:
-        return self._masses
+    def target_totals(self) -> dict[int, Array]:
+        """Return the sums of the targets of each long group, by its number."""
+        return self._target_totals
 
     @property
-    def largest_group(self) -> int:
-        return self._largest_group
-
-    @property
-    def chunks(self) -> list[Chunk]:  # type: ignore[override]
+    def chunks(self) -> Any:
         """Refuse: no loop over rows may run where there are none."""
         raise TypeError("the rows are on the workers of a Dask cluster; no loop over them can run here")
 
-    # ---- who iterates over the data
+    def with_memory_limit(self, limit: int) -> OnDask:
+        """Return the same rows, of which less is kept between passes."""
+        other = copy(self)
+        other.memory_limit = limit
+        return other
+
+    # ---- running over the rows
 
     def reduce(self, work: Callable[..., Any], *args: Any, drawn: Drawn | None = None) -> Any:
+        """Return the sum of what the work yields on the parts: see `Part.reduce`."""
         from dask import compute
 
         ((found, n_rows),) = compute(_tree(self._tasks(work, args, drawn)), optimize_graph=False)
@@ -184,6 +186,7 @@ class Distributed(StoredProblem):
         return found
 
     def reduce_and_draw(self, work: Callable[..., Any], *args: Any) -> tuple[Any, Drawn]:
+        """Return the sum of the first results, and the rows drawn, which stay where they are."""
         from dask import compute, persist
 
         outs = persist(*self._tasks(work, args, None))
@@ -193,6 +196,7 @@ class Distributed(StoredProblem):
         return found, Drawn(persist(*[later(_drawn)(out) for out in outs]), sum(counts))
 
     def collect(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return what the work yields on each part, in order."""
         from dask import compute
 
         found = compute(*self._tasks(work, args, None), optimize_graph=False)
@@ -200,32 +204,42 @@ class Distributed(StoredProblem):
         return [result for result, _ in found]
 
     def share_out(self, source: RowSampler | np.random.Generator) -> Any:
+        """Return a sampler or generator for each part."""
         n = len(self._parts)
         if isinstance(source, RowSampler):
             return PerPart(source.split(n))
         return PerPart(np.random.default_rng(seed) for seed in source.integers(2**63, size=n))
 
-    def convex_neighbour(self) -> Any:
-        """Return the neighbour on the same parts."""
+    def by_row(self, at: Evaluation, formula: Callable[..., Array]) -> Array:
+        """Apply a formula to the logits and states of every row; return shape (n,)."""
+        return np.concatenate(self.collect(row_values, at.bare(), formula))
+
+    def surrogate(self) -> OnDask | None:
+        """Return the same parts under a convex loss whose minimiser is a good start, or None."""
         totals = self.reduce(_group_totals)
-        kind = neighbouring_targets(self.loss, np.ones(1), None, _ONE_ROW, np.ones(1))
+        kind = surrogate_targets(self.loss, np.ones(1), None, _ONE_ROW, np.ones(1))
         if kind is None:
             return None
-        other: Any = copy(self)
-        for name in DERIVED:
-            other.__dict__.pop(name, None)
+        other = copy(self)
         other.loss = kind[0]
-        has_weight = other._adopt([later(Part.neighbour)(part, totals) for part in self._parts])
+        has_weight = other._adopt([later(DaskPart.surrogate)(part, totals) for part in self._parts])
         other.design = self.design
         return other if has_weight else None
 
-    def without_separated_rows(self, at: Evaluation, frame: Frame, along: Array) -> Any:
-        """Return the problem on the same parts without the rows that fall along a recession direction."""
+    def without_penalty(self) -> OnDask:
+        """Return the same parts without row penalties."""
+        from dask import persist
+
+        other = copy(self)
+        other.penalty = None
+        other._parts = persist(*[later(DaskPart.without_penalty)(part) for part in self._parts])
+        return other
+
+    def without_separated(self, at: Evaluation, frame: Frame, along: Array) -> OnDask:
+        """Return the same parts without the rows that fall along a recession direction."""
         from dask import compute
 
-        other: Any = copy(self)
-        for name in DERIVED:
-            other.__dict__.pop(name, None)
+        other = copy(self)
         parts = [later(_without_separated)(part, at, frame, along) for part in self._parts]
         counts = compute(*[later(_n_rows)(part) for part in parts])
         other._adopt([part for part, count in zip(parts, counts, strict=True) if count])
@@ -248,7 +262,7 @@ class Distributed(StoredProblem):
 
 
 def _without_separated(part: Part, at: Evaluation, frame: Frame, along: Array) -> Part:
-    return part.without_rows(separated_rows(part, part.chunks, at, frame, along))
+    return part.without(separated_rows(part, part.chunks, at, frame, along))
 
 
 def _n_rows(part: Part) -> int:
@@ -308,7 +322,7 @@ def _n_drawn(out: Any) -> int:
     return sum(chunk.matrix.shape[0] for chunk in _drawn(out))
 
 
-def _group_totals(part: StoredProblem, chunks: list[Chunk]) -> dict[int, Array]:
+def _group_totals(part: Part, chunks: list[Chunk]) -> dict[int, Array]:
     """Return size, sum of targets and of weighted targets of each long group."""
     found: dict[int, Array] = {}
     for chunk in chunks:

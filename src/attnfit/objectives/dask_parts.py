@@ -15,16 +15,17 @@ from scipy import sparse
 
 from attnfit.data import SparseDesign
 from attnfit.data.groups import parse_groups
+from attnfit.data.inputs import as_design, as_vector, is_dask, negative_target
+from attnfit.data.store import read_table
 from attnfit.losses.loss import Loss
 from attnfit.losses.softmax import LOSSES
-from attnfit.objectives.inputs import as_design, as_vector, negative_target
-from attnfit.objectives.part import StoredProblem, target_sums
-from attnfit.objectives.surrogate import neighbouring_targets
+from attnfit.objectives.part import Part, target_sums
+from attnfit.objectives.surrogate import surrogate_targets
 from attnfit.segments import Array, Index, Segments
 
 
 @dataclass(frozen=True)
-class Table:
+class Partition:
     """Rows and what belongs to each of them; vectors that are not given are None."""
 
     matrix: Any
@@ -34,17 +35,19 @@ class Table:
         # What Dask is told of the cost of moving it.
         return _size(self.matrix) + sum(_size(v) for v in self.vectors.values())
 
-    def take(self, rows: slice) -> Table:
+    def take(self, rows: slice) -> Partition:
         """Return some of the rows."""
-        return Table(self.matrix[rows], {k: None if v is None else v[rows] for k, v in self.vectors.items()})
+        return Partition(
+            self.matrix[rows], {k: None if v is None else v[rows] for k, v in self.vectors.items()}
+        )
 
-    def followed_by(self, other: Table) -> Table:
+    def followed_by(self, other: Partition) -> Partition:
         """Return the rows of both."""
         stack = partial(sparse.vstack, format="csr") if sparse.issparse(self.matrix) else np.concatenate
         vectors = {
             k: None if v is None else np.concatenate([v, other.vectors[k]]) for k, v in self.vectors.items()
         }
-        return Table(stack([self.matrix, other.matrix]), vectors)
+        return Partition(stack([self.matrix, other.matrix]), vectors)
 
 
 class Shared(NamedTuple):
@@ -66,7 +69,7 @@ class Shared(NamedTuple):
     first_long: int
 
 
-class Part(StoredProblem):
+class DaskPart(Part):
     """The rows of one partition."""
 
     shared: Shared | None = None
@@ -76,14 +79,16 @@ class Part(StoredProblem):
         stored = self.design.matrix if isinstance(self.design, SparseDesign) else self.design.array
         return sum(map(_size, (stored, self.b, self.weights, self.offset, self.penalty, self.groups.starts)))
 
-    def among(self, shared: Shared) -> Part:
+    def among(self, shared: Shared) -> DaskPart:
         """Return the part cut into chunks anew, now that the long groups of all parts are known."""
         part = copy(self)
         labels = part.groups.labels.tolist() if part.loss.coupled else []
         own = [g for g, label in enumerate(labels) if label in shared.numbers]
-        part._cut(np.array(own, dtype=np.intp))
+        part.recut(np.array(own, dtype=np.intp))
         part.shared = shared
-        numbers = part.long_numbers
+        found = part.groups.labels[part.long_groups].tolist()
+        numbers = np.array([shared.numbers[label] for label in found], dtype=np.intp)
+        part.long_numbers, part.n_long = numbers, len(shared.constants)
         part.chunks = [c if c.long < 0 else replace(c, long=int(numbers[c.long])) for c in part.chunks]
         part.constants[part.long_groups] = shared.constants[numbers]
         return part
@@ -98,8 +103,8 @@ class Part(StoredProblem):
             if g in long or label in shared
         }
 
-    def neighbour(self, totals: dict[int, Array]) -> Part:
-        """Return the part of the convex neighbour; ``totals`` as from `_group_totals`."""
+    def surrogate(self, totals: dict[int, Array]) -> DaskPart:
+        """Return the part of the convex surrogate; ``totals`` as from `_group_totals`."""
         segments = Segments(self.groups.starts, self.n_rows)
         sizes = np.repeat(segments.sizes, segments.sizes)
         numbers = dict(zip(self.long_groups.tolist(), self.long_numbers.tolist(), strict=True))
@@ -108,7 +113,7 @@ class Part(StoredProblem):
         }
         for g, rows in of_group.items():
             sizes[rows] = totals[numbers[g]][0]
-        found = neighbouring_targets(self.loss, self.b, self.weights, segments, sizes)
+        found = surrogate_targets(self.loss, self.b, self.weights, segments, sizes)
         if found is None:
             # Only where no target here is positive.
             own = None if self.weights is None else np.array(self.weights)
@@ -121,25 +126,11 @@ class Part(StoredProblem):
         return self.with_loss(loss, b, w)
 
     @property
-    def long_numbers(self) -> Index:
-        assert self.shared is not None
-        labels = self.groups.labels[self.long_groups].tolist()
-        return np.array([self.shared.numbers[label] for label in labels], dtype=np.intp)
-
-    @property
-    def n_long(self) -> int:
-        assert self.shared is not None
-        return len(self.shared.constants)
-
-    @property
     def group_labels(self) -> Index:
         assert self.shared is not None
         labels = self.shared.first_label + np.arange(len(self.groups))
         labels[self.long_groups] = self.shared.first_long + self.long_numbers
         return labels
-
-    # A part has no solver of its own.
-    evaluate = hessian_at = hessian_operator = diagonal_at = None  # type: ignore[assignment]
 
 
 def _size(values: Any) -> int:
@@ -150,11 +141,6 @@ def _size(values: Any) -> int:
 
 # The end of a group with more rows than this is not moved to another partition.
 MOVED_ROWS = 10_000
-
-
-def is_dask(values: Any) -> bool:
-    """Whether these are a Dask array or data frame."""
-    return type(values).__module__.partition(".")[0] in ("dask", "dask_expr") and hasattr(values, "dask")
 
 
 def later(function: Callable[..., Any]) -> Any:
@@ -190,7 +176,9 @@ def tables_of(A: Any, vectors: dict[str, Any], loss: Loss) -> list[Any]:
         vectors = _spread(vectors, blocks)
     columns = {name: _column(values, name, A, blocks) for name, values in vectors.items()}
     return [
-        later(_table)(k, block, {name: column[k] for name, column in columns.items()}, loss.shares)
+        later(_table)(
+            k, block, {name: column[k] for name, column in columns.items()}, loss.nonnegative_target
+        )
         for k, block in enumerate(blocks)
     ]
 
@@ -246,7 +234,7 @@ def _n_rows(block: Any) -> int:
     return int(block.shape[0])
 
 
-def _table(k: int, block: Any, vectors: dict[str, Any], shares: str) -> Table | None:
+def _table(k: int, block: Any, vectors: dict[str, Any], shares: str) -> Partition | None:
     """Bring the rows of one partition together, checked; None if it has none."""
     if block.shape[0] == 0:
         return None
@@ -267,7 +255,7 @@ def _table(k: int, block: Any, vectors: dict[str, Any], shares: str) -> Table | 
         b = arrays["b"]
         if shares and b is not None and (b < 0).any():
             raise negative_target(int(np.argmax(b < 0)), shares)
-    return Table(matrix, arrays)
+    return Partition(matrix, arrays)
 
 
 @contextmanager
@@ -279,7 +267,7 @@ def _partition(k: int) -> Iterator[None]:
         raise ValueError(f"partition {k}: {error}") from error
 
 
-def ends_of(table: Table | None) -> tuple[int, int, Any, Any] | None:
+def ends_of(table: Partition | None) -> tuple[int, int, Any, Any] | None:
     """Return the number of rows, of those of the first group, and the first and last label."""
     if table is None:
         return None
@@ -300,26 +288,27 @@ def moves_between(ends: list[tuple[int, int, Any, Any]]) -> list[int]:
     return moved
 
 
-def head_of(table: Table, count: int) -> Table | None:
+def head_of(table: Partition, count: int) -> Partition | None:
     """Return the rows that move to the part before."""
     return table.take(slice(count)) if count else None
 
 
-def make_part(table: Table, dropped: int, tail: Table | None, loss: Loss, row_penalty: float | None) -> Part:
+def make_part(
+    table: Partition, dropped: int, tail: Partition | None, loss: Loss, row_penalty: float | None
+) -> DaskPart:
     """Return the part without its first rows, and with those of the part after."""
     own = table.take(slice(dropped, None)) if dropped else table
     own = own if tail is None else own.followed_by(tail)
     vectors = dict(own.vectors)
     if row_penalty is not None:
         vectors["row_penalty"] = row_penalty
+    # That all weights are zero is an error only where it holds of all parts.
     weights = vectors.pop("weights")
-    part = Part(own.matrix, loss=loss, **vectors)
-    part.weights = None if weights is None else part.groups.sort(weights)
-    part._cut()
-    return part
+    rows = read_table(own.matrix, weights=None, **vectors)
+    return DaskPart(loss, rows._replace(weights=None if weights is None else rows.groups.sort(weights)))
 
 
-def summary_of(part: Part) -> Summary:
+def summary_of(part: DaskPart) -> Summary:
     """Return what the scheduler's side should know."""
     labels = part.groups.labels
     ordered = bool((labels[1:] > labels[:-1]).all())
@@ -350,6 +339,6 @@ def shared_labels(parts: Sequence[Any], known: list[Summary]) -> set[Any]:
     return twice
 
 
-def _labels(part: Part) -> list[Any]:
+def _labels(part: DaskPart) -> list[Any]:
     found: list[Any] = part.groups.labels.tolist()
     return found

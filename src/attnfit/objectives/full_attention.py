@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.inputs import as_point, as_ridge
 from attnfit.data.pairs import KroneckerDesign
-from attnfit.objectives.inputs import as_point, as_ridge
 from attnfit.objectives.objective import Evaluation, Problem, Reduction, majorant
 from attnfit.objectives.projected import Maps, ProjectedAttention, read_texts, text_maps
 from attnfit.objectives.whitening import Whitening
@@ -231,7 +231,7 @@ class FullAttention(Problem):
         near: Evaluation | None = None,
         sampler: Any = None,
         *,
-        origin: bool = False,
+        at_zero: bool = False,
         hessian: bool = False,
     ) -> Evaluation:
         """Return value and gradient at x."""
@@ -247,8 +247,8 @@ class FullAttention(Problem):
             by_x += self.pulled(maps, self.slope(maps, G, Y))
         value += 0.5 * float(np.sum(self.ridge * x * x))
         gradient = self.join(by_x, by_y) + self.ridge * x
-        start = self.evaluate(np.zeros_like(x)).gradient if origin else None
-        return Evaluation(x, value, gradient, origin_gradient=start)
+        start = self.evaluate(np.zeros_like(x)).gradient if at_zero else None
+        return Evaluation(x, value, gradient, gradient_at_zero=start)
 
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
         """Return (dX, dY) -> H (dX, dY)."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import as_point
+from attnfit.data.inputs import as_point
 from attnfit.objectives.inverse_cases import residual_hessian
 from attnfit.objectives.inverse_curvature import heads_of_projections, moment_tokens
 from attnfit.objectives.inverse_layer import (
@@ -21,6 +21,7 @@ from attnfit.objectives.inverse_layer import (
     read_output,
 )
 from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.objective import Offer
 
 Array = NDArray[np.float64]
 
@@ -67,6 +68,8 @@ class LayerInversion(LayerProblem):
     Theoretical Approach to Data Recovery via Attention Weights", whose loss has no 0.5, whose derivatives
     lack the factor 2 and mix both conventions.
     """
+
+    offers = frozenset({Offer.RESIDUALS, Offer.INVERSION})
 
     def __init__(
         self,

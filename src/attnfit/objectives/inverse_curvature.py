@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import blas
 
-from attnfit.objectives.inputs import as_vector
+from attnfit.data.inputs import as_vector
 from attnfit.objectives.inverse_layer import (
     AttentionLayer,
     HeadState,

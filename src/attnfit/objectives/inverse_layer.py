@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import choose, require_finite_matrix
+from attnfit.data.inputs import choose, require_finite_matrix
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]

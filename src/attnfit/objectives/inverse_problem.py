@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import as_point
+from attnfit.data.inputs import as_point
 from attnfit.objectives.inverse_curvature import gauss_newton_diagonal, layer_curvature, symmetric
 from attnfit.objectives.inverse_layer import AttentionLayer, Pass, merged_heads
-from attnfit.objectives.objective import Evaluation, Problem, majorant
+from attnfit.objectives.objective import Evaluation, Offer, Problem, majorant
 
 Array = NDArray[np.float64]
 
@@ -61,6 +61,8 @@ class LayerProblem(Problem):
         Tokens as columns, NaN where unknown.
     gamma : float
     """
+
+    offers = frozenset({Offer.RESIDUALS})
 
     linear = False
     best_hessian = "kept"
@@ -117,7 +119,7 @@ class LayerProblem(Problem):
         near: Evaluation | None = None,
         sampler: Any = None,
         *,
-        origin: bool = False,
+        at_zero: bool = False,
         hessian: bool = False,
     ) -> LayerEvaluation:
         """Return value and gradient at x."""
@@ -127,8 +129,8 @@ class LayerProblem(Problem):
             gradient = self.columns(self.layer.pull_back(forward, C)).reshape(-1)
             gradient += self.gamma * x
         value = value if np.isfinite(value) else np.inf
-        start = self.evaluate(np.zeros_like(x)).gradient if origin else None
-        return LayerEvaluation(x, value, gradient, origin_gradient=start, forward=forward, residuals=C)
+        start = self.evaluate(np.zeros_like(x)).gradient if at_zero else None
+        return LayerEvaluation(x, value, gradient, gradient_at_zero=start, forward=forward, residuals=C)
 
     def hvp(self, x: Any, v: Any) -> Array:
         """Return the product of the Hessian at x with v, in the natural shape; the gradient is not formed."""

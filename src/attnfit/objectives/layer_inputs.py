@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.data import SparseDesign
-from attnfit.objectives.inputs import as_design, as_vector, require_finite_matrix
+from attnfit.data.inputs import as_design, as_vector, require_finite_matrix
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.inputs import as_point
 from attnfit.losses.activations import ACTIVATIONS, Activation
-from attnfit.objectives.inputs import as_point
 from attnfit.objectives.layer_curvature import (
     Escape,
     LayeredEvaluation,
@@ -19,7 +19,7 @@ from attnfit.objectives.layer_curvature import (
     column_hessians,
 )
 from attnfit.objectives.layer_inputs import LinearMap, ReluMap
-from attnfit.objectives.objective import Evaluation, Moved, Problem
+from attnfit.objectives.objective import Evaluation, Moved, Offer, Problem
 
 Array = NDArray[np.float64]
 Columns = slice | NDArray[np.intp]
@@ -39,6 +39,11 @@ class LayeredProblem(Problem):
     # One costs as much as d gradients, but away from a minimum an old one is no use: curvature changes sign
     # there.
     best_hessian = "exact"
+
+    @property
+    def offers(self) -> frozenset[Offer]:  # type: ignore[override]
+        """Independent right-hand sides; of mixtures the faces of the simplex."""
+        return frozenset({Offer.COLUMNS} | ({Offer.MIXTURE} if self.is_mixture else set()))
 
     @property
     def is_mixture(self) -> bool:
@@ -172,7 +177,7 @@ class LayeredProblem(Problem):
         near: Evaluation | None = None,
         sampler: Any = None,
         *,
-        origin: bool = False,
+        at_zero: bool = False,
         hessian: bool = False,
     ) -> LayeredEvaluation:
         """Return value and gradient at x, and on request the gradient at zero; the Hessian is withheld."""
@@ -185,12 +190,12 @@ class LayeredProblem(Problem):
             layers = part.layers_at(X[:, run])
             values[run] = part._values(X[:, run], layers)
             gradient[:, run] = part._gradient(X[:, run], layers)
-        zero = self.evaluate(np.zeros_like(x)).gradient if origin else None
+        zero = self.evaluate(np.zeros_like(x)).gradient if at_zero else None
         return LayeredEvaluation(
             x,
             float(values.sum()),
             gradient.reshape(-1),
-            origin_gradient=zero,
+            gradient_at_zero=zero,
             column_values=values,
             layers=layers if len(runs) == 1 else None,
         )

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
+from attnfit.data.inputs import as_point, as_ridge
 from attnfit.losses.activations import ACTIVATIONS, Activation, as_activation
-from attnfit.objectives.inputs import as_point, as_ridge
 from attnfit.objectives.layer_curvature import Layers, outer_rows
 from attnfit.objectives.layer_inputs import (
     LinearMap,
@@ -21,7 +21,7 @@ from attnfit.objectives.layer_inputs import (
     is_identity,
 )
 from attnfit.objectives.layered import LayeredProblem
-from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.objective import Evaluation, Offer
 
 Array = NDArray[np.float64]
 
@@ -120,6 +120,11 @@ class TwoLayer(LayeredProblem):
             penalty=as_penalty(row_penalty, n),
             ridge=as_ridge(ridge),
         )
+
+    @property
+    def offers(self) -> frozenset[Offer]:  # type: ignore[override]
+        """Rows of the layer too, for one right-hand side."""
+        return super().offers | ({Offer.LAYER_ROWS} if self.n_columns == 1 else set())
 
     @property
     def is_mixture(self) -> bool:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from attnfit.data.groups import Chunk
-from attnfit.objectives.part import StoredProblem
+from attnfit.objectives.part import Part
 from attnfit.segments import Array, Index, Segments
 
 
@@ -99,11 +99,17 @@ class Draws:
         self._short: list[tuple[Any, Index, Array, Index, Index]] = []
         self._pieces: dict[int, list[tuple[Any, Index, Array]]] = {}
         self._long_group: dict[int, Any] = {}
+        self._group_size = 0.0
+
+    def _rows_per_group(self, part: Part) -> float:
+        if not self._group_size:
+            self._group_size = part.rows_per_short_group
+        return self._group_size
 
     def visit(
         self,
         sampler: RowSampler,
-        problem: StoredProblem,
+        part: Part,
         chunk: Chunk,
         block: Any,
         z: Array,
@@ -112,11 +118,11 @@ class Draws:
     ) -> float:
         """Offer the rows of a chunk to the sampler; return the sum of their scores."""
         assert isinstance(chunk.rows, slice)
-        scores = _scores(sampler, problem, chunk, block, z, state, centre)
+        scores = _scores(sampler, part, chunk, block, z, state, centre)
         first = chunk.rows.start
-        whole_groups = problem.loss.coupled and chunk.long < 0
+        whole_groups = part.loss.coupled and chunk.long < 0
         if whole_groups:
-            kept, inverse = sampler.draw(chunk.segments.sum(scores), problem.rows_per_short_group)
+            kept, inverse = sampler.draw(chunk.segments.sum(scores), self._rows_per_group(part))
         else:
             kept, inverse = sampler.draw(scores)
         total = float(scores.sum())
@@ -174,7 +180,7 @@ class Draws:
 
 def _scores(
     sampler: RowSampler,
-    problem: StoredProblem,
+    part: Part,
     chunk: Chunk,
     block: Any,
     z: Array,
@@ -182,12 +188,12 @@ def _scores(
     centre: Array | None,
 ) -> Array:
     """Return each row's curvature weight times its approximate leverage."""
-    b, w, _ = problem.targets(chunk)
-    terms, weights = problem.loss.gram_terms(z, b, w, state)
-    penalty = problem.row_penalties(chunk)
+    b, w, _ = part.targets(chunk)
+    terms, weights = part.loss.gram_terms(z, b, w, state)
+    penalty = part.row_penalties(chunk)
     if sampler.leverage is not None and sampler.has_leverage and terms[0].r is None:
         leverage = sampler.leverage[chunk.rows]
-        scores = problem.loss.importance(z, b, w, state) * leverage
+        scores = part.loss.importance(z, b, w, state) * leverage
         return scores if penalty is None else scores + penalty * leverage
     probe = block @ sampler.sketch
     if centre is not None:
@@ -201,7 +207,7 @@ def _scores(
         if q is not None:
             rows = rows - (q[:, None] if isinstance(q, np.ndarray) else q) * middle
         leverage = np.einsum("ij,ij->i", rows, rows)
-        weight = np.abs(t) if len(terms) > 1 else problem.loss.importance(z, b, w, state)
+        weight = np.abs(t) if len(terms) > 1 else part.loss.importance(z, b, w, state)
         scores += weight * leverage
     if sampler.leverage is not None:
         sampler.leverage[chunk.rows] = leverage

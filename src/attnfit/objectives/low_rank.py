@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from attnfit.data.inputs import as_point, as_ridge
 from attnfit.objectives.attention import Attention
-from attnfit.objectives.inputs import as_point, as_ridge
+from attnfit.objectives.budget import keeps_row_weights
 from attnfit.objectives.objective import Evaluation, Moved, Problem, Reduction, majorant
 from attnfit.objectives.passes import change_of_slope
 from attnfit.objectives.whitening import Whitening
@@ -102,7 +103,7 @@ class LowRankAttention(Problem):
         near: Evaluation | None = None,
         sampler: Any = None,
         *,
-        origin: bool = False,
+        at_zero: bool = False,
         hessian: bool = False,
     ) -> Evaluation:
         """Return value and gradient; the gradient "at zero" is that of maps without a bilinear part, since
@@ -110,11 +111,11 @@ class LowRankAttention(Problem):
         factors are stationary.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            inner = self.full.evaluate(self._full_point(x), origin=origin)
+            inner = self.full.evaluate(self._full_point(x), at_zero=at_zero)
             value = inner.value + 0.5 * float(np.sum(self.ridge * x * x))
             gradient = self._pull(inner.gradient, x) + self.ridge * x
-        origin_gradient = None if inner.origin_gradient is None else self._pull(inner.origin_gradient, x)
-        return Evaluation(x, value, gradient, origin_gradient=origin_gradient, inner=inner)
+        gradient_at_zero = None if inner.gradient_at_zero is None else self._pull(inner.gradient_at_zero, x)
+        return Evaluation(x, value, gradient, gradient_at_zero=gradient_at_zero, inner=inner)
 
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
         """Return v -> H v, in products of width rank: no matrix of shape (d1, d2) but the gradient takes
@@ -127,7 +128,7 @@ class LowRankAttention(Problem):
         G = inner.gradient[:size].reshape(d.d1, d.d2)
         U, V, _ = self.factors(at.x)
         projected = [(s.queries @ U, s.keys @ V) for s in d.sequences]
-        prepared = list(full.curvature(inner)) if full.keeps_row_weights else None
+        prepared = list(full.curvature(inner)) if keeps_row_weights(full.rows) else None
 
         def product(v: Array) -> Array:
             dU, dV, dc = self.factors(v)
@@ -136,7 +137,7 @@ class LowRankAttention(Problem):
             by_key = [np.zeros_like(m) for m in moved]
             for chunk, terms, weights in prepared or full.curvature(inner):
                 assert isinstance(chunk.index, slice)
-                block = full.fetch(chunk)
+                block = full.rows.fetch(chunk)
                 s, queries = d.find_queries(chunk.index)
                 left, right = projected[s][0][queries], projected[s][1]
                 z = (block.queries @ dU) @ right.T + left @ moved[s].T
@@ -188,7 +189,7 @@ class LowRankAttention(Problem):
         d = self.full.design
         U, V = rng.standard_normal((d.d1, self.rank)), rng.standard_normal((d.d2, self.rank))
         c = np.zeros(d.n_features)
-        block = self.full.design.block(self.full.chunks[0].index)
+        block = self.full.design.block(self.full.rows.chunks[0].index)
         size = float(np.std(block @ np.concatenate([(U @ V.T).reshape(-1), c]))) or 1.0
         scale = np.sqrt(0.1 / size)
         return np.concatenate([scale * U.reshape(-1), scale * V.reshape(-1), c]).reshape(self.shape)
@@ -198,11 +199,11 @@ class LowRankAttention(Problem):
         starts = self.full.starts(rng)
         if "closed form" in starts:
             return {"closed form": self.adopt(starts["closed form"])}
-        return {"small": self.initial_point(rng).reshape(-1)} if self.convex_neighbour() is None else {}
+        return {"small": self.initial_point(rng).reshape(-1)} if self.convex_surrogate() is None else {}
 
-    def convex_neighbour(self) -> Problem | None:
+    def convex_surrogate(self) -> Problem | None:
         """Return a convex problem over all X, unless there is a closed form."""
-        return self.full if self.full.convex else self.full.convex_neighbour()
+        return self.full if self.full.convex else self.full.convex_surrogate()
 
     def adopt(self, x: Array) -> Array:
         """Return the balanced factors of the best approximation of this rank to X."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnfit.data.inputs import choose
 from attnfit.losses.elementwise import FUNCTIONS, PoissonDeviance, SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LOSSES
-from attnfit.objectives.inputs import choose
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 
 
-class Exponential(GroupedProblem):
+class Exponential(RowProblem):
     """``L(x) = 0.5 sum w (u(A x + offset) - b)^2 + 0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``.
 
     Parameters
@@ -68,7 +68,7 @@ class Exponential(GroupedProblem):
         return self.function == "cosh" and self.offset is None
 
 
-class Poisson(GroupedProblem):
+class Poisson(RowProblem):
     """``L(x) = sum w (exp(eta) - b eta) + 0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2`` with
     ``eta = A x + offset``.
 
@@ -130,7 +130,7 @@ class Poisson(GroupedProblem):
         )
 
 
-class Softmax(GroupedProblem):
+class Softmax(RowProblem):
     """Softmax regression: ``L(x) = sum_g Phi(softmax(A_g x + offset_g)) + penalties``.
 
     ======================= =================================
@@ -215,7 +215,7 @@ class Softmax(GroupedProblem):
         return self.loss is LOSSES["entropy"] and self.offset is None and self.weights is None
 
 
-class Rescaled(GroupedProblem):
+class Rescaled(RowProblem):
     """``L(x) = sum_g 0.5 sum w (u(z) - <u(z), 1> b)^2 + penalties`` with ``z = A_g x + offset_g``.
 
     Softmax regression multiplied through by its normaliser: nothing is divided, so u = sinh, whose normaliser

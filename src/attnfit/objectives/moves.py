@@ -15,7 +15,7 @@ from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
 from attnfit.objectives.objective import Evaluation, Moved
-from attnfit.objectives.part import StoredProblem
+from attnfit.objectives.part import Part
 from attnfit.segments import Array
 
 Mask = NDArray[np.bool_]
@@ -27,7 +27,7 @@ LOG_OF_NOTHING = -800.0
 ROUNDING = 8.0 * float(np.finfo(np.float64).eps)
 
 
-def counting_rows(part: StoredProblem, chunk: Chunk) -> Mask:
+def counting_rows(part: Part, chunk: Chunk) -> Mask:
     """Return which rows of a chunk play a part in the loss, shape (n_rows,)."""
     _, w, constants = part.targets(chunk)
     segments = chunk.segments
@@ -74,7 +74,7 @@ class Rows(NamedTuple):
     size: Array
 
 
-def rows_of(part: StoredProblem, chunk: Chunk, block: Any, at: Evaluation, *, each: bool = True) -> Rows:
+def rows_of(part: Part, chunk: Chunk, block: Any, at: Evaluation, *, each: bool = True) -> Rows:
     """Tell fixed rows from free ones; where the loss is not convex, rows with a small share are free, with
     ``each`` only if the loss falls as theirs does.
     """
@@ -140,14 +140,14 @@ class Moves:
             long[number] = np.maximum(long[number], extent) if number in long else extent
         return Moves(np.maximum(self.largest, other.largest), min(self.least, other.least), long)
 
-    def close(self) -> Moved:
+    def finalize(self) -> Moved:
         """Return what all rows say."""
         found = self.largest
         for extent in self.long.values():
             found = np.maximum(found, 0.5 * extent.sum(axis=0))
         return Moved(found, self.least)
 
-    def add(self, part: StoredProblem, chunk: Chunk, block: Any, at: Evaluation, steps: Array) -> None:
+    def add(self, part: Part, chunk: Chunk, block: Any, at: Evaluation, steps: Array) -> None:
         """Add the rows of a chunk."""
         if kind_of(part.loss) is Kind.EXACT and part.penalty is None:
             rows = rows_of(part, chunk, block, at)
@@ -169,10 +169,10 @@ class Moves:
             self.largest = np.maximum(self.largest, half_ranges.max(axis=0, initial=0.0))
 
 
-def move_sum(part: StoredProblem, chunks: list[Chunk], at: Evaluation, steps: Array) -> Moves:
+def move_sum(part: Part, chunks: list[Chunk], at: Evaluation, steps: Array) -> Moves:
     """Return the moves along the columns of ``steps``, shape (d, k)."""
     moves = Moves(np.zeros(steps.shape[1]))
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         moves.add(part, chunk, part.fetch(chunk), at, steps)
     return moves
 
@@ -182,7 +182,7 @@ class Probe:
 
     Parameters
     ----------
-    problem : StoredProblem
+    problem : Part
         All of whose rows are here.
 
     Attributes
@@ -191,7 +191,7 @@ class Probe:
         Whether these are all rows.
     """
 
-    def __init__(self, problem: StoredProblem) -> None:
+    def __init__(self, problem: Part) -> None:
         self._part = problem
         self._kept: list[tuple[Chunk, Any]] = []
         n_rows = 0
@@ -207,7 +207,7 @@ class Probe:
         moves = Moves(np.zeros(steps.shape[1]))
         for chunk, block in self._kept:
             moves.add(self._part, chunk, block, at, steps)
-        return moves.close()
+        return moves.finalize()
 
     def column_sizes(self) -> Array:
         """Return the root mean square of each column, centred by group where the loss ignores a constant

@@ -7,12 +7,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import as_point
+from attnfit.data.inputs import as_point
 from attnfit.segments import Array
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -130,7 +131,7 @@ class Evaluation:
         Normaliser and inner product of each group too long for one chunk; shorter groups recompute theirs.
     centre : ndarray, shape (n_long, d)
         ``mu_g = A_g^T centre weights`` of the long groups: also the derivative of their normaliser.
-    origin_gradient : ndarray, shape (d,), optional
+    gradient_at_zero : ndarray, shape (d,), optional
         The gradient at zero, when asked for.
     sample : Drawn, optional
         Rows drawn during the read.
@@ -146,7 +147,7 @@ class Evaluation:
     gradient: Array
     state: Array = field(default_factory=lambda: np.zeros((0, 0)))
     centre: Array = field(default_factory=lambda: np.zeros((0, 0)))
-    origin_gradient: Array | None = None
+    gradient_at_zero: Array | None = None
     sample: Drawn | None = field(default=None, repr=False)
     hessian: Array | None = field(default=None, repr=False)
     inner: Evaluation | None = field(default=None, repr=False)
@@ -220,9 +221,29 @@ def majorant(hessian: Array) -> Array:
     return np.asarray((vectors * np.abs(values)) @ vectors.T)
 
 
+class Offer(Enum):
+    """What a problem offers a solver besides value and derivatives."""
+
+    # Independent right-hand sides: `n_columns`, `columns`, `escapes`.
+    COLUMNS = auto()
+    # A convex problem in proportions, whose faces an active set can walk.
+    MIXTURE = auto()
+    # Rows and factors of the Hessian of a softmax followed by a layer: `sampled_hessian`.
+    LAYER_ROWS = auto()
+    # Residuals of which some can be drawn: `gauss_newton_rows`.
+    RESIDUALS = auto()
+    # The input of a layer: zero residuals, sought from many starts.
+    INVERSION = auto()
+    # Outputs with the values projected out, at several points at once.
+    PROJECTION = auto()
+
+
 class Problem(ABC):
     """An objective L(x) with two derivatives."""
 
+    offers: frozenset[Offer] = frozenset()
+    # The rows that the objective is a sum over, with their loss; None where it is none.
+    rows: Any = None
     # Whether a solver may draw rows of the data to find a start or to estimate the curvature.
     rows_can_be_drawn: bool = False
     # Whether the unknown enters through a linear map, so that flat directions are the same everywhere.
@@ -273,12 +294,12 @@ class Problem(ABC):
         """Return points to descend from by name, flat."""
         return {"zero": self.initial_point(rng).reshape(-1)}
 
-    def convex_neighbour(self) -> Problem | None:
+    def convex_surrogate(self) -> Problem | None:
         """Return a convex problem whose minimiser is a good start (see `adopt`), if there is one."""
         return None
 
     def adopt(self, x: Array) -> Array:
-        """Return the point of this problem that corresponds to one of its convex neighbour, flat."""
+        """Return the point of this problem that corresponds to one of its convex surrogate, flat."""
         return x
 
     def reduction(self) -> Reduction | None:
@@ -332,7 +353,7 @@ class Problem(ABC):
         dense = d if d <= MAX_DENSE else 0
         return MemoryEstimate({HELD: held_now(), CURVATURE: DENSE_COPIES * 8 * dense**2, WORKING: WORK_BYTES})
 
-    def within(self, limit: int) -> Self:
+    def with_memory_limit(self, limit: int) -> Self:
         """Return the problem, read in such pieces that a fit takes at most so many bytes.
 
         Raises
@@ -352,7 +373,7 @@ class Problem(ABC):
         near: Evaluation | None = None,
         sampler: Any = None,
         *,
-        origin: bool = False,
+        at_zero: bool = False,
         hessian: bool = False,
     ) -> Evaluation:
         """Return value and gradient at x, and on request the gradient at zero and the Hessian (which may be

@@ -1,21 +1,25 @@
-"""Partial results of parts of the data, and their sum."""
+"""Rows with a loss: what each chunk of them knows of values, slopes and curvature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.data.groups import Chunk
+from attnfit.data.inputs import negative_target
+from attnfit.data.on_disk import pieces
+from attnfit.data.store import RowStore, Table
 from attnfit.losses.loss import Closed, GramTerm, Loss
-from attnfit.objectives.inputs import require_finite_rows
-from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.store import RowData
-from attnfit.segments import Array, Segments
+from attnfit.objectives.objective import Drawn, Evaluation
+from attnfit.segments import Array, Index
+
+# Rows that are read at a time; those worked on at a time, so that what is made of them stays in cache.
+PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13
 
 
 class PerPart(list[Any]):
@@ -35,176 +39,120 @@ def merged(one: Any, other: Any) -> Any:
     return one.merge(other) if hasattr(one, "merge") else one + other
 
 
-@dataclass
-class LongSums:
-    """Sums over the pieces of one long group; pieces merge by addition."""
+class Part(RowStore):
+    """The rows in one place, and the loss that is applied to them chunk by chunk.
 
-    products: Array
-    columns: Array
-    extras: Array
+    It runs functions ``work(part, chunks, ...)`` that sum up what a pass over the data yields; `OnDask` has
+    the same methods for rows in several places.
 
-    def merge(self, other: LongSums) -> LongSums:
-        """Return the sums over both pieces."""
-        return LongSums(
-            self.products + other.products, self.columns + other.columns, self.extras + other.extras
-        )
-
-
-@dataclass
-class Totals:
-    """Value and gradients but for the long groups, whose sums are closed at the end.
+    Parameters
+    ----------
+    loss : Loss
+    table : Table
 
     Attributes
     ----------
-    origin_gradient : ndarray, shape (d,)
-        The gradient at zero, where asked for.
-    long : dict of LongSums
-        By number of the long group.
+    constants : ndarray, shape (n_groups,) or (1,)
+        What the loss needs to know of every group's target.
+    n_long : int
+        Number of long groups, in all places.
+    long_numbers : ndarray of int
+        The number by which each of the long groups here is known.
     """
 
-    value: float
-    gradient: Array
-    origin_gradient: Array
-    long: dict[int, LongSums] = field(default_factory=dict)
+    def __init__(self, loss: Loss, table: Table) -> None:
+        super().__init__(table)
+        self.loss = loss
+        self._refuse_negative_targets()
+        self.recut()
 
-    @classmethod
-    def zero(cls, n_unknowns: int) -> Totals:
-        """Nothing read yet."""
-        return cls(0.0, np.zeros(n_unknowns), np.zeros(n_unknowns))
+    def recut(self, shared: Index | None = None) -> None:
+        """Cut the rows into chunks and sum up what the loss needs of every group's target."""
+        loss = self.loss
+        self.cut(grouped=loss.coupled, shared=shared)
+        self.constants = np.zeros(len(self.groups) if loss.coupled else 1)
+        for chunk in self.chunks if loss.coupled else []:
+            b, w, _ = self.targets(chunk)
+            self.constants[chunk.groups] += loss.constants(b, np.asarray(w), chunk.segments)
+        self.n_groups, self.n_long = len(self.groups), len(self.long_groups)
+        self.long_numbers: Index = np.arange(self.n_long)
+        self.long_constants = self.constants[self.long_groups]
 
-    def add_piece(self, number: int, products: Array, columns: Array, extras: Array) -> None:
-        """Add a piece of a long group."""
-        self.long[number] = merged(self.long.get(number), LongSums(products, columns, extras))
+    def with_loss(self, loss: Loss, b: Any, weights: Any) -> Self:
+        """Return the same rows with another loss; ``b``, ``weights`` in group order."""
+        other = copy(self)
+        other.loss, other.b, other.weights = loss, b, weights
+        other.recut()
+        return other
 
-    def merge(self, other: Totals) -> Totals:
-        """Return the sums over both parts of the data."""
-        return Totals(
-            self.value + other.value,
-            self.gradient + other.gradient,
-            self.origin_gradient + other.origin_gradient,
-            merged(self.long, other.long),
-        )
+    def without(self, dropped: NDArray[np.bool_]) -> Self:
+        """Return the part without some rows, shape (n,) in group order."""
+        other = type(self)(self.loss, self.take(np.flatnonzero(~dropped)))
+        other.memory_limit = self.memory_limit
+        return other
 
-    def close(self, loss: Loss, reference: Array, constants: Array) -> tuple[Array, Array]:
-        """Add the long groups; return their states and centres."""
-        states = np.zeros((2 if loss.coupled else 0, len(constants)))
-        centres = np.zeros((len(constants), len(self.gradient)))
-        for number, sums in self.long.items():
-            closed = loss.close(list(sums.columns), list(sums.extras), reference[number], constants[number])
-            self.value += float(closed.value)
-            self.gradient += np.array(closed.coefficients) @ sums.products
-            states[:, number] = closed.state
-            centres[number] = closed.centre * sums.products[-1]
-        return states, centres
+    def without_penalty(self) -> Self:
+        """Return the same rows without row penalties."""
+        other = copy(self)
+        other.penalty = None
+        return other
 
+    def _refuse_negative_targets(self) -> None:
+        """Refuse negative targets where the loss takes none."""
+        if not self.loss.nonnegative_target:
+            return
+        for rows, b in pieces(self.b):
+            if (b < 0).any():
+                row = rows.start + int(np.flatnonzero(b < 0)[0])
+                k = row if self.groups.order is None else int(self.groups.order[row])
+                raise negative_target(k, self.loss.nonnegative_target)
 
-# Rows that are read at a time; those worked on at a time, so that what is made of them stays in cache.
-PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13
+    # ---- running over the rows
 
+    def reduce(self, work: Callable[..., Any], *args: Any, drawn: Drawn | None = None) -> Any:
+        """Return ``work(part, chunks, *args)`` over all the data, or over rows drawn from them.
 
-def target_pieces(problem: StoredProblem, first: int, last: int) -> Iterator[tuple[int, Array]]:
-    """Yield the number of the first row and ``|w b|`` of pieces of these rows."""
-    for start in range(first, last, PIECE_ROWS):
-        rows = slice(start, min(start + PIECE_ROWS, last))
-        b, w = problem.b[rows], None if problem.weights is None else problem.weights[rows]
-        for k in range(0, len(b), CACHE_ROWS):
-            target: Array = np.abs(b[k : k + CACHE_ROWS])
-            yield start + k, target if w is None else target * w[k : k + CACHE_ROWS]
+        Work returns what `merged` adds up: on data in several places it runs where they are, and only its
+        sums travel.
+        """
+        return work(self, self.chunks if drawn is None else drawn.chunks, *args)
 
+    def reduce_and_draw(self, work: Callable[..., Any], *args: Any) -> tuple[Any, Drawn]:
+        """Return the first result of ``work``, and the chunks that it drew, which stay where they are."""
+        sums, chunks = work(self, self.chunks, *args)
+        return sums, Drawn(chunks, sum(chunk.matrix.shape[0] for chunk in chunks))
 
-def target_sums(problem: StoredProblem, first: int, last: int) -> Array:
-    """Return the number of these rows, and the sums of ``|w b|`` and of its square."""
-    total = np.zeros(2)
-    for _, target in target_pieces(problem, first, last):
-        total += target.sum(), target @ target
-    return np.array([last - first, *total])
+    def share_out(self, source: Any) -> Any:
+        """Return a sampler or generator, or one for each part of the data."""
+        return source
 
+    def collect(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return ``work(part, chunks, *args)`` of each part of the data, in order."""
+        return [work(self, self.chunks, *args)]
 
-# Rows of a group that predict its normaliser to a few per cent.
-GUESS_ROWS = 1000
+    # ---- groups as the parts of all data know them
 
+    @property
+    def group_labels(self) -> Index:
+        """The label of each group in a sample of the data."""
+        return np.arange(len(self.groups))
 
-@dataclass
-class Normalisers:
-    """Normalisers of long groups by number, over the rows seen so far."""
+    @property
+    def long_labels(self) -> Index:
+        """The label of each long group in a sample of the data."""
+        return self.long_groups
 
-    loss: Loss
-    found: dict[int, Array] = field(default_factory=dict)
+    @property
+    def largest_group(self) -> int:
+        """Size of the largest group that is no long one."""
+        return int(np.delete(self.group_sizes(), self.long_groups).max(initial=0))
 
-    def add(self, number: int, part: Array) -> None:
-        """Add rows of a group."""
-        known = self.found.get(number)
-        self.found[number] = part if known is None else self.loss.merge_references(known, part)
+    @property
+    def rows_per_short_group(self) -> float:
+        """Mean size of the groups that fit into a chunk."""
+        return float(np.delete(self.group_sizes(), self.long_groups).mean())
 
-    def merge(self, other: Normalisers) -> Normalisers:
-        """Return the normalisers over the rows of both."""
-        both = Normalisers(self.loss, dict(self.found))
-        for number, part in other.found.items():
-            both.add(number, part)
-        return both
-
-    def in_order(self) -> Array:
-        """Return them, shape (n_long,)."""
-        return np.array([self.found[number][0] for number in range(len(self.found))])
-
-
-def normaliser_sums(part: StoredProblem, chunks: list[Chunk], x: Array | None) -> Normalisers:
-    """Return the normalisers at x; at zero, where A is not needed, for None."""
-    sums = Normalisers(part.loss)
-    long = [chunk for chunk in chunks if chunk.long >= 0]
-    for chunk in long if x is None else part.ahead(long):
-        z = part.origin_logits(chunk) if x is None else part.logits(chunk, x)[1]
-        sums.add(chunk.long, part.loss.reference(z, chunk.segments))
-    return sums
-
-
-def guess_normalisers(problem: StoredProblem, x: Array) -> Array | None:
-    """Predict the normalisers of the long groups from rows at equal distances; None where the groups are too
-    short for that to save much.
-
-    An error of a few per cent costs no accuracy: it multiplies what cancels by those per cent.
-    """
-    starts, order = problem.groups.starts, problem.groups.order
-    sizes = np.diff(starts, append=problem.n_rows)
-    if sizes[problem.long_groups].min() < 10 * GUESS_ROWS:
-        return None
-    guesses = []
-    for g in problem.long_groups:
-        step = sizes[g] // GUESS_ROWS
-        at = np.arange(starts[g] + step // 2, starts[g] + sizes[g], step)
-        segments = Segments(np.zeros(1, dtype=np.intp), len(at))
-        chunk = Chunk(at, at if order is None else order[at], segments, slice(g, g + 1))
-        part = problem.loss.reference(problem.logits(chunk, x)[1], segments)
-        guesses.append(problem.loss.extrapolate(part, sizes[g] / len(at))[0])
-    return np.array(guesses)
-
-
-def origin_states(problem: StoredProblem) -> Array:
-    """Return them, shape (n_states, n_long)."""
-    if not problem.n_long:
-        return np.zeros((2 if problem.loss.coupled else 0, 0))
-    reference = problem.reduce(normaliser_sums, None).in_order()
-    totals: Totals = problem.reduce(_moment_sums, reference)
-    return totals.close(problem.loss, reference, problem.long_constants)[0]
-
-
-def _moment_sums(part: StoredProblem, chunks: list[Chunk], reference: Array) -> Totals:
-    totals = Totals.zero(0)
-    for chunk in chunks:
-        if chunk.long < 0:
-            continue
-        b, w, constant = part.targets(chunk)
-        y, v = part.loss.link(part.origin_logits(chunk), reference[chunk.long])
-        columns, extras = part.loss.moments(y, v, b, w, reference[chunk.long], constant)
-        sums = np.array([column.sum() for column in columns])
-        totals.add_piece(chunk.long, np.zeros((len(sums), 0)), sums, np.array([e.sum() for e in extras]))
-    return totals
-
-
-class StoredProblem(RowData):
-    """Applies the loss to the data chunk by chunk."""
-
-    def long_masses(self) -> dict[int, Array]:
+    def target_totals(self) -> dict[int, Array]:
         """Return the sums of the targets of each long group, by its number: see `target_sums`."""
         ends = np.append(self.groups.starts, self.n_rows)
         return {
@@ -212,39 +160,7 @@ class StoredProblem(RowData):
             for g, number in zip(self.long_groups, self.long_numbers, strict=True)
         }
 
-    def initial_point(self, random_state: Any = None) -> Array:
-        """Return a point to start from, shape (d,): zero, or logits of size 0.1 where zero is stationary by
-        symmetry.
-        """
-        if not self.zero_is_stationary:
-            return np.zeros(self.n_unknowns)
-        total, n = self.reduce(_squares_of_some)
-        squares = total / n
-        rng = np.random.default_rng(random_state)
-        direction = rng.standard_normal(self.n_unknowns)
-        return np.asarray(0.1 * direction / np.sqrt(np.where(squares > 0, squares, 1.0) * self.n_unknowns))
-
-    def fetch(self, chunk: Chunk) -> Any:
-        """Return a chunk's rows, shape (n_rows, d), and count them as read."""
-        if chunk.matrix is None:
-            return self.design.block(chunk.index)
-        self.design.rows_read += chunk.matrix.shape[0]
-        return chunk.matrix
-
-    def logits(self, chunk: Chunk, x: Array) -> tuple[Any, Array]:
-        """Fetch a chunk; return its rows and its logits ``A x + offset``."""
-        block = self.fetch(chunk)
-        z = self.design.product(block, x)
-        if not np.isfinite(z).all():
-            require_finite_rows(block, chunk.index, "A", self.design.locate)
-            raise OverflowError("A x overflows float64; scale the columns of A")
-        if self.offset is not None:
-            z = z + self.offset[chunk.rows]
-        return block, z
-
-    def shift(self, chunk: Chunk) -> Array | float:
-        """Return the offset of the chunk's logits."""
-        return 0.0 if self.offset is None else self.offset[chunk.rows]
+    # ---- the loss on a chunk
 
     def targets(self, chunk: Chunk) -> tuple[Array, Any, Array]:
         """Return target and weight of each row, and the constant of each group."""
@@ -261,36 +177,25 @@ class StoredProblem(RowData):
             return []
         if chunk.long >= 0:
             return list(at.state[:, [chunk.long]])
-        b, w, constant = self.targets(chunk)
-        spread = chunk.segments.spread
-        return [spread(s) for s in self.close_groups(chunk, z, b, w, constant)[0].state]
+        return [chunk.segments.spread(s) for s in self.finalize(chunk, z)[0].state]
 
-    def close_groups(
-        self, chunk: Chunk, z: Array, b: Array, w: Any, constant: Array
-    ) -> tuple[Closed, tuple[Array, ...]]:
+    def finalize(self, chunk: Chunk, z: Array) -> tuple[Closed, tuple[Array, ...]]:
         """Return what a chunk of whole groups sums to at their exact normalisers, and its columns."""
         segments, loss = chunk.segments, self.loss
+        b, w, constant = self.targets(chunk)
         normaliser, y, v = loss.normalise(z, segments)
         columns, extras = loss.moments(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
         one = np.ones(len(segments))
         sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
         return loss.close(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
 
-    @cached_property
-    def origin_states(self) -> Array:
-        """States of the long groups at x = 0, for which A is not needed, shape (n_states, n_long)."""
-        return origin_states(self)
-
-    def origin_logits(self, chunk: Chunk) -> Array:
-        """Return the logits at x = 0."""
-        return np.zeros(chunk.segments.n_rows) + self.shift(chunk)
-
-    def origin_slope(self, chunk: Chunk, b: Array, w: Any, long_states: Array) -> Array:
-        """Return the gradient in the logits at x = 0."""
-        z = self.origin_logits(chunk)
-        if chunk.long >= 0:
-            return self.loss.slope(z, b, w, list(long_states[:, [chunk.long]]))
-        return self.loss.slope(z, b, w, self.row_state(chunk, z, _NOWHERE))
+    def slope_at_zero(self, chunk: Chunk, long_states: Array) -> Array:
+        """Return the gradient in the logits at x = 0, for which A is not needed."""
+        b, w, _ = self.targets(chunk)
+        z = np.zeros(chunk.segments.n_rows) + self.shift(chunk)
+        long = chunk.long >= 0
+        state = list(long_states[:, [chunk.long]]) if long else self.row_state(chunk, z, _NOWHERE)
+        return self.loss.slope(z, b, w, state)
 
     def group_summary(self, g: int, at: Evaluation) -> tuple[Array, Array]:
         """Return state and centre ``A_g^T centre`` of one group at an evaluated point, shapes (n_states,) and
@@ -310,11 +215,11 @@ class StoredProblem(RowData):
         mu = self.design.group_rows(block, weights, chunk.segments.starts)[[g - chunk.groups.start]]  # type: ignore[union-attr]
         return state, np.asarray(mu.toarray() if sparse.issparse(mu) else mu)[0]
 
-    def by_row(
-        self, at: Evaluation, formula: Callable[[StoredProblem, Chunk, Array, list[Array]], Array]
-    ) -> Array:
+    def by_row(self, at: Evaluation, formula: Callable[[Part, Chunk, Array, list[Array]], Array]) -> Array:
         """Apply a formula to the logits and states of every row; return shape (n,) in the user's order."""
-        return np.concatenate(self.collect(_row_values, at.bare(), formula))
+        return np.concatenate(self.collect(row_values, at.bare(), formula))
+
+    # ---- curvature of a chunk
 
     def gram_rows(
         self, chunk: Chunk, z: Array, state: list[Array], *, gauss_newton: bool = False
@@ -326,9 +231,8 @@ class StoredProblem(RowData):
         terms, weights = self.loss.gram_terms(z, b, w, state)
         if gauss_newton:
             terms = self.loss.gauss_newton_terms(z, b, w, state)
-        penalty = self.row_penalties(chunk)
-        if penalty is not None:
-            terms = [*terms, GramTerm(penalty, None, None)]
+        if self.penalty is not None:
+            terms = [*terms, GramTerm(self.penalty[chunk.rows], None, None)]
         if chunk.multiplier is not None:
             terms = [GramTerm(t * chunk.multiplier, r, q) for t, r, q in terms]
         return terms, weights
@@ -347,12 +251,12 @@ class StoredProblem(RowData):
     ) -> float:
         """Add a chunk's part of the Hessian; return the sum of the absolute row weights."""
         terms, weights = self.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
-        mass = 0.0
+        total = 0.0
         for t, r, q in terms:
             size = np.abs(t)
-            mass += float(size.sum())
+            total += float(size.sum())
             self.add_term(gram, chunk, block, GramTerm(size if absolute else t, r, q), weights, centres)
-        return mass
+        return total
 
     def add_term(
         self,
@@ -376,18 +280,31 @@ class StoredProblem(RowData):
             gram.add_centred(block, t, r, q, self.design.group_rows(block, weights, starts), starts)
 
 
-def _squares_of_some(part: StoredProblem, chunks: list[Chunk]) -> tuple[Array, int]:
-    """Return the sum of squares of a thousand rows at equal distances, shape (d,), and their number."""
-    rows = part.design.block(np.arange(0, part.n_rows, max(1, part.n_rows // 1000)))
-    return np.asarray((rows * rows).sum(axis=0)).reshape(-1), rows.shape[0]
-
-
-def _row_values(part: StoredProblem, chunks: list[Chunk], at: Evaluation, formula: Any) -> Array:
+def row_values(part: Part, chunks: list[Chunk], at: Evaluation, formula: Any) -> Array:
+    """Return a formula of the logits and states of every row of a part, in the user's order."""
     out = np.empty(part.n_rows)
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         _, z = part.logits(chunk, at.x)
         out[chunk.rows] = formula(part, chunk, z, part.row_state(chunk, z, at))
     return part.groups.unsort(out)
+
+
+def target_pieces(part: Part, first: int, last: int) -> Iterator[tuple[int, Array]]:
+    """Yield the number of the first row and ``|w b|`` of pieces of these rows."""
+    for start in range(first, last, PIECE_ROWS):
+        rows = slice(start, min(start + PIECE_ROWS, last))
+        b, w = part.b[rows], None if part.weights is None else part.weights[rows]
+        for k in range(0, len(b), CACHE_ROWS):
+            target: Array = np.abs(b[k : k + CACHE_ROWS])
+            yield start + k, target if w is None else target * w[k : k + CACHE_ROWS]
+
+
+def target_sums(part: Part, first: int, last: int) -> Array:
+    """Return the number of these rows, and the sums of ``|w b|`` and of its square."""
+    total = np.zeros(2)
+    for _, target in target_pieces(part, first, last):
+        total += target.sum(), target @ target
+    return np.array([last - first, *total])
 
 
 _NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from attnfit.data.inputs import as_point, as_vector
 from attnfit.data.pairs import BLOCK_PAIRS, KroneckerDesign
-from attnfit.objectives.inputs import as_point, as_vector
-from attnfit.objectives.objective import Evaluation, Problem, majorant
+from attnfit.objectives.objective import Evaluation, Offer, Problem, majorant
 from attnfit.objectives.pairs import per_sequence, read_factor, read_pairs
 
 if TYPE_CHECKING:
@@ -173,6 +173,8 @@ class ProjectedAttention(Problem):
     ``H_XX - H_XY H_YY^-1 H_YX``.
     """
 
+    offers = frozenset({Offer.PROJECTION})
+
     linear = False
     best_hessian = "matrix_free"
 
@@ -235,7 +237,7 @@ class ProjectedAttention(Problem):
         near: Evaluation | None = None,
         sampler: Any = None,
         *,
-        origin: bool = False,
+        at_zero: bool = False,
         hessian: bool = False,
     ) -> Evaluation:
         """Return phi and its gradient at x."""
@@ -250,8 +252,8 @@ class ProjectedAttention(Problem):
             gradient += full.pulled(maps, full.slope(maps, G[maps.rows], Y))
         ridge = float(np.max(full.ridge))
         value = 0.5 * float(np.sum(G * C) + ridge * np.sum(Y * Y) + np.sum(self.ridge * x * x))
-        start = self.evaluate(np.zeros_like(x)).gradient if origin else None
-        return Evaluation(x, value, gradient.reshape(-1) + self.ridge * x, origin_gradient=start)
+        start = self.evaluate(np.zeros_like(x)).gradient if at_zero else None
+        return Evaluation(x, value, gradient.reshape(-1) + self.ridge * x, gradient_at_zero=start)
 
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
         """Return dX -> (H_XX - H_XY H_YY^-1 H_YX) dX, exactly."""

@@ -17,7 +17,7 @@ from attnfit.data.groups import Chunk
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.moves import Kind, Mask, Rows, kind_of, rows_of, wants_to_fall
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import StoredProblem
+from attnfit.objectives.part import Part
 from attnfit.segments import Array
 
 # Entries of a projected row below this share of its terms are rounding.
@@ -37,10 +37,10 @@ class FixedSums:
         return FixedSums(self.gram.merge(other.gram), self.sizes + other.sizes, min(self.least, other.least))
 
 
-def long_means(part: StoredProblem, chunks: list[Chunk], at: Evaluation, each: bool) -> Array:
+def long_means(part: Part, chunks: list[Chunk], at: Evaluation, each: bool) -> Array:
     """Return, for each long group, the sum of its fixed rows and their number, shape (n_long, d + 1)."""
     sums = np.zeros((part.n_long, part.n_unknowns + 1))
-    for chunk in part.ahead([c for c in chunks if c.long >= 0]):
+    for chunk in part.prefetch([c for c in chunks if c.long >= 0]):
         block = part.fetch(chunk)
         fixed = _numbers(_together(part, rows_of(part, chunk, block, at, each=each)))
         sums[chunk.long, :-1] += part.design.combine(fixed[None, :], block)[0]
@@ -48,12 +48,10 @@ def long_means(part: StoredProblem, chunks: list[Chunk], at: Evaluation, each: b
     return sums
 
 
-def fixed_sums(
-    part: StoredProblem, chunks: list[Chunk], at: Evaluation, means: Array, each: bool
-) -> FixedSums:
+def fixed_sums(part: Part, chunks: list[Chunk], at: Evaluation, means: Array, each: bool) -> FixedSums:
     """Return the Gram whose null space holds every recession direction; ``means`` are the long groups'."""
     sums = FixedSums(part.design.gram(), np.zeros(part.n_unknowns))
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         block = part.fetch(chunk)
         rows = rows_of(part, chunk, block, at, each=each)
         fixed = _numbers(_together(part, rows))
@@ -74,7 +72,7 @@ def _numbers(mask: Mask) -> Array:
     return np.asarray(mask, dtype=np.float64)
 
 
-def _together(part: StoredProblem, rows: Rows) -> Mask:
+def _together(part: Part, rows: Rows) -> Mask:
     """Return the rows that a recession direction keeps together: all, where it scales whole groups."""
     return rows.free if kind_of(part.loss) is Kind.SCALING else rows.fixed
 
@@ -90,7 +88,7 @@ class Frame:
     means: Array
     each: bool = True
 
-    def relative(self, part: StoredProblem, chunk: Chunk, block: Any, at: Evaluation) -> tuple[Array, Rows]:
+    def relative(self, part: Part, chunk: Chunk, block: Any, at: Evaluation) -> tuple[Array, Rows]:
         """Return each row, relative to the fixed ones of its group, along the basis, zero where it is
         rounding; shape (n_rows, r).
         """
@@ -109,7 +107,7 @@ class Frame:
                 along = along - np.repeat(means, segments.sizes, axis=0)
         return np.where(np.abs(along) > ROUNDING * terms, along, 0.0), rows
 
-    def project(self, part: StoredProblem, chunk: Chunk, block: Any, at: Evaluation) -> tuple[Array, Rows]:
+    def project(self, part: Part, chunk: Chunk, block: Any, at: Evaluation) -> tuple[Array, Rows]:
         """Return each free row as `relative` has it, scaled to a largest entry of one."""
         along, rows = self.relative(part, chunk, block, at)
         size = np.abs(along).max(axis=1, initial=0.0)
@@ -134,11 +132,11 @@ class Free:
 
 
 def free_rows(
-    part: StoredProblem, chunks: list[Chunk], at: Evaluation, frame: Frame, y: Array | None, limit: int
+    part: Part, chunks: list[Chunk], at: Evaluation, frame: Frame, y: Array | None, limit: int
 ) -> Free:
     """Return projected free rows: all that can move, or those that a direction does not lower."""
     found = Free(np.zeros((0, frame.basis.shape[1])), np.zeros(0), limit)
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         projected, rows = frame.project(part, chunk, part.fetch(chunk), at)
         wanted = projected.any(axis=1)
         if y is not None:
@@ -147,21 +145,21 @@ def free_rows(
     return found
 
 
-def separated_rows(part: StoredProblem, chunks: list[Chunk], at: Evaluation, frame: Frame, y: Array) -> Mask:
+def separated_rows(part: Part, chunks: list[Chunk], at: Evaluation, frame: Frame, y: Array) -> Mask:
     """Return which rows fall along a direction, shape (n_rows,), in group order."""
     out = np.zeros(part.n_rows, dtype=bool)
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         projected, _ = frame.project(part, chunk, part.fetch(chunk), at)
         out[chunk.rows] = projected @ y <= -0.5
     return out
 
 
 def separated_sums(
-    part: StoredProblem, chunks: list[Chunk], at: Evaluation, frame: Frame, y: Array
+    part: Part, chunks: list[Chunk], at: Evaluation, frame: Frame, y: Array
 ) -> tuple[Array, Array]:
     """Return the Gram and the sum of the separated rows along the basis, shapes (r, r) and (r,)."""
     gram, total = np.zeros((len(y), len(y))), np.zeros(len(y))
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         along, rows = frame.relative(part, chunk, part.fetch(chunk), at)
         size = np.abs(along).max(axis=1, initial=0.0)
         falls = rows.free & (along @ y <= -0.5 * size) & (size > 0.0)
@@ -170,9 +168,7 @@ def separated_sums(
     return gram, total
 
 
-def separated_by_user(
-    part: StoredProblem, chunks: list[Chunk], at: Evaluation, frame: Frame, y: Array
-) -> Mask:
+def separated_by_user(part: Part, chunks: list[Chunk], at: Evaluation, frame: Frame, y: Array) -> Mask:
     """Return the same in the user's order."""
     rows: Any = separated_rows(part, chunks, at, frame, y)
     return np.asarray(part.groups.unsort(rows), dtype=bool)
@@ -220,12 +216,10 @@ class Signs:
         return falls and bool(np.isfinite(self.drop)) and self.parting <= 1e-7 * self.size
 
 
-def verify(
-    part: StoredProblem, chunks: list[Chunk], at: Evaluation, frame: Frame, v: Array, local: bool
-) -> Signs:
+def verify(part: Part, chunks: list[Chunk], at: Evaluation, frame: Frame, v: Array, local: bool) -> Signs:
     """Look at every row along a direction; ``local`` asks the gradient whether the separated rows fall."""
     signs = Signs()
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         block = part.fetch(chunk)
         rows = rows_of(part, chunk, block, at, each=frame.each)
         along = part.design.product(block, v)

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.data.groups import Chunk
+from attnfit.data.inputs import require_finite_rows
 from attnfit.losses.loss import Loss
-from attnfit.objectives.inputs import require_finite_rows
-from attnfit.objectives.part import StoredProblem, merged, target_pieces, target_sums
-from attnfit.objectives.rows import GroupedProblem
-from attnfit.objectives.surrogate import has_weight, neighbouring_targets
+from attnfit.objectives.part import Part, merged, target_pieces, target_sums
+from attnfit.objectives.rows import RowProblem
+from attnfit.objectives.surrogate import has_weight, surrogate_targets
 from attnfit.segments import Array, Index, Segments
 
 
@@ -68,7 +68,7 @@ class Draw:
         """Return the same rows with other targets, weights and offsets."""
         return replace(self, b=b, weights=weights, offset=offset)
 
-    def problem(self, loss: Loss, ridge: float | Array) -> GroupedProblem:
+    def problem(self, loss: Loss, ridge: float | Array) -> RowProblem:
         """Return the problem on these rows, unbiased in every sum up to a constant."""
         b, pi = self.b, self.inclusion
         w = np.ones(len(b)) if self.weights is None else self.weights
@@ -80,7 +80,7 @@ class Draw:
             offset = offset - np.where(self.in_long_group, np.log(pi), 0.0)
         else:
             w = w / pi
-        problem: GroupedProblem = GroupedProblem(
+        problem: RowProblem = RowProblem(
             self.block,
             b,
             loss=loss,
@@ -92,18 +92,18 @@ class Draw:
         )
         return problem
 
-    def convex_neighbour(self, loss: Loss, ridge: float | Array) -> GroupedProblem | None:
-        """Return the convex neighbour of the problem on these rows."""
+    def convex_surrogate(self, loss: Loss, ridge: float | Array) -> RowProblem | None:
+        """Return the convex surrogate of the problem on these rows."""
         starts = np.concatenate([[0], np.flatnonzero(np.diff(self.labels)) + 1])
         segments = Segments(starts, len(self.labels))
-        found = neighbouring_targets(loss, self.b, self.weights, segments, self.sizes, 1.0 / self.inclusion)
+        found = surrogate_targets(loss, self.b, self.weights, segments, self.sizes, 1.0 / self.inclusion)
         if found is None or not has_weight(found[2]):
             return None
-        neighbour, b, w = found
-        return self.with_targets(b, w, self.offset).problem(neighbour, ridge)
+        convex, b, w = found
+        return self.with_targets(b, w, self.offset).problem(convex, ridge)
 
 
-def draw_rows(problem: StoredProblem, n_rows: int, rng: np.random.Generator) -> Draw | None:
+def draw_rows(part: Any, n_rows: int, rng: np.random.Generator) -> Draw | None:
     """Draw about ``n_rows`` rows; None where the loss has no form on a part of a long group, or no row drawn
     has a weight.
 
@@ -111,23 +111,23 @@ def draw_rows(problem: StoredProblem, n_rows: int, rng: np.random.Generator) -> 
     proportional to the target, its square and uniform in equal parts; a kept row's logit gets the offset
     ``-log(probability)``, so that the group's normaliser stays the same in expectation.
     """
-    share, limit = min(1.0, n_rows / problem.n_rows), n_rows / 4
-    known = problem.long_masses() if problem.loss.coupled else {}
-    if problem.loss.coupled and share < 1.0:
+    loss, share, limit = part.loss, min(1.0, n_rows / part.n_rows), n_rows / 4
+    known = part.target_totals() if loss.coupled else {}
+    if loss.coupled and share < 1.0:
         one = np.ones(1)
-        largest = max([problem.largest_group, *(mass[0] for mass in known.values())])
-        if largest > limit and problem.loss.thin(one, one, one) is None:
+        largest = max([part.largest_group, *(mass[0] for mass in known.values())])
+        if largest > limit and loss.thin(one, one, one) is None:
             return None
     whole = [number for number, mass in known.items() if mass[0] <= limit]
     kept = _choose(np.array(whole, dtype=np.intp), share, rng)
     # What is drawn is all wanted here: it need not pass through other places.
-    drawn: Draw = fold(merged, problem.collect(_draw, share, limit, known, kept, problem.share_out(rng)))
+    drawn: Draw = fold(merged, part.collect(_draw, share, limit, known, kept, part.share_out(rng)))
     drawn = drawn.by_group()
     return None if drawn.weights is not None and not drawn.weights.any() else drawn
 
 
 def _draw(
-    part: StoredProblem,
+    part: Part,
     chunks: list[Chunk],
     share: float,
     limit: float,
@@ -206,7 +206,7 @@ def _rows_of(groups: Index, starts: Index, sizes: Index) -> Index:
 
 
 def _draw_pieces(
-    part: StoredProblem, first: int, last: int, sums: Array, share: float, rng: np.random.Generator
+    part: Part, first: int, last: int, sums: Array, share: float, rng: np.random.Generator
 ) -> Iterator[tuple[Index, Array]]:
     """Draw rows of a long group one by one; yield them and their inclusion probabilities."""
     size, *totals = sums

@@ -1,9 +1,9 @@
-"""The convex neighbour of a problem: the same data under a loss whose minimiser is a good start."""
+"""Where a fit begins: the same data under a convex loss, and least squares on the logarithm of the target."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import linalg
@@ -16,18 +16,16 @@ from attnfit.losses.loss import GramTerm, Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LOSSES, CrossEntropy, LinearCrossEntropy, SoftmaxLoss, Squared
 from attnfit.objectives.objective import MAX_DENSE
-from attnfit.objectives.part import StoredProblem
+from attnfit.objectives.part import Part
 from attnfit.segments import Array, Index, Segments
 
-T = TypeVar("T", bound=StoredProblem)
 
-
-def convex_neighbour(problem: T) -> T | None:
-    """Return a convex problem on the same data whose minimiser is a good start; None where there is none."""
-    segments = Segments(problem.groups.starts, problem.n_rows)
+def surrogate_rows(rows: Part) -> Part | None:
+    """Return the same rows under a convex loss whose minimiser is a good start; None where there is none."""
+    segments = Segments(rows.groups.starts, rows.n_rows)
     sizes = np.repeat(segments.sizes, segments.sizes)
-    found = neighbouring_targets(problem.loss, problem.b, problem.weights, segments, sizes)
-    return problem.with_loss(*found) if found is not None and has_weight(found[2]) else None
+    found = surrogate_targets(rows.loss, rows.b, rows.weights, segments, sizes)
+    return rows.with_loss(*found) if found is not None and has_weight(found[2]) else None
 
 
 def has_weight(w: Any) -> bool:
@@ -35,10 +33,10 @@ def has_weight(w: Any) -> bool:
     return w is None or any(v.any() for _, v in pieces(w))
 
 
-def neighbouring_targets(
+def surrogate_targets(
     loss: Loss, b: Any, w: Any, segments: Segments, sizes: Array | Index, multiplicity: Array | float = 1.0
 ) -> tuple[Loss, Any, Any] | None:
-    """Return loss, target and weights of the convex neighbour.
+    """Return loss, target and weights of the convex surrogate.
 
     Cross entropy for losses of a softmax with a target, the Poisson likelihood for exp, least squares on the
     inverse function of the target for sinh and cosh (rescaled: of the target times the size of the group).
@@ -99,7 +97,7 @@ class LogStart(NamedTuple):
     share: float
 
 
-def log_start(problem: StoredProblem, normaliser: float = 1.0) -> LogStart | None:
+def log_start(problem: Part, normaliser: float = 1.0) -> LogStart | None:
     """Return the start of a problem whose rows are all here; None where its loss has none.
 
     The target of a rescaled sinh or cosh tells its outputs up to their sum, which is taken for ``normaliser``
@@ -109,7 +107,7 @@ def log_start(problem: StoredProblem, normaliser: float = 1.0) -> LogStart | Non
     and logits centred by group where the loss ignores what they have in common; columns scaled by the Gram's
     diagonal, least norm.
     """
-    if not _known(problem.loss) or not problem.is_whole:
+    if not _known(problem.loss):
         return None
     # Shares are known up to a factor also where the loss is not invariant to it.
     centred = problem.loss.coupled and getattr(problem.loss, "function", "exp") == "exp"
@@ -118,7 +116,7 @@ def log_start(problem: StoredProblem, normaliser: float = 1.0) -> LogStart | Non
     sums: dict[int, tuple[Array, float, float]] = {}
     known = _targets(problem)
     n_positive = n_rows = 0
-    for chunk in problem.ahead(problem.chunks):
+    for chunk in problem.prefetch(problem.chunks):
         block = problem.fetch(chunk)
         b, w, _ = problem.targets(chunk)
         w = np.broadcast_to(np.asarray(w, dtype=np.float64), len(b))
@@ -173,7 +171,7 @@ class _Rows:
         Outer products to take off: the centres of groups in pieces.
     """
 
-    def __init__(self, problem: StoredProblem) -> None:
+    def __init__(self, problem: Part) -> None:
         self.problem = problem
         self.rows: list[tuple[Chunk, Array, Array | None]] = []
         self.long: list[Array] = []
@@ -199,9 +197,7 @@ class _Rows:
         return np.asarray(y / scale)
 
 
-def _add(
-    gram: Any, problem: StoredProblem, chunk: Chunk, block: Any, t: Array, share: Array | None = None
-) -> None:
+def _add(gram: Any, problem: Part, chunk: Chunk, block: Any, t: Array, share: Array | None = None) -> None:
     """Add the rows of a chunk to a Gram, centred by group with these shares."""
     if isinstance(gram, _Rows):
         gram.rows.append((chunk, t, share))
@@ -225,7 +221,7 @@ class _Targets(NamedTuple):
     mass: Array
 
 
-def _targets(problem: StoredProblem) -> _Targets:
+def _targets(problem: Part) -> _Targets:
     smallest = np.full(len(problem.constants), np.inf)
     positive, others = np.zeros((2, len(smallest)))
     numbers = np.arange(len(smallest))
@@ -242,14 +238,12 @@ def _targets(problem: StoredProblem) -> _Targets:
     return _Targets(floor, positive + np.where(others > 0.0, others * floor, 0.0))
 
 
-def _exposure(problem: StoredProblem, chunk: Chunk, n: int) -> Array:
+def _exposure(problem: Part, chunk: Chunk, n: int) -> Array:
     """Return the exponential of the offset, within reason: targets are compared per unit of it."""
     return np.broadcast_to(np.exp(np.clip(problem.shift(chunk), -50.0, 50.0)), n)
 
 
-def _wanted(
-    problem: StoredProblem, chunk: Chunk, b: Array, w: Array, known: _Targets
-) -> tuple[Array, Array] | None:
+def _wanted(problem: Part, chunk: Chunk, b: Array, w: Array, known: _Targets) -> tuple[Array, Array] | None:
     """Return the logits that the target asks for, and the weight of each row; None where no row has one."""
     loss, segments = problem.loss, chunk.segments
     if isinstance(loss, SquaredExponential | SquaredRescaled) and loss.function != "exp":

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from attnfit.objectives.layer_curvature import LayeredEvaluation
 from attnfit.objectives.layered import CHUNK_ENTRIES, LayeredProblem
+from attnfit.objectives.objective import Offer
 from attnfit.objectives.saturation import false_optima
 from attnfit.solvers.loop import MAX_REJECTIONS, NOISE, SADDLE_STEP, Descent, StopFit, Tracker
 from attnfit.solvers.newton import Outcome
@@ -183,7 +184,7 @@ class BatchedNewton:
         ValueError
             If the problem does not consist of independent columns.
         """
-        if not isinstance(problem, LayeredProblem):
+        if Offer.COLUMNS not in problem.offers:
             raise ValueError(
                 "BatchedNewton takes problems with independent right-hand sides, not "
                 f"{type(problem).__name__}; leave solver out"

@@ -23,7 +23,7 @@ from scipy import sparse
 from attnfit.objectives.objective import Problem
 from attnfit.solvers.checkpoint_file import clean_up, read, write
 from attnfit.solvers.loop import Callback, StopFit
-from attnfit.solvers.record import CheckpointError, Draw, Entry, Journal, digest
+from attnfit.solvers.record import CheckpointError, Draw, Entry, Recording, digest
 from attnfit.solvers.result import History, Record, Result
 from attnfit.version import __version__
 
@@ -103,7 +103,7 @@ GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 
 class Checkpoint:
-    """The journal of a fit in a file.
+    """The recording of a fit in a file.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class Checkpoint:
 
     Attributes
     ----------
-    journal : Journal
+    recording : Recording
     rng : numpy.random.Generator
         At the start of the fit.
     resumed : bool
@@ -170,9 +170,9 @@ class Checkpoint:
                     "start afresh"
                 ) from None
         else:
-            self.journal = Journal([], self._name)
+            self.recording = Recording([], self._name)
         self._random = deepcopy(self.rng.bit_generator.state)
-        self.journal.on_add = self._write_in_time
+        self.recording.on_add = self._write_in_time
         self._written, self._cost, self._pending = time.perf_counter(), 0.0, False
         if not self.resumed:
             # Whether the file can be written shows before the first read.
@@ -183,7 +183,7 @@ class Checkpoint:
         return f"checkpoint {self.path}"
 
     def _adopt(self, header: dict[str, Any], arrays: dict[str, NDArray[Any]], *, seeded: bool) -> None:
-        """Take over the journal of a file, if it is one of this fit."""
+        """Take over the recording of a file, if it is one of this fit."""
         version = header["format_version"]
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise self._refusal(f"has format version {version!r}, this attnfit reads {FORMAT_VERSION}")
@@ -203,7 +203,7 @@ class Checkpoint:
         self.rng = stored
         may_differ = header["status"] == "interrupted" or self._goal != header["goal"]
         entries = [_entry(k, record, arrays) for k, record in enumerate(header["entries"])]
-        self.journal = Journal(entries, self._name, may_differ=may_differ)
+        self.recording = Recording(entries, self._name, may_differ=may_differ)
 
     def _refusal(self, reason: str) -> CheckpointError:
         return CheckpointError(
@@ -212,23 +212,23 @@ class Checkpoint:
 
     # ---- during the fit
 
-    def hearing(self, callback: Callback | None) -> Callback:
-        """Return a callback that keeps the records, and ends the journal where the given one ends the fit."""
+    def wrap_callback(self, callback: Callback | None) -> Callback:
+        """Return a callback that keeps the records, and ends the recording where the given one stops."""
 
-        def hear(record: Record) -> Any:
+        def listen(record: Record) -> Any:
             self._history.append(record)
             if callback is None:
                 return False
             try:
                 stop = callback(record)
             except (KeyboardInterrupt, StopFit):
-                self.journal.seal()
+                self.recording.seal()
                 raise
             if stop:
-                self.journal.seal()
+                self.recording.seal()
             return stop
 
-        return hear
+        return listen
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -248,7 +248,7 @@ class Checkpoint:
             warnings.warn(str(error), stacklevel=3)
         if not self.resumed:
             return result
-        reads = f"{self.journal.reads_saved:.3g} reads"
+        reads = f"{self.recording.reads_saved:.3g} reads"
         return replace(result, message=f"{result.message}; resumed from {self.path} after {reads}")
 
     def _write_in_time(self) -> None:
@@ -267,16 +267,16 @@ class Checkpoint:
             "status": status,
             "last": asdict(self._history[-1]) if len(self._history) else {},
             "history": self._history.columns(),
-            "entries": [_record(entry) for entry in self.journal.entries],
+            "entries": [_record(entry) for entry in self.recording.entries],
         }
         arrays = {
             f"{k}.{name}": array
-            for k, entry in enumerate(self.journal.entries)
+            for k, entry in enumerate(self.recording.entries)
             for name, array in entry.arrays.items()
         }
-        if self.journal.at is not None:
+        if self.recording.at is not None:
             # Nobody reads these but people who look into the file, nor the history.
-            arrays |= {name: np.array(getattr(self.journal.at, name)) for name in ("x", "gradient")}
+            arrays |= {name: np.array(getattr(self.recording.at, name)) for name in ("x", "gradient")}
         write(self.path, arrays, header)
         self._written, self._pending = time.perf_counter(), False
         self._cost = self._written - began

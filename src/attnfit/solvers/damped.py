@@ -13,7 +13,7 @@ from scipy import linalg
 
 from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.inverse_problem import LayerProblem, Points
-from attnfit.objectives.objective import MAX_DENSE, Evaluation
+from attnfit.objectives.objective import MAX_DENSE, Evaluation, Offer
 from attnfit.solvers.loop import MAX_REJECTIONS, NOISE, Descent, StopFit, Tracker
 from attnfit.solvers.newton import Outcome
 from attnfit.solvers.verdicts import Status, Verdict
@@ -319,7 +319,7 @@ class LevenbergMarquardt:
         rng: np.random.Generator,
     ) -> Outcome:
         """Minimise; `attnfit.minimize` documents the arguments. ``max_iter`` bounds the steps a start."""
-        if not isinstance(problem, LayerInversion):
+        if Offer.INVERSION not in problem.offers:
             raise ValueError(
                 f"LevenbergMarquardt takes LayerInversion, not {type(problem).__name__}; leave solver out"
             )

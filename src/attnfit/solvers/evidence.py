@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.solvers.curvature import Model
 from attnfit.solvers.subproblem import Step
 
@@ -51,14 +51,14 @@ class Evidence:
 
     Parameters
     ----------
-    problem : GroupedProblem
+    problem : RowProblem
     second_sample : callable
         Draws a problem on rows that the model has not seen.
     """
 
-    def __init__(self, problem: GroupedProblem, second_sample: Callable[[], GroupedProblem]) -> None:
+    def __init__(self, problem: RowProblem, second_sample: Callable[[], RowProblem]) -> None:
         self.problem, self._draw = problem, second_sample
-        self._second: GroupedProblem | None = None
+        self._second: RowProblem | None = None
         self._gradients: list[Array] = []
         self._full: list[bool] = []
         self._at: Array | None = None

@@ -61,7 +61,7 @@ class GradientDescent:
         """Minimise; `attnfit.minimize` documents the arguments."""
         scale = start.scale()
         x = problem.initial_point(rng).reshape(-1) if x0 is None else x0
-        at = problem.evaluate(x, start.transfer(x), origin=True)
+        at = problem.evaluate(x, start.transfer(x), at_zero=True)
         run = Descent.begin(at)
         probe = probe_of(start.scout.problem)
         # The first step moves the scaled unknowns by one over their number: small, and free of the user's

@@ -143,11 +143,11 @@ class Descent:
     def begin(cls, at: Evaluation) -> Descent:
         """Return a descent that begins here."""
         here = at.gradient
-        if at.origin_gradient is None or not np.linalg.norm(at.origin_gradient) > 1e-10 * np.linalg.norm(
+        if at.gradient_at_zero is None or not np.linalg.norm(at.gradient_at_zero) > 1e-10 * np.linalg.norm(
             here
         ):
             return cls(at, here)
-        return cls(at, at.origin_gradient)
+        return cls(at, at.gradient_at_zero)
 
     def relative(self, gradient: Array) -> float:
         """Return the size of a gradient relative to the reference, in the variables of the last model."""

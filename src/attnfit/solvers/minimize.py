@@ -6,20 +6,17 @@ import time
 import warnings
 from dataclasses import fields, is_dataclass, replace
 from os import PathLike
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import as_point, choose
-from attnfit.objectives.inverse import LayerInversion
-from attnfit.objectives.layered import LayeredProblem
-from attnfit.objectives.objective import Problem, Reduction, parse_size
-from attnfit.objectives.projected import ProjectedAttention
+from attnfit.data.inputs import as_point, choose
+from attnfit.objectives.objective import Offer, Problem, Reduction, parse_size
 from attnfit.solvers.checkpoint import Checkpoint
 from attnfit.solvers.loop import Callback, Tracker
-from attnfit.solvers.newton import Newton, Outcome, require_starts
-from attnfit.solvers.record import Journal, journaled
+from attnfit.solvers.newton import EscapingNewton, Newton, Outcome, require_starts
+from attnfit.solvers.record import Recorded, Recording
 from attnfit.solvers.result import Result
 from attnfit.solvers.starts import Start
 from attnfit.solvers.verdicts import MAX_TOL, End, Status, Verdict, assess
@@ -30,27 +27,24 @@ def default_solver(problem: Problem) -> Any:
     inversion of a layer, many starts for attention outputs whose maps fit in memory, else Newton's method,
     which for layered problems goes on from false optima.
     """
-    if isinstance(problem, LayerInversion):
+    offers = problem.offers
+    if Offer.INVERSION in offers:
         from attnfit.solvers.damped import LevenbergMarquardt
 
         return LevenbergMarquardt()
-    if isinstance(problem, ProjectedAttention):
+    if Offer.PROJECTION in offers:
         from attnfit.solvers.variable_projection import VariableProjection
 
         return VariableProjection() if VariableProjection.suits(problem) else Newton()
-    if not isinstance(problem, LayeredProblem):
-        return Newton()
-    if problem.is_mixture:
+    if Offer.MIXTURE in offers:
         from attnfit.solvers.simplex import ActiveSet
 
         return ActiveSet()
-    if len(problem.shape) == 2:
+    if Offer.COLUMNS in offers and len(problem.shape) == 2:
         from attnfit.solvers.batched import BatchedNewton
 
         return BatchedNewton()
-    from attnfit.solvers.newton import EscapingNewton
-
-    return EscapingNewton()
+    return EscapingNewton() if Offer.COLUMNS in offers else Newton()
 
 
 Array = NDArray[np.float64]
@@ -173,7 +167,7 @@ def minimize(
     choose(separation, dict.fromkeys(("warn", "drop", "keep")), "separation")
     if max_iter < 0:
         raise ValueError(f"max_iter must not be negative, not {max_iter!r}")
-    problem = problem if memory_limit is None else problem.within(parse_size(memory_limit))
+    problem = problem if memory_limit is None else problem.with_memory_limit(parse_size(memory_limit))
     point = None if x0 is None else as_point(x0, problem.shape, "x0")
     reduction = problem.reduction()
     solver = default_solver(problem if reduction is None else reduction.problem) if solver is None else solver
@@ -185,7 +179,7 @@ def minimize(
         with Checkpoint(
             checkpoint, problem, solver, point, random_state, tol=tol, max_iter=max_iter, resume=resume
         ) as kept:
-            result = kept.finish(_fit(*fit, kept.hearing(callback), kept.rng, kept.journal))
+            result = kept.finish(_fit(*fit, kept.wrap_callback(callback), kept.rng, kept.recording))
     if not result.converged and result.status != "interrupted":
         from sklearn.exceptions import ConvergenceWarning
 
@@ -203,20 +197,20 @@ def _fit(
     separation: str,
     callback: Callback | None,
     rng: np.random.Generator,
-    journal: Journal | None = None,
+    recording: Recording | None = None,
 ) -> Result:
-    """Fit in the problem's better variables, if it has any; a journal keeps, and gives, what was read."""
+    """Fit in the problem's better variables, if it has any; a recording keeps, and gives, what was read."""
     problem, point = given, x0
     if reduction is not None:
         problem, point = reduction.problem, None if x0 is None else reduction.restrict(x0)
-    if journal is not None:
-        problem = journaled(problem, journal)
+    if recording is not None:
+        problem = cast(Problem, Recorded(problem, recording))
     first_read = problem.n_passes
     start = Start.draw(problem, rng)
     tracker = Tracker(
         lambda: problem.n_passes - first_read + start.n_passes,
         callback,
-        time.perf_counter if journal is None else journal.clock,
+        time.perf_counter if recording is None else recording.clock,
     )
     # Steps that overflow are rejected by their value; numpy need not warn of each product on the way.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -234,8 +228,8 @@ def _fit(
     if status is Status.CONVERGED and not outcome.message:
         reason = problem.false_optimum(best.at)
         status = status if reason is None else Status.FALSE_OPTIMUM
-    if journal is not None:
-        journal.check()
+    if recording is not None:
+        recording.check()
     at = best.at
     gradient_norm = best.relative(at.gradient)
     flat = verdict.flat

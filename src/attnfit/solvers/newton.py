@@ -9,14 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.budget import rows_to_draw
-from attnfit.objectives.inputs import choose
-from attnfit.objectives.inverse_problem import LayerProblem
-from attnfit.objectives.layered import LayeredProblem
+from attnfit.data.inputs import choose
+from attnfit.objectives.budget import most_drawn, n_leverages, rows_to_draw
 from attnfit.objectives.leverage import RowSampler, leverage_sketch
 from attnfit.objectives.moves import Probe
-from attnfit.objectives.objective import MAX_DENSE, Problem
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.objective import MAX_DENSE, Offer, Problem
 from attnfit.solvers.curvature import (
     Exact,
     FromSample,
@@ -146,7 +143,7 @@ class Newton:
         for label, x in points.items():
             strategy = self._strategy(kind, start, x, rng)
             with tracker.timed("evaluate"):
-                at = problem.evaluate(x, start.transfer(x), origin=not ends, **strategy.request(None))
+                at = problem.evaluate(x, start.transfer(x), at_zero=not ends, **strategy.request(None))
             if not np.isfinite(at.value):
                 if len(points) == 1:
                     problem.value(x)
@@ -203,8 +200,7 @@ class Newton:
         return replace(outcome, best=best, n_starts=n_starts)
 
     def _resolve(self, problem: Problem, start: Start) -> str:
-        inverts = isinstance(problem, LayerProblem)
-        if self.hessian == "sampled" and not (problem.rows_can_be_drawn or inverts):
+        if self.hessian == "sampled" and not (problem.rows_can_be_drawn or Offer.RESIDUALS in problem.offers):
             raise ValueError(
                 f"hessian='sampled' draws rows, which {type(problem).__name__} does not offer; use 'auto', "
                 "'exact' or 'matrix_free'"
@@ -220,7 +216,7 @@ class Newton:
     def _evidence(self, kind: str, start: Start, rng: np.random.Generator) -> Evidence | None:
         """Return what may accept a point without a Hessian that is dear."""
         full = start.full
-        sampled = kind in ("sampled", "corrected_sample") and isinstance(full, GroupedProblem)
+        sampled = kind in ("sampled", "corrected_sample") and full.rows is not None
         if not sampled or full.design.gram_cost <= DEAR_GRAM:
             return None
         n_rows = max(N_ROWS, ROWS_PER_UNKNOWN * full.n_unknowns)
@@ -234,11 +230,11 @@ class Newton:
             return MatrixFree(natural_scale(full, full.evaluate(x)))
         if kind == "exact":
             return Exact()
-        if isinstance(full, LayerProblem):
+        if Offer.RESIDUALS in full.offers:
             return SampledJacobian(float(self.sample_rows or 4.0 * len(x)), rng)
         n, d = full.n_rows, len(x)
         rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
-        most = full.most_drawn
+        most = most_drawn(full.rows)
         budget = min(most, float(self.sample_rows or rows_to_draw(n, d, rows_per_unknown)))
         if kind == "corrected_sample":
             other = "exact" if full.design.gram_pays else "sampled"
@@ -252,7 +248,7 @@ class Newton:
         else:
             sketch = leverage_sketch(small.hessian_at(at, absolute=True), N_PROBES, rng)
         # Exact scores would sum to d; the first read replaces this guess.
-        sampler = RowSampler(full.n_leverages, budget, sketch, 1.3 * d, rng, most)
+        sampler = RowSampler(n_leverages(full.rows), budget, sketch, 1.3 * d, rng, most)
         if kind == "matrix_free":
             return MatrixFree(scale, sampler)
         return Sampled(sampler, fresh=self.globalisation == "none")
@@ -298,7 +294,7 @@ class EscapingNewton:
         ValueError
             If the problem is not a layered one.
         """
-        if not isinstance(problem, LayeredProblem):
+        if Offer.COLUMNS not in problem.offers:
             raise ValueError(
                 "EscapingNewton takes TwoLayer, ReluSoftmax and ThreeLayer, not "
                 f"{type(problem).__name__}; use Newton"

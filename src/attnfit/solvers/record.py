@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.objectives.layer_curvature import LayeredEvaluation
-from attnfit.objectives.objective import Drawn, Evaluation, Moved, Problem
+from attnfit.objectives.objective import Drawn, Evaluation, Moved
 from attnfit.objectives.surrogate import LogStart
 
 
@@ -74,7 +74,7 @@ def digest(*arguments: Any) -> str:
     return found.hexdigest()
 
 
-class Journal:
+class Recording:
     """The entries of a fit: taken from one by one while they last, added to from then on.
 
     Parameters
@@ -121,7 +121,7 @@ class Journal:
             self._depth -= 1
 
     def seal(self) -> None:
-        """End the journal: what an interrupted fit still asks for, to report, the resumed one will not."""
+        """End the recording: what an interrupted fit still asks for, to report, the resumed one will not."""
         self._sealed = True
 
     def clock(self) -> float:
@@ -207,7 +207,7 @@ Array = NDArray[np.float64]
 # Evaluations made of arrays, or of what can be computed again from x, and their parts beside value and
 # gradient.
 KINDS = (Evaluation, LayeredEvaluation)
-PARTS = ("state", "centre", "origin_gradient", "hessian", "column_values")
+PARTS = ("state", "centre", "gradient_at_zero", "hessian", "column_values")
 
 
 @dataclass(frozen=True)
@@ -217,25 +217,37 @@ class Unread(Drawn):
     read: Callable[[], Evaluation] = field(kw_only=True, repr=False)
 
 
-class Journaled(Problem):
-    """What `journaled` puts before the class of a problem.
+class Recorded:
+    """A problem whose answers are entered in a recording, and taken from it.
 
-    Calls that read the data go through the journal; any other call works on the data as ever, so nothing
-    depends on which calls these are but the time a resumed fit takes.
+    Calls that read the data go through the recording; everything else is asked of the problem itself, so
+    nothing depends on which calls these are but the time a resumed fit takes.
+
+    Parameters
+    ----------
+    problem : Problem
+    recording : Recording
     """
 
-    _journal: Journal
-    _journaled_columns: NDArray[np.bool_] | None = None
+    def __init__(self, problem: Any, recording: Recording) -> None:
+        self.inner, self.recording = problem, recording
+        self._recorded_columns: NDArray[np.bool_] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            # Not there yet while a pickle is being read.
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     @property
     def n_passes(self) -> float:
-        """Reads of the data, those of the earlier run included."""
-        return float(self._inherited("n_passes")) + self._journal.reads_saved
+        """Data passes, those of the earlier run included."""
+        return float(self.inner.n_passes) + self.recording.reads_saved
 
-    def convex_neighbour(self) -> Problem | None:
-        """Return the convex neighbour, journaled."""
-        neighbour = super().convex_neighbour()
-        return None if neighbour is None else journaled(neighbour, self._journal)
+    def convex_surrogate(self) -> Recorded | None:
+        """Return the convex surrogate, recorded."""
+        convex = self.inner.convex_surrogate()
+        return None if convex is None else Recorded(convex, self.recording)
 
     def evaluate(
         self,
@@ -243,17 +255,17 @@ class Journaled(Problem):
         near: Evaluation | None = None,
         sampler: Any = None,
         *,
-        origin: bool = False,
+        at_zero: bool = False,
         hessian: bool = False,
     ) -> Evaluation:
         """Return value and gradient at x, and what else is asked for."""
-        journal = self._journal
-        own = self._inherited("evaluate")
+        recording = self.recording
+        own = self.inner.evaluate
 
         def ask() -> Evaluation:
             if sampler is not None:
-                journal.renew(sampler)
-            at: Evaluation = own(x, near, sampler, origin=origin, hessian=hessian)
+                recording.renew(sampler)
+            at: Evaluation = own(x, near, sampler, at_zero=at_zero, hessian=hessian)
             return at
 
         def enter(at: Evaluation | None) -> dict[str, Any]:
@@ -264,13 +276,13 @@ class Journaled(Problem):
                 draw = Draw(state, float(sampler.mass), sampler.has_leverage, n_rows)
             if at is None:
                 return {"draw": draw}
-            journal.at = at
+            recording.at = at
             return {"arrays": _parts(at), "draw": draw}
 
         def answer(entry: Entry) -> Evaluation:
             # What an evaluation is near to may hold much that is not needed to repeat it.
             bare = None if near is None else near.bare()
-            again = self._again(lambda s: own(x, bare, s, origin=origin, hessian=hessian), sampler)
+            again = self._again(lambda s: own(x, bare, s, at_zero=at_zero, hessian=hessian), sampler)
             sample = None
             if sampler is not None and entry.draw is not None:
                 sampler.rng.bit_generator.state = entry.draw.random
@@ -279,45 +291,45 @@ class Journaled(Problem):
                     sample = Unread(None, entry.draw.n_rows, read=again)
             if entry.overflow is not None:
                 raise OverflowError(entry.overflow)
-            known = journal.at = _evaluation(entry, x, sample)
-            journal.expect(known, again)
+            known = recording.at = _evaluation(entry, x, sample)
+            recording.expect(known, again)
             return again() if _is_bare(entry) else known
 
-        key = digest(type(self).__name__, x, origin, hessian, near is None, sampler is None)
+        key = digest(type(self.inner).__name__, x, at_zero, hessian, near is None, sampler is None)
         found: Evaluation = self._through("evaluate", key, ask, enter, answer)
         return found
 
     def _again(self, read: Callable[..., Evaluation], sampler: Any) -> Callable[[], Evaluation]:
         """Return how to repeat a read later on, rows drawn included; it is repeated once."""
-        journal, before = self._journal, None if sampler is None else _twin(sampler)
+        recording, before = self.recording, None if sampler is None else _twin(sampler)
 
         @cache
         def again() -> Evaluation:
-            with journal.aside():
+            with recording.aside():
                 if before is None:
                     return read(None)
                 if before.has_leverage:
-                    journal.renew(before)
+                    recording.renew(before)
                 return read(_twin(before))
 
         if before is not None and not before.has_leverage:
-            journal.leverage_from(before, again)
+            recording.leverage_from(before, again)
         return again
 
     def hessian_at(self, at: Evaluation, sample: Any = None, **options: Any) -> Array:
         """Return the Hessian at an evaluated point."""
-        call = self._inherited("hessian_at")
+        call = self.inner.hessian_at
         key = digest(at.x, sample is None, sorted(options.items()))
         return self._array("hessian_at", key, lambda: call(at, _drawn(sample), **options), 2 * at.x.shape)
 
     def diagonal_at(self, at: Evaluation) -> Array:
         """Return the diagonal of a positive majorant of the Hessian."""
-        call = self._inherited("diagonal_at")
+        call = self.inner.diagonal_at
         return self._array("diagonal_at", digest(at.x), lambda: call(at), at.x.shape)
 
     def log_start(self, normaliser: float = 1.0) -> LogStart | None:
         """Return least squares on the logarithm of the target."""
-        call = self._inherited("log_start")
+        call = self.inner.log_start
 
         def ask() -> Array:
             found = call(normaliser)
@@ -328,21 +340,27 @@ class Journaled(Problem):
 
     def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
         """Return which unknowns no datum and no penalty sees."""
-        if self._journaled_columns is None:
-            call = self._inherited("unseen_columns")
-            shape = (self.n_unknowns,)
+        if self._recorded_columns is None:
+            call = self.inner.unseen_columns
+            shape = (self.inner.n_unknowns,)
             found = self._array("unseen_columns", "", lambda: call(at).astype(np.float64), shape)
-            self._journaled_columns = found > 0.0
-        return self._journaled_columns
+            self._recorded_columns = found > 0.0
+        return self._recorded_columns
 
     def unseen_directions(self, at: Evaluation) -> Array:
         """Return an orthonormal basis of the directions along which no datum and no penalty changes."""
-        call = self._inherited("unseen_directions")
+        call = self.inner.unseen_directions
         return self._array("unseen_directions", digest(at.x), lambda: call(at), None)
+
+    def is_trivial(self, at: Evaluation) -> bool:
+        """Return whether a point is a minimum that says nothing about the data."""
+        call = self.inner.is_trivial
+        found = self._array("is_trivial", digest(at.x), lambda: np.array([float(call(at))]), (1,))
+        return bool(found[0])
 
     def moves(self, at: Evaluation, steps: Array) -> Moved | None:
         """Return by how much each step changes a fitted logit at most."""
-        call = self._inherited("moves")
+        call = self.inner.moves
 
         def ask() -> Array:
             found = call(at, steps)
@@ -353,7 +371,7 @@ class Journaled(Problem):
 
     def look_along(self, at: Evaluation, step: Array, directions: Array) -> tuple[Moved, Array, Array]:
         """Return the move of a step, the Hessian's diagonal and its curvature along directions."""
-        call, d = self._inherited("look_along"), len(step)
+        call, d = self.inner.look_along, len(step)
 
         def ask() -> Array:
             moved, diagonal, along = call(at, step, directions)
@@ -364,13 +382,13 @@ class Journaled(Problem):
 
     def hvp_at(self, at: Evaluation, v: Array, **options: Any) -> Array:
         """Return the Hessian at an evaluated point times v."""
-        call = self._inherited("hvp_at")
+        call = self.inner.hvp_at
         key = digest(at.x, v, sorted(options.items()))
         return self._array("hvp_at", key, lambda: call(at, v, **options), at.x.shape)
 
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
         """Return v -> H v; the read that prepares it is made when the first product is."""
-        call = self._inherited("hessian_operator")
+        call = self.inner.hessian_operator
         prepared = cache(lambda: call(at, _drawn(sample)))
 
         def product(v: Array) -> Array:
@@ -379,11 +397,7 @@ class Journaled(Problem):
 
         return product
 
-    # ---- through the journal
-
-    def _inherited(self, name: str) -> Any:
-        """Return the method of the problem itself."""
-        return getattr(super(), name)
+    # ---- through the recording
 
     def _array(self, call: str, key: str, ask: Callable[[], Array], shape: tuple[int, ...] | None) -> Array:
         def enter(found: Array | None) -> dict[str, Any]:
@@ -405,16 +419,16 @@ class Journaled(Problem):
         enter: Callable[[Any], dict[str, Any]],
         answer: Callable[[Entry], Any],
     ) -> Any:
-        """Return the answer that the journal has, or ask for it and enter it: None where it overflows."""
-        journal = self._journal
-        if journal.silent:
+        """Return the answer that the recording has, or ask for it and enter it: None where it overflows."""
+        recording = self.recording
+        if recording.silent:
             return ask()
         try:
-            entry = journal.take(call, key)
+            entry = recording.take(call, key)
             if entry is None:
                 return self._entered(call, key, ask, enter)
         except KeyboardInterrupt:
-            journal.seal()
+            recording.seal()
             raise
         return answer(entry)
 
@@ -422,13 +436,13 @@ class Journaled(Problem):
         self, call: str, key: str, ask: Callable[[], Any], enter: Callable[[Any], dict[str, Any]]
     ) -> Any:
         """Return the answer of the problem itself, and enter it."""
-        journal, reads, began = self._journal, self.n_passes, time.perf_counter()
+        recording, reads, began = self.recording, self.n_passes, time.perf_counter()
 
         def add(**parts: Any) -> None:
-            journal.add(Entry(call, key, self.n_passes - reads, time.perf_counter() - began, **parts))
+            recording.add(Entry(call, key, self.n_passes - reads, time.perf_counter() - began, **parts))
 
         try:
-            with journal.aside():
+            with recording.aside():
                 found = ask()
         except OverflowError as error:
             # A solver rejects such a step and goes on.
@@ -436,18 +450,6 @@ class Journaled(Problem):
             raise
         add(**enter(found))
         return found
-
-
-def journaled(problem: Problem, journal: Journal) -> Problem:
-    """Return a problem on the same data, of a class derived from the problem's own, that uses a journal."""
-    if isinstance(problem, Journaled):
-        return problem
-    own = type(problem)
-    other = copy(problem)
-    other.__class__ = type(own.__name__, (Journaled, own), {"__module__": own.__module__})
-    assert isinstance(other, Journaled)
-    other._journal = journal
-    return other
 
 
 def _twin(sampler: Any) -> Any:
@@ -491,7 +493,7 @@ def _evaluation(entry: Entry, x: Array, sample: Drawn | None, prefix: str = "") 
         return _part(entry, prefix + name, shape)
 
     d = len(x)
-    shapes = {"origin_gradient": (d,), "hessian": (d, d)}
+    shapes = {"gradient_at_zero": (d,), "hessian": (d, d)}
     given: dict[str, Any] = {
         name: _part(entry, prefix + name, shapes.get(name)) for name in PARTS if prefix + name in entry.arrays
     }

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import choose
+from attnfit.data.inputs import choose
 from attnfit.objectives.layers import TwoLayer
 from attnfit.objectives.leverage import RowSampler, leverage_sketch
-from attnfit.objectives.objective import Evaluation, Problem
+from attnfit.objectives.objective import Evaluation, Offer
 from attnfit.solvers.curvature import Model, dense_model, exact_model
 from attnfit.solvers.loop import Tracker, descend
 from attnfit.solvers.newton import Outcome
@@ -73,13 +73,13 @@ class SampledTwoLayer:
         ValueError
             If the problem is not `TwoLayer` with one right-hand side.
         """
-        if not isinstance(problem, TwoLayer) or problem.n_columns > 1:
+        if Offer.LAYER_ROWS not in problem.offers:
             raise ValueError(
                 "SampledTwoLayer fits TwoLayer with one right-hand side, b of shape (m,); leave solver "
                 "out for others"
             )
         x = problem.initial_point(rng) if x0 is None else x0
-        at = problem.evaluate(x, origin=True)
+        at = problem.evaluate(x, at_zero=True)
         if not np.isfinite(at.value):
             problem.value(x)
         budget = float(self.sample_rows or ROWS_PER_UNKNOWN * len(x))
@@ -118,9 +118,8 @@ class SampledDiagonal:
         self._exact = exact
         return {}
 
-    def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
+    def model(self, problem: Any, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Draw rows by their share of the diagonal part and add the low-rank part."""
-        assert isinstance(problem, TwoLayer)
         if self._exact:
             return exact_model(problem, at)
         rows, factors = self.draw(problem, at)

@@ -154,8 +154,8 @@ class Separation:
         if self._given is None:
             return minimize(self.problem, **options)
         here = self._problem
-        dropped = separated_rows(here, here.chunks, self._at, self._frame, self._along)
-        return minimize(self._given.without_rows(dropped), **options)
+        dropped = separated_rows(here.rows, here.rows.chunks, self._at, self._frame, self._along)
+        return minimize(self._given.with_rows(self._given.rows.without(dropped)), **options)
 
     @cached_property
     def problem(self) -> Any:
@@ -204,84 +204,84 @@ def find_separation(problem: Problem, at: Evaluation) -> Separation | None:
     """
     if not problem.has_logits or problem.n_unknowns > MAX_DENSE:
         return None
-    rows: Any = problem
-    kind = kind_of(rows.loss)
-    if kind is Kind.NONE or np.any(rows.ridge) or rows.penalty is not None:
+    over_rows: Any = problem
+    kind = kind_of(over_rows.loss)
+    if kind is Kind.NONE or np.any(over_rows.ridge) or over_rows.penalty is not None:
         return None
     if kind is Kind.LOCAL and _WITHIN.get():
         return None
     at = at.bare()
-    found = _along(rows, at, kind, each=True)
+    found = _along(over_rows, at, kind, each=True)
     if found is None and kind is Kind.LOCAL:
         # Rows that share a column fall together if they do so on balance.
-        found = _along(rows, at, kind, each=False)
+        found = _along(over_rows, at, kind, each=False)
     return found
 
 
-def _along(rows: Any, at: Evaluation, kind: Kind, *, each: bool) -> Separation | None:
-    frame = _frame(rows, at, each)
+def _along(problem: Any, at: Evaluation, kind: Kind, *, each: bool) -> Separation | None:
+    frame = _frame(problem, at, each)
     if frame is None:
         return None
-    y = _programme(rows, at, frame)
-    if y is None or not (each or _falls_apart(rows, at, frame, y)):
+    y = _programme(problem, at, frame)
+    if y is None or not (each or _falls_apart(problem, at, frame, y)):
         return None
-    for direction in (_shortest(rows, at, frame, y), y):
+    for direction in (_shortest(problem, at, frame, y), y):
         scaled = frame.basis @ direction
         scaled = np.where(np.abs(scaled) > ENTRY * np.abs(scaled).max(), scaled, 0.0)
         v = scaled / frame.scale
         v /= max(float(np.abs(v).max()), np.finfo(float).tiny)
-        signs: Signs = rows.reduce(verify, at, frame, v, kind is Kind.LOCAL)
+        signs: Signs = problem.rows.reduce(verify, at, frame, v, kind is Kind.LOCAL)
         if signs.confirm(frame) and _is_strict(signs, direction is y):
             break
     else:
         return None
-    separated = np.concatenate(rows.collect(separated_by_user, at, frame, y))
+    separated = np.concatenate(problem.rows.collect(separated_by_user, at, frame, y))
     found = Separation(
         direction=v,
         columns=[(int(j), float(v[j])) for j in np.argsort(-np.abs(scaled), kind="stable") if v[j] != 0.0],
         rows=np.flatnonzero(separated),
         remaining=~separated,
         exact=kind is Kind.EXACT,
-        _problem=rows,
+        _problem=problem,
         _at=at,
         _frame=frame,
         _along=y,
         _drop=signs.drop,
         _along_unknowns=v,
     )
-    if kind is Kind.LOCAL and not _holds_at_the_limit(rows, found, signs, frame):
+    if kind is Kind.LOCAL and not _holds_at_the_limit(problem, found, signs, frame):
         return None
     return found
 
 
-def _falls_apart(rows: Any, at: Evaluation, frame: Frame, y: Array) -> bool:
+def _falls_apart(problem: Any, at: Evaluation, frame: Frame, y: Array) -> bool:
     """Whether each direction of the frame separates rows of its own, and the loss falls along every one."""
-    free: Free = rows.reduce(free_rows, at, frame, None, FIRST_ROWS)
+    free: Free = problem.rows.reduce(free_rows, at, frame, None, FIRST_ROWS)
     if free.n_all > FIRST_ROWS or ((free.rows != 0.0).sum(axis=1) > 1).any():
         return False
     for j, size in enumerate(y):
         v = frame.basis[:, j] * size / frame.scale
-        signs: Signs = rows.reduce(verify, at, frame, v, True)
+        signs: Signs = problem.rows.reduce(verify, at, frame, v, True)
         if not signs.pull > 0.0:
             return False
     return True
 
 
-def _holds_at_the_limit(rows: Any, found: Separation, signs: Signs, frame: Frame) -> bool:
+def _holds_at_the_limit(problem: Any, found: Separation, signs: Signs, frame: Frame) -> bool:
     """Whether the gradient still agrees at the best point of the remaining rows, infinitely far along."""
-    if not rows.rows_can_be_left_out or not found.rest.converged:
+    if not problem.rows_can_be_left_out or not found.rest.converged:
         return False
     far = np.asarray(found.rest.x).reshape(-1) + (FAR / signs.drop) * found.direction
-    limit = rows.evaluate(far)
-    agreed: Signs = rows.reduce(verify, limit.bare(), frame, found.direction, True)
+    limit = problem.evaluate(far)
+    agreed: Signs = problem.rows.reduce(verify, limit.bare(), frame, found.direction, True)
     return agreed.confirm(frame)
 
 
-def _shortest(rows: Any, at: Evaluation, frame: Frame, y: Array) -> Array:
+def _shortest(problem: Any, at: Evaluation, frame: Frame, y: Array) -> Array:
     """Return the shortest direction, in the user's units, along which all separated rows fall alike, if there
     is one: what it says of other rows does not depend on how often a row occurs.
     """
-    gram, total = rows.reduce(separated_sums, at, frame, y)
+    gram, total = problem.rows.reduce(separated_sums, at, frame, y)
     upper = np.linalg.qr(frame.basis / frame.scale[:, None])[1]
     inverse = linalg.pinv(upper)
     e = -linalg.pinvh(inverse.T @ gram @ inverse, rtol=1e-11) @ (inverse.T @ total)
@@ -293,28 +293,28 @@ def _is_strict(signs: Signs, anyhow: bool) -> bool:
     return anyhow or signs.most - signs.drop <= 1e-6 * signs.drop
 
 
-def _frame(rows: Any, at: Evaluation, each: bool) -> Frame | None:
+def _frame(problem: Any, at: Evaluation, each: bool) -> Frame | None:
     """Return the directions along which the fixed rows stay together; None where there are none."""
-    means = np.zeros((0, rows.n_unknowns))
-    if rows.n_long:
-        sums = rows.reduce(long_means, at, each)
+    means = np.zeros((0, problem.n_unknowns))
+    if problem.rows.n_long:
+        sums = problem.rows.reduce(long_means, at, each)
         means = sums[:, :-1] / np.maximum(sums[:, -1:], 1.0)
-    found: FixedSums = rows.reduce(fixed_sums, at, means, each)
+    found: FixedSums = problem.rows.reduce(fixed_sums, at, means, each)
     gram, sizes = found.gram.result(), found.sizes
     scale = np.sqrt(np.where(sizes > 0.0, sizes, 1.0))
     values, vectors = linalg.eigh(gram / scale / scale[:, None], driver="evd")
     null = values <= flatness(len(values)) * max(float(values[-1]), np.finfo(float).tiny)
     if not null.any() or not np.isfinite(found.least):
         return None
-    if kind_of(rows.loss) is Kind.SCALING:
+    if kind_of(problem.loss) is Kind.SCALING:
         # Whole groups fall: not relative to rows of their own.
         means = np.zeros_like(means)
     return Frame(vectors[:, null], scale, means, each)
 
 
-def _programme(rows: Any, at: Evaluation, frame: Frame) -> Array | None:
+def _programme(problem: Any, at: Evaluation, frame: Frame) -> Array | None:
     """Return the direction that separates most rows, in coordinates of the frame; None without any."""
-    free: Free = rows.reduce(free_rows, at, frame, None, FIRST_ROWS)
+    free: Free = problem.rows.reduce(free_rows, at, frame, None, FIRST_ROWS)
     F = free.rows
     for _ in range(MAX_ROUNDS):
         y = _solve(F)
@@ -322,7 +322,7 @@ def _programme(rows: Any, at: Evaluation, frame: Frame) -> Array | None:
             return None
         if free.n_all <= len(F):
             return y
-        others: Free = rows.reduce(free_rows, at, frame, y, len(F) + MORE_ROWS)
+        others: Free = problem.rows.reduce(free_rows, at, frame, y, len(F) + MORE_ROWS)
         known = {row.tobytes() for row in F}
         fresh = [row for row in others.rows if row.tobytes() not in known]
         if not fresh:

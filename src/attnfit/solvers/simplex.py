@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.objectives.layer_curvature import LayeredEvaluation
-from attnfit.objectives.layers import TwoLayer
+from attnfit.objectives.objective import Offer
 from attnfit.objectives.saturation import GAP_TOLERANCE, duality_gaps, target_sizes
 from attnfit.solvers.batched import REMEDIES, describe, overall
 from attnfit.solvers.loop import Descent, StopFit, Tracker
@@ -263,7 +263,7 @@ class ActiveSet:
         ValueError
             If the problem is not a mixture.
         """
-        if not (isinstance(problem, TwoLayer) and problem.is_mixture):
+        if Offer.MIXTURE not in problem.offers:
             raise ValueError(
                 "ActiveSet solves mixtures: TwoLayer with A1=None, activation='identity' and no offset, "
                 "row_penalty or ridge; leave solver out for other problems"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attnfit.objectives.budget import sample_sizes
 from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import Evaluation, Problem
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.subsample import draw_rows
 from attnfit.objectives.surrogate import LogStart
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
@@ -28,13 +28,13 @@ AUTO_STARTS, AUTO_ENTRIES, AUTO_UNKNOWNS = 10, 10_000, 16
 LOGIT_SIZES = (1.0, 3.0, 10.0, 30.0)
 # Where the sum of the outputs is not known: guesses of it besides one a row.
 NORMALISERS = (0.3, 3.0, 0.1, 10.0, 0.03, 30.0, 100.0)
-# From this share of positive targets on their logarithms tell as much as the convex neighbour.
+# From this share of positive targets on their logarithms tell as much as the convex surrogate.
 MOST = 0.95
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A small problem that stands for the full one, and its convex neighbour; the full problem itself where
+    """A small problem that stands for the full one, and its convex surrogate; the full problem itself where
     that is small.
 
     Attributes
@@ -61,25 +61,25 @@ class Sample:
 
 
 def whole(problem: Problem) -> Sample:
-    """Return the problem itself with its convex neighbour."""
-    return Sample(problem, None if problem.convex else problem.convex_neighbour(), 1.0)
+    """Return the problem itself with its convex surrogate."""
+    return Sample(problem, None if problem.convex else problem.convex_surrogate(), 1.0)
 
 
-def draw_sample(problem: GroupedProblem, n_rows: int, rng: np.random.Generator) -> Sample:
-    """Return an importance-weighted sample of about ``n_rows`` rows of a problem and its convex neighbour."""
-    small_enough = problem.n_rows <= n_rows and problem.is_whole
-    draw = None if small_enough else draw_rows(problem, n_rows, rng)
+def draw_sample(problem: RowProblem, n_rows: int, rng: np.random.Generator) -> Sample:
+    """Return an importance-weighted sample of about ``n_rows`` rows of a problem and its convex surrogate."""
+    small_enough = problem.n_rows <= n_rows and problem.rows.is_whole
+    draw = None if small_enough else draw_rows(problem.rows, n_rows, rng)
     if draw is None:
         return whole(problem)
     small = draw.problem(problem.loss, problem.ridge)
-    convex = None if problem.convex else draw.convex_neighbour(problem.loss, problem.ridge)
+    convex = None if problem.convex else draw.convex_surrogate(problem.loss, problem.ridge)
     return Sample(small, convex, small.n_rows / problem.n_rows, is_full=False)
 
 
 def draw_scout(sample: Sample, n_rows: int, rng: np.random.Generator) -> Sample:
     """Return a sample of a sample: the same rows of both its problems."""
     problem, convex = sample.problem, sample.convex
-    draw = draw_rows(problem, n_rows, rng) if problem.n_rows > n_rows else None
+    draw = draw_rows(problem.rows, n_rows, rng) if problem.n_rows > n_rows else None
     if draw is None:
         return sample
     small = draw.problem(problem.loss, problem.ridge)
@@ -98,9 +98,9 @@ class Start:
     sample: Sample
 
     @classmethod
-    def draw(cls, problem: Problem, rng: np.random.Generator) -> Start:
+    def draw(cls, problem: Any, rng: np.random.Generator) -> Start:
         """Draw both samples; large problems whose rows can be drawn only."""
-        if not isinstance(problem, GroupedProblem) or not problem.rows_can_be_drawn:
+        if not problem.rows_can_be_drawn:
             itself = whole(problem)
             return cls(problem, itself, itself)
         scout_rows, n_rows = sample_sizes(problem.n_rows, problem.n_unknowns)
@@ -127,7 +127,7 @@ class Start:
         """Return the points to descend from, by name; the best first.
 
         A convex problem has one: weighted least squares on the logarithm of the target, or zero, polished on
-        the larger sample where rows can be sampled. Otherwise the answer of the convex neighbour (cross
+        the larger sample where rows can be sampled. Otherwise the answer of the convex surrogate (cross
         entropy for losses of a softmax) joins where few targets have a logarithm, and zero; then Gaussian
         points of several sizes, up to ``n_starts``. Where rows can be sampled the descents begin on the
         scout; ends in one minimum count once and are polished on the larger sample.
@@ -182,7 +182,7 @@ class Start:
         if self.scout.convex is not None and (logs is None or logs.share < MOST):
             neighbour = self.scout.convex
             zero = np.zeros(neighbour.n_unknowns)
-            found = _on_sample(neighbour, zero, "convex neighbour", tracker).at.x
+            found = _on_sample(neighbour, zero, "convex surrogate", tracker).at.x
             points["convex"] = self.full.adopt(found)
         return points if self.full.zero_is_trivial and points else {**points, **others}
 
@@ -191,7 +191,7 @@ class Start:
     ) -> dict[str, Array]:
         """Return Gaussian points, each with logits of one size."""
         problem = self.scout.problem
-        if not isinstance(problem, GroupedProblem):
+        if problem.rows is None:
             return {}
         d = problem.n_unknowns
         if n_starts == "auto":
@@ -200,7 +200,7 @@ class Start:
             n_starts = AUTO_STARTS if small else 1
         if n_starts <= n_known:
             return {}
-        sizes = Probe(problem).column_sizes()
+        sizes = Probe(problem.rows).column_sizes()
         unit = np.where(sizes > 0.0, 1.0 / (np.where(sizes > 0.0, sizes, 1.0) * np.sqrt(d)), 0.0)
         return {
             f"Gaussian {k + 1}": LOGIT_SIZES[k % len(LOGIT_SIZES)] * rng.standard_normal(d) * unit
@@ -209,23 +209,22 @@ class Start:
 
     def transfer(self, x: Array) -> Evaluation | None:
         """Predict the states of the full problem's long groups at x from the sample."""
-        if self.sample.is_full or not self.full.n_long:
+        if self.sample.is_full or not self.full.rows.n_long:
             return None
         small = self.sample.problem
         # The sample's groups carry the full problem's labels, in increasing order.
-        labels = self.full.long_labels
+        labels = self.full.rows.long_labels
         numbers = np.searchsorted(small.groups.labels, labels)
         if numbers.max() >= small.n_groups or (small.groups.labels[numbers] != labels).any():
             return None
         at = small.evaluate(x)
-        states, centres = zip(*(small.group_summary(int(g), at) for g in numbers), strict=True)
+        states, centres = zip(*(small.rows.group_summary(int(g), at) for g in numbers), strict=True)
         return Evaluation(x, at.value, at.gradient, np.array(states).T, np.array(centres))
 
 
-def _logarithms(problem: Problem) -> LogStart | None:
-    if isinstance(problem, GroupedProblem) and problem.rows_can_be_drawn:
-        return problem.log_start()
-    return None
+def _logarithms(problem: Any) -> LogStart | None:
+    found: LogStart | None = problem.log_start() if problem.rows_can_be_drawn else None
+    return found
 
 
 def _value(problem: Problem, x: Array) -> float:
@@ -240,7 +239,7 @@ def _on_sample(problem: Problem, x: Array, phase: str, tracker: Tracker) -> Desc
     """Descend on a problem that is small, as far as its answer means something for the full one."""
     exact = problem.n_unknowns <= MEDIUM
     strategy = Exact() if exact else MatrixFree(natural_scale(problem, problem.evaluate(x)))
-    at = problem.evaluate(x, origin=True, **strategy.request(None))
+    at = problem.evaluate(x, at_zero=True, **strategy.request(None))
     judge = Judge(problem, SAMPLE_TOL, probe_of(problem), final=False)
     found = descend(problem, at, strategy, judge, tracker, phase=phase, max_iter=50)
     if found.status == "interrupted":
@@ -250,7 +249,7 @@ def _on_sample(problem: Problem, x: Array, phase: str, tracker: Tracker) -> Desc
 
 def probe_of(problem: Problem) -> Probe | None:
     """Return rows of a problem that are at hand; None where it has no rows, or has them elsewhere."""
-    return Probe(problem) if isinstance(problem, GroupedProblem) and problem.is_whole else None
+    return Probe(problem.rows) if problem.rows is not None and problem.rows.is_whole else None
 
 
 def distance(problem: Problem, one: Evaluation, other: Evaluation, probe: Probe | None = None) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.objective import MAX_DENSE
+from attnfit.objectives.objective import MAX_DENSE, Offer
 from attnfit.objectives.projected import ProjectedAttention
 from attnfit.objectives.separable import Points, Separable
 from attnfit.solvers.curvature import Kept, MatrixFree, natural_scale
@@ -85,7 +85,7 @@ class VariableProjection:
     @staticmethod
     def suits(problem: Any) -> bool:
         """Return whether the maps and the normal equations of a start fit in memory."""
-        if not isinstance(problem, ProjectedAttention) or problem.n_unknowns > MAX_DENSE:
+        if Offer.PROJECTION not in problem.offers or problem.n_unknowns > MAX_DENSE:
             return False
         return Separable(problem).numbers <= BATCH
 
@@ -117,7 +117,7 @@ class VariableProjection:
             end.status, end.verdict = Status.INTERRUPTED, Verdict(Status.INTERRUPTED)
             return Outcome(end, search.local_values, search.n_iter, DESCRIPTION)
         with tracker.timed("evaluate"):
-            at = problem.evaluate(search.best.reshape(-1), origin=True)
+            at = problem.evaluate(search.best.reshape(-1), at_zero=True)
         few = problem.n_unknowns <= FEW
         strategy = Kept() if few else MatrixFree(natural_scale(problem, at))
         steps, judge = min(max_iter, POLISH), Judge(problem, tol)

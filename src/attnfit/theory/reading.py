@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from attnfit.data.inputs import as_point
 from attnfit.data.pairs import PairRows
 from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.objectives.attention import Attention
-from attnfit.objectives.inputs import as_point
 from attnfit.objectives.objective import Problem
-from attnfit.objectives.rows import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.problems import LayerInversion, TwoLayer
 from attnfit.theory import instances
 from attnfit.theory.instances.sampling import AnyInstance
@@ -45,7 +45,7 @@ def read(problem: Problem, x: Any, y: Any) -> Reading:
     TypeError
         If the papers have no bounds for this problem.
     """
-    if isinstance(problem, GroupedProblem):
+    if isinstance(problem, RowProblem):
         return _grouped(problem, x, y)
     if isinstance(problem, TwoLayer):
         return _two_layer(problem, x, y)
@@ -57,9 +57,9 @@ def read(problem: Problem, x: Any, y: Any) -> Reading:
     )
 
 
-def _grouped(problem: GroupedProblem, x: Any, y: Any) -> Reading:
+def _grouped(problem: RowProblem, x: Any, y: Any) -> Reading:
     loss = problem.loss
-    if not problem.is_whole:
+    if not problem.rows.is_whole:
         raise TypeError("the rows are on the workers of a Dask cluster; pass the problem on some of its rows")
     if not (loss.coupled or isinstance(loss, SquaredExponential)):
         raise TypeError(f"the papers state no bounds for {type(loss).__name__}, which is no sum of squares")
@@ -97,7 +97,7 @@ def _grouped(problem: GroupedProblem, x: Any, y: Any) -> Reading:
     return Reading([instance], models, function, notes)
 
 
-def _dense(problem: GroupedProblem, rows: slice) -> Array:
+def _dense(problem: RowProblem, rows: slice) -> Array:
     """Return rows of a group, numbered in group order."""
     order = problem.groups.order
     block = problem.design.block(rows if order is None or isinstance(problem, Attention) else order[rows])

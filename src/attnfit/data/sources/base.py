@@ -185,7 +185,7 @@ class Source(ABC):
             self._watch(np.unique(self._file_of[self.block_of(rows)]))
             return self._take(rows)
 
-    def apart(self) -> Self:
+    def thread_copy(self) -> Self:
         """Return the source that another thread should read: itself where rows are decoded many at a time,
         each once.
         """

@@ -161,7 +161,7 @@ class NpySource(Source):
         """Every row can be read by itself."""
         return 1
 
-    def apart(self) -> Self:
+    def thread_copy(self) -> Self:
         """Return a source that can be read at the same time and compares with the same earlier reads."""
         with self._lock:
             # What has happened to the file so far is found out once, here.

@@ -217,9 +217,9 @@ class SomeRows(Source):
         """Number of rows that are decoded together."""
         return self._inner.stored_rows
 
-    def apart(self) -> Self:
+    def thread_copy(self) -> Self:
         """Return the source that another thread should read."""
-        return type(self)(self._inner.apart(), self._rows)
+        return type(self)(self._inner.thread_copy(), self._rows)
 
     def locate(self, row: int) -> str:
         """Return file and block of a row, for messages."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import as_point
+from attnfit.data.inputs import as_point
 from attnfit.theory.instances.reading import as_number, as_stack, choose_function
 from attnfit.theory.instances.state import Move, State, common_scale
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inputs import as_point
+from attnfit.data.inputs import as_point
 from attnfit.theory.instances.reading import as_array, as_number
 
 Array = NDArray[np.float64]

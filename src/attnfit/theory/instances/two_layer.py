@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.inputs import as_point
 from attnfit.losses.activations import Activation, as_activation
-from attnfit.objectives.inputs import as_point
 from attnfit.theory.instances.reading import as_array, as_number
 from attnfit.theory.instances.state import Move, State, common_scale
 

@@ -17,6 +17,11 @@ Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 
+def is_dask(values: Any) -> bool:
+    """Whether these are a Dask array or data frame."""
+    return type(values).__module__.partition(".")[0] in ("dask", "dask_expr") and hasattr(values, "dask")
+
+
 def as_design(A: Any, name: str = "A") -> Design:
     """Wrap A, an array, sparse matrix, data frame or anything stored on disk, of shape (n, d), as a design.
 

@@ -1,0 +1,224 @@
+"""Rows and what belongs to each of them: in memory or on disk, in group order, cut into chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from copy import copy
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from attnfit.data.groups import Chunk, Groups, parse_groups, partition, runs
+from attnfit.data.inputs import as_column, as_design, require_finite_rows
+from attnfit.data.matrix import Design
+from attnfit.data.on_disk import RUN_BYTES, Column, DenseOnDisk, SparseOnDisk, pieces
+from attnfit.data.parallel import available_threads, read_ahead
+from attnfit.segments import Array, Index
+
+COLUMNS = ("b", "weights", "offset", "penalty")
+# Reading less at a time costs more in calls than in memory.
+SMALLEST_RUN = 1 << 20
+
+
+class Table(NamedTuple):
+    """Checked rows: a matrix, their groups, and one number a row in group order, None where not given.
+
+    ``penalty`` holds the squares of the row penalties.
+    """
+
+    design: Design
+    groups: Groups
+    b: Any
+    weights: Any
+    offset: Any
+    penalty: Any
+
+
+def read_table(A: Any, b: Any, groups: Any, weights: Any, offset: Any, row_penalty: Any) -> Table:
+    """Check what a user passes and bring it into group order.
+
+    Raises
+    ------
+    ValueError
+        If anything is not finite, of the wrong shape or sign; the message names argument and index.
+    """
+    design = as_design(A)
+    n = int(design.shape[0])
+    sets = parse_groups(groups, n)
+    target = sets.sort(as_column(b, n, "b"))
+    if weights is not None:
+        weights = sets.sort(_row_weights(weights, n, sets))
+    if offset is not None:
+        offset = sets.sort(as_column(offset, n, "offset"))
+    penalty: Any = as_column(row_penalty, n, "row_penalty", scalar=True)
+    penalty = penalty.mapped(np.square) if isinstance(penalty, Column) else penalty**2
+    if isinstance(penalty, Column) or penalty.any():
+        penalty = sets.sort(penalty if len(penalty.shape) else np.broadcast_to(penalty, n))
+    else:
+        penalty = None
+    return Table(design, sets, target, weights, offset, penalty)
+
+
+def _row_weights(weights: Any, n: int, groups: Groups) -> Any:
+    n_groups = len(groups)
+    if np.shape(weights) == (n_groups,) and n_groups != n:
+        per_group = as_column(weights, n_groups, "weights", non_negative=True)
+        rows: Any = groups.unsort(np.repeat(per_group, np.diff(groups.starts, append=n)))
+    else:
+        rows = as_column(weights, n, "weights", non_negative=True)
+    if not any(w.any() for _, w in pieces(rows)):
+        raise ValueError("weights are all zero; give at least one row a positive weight")
+    return rows
+
+
+class RowStore:
+    """Rows in group order, in chunks that are read and worked on together.
+
+    Parameters
+    ----------
+    table : Table
+
+    Attributes
+    ----------
+    design : Design
+    b, weights, offset, penalty : ndarray or Column, shape (n,)
+        In group order; the last three may be None.
+    groups : Groups
+    chunks : list of Chunk
+    long_groups : ndarray of int, shape (n_long,)
+        The groups longer than a chunk, or of which some rows are elsewhere.
+    memory_limit : int or None
+        Bytes that a fit may take.
+    """
+
+    memory_limit: int | None = None
+    # Whether all rows are here.
+    is_whole = True
+    chunks: list[Chunk]
+    long_groups: Index
+
+    def __init__(self, table: Table) -> None:
+        self.design, self.groups, self.b, self.weights, self.offset, self.penalty = table
+        self.n_rows = int(self.design.shape[0])
+        self.n_unknowns = int(self.design.shape[1])
+
+    def cut(self, *, grouped: bool, shared: Index | None = None) -> None:
+        """Cut the rows into chunks: of whole groups, where rows of a group need one another."""
+        self.chunks, self.long_groups = partition(
+            self.groups, self.n_rows, self.design.block_rows, coupled=grouped, shared=shared
+        )
+
+    def on(self, design: Design) -> Self:
+        """Return the same rows, stored in another form or other units."""
+        other = copy(self)
+        other.design = design
+        return other
+
+    def take(self, kept: Index) -> Table:
+        """Return some rows, by place in group order, without the groups left empty."""
+        groups = self.groups
+        places, order = kept if groups.order is None else groups.order[kept], None
+        if self.design.on_disk and groups.order is not None:
+            # What is stored is read in its own order.
+            stored = np.sort(places)
+            places, order = stored, np.searchsorted(stored, places)
+        columns: list[Any] = []
+        for name in COLUMNS:
+            values = getattr(self, name)
+            values = values.take(kept) if isinstance(values, Column) else values
+            columns.append(None if values is None else values if isinstance(values, Column) else values[kept])
+        numbers = np.searchsorted(groups.starts, kept, side="right") - 1
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        labels = groups.labels[numbers[starts]]
+        return Table(self.design.take(places), Groups(starts.astype(np.intp), order, labels), *columns)
+
+    # ---- chunks
+
+    def fetch(self, chunk: Chunk) -> Any:
+        """Return a chunk's rows, shape (n_rows, d), and count them as read."""
+        if chunk.matrix is None:
+            return self.design.block(chunk.index)
+        self.design.rows_read += chunk.matrix.shape[0]
+        return chunk.matrix
+
+    def logits(self, chunk: Chunk, x: Array) -> tuple[Any, Array]:
+        """Fetch a chunk; return its rows and its logits ``A x + offset``."""
+        block = self.fetch(chunk)
+        z = self.design.product(block, x)
+        if not np.isfinite(z).all():
+            require_finite_rows(block, chunk.index, "A", self.design.locate)
+            raise OverflowError("A x overflows float64; scale the columns of A")
+        if self.offset is not None:
+            z = z + self.offset[chunk.rows]
+        return block, z
+
+    def shift(self, chunk: Chunk) -> Array | float:
+        """Return the offset of the chunk's logits."""
+        return 0.0 if self.offset is None else self.offset[chunk.rows]
+
+    def group_sizes(self) -> Index:
+        """Return the number of rows of each group."""
+        return np.diff(self.groups.starts, append=self.n_rows)
+
+    # ---- reading from disk
+
+    @property
+    def stored(self) -> list[Any]:
+        """Columns and design that are read from disk."""
+        found: list[Any] = [v for v in map(self.__dict__.get, COLUMNS) if isinstance(v, Column)]
+        return [*found, self.design] if self.design.on_disk else found
+
+    def prefetch(self, chunks: list[Chunk]) -> Iterator[Chunk]:
+        """Yield the chunks; what is stored on disk is read ahead of its use."""
+        stored = self.stored
+        # Drawn rows are in memory.
+        if not stored or self.groups.order is not None or (chunks and chunks[0].matrix is not None):
+            yield from chunks
+            return
+        with ExitStack() as held:
+            for values in sorted(stored, key=id):
+                held.enter_context(values.recent.lock)
+            for run in read_ahead(self.load, runs(chunks, self.design.run_rows)):
+                yield from run
+
+    def load(self, run: list[Chunk]) -> None:
+        """Read what a run of neighbouring chunks needs from disk, and keep it for a while."""
+        first, last = run[0].index, run[-1].index
+        if isinstance(first, slice) and isinstance(last, slice):
+            for values in self.stored:
+                values.load(slice(first.start, last.stop))
+
+    def thread_copy(self) -> Self:
+        """Return the same rows for another thread: what that reads from disk is its own."""
+        other = self.on(self.design.thread_copy())
+        for name in COLUMNS:
+            values = getattr(self, name)
+            setattr(other, name, values.thread_copy() if isinstance(values, Column) else values)
+        return other
+
+    def with_memory_limit(self, limit: int) -> Self:
+        """Return the same rows, read in pieces that keep to a limit in bytes."""
+        other = copy(self)
+        other.memory_limit = limit
+        if isinstance(self.design, DenseOnDisk | SparseOnDisk):
+            other.design = design = copy(self.design)
+            # A function of the limit alone: a resumed fit must add up in the same order.
+            design.run_bytes = min(RUN_BYTES, max(SMALLEST_RUN, limit // 32))
+        return other
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row and of what belongs to it, as they are read from disk."""
+        design: Any = self.design
+        return int(design.row_bytes) + 8 * (len(self.stored) - 1)
+
+    @property
+    def n_readers(self) -> int:
+        """Number of threads that each hold a run of rows: one more than compute where one may wait for the
+        disk; with a memory limit as many as there is room for, two at least.
+        """
+        n = available_threads() + bool(self.stored)
+        if self.memory_limit is None or not self.design.on_disk:
+            return n
+        return min(n, max(2, self.memory_limit // (8 * self.design.thread_rows * self.row_bytes)))

@@ -1,0 +1,332 @@
+"""One pass over the data: value, gradient and, on request, a Hessian or a sample of rows.
+
+A group longer than a chunk ends in a later one, so its sums are added up with a predicted normaliser and
+finalized at the end: `attnfit.losses.loss` says how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnfit.data.groups import Chunk
+from attnfit.losses.loss import Loss
+from attnfit.objectives.leverage import Draws, RowSampler
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.part import Part, merged
+from attnfit.segments import Array, Segments
+
+if TYPE_CHECKING:
+    from attnfit.objectives.rows import RowProblem
+
+# Rows of a group that predict its normaliser to a few per cent.
+GUESS_ROWS = 1000
+
+
+@dataclass
+class LongSums:
+    """Sums over the pieces of one long group; pieces merge by addition."""
+
+    products: Array
+    columns: Array
+    extras: Array
+
+    def merge(self, other: LongSums) -> LongSums:
+        """Return the sums over both pieces."""
+        return LongSums(
+            self.products + other.products, self.columns + other.columns, self.extras + other.extras
+        )
+
+
+@dataclass
+class Totals:
+    """What one pass sums up; totals of parts of the data merge by addition.
+
+    Attributes
+    ----------
+    value, gradient
+        Of the data term and the row penalties, without the long groups, which are finalized at the end.
+    gradient_at_zero : ndarray, shape (d,)
+        The gradient at x = 0, where asked for.
+    long : dict of LongSums
+        By number of the long group.
+    long_weights : ndarray, shape (n_long,)
+        Sums of the absolute row weights of the Hessian over each long group.
+    gram : Gram or None
+        The Hessian of the data term.
+    scores : float
+        Sum of what rows were drawn by.
+    """
+
+    value: float
+    gradient: Array
+    gradient_at_zero: Array
+    long_weights: Array
+    long: dict[int, LongSums] = field(default_factory=dict)
+    gram: Any = None
+    scores: float = 0.0
+
+    @classmethod
+    def zero(cls, n_unknowns: int, n_long: int = 0) -> Totals:
+        """Nothing read yet."""
+        return cls(0.0, np.zeros(n_unknowns), np.zeros(n_unknowns), np.zeros(n_long))
+
+    def add_piece(self, number: int, products: Array, columns: Array, extras: Array) -> None:
+        """Add a piece of a long group."""
+        self.long[number] = merged(self.long.get(number), LongSums(products, columns, extras))
+
+    def merge(self, other: Totals) -> Totals:
+        """Return the sums over both parts of the data."""
+        return Totals(
+            self.value + other.value,
+            self.gradient + other.gradient,
+            self.gradient_at_zero + other.gradient_at_zero,
+            self.long_weights + other.long_weights,
+            merged(self.long, other.long),
+            merged(self.gram, other.gram),
+            self.scores + other.scores,
+        )
+
+    def finalize(self, loss: Loss, reference: Array, constants: Array) -> tuple[Array, Array]:
+        """Add the long groups; return their states and centres."""
+        states = np.zeros((2 if loss.coupled else 0, len(constants)))
+        centres = np.zeros((len(constants), len(self.gradient)))
+        for number, sums in self.long.items():
+            closed = loss.close(list(sums.columns), list(sums.extras), reference[number], constants[number])
+            self.value += float(closed.value)
+            self.gradient += np.array(closed.coefficients) @ sums.products
+            states[:, number] = closed.state
+            centres[number] = closed.centre * sums.products[-1]
+        return states, centres
+
+
+# ---- the pass
+
+
+def read(
+    problem: RowProblem,
+    x: Array,
+    reference: Array,
+    near: Evaluation | None,
+    sampler: RowSampler | None,
+    *,
+    at_zero: bool,
+    hessian: bool,
+) -> Evaluation:
+    """Evaluate at x in one pass; ``reference`` holds the predicted normalisers of the long groups."""
+    rows, sample = problem.rows, None
+    long_states = states_at_zero(problem) if at_zero else None
+    bare = None if near is None else near.bare()
+    if sampler is None:
+        totals: Totals = rows.reduce(_read_part, x, reference, bare, long_states, hessian)
+    else:
+        own = rows.share_out(sampler)
+        totals, sample = rows.reduce_and_draw(
+            _read_and_draw_part, x, reference, bare, long_states, hessian, own
+        )
+        sampler.finish(totals.scores)
+    states, centres = totals.finalize(rows.loss, reference, rows.long_constants)
+    value = totals.value + 0.5 * float(np.sum(problem.ridge * x * x))
+    gradient = totals.gradient + problem.ridge * x
+    value = value if np.isfinite(value) and np.isfinite(gradient).all() else np.inf
+    matrix = None
+    if hessian and (near is None or _trustworthy(reference, near.state, states, totals.long_weights)):
+        matrix = totals.gram.result()
+        matrix[np.diag_indices(len(x))] += problem.ridge
+    return Evaluation(
+        x, value, gradient, states, centres, totals.gradient_at_zero if at_zero else None, sample, matrix
+    )
+
+
+def _read_part(part: Part, chunks: list[Chunk], *arguments: Any) -> Totals:
+    return _read_and_draw_part(part, chunks, *arguments)[0]
+
+
+def _read_and_draw_part(
+    part: Part,
+    chunks: list[Chunk],
+    x: Array,
+    reference: Array,
+    near: Evaluation | None,
+    long_states: Array | None,
+    hessian: bool,
+    sampler: RowSampler | None = None,
+) -> tuple[Totals, list[Chunk]]:
+    """Read one part of the data; return its totals and the rows drawn from it."""
+    if sampler is None and not hessian and part.design.storage is not None:
+        # Numba takes a third of a second to import.
+        from attnfit.objectives.compiled import sum_up
+
+        # Where a logit is not finite it must be named: the chunks do that.
+        found = sum_up(part, chunks, x, reference, long_states)
+        if found is not None:
+            return found, []
+    totals = Totals.zero(part.n_unknowns, part.n_long)
+    totals.gram = part.design.gram() if hessian else None
+    draws = None if sampler is None else Draws()
+    for chunk in part.prefetch(chunks):
+        block, z = part.logits(chunk, x)
+        state = _add_chunk(part, chunk, block, z, reference, long_states, totals)
+        if sampler is None and not hessian:
+            continue
+        if chunk.long >= 0:
+            state = [] if near is None else [reference[chunk.long], *near.state[1:, chunk.long]]
+        else:
+            state = [chunk.segments.spread(s) for s in state]
+        if draws is not None and sampler is not None:
+            centre = None if near is None or chunk.long < 0 else near.centre[chunk.long]
+            totals.scores += draws.visit(sampler, part, chunk, block, z, state, centre)
+        if hessian:
+            centres = None if near is None else near.centre
+            weight = part.add_to_gram(totals.gram, chunk, block, z, state, centres)
+            if chunk.long >= 0:
+                totals.long_weights[chunk.long] += weight
+    return totals, [] if draws is None else draws.chunks()
+
+
+def _add_chunk(
+    part: Part,
+    chunk: Chunk,
+    block: Any,
+    z: Array,
+    reference: Array,
+    long_states: Array | None,
+    totals: Totals,
+) -> list[Array]:
+    """Add a chunk's value and gradients to the totals; return the states of its whole groups."""
+    loss, long = part.loss, chunk.long
+    state: list[Array] = []
+    extras: tuple[Array, ...] = ()
+    if loss.coupled and long < 0:
+        closed, columns = part.finalize(chunk, z)
+        slope = np.zeros_like(z)
+        for coefficient, column in zip(closed.coefficients, columns, strict=True):
+            # At an exact normaliser most coefficients are zero or one.
+            if np.any(coefficient):
+                one = np.all(coefficient == 1.0)
+                slope += column if one else chunk.segments.spread(np.asarray(coefficient)) * column
+        totals.value += float(closed.value.sum())
+        rows, state = [slope], list(closed.state)
+    else:
+        b, w, constant = part.targets(chunk)
+        shift = reference[long] if long >= 0 else 0.0
+        columns, extras = loss.moments(*loss.link(z, shift), b, w, shift, constant if long >= 0 else 0.0)
+        rows = list(columns)
+        if long < 0:
+            totals.value += float(extras[0].sum())
+    n_columns = len(rows)
+    if part.penalty is not None:
+        penalty, linear = part.penalty[chunk.rows], z - part.shift(chunk)
+        totals.value += 0.5 * float(np.sum(penalty * linear * linear))
+        rows.append(penalty * linear)
+    if long_states is not None:
+        rows.append(part.slope_at_zero(chunk, long_states))
+    products = part.design.combine(np.stack(rows), block)
+    if long < 0:
+        totals.gradient += products[0]
+    else:
+        sums = np.array([row.sum() for row in rows[:n_columns]])
+        totals.add_piece(long, products[:n_columns], sums, np.array([e.sum() for e in extras]))
+    if part.penalty is not None:
+        totals.gradient += products[n_columns]
+    if long_states is not None:
+        totals.gradient_at_zero += products[-1]
+    return state
+
+
+def _trustworthy(reference: Array, predicted: Array, states: Array, weight: Array) -> bool:
+    """Whether the predicted states of long groups weighted the rows of the Hessian to within a few per
+    cent.
+    """
+    if not states.size:
+        return True
+    close = np.abs(states[0] - reference) <= 0.02
+    # An error in gamma adds gamma's error times f, which sums to one, to weights that sum to ``weight`` in
+    # absolute value.
+    return bool((close & (np.abs(states[1] - predicted[1]) <= 0.05 * weight)).all())
+
+
+# ---- normalisers of long groups, where no evaluation nearby predicts them
+
+
+@dataclass
+class Normalisers:
+    """Normalisers of long groups by number, over the rows seen so far."""
+
+    loss: Loss
+    found: dict[int, Array] = field(default_factory=dict)
+
+    def add(self, number: int, part: Array) -> None:
+        """Add rows of a group."""
+        known = self.found.get(number)
+        self.found[number] = part if known is None else self.loss.merge_references(known, part)
+
+    def merge(self, other: Normalisers) -> Normalisers:
+        """Return the normalisers over the rows of both."""
+        both = Normalisers(self.loss, dict(self.found))
+        for number, part in other.found.items():
+            both.add(number, part)
+        return both
+
+    def in_order(self) -> Array:
+        """Return them, shape (n_long,)."""
+        return np.array([self.found[number][0] for number in range(len(self.found))])
+
+
+def normaliser_sums(part: Part, chunks: list[Chunk], x: Array | None) -> Normalisers:
+    """Return the normalisers at x; at zero, where A is not needed, for None."""
+    sums = Normalisers(part.loss)
+    long = [chunk for chunk in chunks if chunk.long >= 0]
+    for chunk in long if x is None else part.prefetch(long):
+        z = np.zeros(chunk.segments.n_rows) + part.shift(chunk) if x is None else part.logits(chunk, x)[1]
+        sums.add(chunk.long, part.loss.reference(z, chunk.segments))
+    return sums
+
+
+def guess_normalisers(part: Part, x: Array) -> Array | None:
+    """Predict the normalisers of the long groups from rows at equal distances; None where the groups are too
+    short for that to save much.
+
+    An error of a few per cent costs no accuracy: it multiplies what cancels by those per cent.
+    """
+    starts, order, sizes = part.groups.starts, part.groups.order, part.group_sizes()
+    if sizes[part.long_groups].min() < 10 * GUESS_ROWS:
+        return None
+    guesses = []
+    for g in part.long_groups:
+        step = sizes[g] // GUESS_ROWS
+        at = np.arange(starts[g] + step // 2, starts[g] + sizes[g], step)
+        segments = Segments(np.zeros(1, dtype=np.intp), len(at))
+        chunk = Chunk(at, at if order is None else order[at], segments, slice(g, g + 1))
+        found = part.loss.reference(part.logits(chunk, x)[1], segments)
+        guesses.append(part.loss.extrapolate(found, sizes[g] / len(at))[0])
+    return np.array(guesses)
+
+
+def states_at_zero(problem: RowProblem) -> Array:
+    """Return the states of the long groups at x = 0, shape (n_states, n_long): the target and the offset
+    tell, the matrix is not read.
+    """
+    rows = problem.rows
+    if problem.long_states_at_zero is None:
+        if not rows.n_long:
+            return np.zeros((2 if rows.loss.coupled else 0, 0))
+        reference = rows.reduce(normaliser_sums, None).in_order()
+        totals: Totals = rows.reduce(_moment_sums, reference)
+        problem.long_states_at_zero = totals.finalize(rows.loss, reference, rows.long_constants)[0]
+    return problem.long_states_at_zero
+
+
+def _moment_sums(part: Part, chunks: list[Chunk], reference: Array) -> Totals:
+    totals, loss = Totals.zero(0), part.loss
+    for chunk in chunks:
+        if chunk.long >= 0:
+            b, w, constant = part.targets(chunk)
+            shift = reference[chunk.long]
+            z = np.zeros(chunk.segments.n_rows) + part.shift(chunk)
+            columns, extras = loss.moments(*loss.link(z, shift), b, w, shift, constant)
+            sums = np.array([column.sum() for column in columns])
+            totals.add_piece(chunk.long, np.zeros((len(sums), 0)), sums, np.array([e.sum() for e in extras]))
+    return totals
