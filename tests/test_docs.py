@@ -12,7 +12,7 @@ import pytest
 import attnfit
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 MODULES = [
     m.name for m in pkgutil.walk_packages(attnfit.__path__, "attnfit.") if not m.name.endswith("__main__")

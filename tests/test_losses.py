@@ -86,15 +86,17 @@ class Block:
         gradient = torch.autograd.functional.jacobian(self.value, point).numpy()
         return gradient, torch.autograd.functional.hessian(self.value, point).numpy()
 
-    def close(self, reference, only=None):
+    def finalize(self, reference, only=None):
         """Columns, and what their sums say; with ``only`` these sums and no others."""
         spread = self.segments.spread
-        y, v = self.loss.link(self.z, spread(reference))
-        columns, extras = self.loss.moments(y, v, self.b, self.w, spread(reference), spread(self.constants))
+        y, v = self.loss.transform(self.z, spread(reference))
+        columns, extras = self.loss.accumulate(
+            y, v, self.b, self.w, spread(reference), spread(self.constants)
+        )
         sums = [self.segments.sum(c) for c in columns]
         if only is not None:
             sums = [s if j in only else np.ones_like(s) for j, s in enumerate(sums)]
-        closed = self.loss.close(sums, [self.segments.sum(e) for e in extras], reference, self.constants)
+        closed = self.loss.finalize(sums, [self.segments.sum(e) for e in extras], reference, self.constants)
         return columns, closed
 
     def spread(self, values):
@@ -225,7 +227,7 @@ def test_importance_majorises_the_weights_of_rows(name):
             # A sum over a group pulls by the absolute value of what it adds.
             extra = 0.0
             if block.loss.coupled:
-                u, _ = block.loss.link(block.z, 0.0)
+                u, _ = block.loss.transform(block.z, 0.0)
                 extra = 2.0 * np.abs(u * state[1])
             importance = block.loss.importance(block.z, block.b, block.w, state)
             assert (importance <= weights + extra + 1e-12).all()
@@ -282,10 +284,10 @@ def test_a_formula_of_ones_own_states_nothing():
 
     assert [cls().states_third_derivative for cls in (Twice, Same, States)] == [False, True, True]
     for name in (
-        "link",
+        "transform",
         "normalise",
-        "moments",
-        "close",
+        "accumulate",
+        "finalize",
         "slope",
         "gram_terms",
         "g2",

@@ -40,7 +40,7 @@ def test_block_size_does_not_matter(family, loss, storage, size, monkeypatch):
     whole = inst.problem(A=storage(inst.A))
     shrink_blocks(monkeypatch, size)
     cut = inst.problem(A=storage(inst.A))
-    assert len(cut.chunks) > 3 or storage is sparse.csr_array
+    assert len(cut.rows.chunks) > 3 or storage is sparse.csr_array
     assert_same(cut, whole, x)
 
 

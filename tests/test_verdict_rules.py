@@ -9,8 +9,9 @@ from attnfit import minimize, problems
 from attnfit.objectives.objective import Evaluation, Moved
 from attnfit.solvers import verdicts
 from attnfit.solvers.curvature import MatrixFree, Model
+from attnfit.solvers.messages import End, unknown
 from attnfit.solvers.subproblem import Eigenmodel, KrylovModel, Step
-from attnfit.solvers.verdicts import End, Judge, Next, Status, Verdict, assess, unknown
+from attnfit.solvers.verdicts import Judge, Next, Status, Verdict, assess
 
 TOL = 1e-8
 

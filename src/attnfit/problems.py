@@ -5,6 +5,7 @@ from attnfit.objectives.full_attention import FullAttention
 from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layers import ReluSoftmax, ThreeLayer, TwoLayer
 from attnfit.objectives.models import Exponential, Poisson, Rescaled, Softmax
+from attnfit.objectives.rows import RowProblem
 
 __all__ = [
     "Attention",
@@ -14,6 +15,7 @@ __all__ = [
     "Poisson",
     "ReluSoftmax",
     "Rescaled",
+    "RowProblem",
     "Softmax",
     "ThreeLayer",
     "TwoLayer",

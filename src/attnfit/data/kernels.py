@@ -74,14 +74,14 @@ U = np.uintp
 
 
 class RowKernels(NamedTuple):
-    """The two loops of a storage; of a block, ``step(block)`` rows at a time stay in cache between them."""
+    """The two loops of a storage; ``block_rows(block)`` rows at a time stay in cache between them."""
 
-    dots: Callable[..., Any]
-    add: Callable[..., Any]
-    step: Callable[[Any], int]
+    matvec: Callable[..., Any]
+    rmatvec: Callable[..., Any]
+    block_rows: Callable[[Any], int]
 
 
-def _dots(block, first, count, x, z):  # type: ignore[no-untyped-def]
+def _matvec(block, first, count, x, z):  # type: ignore[no-untyped-def]
     for i in range(count):
         row, total = U(first + i), 0.0
         for j in range(len(x)):
@@ -89,7 +89,7 @@ def _dots(block, first, count, x, z):  # type: ignore[no-untyped-def]
         z[i] = total
 
 
-def _add(block, first, count, weights, out):  # type: ignore[no-untyped-def]
+def _rmatvec(block, first, count, weights, out):  # type: ignore[no-untyped-def]
     # Four rows at a time, so that ``out`` is touched less; where rows are long enough to pay, three sums at a
     # time, so that rows are. Rows of an array on their own would be counted references.
     d, whole = out.shape[1], count - count % 4
@@ -204,12 +204,12 @@ def _rows_at_a_time(block: Any) -> int:
 
 
 def empty_sums(storage: str, count: int, n_columns: int) -> Any:
-    """Return zeros for ``add``, shape (count, n_columns): each sum contiguous, or each column for CSR."""
+    """Return zeros for ``rmatvec``, shape (count, n_columns): each sum contiguous, or each column for CSR."""
     return np.zeros((n_columns, count)).T if storage == "csr" else np.zeros((count, n_columns))
 
 
 STORAGES = {
-    "rows": RowKernels(_dots, _add, _rows_at_a_time),
+    "rows": RowKernels(_matvec, _rmatvec, _rows_at_a_time),
     "columns": RowKernels(_dots_columns, _add_columns, lambda block: 512),
     "csr": RowKernels(_dots_csr, _add_csr, lambda block: 256),
 }
@@ -218,4 +218,4 @@ STORAGES = {
 @cache
 def block_times_vector() -> Any:
     """Compile ``z = M x`` for C-ordered float64."""
-    return Compiled(_dots, **OPTIONS)
+    return Compiled(_matvec, **OPTIONS)

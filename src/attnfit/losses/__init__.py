@@ -1,1 +1,34 @@
-"""What is fitted: pure functions of the logits of a block of rows."""
+"""What is fitted: pure functions of the logits of a block of rows.
+
+`SeparableLoss` and `PointwiseLoss` are where a loss of your own starts; `check_loss` tests it; a problem
+takes it as ``loss=``. The entry point group ``attnfit.losses`` gives it a name.
+"""
+
+from attnfit.losses.activations import ACTIVATIONS
+from attnfit.losses.check import check_loss
+from attnfit.losses.elementwise import ElementwiseLoss, PoissonDeviance, SquaredExponential
+from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
+from attnfit.losses.named import find_loss
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.separable import PointwiseLoss, SeparableLoss
+from attnfit.losses.softmax import LOSSES, LogRatio, SoftmaxLoss
+from attnfit.segments import Segments
+
+__all__ = [
+    "ACTIVATIONS",
+    "LOSSES",
+    "ElementwiseLoss",
+    "GramTerm",
+    "GroupStatistics",
+    "LogRatio",
+    "Loss",
+    "PointwiseLoss",
+    "PoissonDeviance",
+    "Segments",
+    "SeparableLoss",
+    "SoftmaxLoss",
+    "SquaredExponential",
+    "SquaredRescaled",
+    "check_loss",
+    "find_loss",
+]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attnfit.losses.loss import Closed, GramTerm, Loss, Moments
+from attnfit.losses.loss import Accumulated, GramTerm, GroupStatistics, Loss
 from attnfit.segments import Array, Segments
 
 
@@ -43,38 +43,40 @@ def output_range(function: str, low: Array, high: Array) -> tuple[Array, Array, 
     return (*cosh, *sinh) if function == "cosh" else (*sinh, *cosh)
 
 
-class UncoupledLoss(Loss):
+class ElementwiseLoss(Loss):
     """A sum over rows: one column, coefficient one, no state."""
 
     coupled = False
 
     def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
-        return np.zeros(1), *self.link(z, 0.0)
+        return np.zeros(1), *self.transform(z, 0.0)
 
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
-        return self.moments(*self.link(z, 0.0), b, w, 0.0, 0.0)[0][0]
+        return self.accumulate(*self.transform(z, 0.0), b, w, 0.0, 0.0)[0][0]
 
     def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
         return GramTerm(self.slope(z, b, w, state) ** 2, None, None)
 
     @staticmethod
-    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
-        return Closed(extras[0], (1.0,), (), 0.0)
+    def finalize(
+        columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
+    ) -> GroupStatistics:
+        return GroupStatistics(extras[0], (1.0,), (), 0.0)
 
 
-class SquaredExponential(UncoupledLoss):
+class SquaredExponential(ElementwiseLoss):
     """``0.5 sum w (u(z) - b)^2``."""
 
     certifiable = True
 
     def __init__(self, function: str) -> None:
         self.function = function
-        self.link = FUNCTIONS[function]
+        self.transform = FUNCTIONS[function]
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         c = y - b
         wc = w * c
         return (wc * v,), (0.5 * wc * c,)
@@ -82,11 +84,11 @@ class SquaredExponential(UncoupledLoss):
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[list[GramTerm], Array | None]:
-        u, v = self.link(z, 0.0)
+        u, v = self.transform(z, 0.0)
         return [GramTerm(w * (v * v + (u - b) * u), None, None)], None
 
     def gauss_newton_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> list[GramTerm]:
-        v = self.link(z, 0.0)[1]
+        v = self.transform(z, 0.0)[1]
         return [GramTerm(w * v * v, None, None)]
 
     def third_derivative_bound(self, low: Array, high: Array, b: Array, w: Array) -> Array:
@@ -96,14 +98,14 @@ class SquaredExponential(UncoupledLoss):
         return np.asarray(w * slope * np.maximum(np.abs(4.0 * u_low - b), np.abs(4.0 * u_high - b)))
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
-        u, v = self.link(z, 0.0)
+        u, v = self.transform(z, 0.0)
         return w * (v * v + np.abs((u - b) * u))
 
     def fitted(self, z: Array, state: list[Array]) -> Array:
-        return self.link(z, 0.0)[0]
+        return self.transform(z, 0.0)[0]
 
 
-class PoissonDeviance(UncoupledLoss):
+class PoissonDeviance(ElementwiseLoss):
     """``sum w (exp(z) - b z)``, b >= 0: Poisson regression, and the convex neighbour of squared exponential
     regression.
     """
@@ -113,13 +115,13 @@ class PoissonDeviance(UncoupledLoss):
     nonnegative_target = "Poisson regression"
 
     @staticmethod
-    def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
+    def transform(z: Array, reference: Array | float) -> tuple[Array, Array]:
         return z, np.exp(z)
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         return (w * (v - b),), (w * (v - b * y),)
 
     def gram_terms(
@@ -137,17 +139,17 @@ class PoissonDeviance(UncoupledLoss):
         return np.exp(z)
 
 
-class Total(UncoupledLoss):
+class Total(ElementwiseLoss):
     """``sum w exp(z)``, the loss that the papers on sparsity use; no target enters."""
 
     convex = True
     certifiable = True
-    link = staticmethod(_exp)
+    transform = staticmethod(_exp)
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         return (w * v,), (w * y,)
 
     def gram_terms(
@@ -165,20 +167,20 @@ class Total(UncoupledLoss):
         return np.exp(z)
 
 
-class LeastSquares(UncoupledLoss):
+class LeastSquares(ElementwiseLoss):
     """``0.5 sum w (z - b)^2``: the start of sinh regression, whose inverse exists for every target."""
 
     convex = True
     certifiable = True
 
     @staticmethod
-    def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
+    def transform(z: Array, reference: Array | float) -> tuple[Array, Array]:
         return z, z
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         c = y - b
         return (w * c,), (0.5 * w * c * c,)
 

@@ -1,7 +1,7 @@
 """What a loss tells the rest of the library: formulas on rows, nothing else.
 
 One read of the data must give the value and the gradient even when a group is far larger than a block of
-rows, so its normaliser is known only after its last row. Every loss here is therefore written in *moments*:
+rows, so its normaliser is known only after its last row. Every loss here is therefore written in *columns*:
 with any reference for the normaliser, the gradient in the logits is a combination of a few columns
 
     s_i = sum_j  coefficient_j(g)  column_j(i),         i in group g,
@@ -10,8 +10,8 @@ whose coefficients depend on group sums alone. A block contributes ``A_block^T c
 coefficients are applied at the end. With the reference equal to the true normaliser nothing cancels, so the
 result keeps full relative accuracy near a perfect fit.
 
-``link``, ``moments`` and ``close`` are plain functions that work on arrays and on single numbers alike: numpy
-runs them on blocks of rows, and Numba compiles the same functions for large data.
+``transform``, ``accumulate`` and ``finalize`` are plain functions that work on arrays and on single numbers
+alike: numpy runs them on blocks of rows, and Numba compiles the same functions for large data.
 
 The Hessian of the data term is a sum of signed row Grams, the *centred-Gram rule*:
 
@@ -38,11 +38,11 @@ class GramTerm(NamedTuple):
     q: Array | float | None
 
 
-# Columns of the gradient, one array a column, and the rows whose group sums ``close`` needs besides.
-Moments = tuple[tuple[Array, ...], tuple[Array, ...]]
+# Columns of the gradient, one array a column, and the rows whose group sums ``finalize`` needs besides.
+Accumulated = tuple[tuple[Array, ...], tuple[Array, ...]]
 
 
-class Closed(NamedTuple):
+class GroupStatistics(NamedTuple):
     """What the group sums determine. Every array has shape (n_groups,) or is a number;
     ``coefficients`` has one item a column.
     """
@@ -56,10 +56,10 @@ class Closed(NamedTuple):
 # What makes a loss: a class that overrides one of these is another loss.
 FORMULAS = frozenset(
     (
-        "link",
+        "transform",
         "normalise",
-        "moments",
-        "close",
+        "accumulate",
+        "finalize",
         "slope",
         "gram_terms",
         "p",
@@ -75,7 +75,7 @@ class Loss(ABC):
 
     ``coupled`` says whether rows of a group share a normaliser, ``convex`` whether the loss is convex in z.
     ``logarithmic`` says that the normaliser is the logarithm of a sum over the group, rather than the sum.
-    ``exact_sums`` lists the columns whose group sums ``close`` needs where the reference is exact: then
+    ``exact_sums`` lists the columns whose group sums ``finalize`` needs where the reference is exact: then
     those of ``exp(z - reference)`` are one, and the rest play no part. ``nonnegative_target`` names a loss
     that takes no negative targets, ``has_target`` says whether the target plays a part. ``shift_invariant``
     says that the loss ignores a number added to all logits of a group, ``needs_mass`` that a group whose
@@ -86,6 +86,9 @@ class Loss(ABC):
     `third_derivative_bound`, a softmax loss by ``g3``, with ``p``, ``g2`` and ``g3`` monotone in f. The
     statement belongs to the formulas beside it: a subclass that overrides one of `FORMULAS` does not
     inherit it and has to make its own.
+
+    ``one_pass`` says that `finalize` corrects for a reference that is not the normaliser; without it groups
+    longer than a block are read twice. ``compiled`` says that Numba may compile the formulas.
     """
 
     coupled: bool = True
@@ -97,10 +100,12 @@ class Loss(ABC):
     shift_invariant: bool = False
     certifiable: bool = False
     needs_mass: bool = False
+    one_pass: bool = True
+    compiled: bool = True
 
-    # (z, reference) to the two functions of the logit on which `moments` is built: z - reference and its
+    # (z, reference) to the two functions of the logit on which `accumulate` is built: z - reference and its
     # exponential for a softmax, u(z) and its derivative for a hyperbolic function.
-    link: Callable[[Array, Array | float], tuple[Array, Array]]
+    transform: Callable[[Array, Array | float], tuple[Array, Array]]
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         """Return group sums that depend on the data alone, shape (n_groups,); zeros where the loss needs
@@ -110,27 +115,29 @@ class Loss(ABC):
 
     @staticmethod
     @abstractmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
-        """Return the columns of the gradient and the further rows whose group sums `close` needs; ``y, v`` as
-        from `link`.
+    ) -> Accumulated:
+        """Return the columns of the gradient and the further rows whose group sums `finalize` needs; ``y, v``
+        as from `transform`.
         """
 
     @staticmethod
     @abstractmethod
-    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+    def finalize(
+        columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
+    ) -> GroupStatistics:
         """Turn group sums of columns and extras into the value, the coefficients and the state of each
         group.
         """
 
     def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
-        """Return the normaliser of each whole group, and the link of every row."""
-        reference = segments.sum(self.link(z, 0.0)[0])
-        return reference, *self.link(z, segments.spread(reference))
+        """Return the normaliser of each whole group, and the transform of every row."""
+        reference = segments.sum(self.transform(z, 0.0)[0])
+        return reference, *self.transform(z, segments.spread(reference))
 
     def reference(self, z: Array, segments: Segments) -> Array:
-        """Return the normaliser of each group, shape (n_groups,), in the form that `moments` expects."""
+        """Return the normaliser of each group, shape (n_groups,), in the form that `accumulate` expects."""
         return self.normalise(z, segments)[0]
 
     def merge_references(self, one: Array, other: Array) -> Array:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from attnfit.losses.elementwise import FUNCTIONS
-from attnfit.losses.loss import Closed, GramTerm, Loss, Moments
+from attnfit.losses.loss import Accumulated, GramTerm, GroupStatistics, Loss
 from attnfit.segments import Array, Segments
 
 
@@ -26,7 +26,7 @@ class SquaredRescaled(Loss):
 
     def __init__(self, function: str) -> None:
         self.function = function
-        self.link = FUNCTIONS[function]
+        self.transform = FUNCTIONS[function]
 
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         return segments.sum(w * b * b)
@@ -36,37 +36,39 @@ class SquaredRescaled(Loss):
         return not bool((np.abs(state[0] - reference) <= 10.0 * np.abs(state[0])).all())
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         # The sums are of ct = u - alpha_ref b, which is small near a fit, never of u and b apart.
         ct = y - reference * b
         wct = w * ct
         return (v * wct, v * (w * b), v), (y, b * wct, wct * ct)
 
     @staticmethod
-    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+    def finalize(
+        columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
+    ) -> GroupStatistics:
         alpha, bct, cct = extras[0], extras[1], extras[2]
         k = alpha - reference
         beta = bct - k * constant
         value = 0.5 * (cct - 2.0 * k * bct + k * k * constant)
-        return Closed(value, (1.0, -k, -beta), (alpha, beta), 1.0)
+        return GroupStatistics(value, (1.0, -k, -beta), (alpha, beta), 1.0)
 
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         alpha, beta = state
-        u, v = self.link(z, 0.0)
+        u, v = self.transform(z, 0.0)
         return v * (w * (u - alpha * b) - beta)
 
     def slope_parts(
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[Array, Array, Array] | None:
-        u, v = self.link(z, 0.0)
+        u, v = self.transform(z, 0.0)
         return v, w * (u - state[0] * b), b
 
     def gram_terms(
         self, z: Array, b: Array, w: Array, state: list[Array]
     ) -> tuple[list[GramTerm], Array | None]:
-        u, v = self.link(z, 0.0)
+        u, v = self.transform(z, 0.0)
         alpha, beta = state
         return [
             GramTerm(w + 0.0 * u, v, b),
@@ -77,13 +79,13 @@ class SquaredRescaled(Loss):
         return self.gram_terms(z, b, w, state)[0][:1]
 
     def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
-        u, v = self.link(z, 0.0)
+        u, v = self.transform(z, 0.0)
         return GramTerm((w * (u - state[0] * b)) ** 2, v, b)
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
-        u, v = self.link(z, 0.0)
+        u, v = self.transform(z, 0.0)
         alpha, beta = state
         return w * v * v + np.abs(u) * (w * np.abs(u - alpha * b) + np.abs(beta))
 
     def fitted(self, z: Array, state: list[Array]) -> Array:
-        return self.link(z, 0.0)[0] / state[0]
+        return self.transform(z, 0.0)[0] / state[0]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attnfit.losses.loss import Closed, GramTerm, Loss, Moments
+from attnfit.losses.loss import Accumulated, GramTerm, GroupStatistics, Loss
 from attnfit.segments import Array, Segments
 
 
@@ -29,13 +29,13 @@ class SoftmaxLoss(Loss):
     shift_invariant = True
 
     @staticmethod
-    def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
+    def transform(z: Array, reference: Array | float) -> tuple[Array, Array]:
         h = z - reference
         return h, np.exp(h)
 
     def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
         top = segments.max(z)
-        e = self.link(z, segments.spread(top))[1]
+        e = self.transform(z, segments.spread(top))[1]
         total = segments.sum(e)
         e *= segments.spread(1.0 / total)
         reference = top + np.log(total)
@@ -98,21 +98,23 @@ class Squared(SoftmaxLoss):
     exact_sums = (0,)
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         c = v - b
         wc = w * c
         return (v * wc, w * v * v, v), (wc * c,)
 
     @staticmethod
-    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+    def finalize(
+        columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
+    ) -> GroupStatistics:
         ec, ee, e = columns[0], columns[1], columns[2]
         k = 1.0 / e
         k1 = (1.0 - e) * k
         gamma = k * (ec + k1 * ee)
         value = 0.5 * (extras[0] + 2.0 * k1 * ec + k1 * k1 * ee)
-        return Closed(value, (k, k * k1, -gamma * k), (reference + np.log(e), gamma), k)
+        return GroupStatistics(value, (k, k * k1, -gamma * k), (reference + np.log(e), gamma), k)
 
     def gauss_newton_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> list[GramTerm]:
         f = np.exp(z - state[0])
@@ -143,18 +145,20 @@ class CrossEntropy(SoftmaxLoss):
         return segments.sum(w * b)
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         wb = w * b
         return (constant * v - wb, v), (-wb * y,)
 
     @staticmethod
-    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+    def finalize(
+        columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
+    ) -> GroupStatistics:
         e = columns[1]
         k = 1.0 / e
         value = extras[0] + constant * np.log(e)
-        return Closed(value, (1.0, constant * (1.0 - e) * k), (reference + np.log(e), -constant), k)
+        return GroupStatistics(value, (1.0, constant * (1.0 - e) * k), (reference + np.log(e), -constant), k)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return -w * b * np.exp(-h)
@@ -183,9 +187,9 @@ class KullbackLeibler(CrossEntropy):
     nonnegative_target = "kl"
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         wb = w * b
         # The second logarithm is that of one where b is zero.
         return (constant * v - wb, v), (wb * (np.log(b + (b == 0.0)) - y),)
@@ -198,17 +202,19 @@ class LinearCrossEntropy(SoftmaxLoss):
     exact_sums = (0,)
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         return (w * b * v, v), ()
 
     @staticmethod
-    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+    def finalize(
+        columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
+    ) -> GroupStatistics:
         be, e = columns[0], columns[1]
         k = 1.0 / e
         gamma = -k * be
-        return Closed(gamma, (-k, -gamma * k), (reference + np.log(e), gamma), k)
+        return GroupStatistics(gamma, (-k, -gamma * k), (reference + np.log(e), gamma), k)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return -w * b
@@ -228,21 +234,23 @@ class Entropy(SoftmaxLoss):
     has_target = False
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         we = w * v
         # 0 * (-inf) cannot occur: y is finite wherever z is, and v underflows to an exact zero.
         return (we * y, we, v), ()
 
     @staticmethod
-    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+    def finalize(
+        columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
+    ) -> GroupStatistics:
         eh, we, e = columns[0], columns[1], columns[2]
         k = 1.0 / e
         log_e = np.log(e)
         value = -k * (eh - log_e * we)
         gamma = value - k * we
-        return Closed(value, (-k, (log_e - 1.0) * k, -gamma * k), (reference + log_e, gamma), k)
+        return GroupStatistics(value, (-k, (log_e - 1.0) * k, -gamma * k), (reference + log_e, gamma), k)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return -w * (h + 1.0)
@@ -277,26 +285,28 @@ class LogRatio(Loss):
     exact_sums = (0, 1)
 
     @staticmethod
-    def link(z: Array, reference: Array | float) -> tuple[Array, Array]:
+    def transform(z: Array, reference: Array | float) -> tuple[Array, Array]:
         return z, z
 
     def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
         return np.zeros(len(segments)), z, z
 
     @staticmethod
-    def moments(
+    def accumulate(
         y: Array, v: Array, b: Array, w: Array, reference: Array | float, constant: Array | float
-    ) -> Moments:
+    ) -> Accumulated:
         r = y - b
         wr = w * r
         return (wr, w + 0.0 * y), (wr * r,)
 
     @staticmethod
-    def close(columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array) -> Closed:
+    def finalize(
+        columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
+    ) -> GroupStatistics:
         weight = np.where(columns[1] > 0, columns[1], 1.0)
         mean = columns[0] / weight
         value = 0.5 * np.maximum(extras[0] - columns[0] * mean, 0.0)
-        return Closed(value, (1.0, -mean), (mean, weight), 1.0 / weight)
+        return GroupStatistics(value, (1.0, -mean), (mean, weight), 1.0 / weight)
 
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         return w * (z - b - state[0])

@@ -22,7 +22,7 @@ from attnfit.data.groups import Chunk, Rows, runs
 from attnfit.data.kernels import OPTIONS, STORAGES, Compiled, U, block_times_vector, empty_sums
 from attnfit.data.parallel import available_threads, in_order
 from attnfit.data.sources.base import checksum
-from attnfit.losses.loss import Loss, Moments
+from attnfit.losses.loss import Accumulated, Loss
 from attnfit.objectives.first_order import Totals
 from attnfit.objectives.models import Exponential, Poisson, Rescaled, Softmax
 from attnfit.objectives.part import Part
@@ -65,19 +65,19 @@ vectorised = ModuleType("vectorised")
 vars(vectorised).update({name: getattr(np, name) for name in ("log", "cosh", "sinh")} | {"exp": exp})
 
 
-dots: Any = None
-add: Any = None
-link: Any = None
-moments: Any = None
-close: Any = None
+matvec: Any = None
+rmatvec: Any = None
+transform: Any = None
+accumulate: Any = None
+finalize: Any = None
 logarithmic = False
 summed: tuple[bool, ...] = ()
 
 
 @cache
 def compile_loop(template: Callable[..., Any], storage: str, *formulas: Any) -> Any:
-    """Compile a loop for a storage and the formulas of a loss: ``link``, ``moments``, ``close``, whether the
-    normaliser is logarithmic, and which columns are to be summed up where it is exact.
+    """Compile a loop for a storage and the formulas of a loss: ``transform``, ``accumulate``, ``finalize``,
+    whether the normaliser is logarithmic, and which columns are to be summed up where it is exact.
 
     Numba keeps compiled code on disk under a function's name and does not look into the functions it calls:
     the name must tell the formulas. (A closure would be compiled anew in every process.)
@@ -86,7 +86,7 @@ def compile_loop(template: Callable[..., Any], storage: str, *formulas: Any) -> 
     text = repr([*map(_meaning, (*functions, exp.py_func)), logarithmic, summed, sorted(OPTIONS["fastmath"])])
     for number, f in enumerate(formulas[:-2], 2):
         functions[number] = FunctionType(f.__code__, f.__globals__ | {"np": vectorised})
-    names = ("dots", "add", "link", "moments", "close")
+    names = ("matvec", "rmatvec", "transform", "accumulate", "finalize")
     # With calls, code from the cache of Numba took up to twice as long (measured; why is not known).
     compiled = {
         name: numba.njit(forceinline=True, **OPTIONS)(f) for name, f in zip(names, functions, strict=True)
@@ -108,21 +108,21 @@ def _meaning(function: Any) -> tuple[Any, ...]:
 def pieces(  # type: ignore[no-untyped-def]
     data, first_row, x, b, w, offset, penalty, beside, reference, constant, step, n_columns, out, sums
 ):
-    """Rows that share no normaliser, or one that was predicted: sum up the moments."""
+    """Rows that share no normaliser, or one that was predicted: sum up the columns."""
     n_terms = len(sums) - 2
     z, y, v, weights = np.empty(step), np.empty(step), np.empty(step), np.empty((len(out), step))
     # Summed up row by row of a step, which needs no sums across vectors.
     totals, checks, penalties = np.zeros((n_terms, step)), np.zeros(step), 0.0
     for start in range(0, len(b), step):
         count = min(step, len(b) - start)
-        dots(data, first_row + start, count, x, z)
+        matvec(data, first_row + start, count, x, z)
         # Several short loops, each of which becomes vector instructions.
         for r in range(count):
             checks[r] += 0.0 * z[r]
-            y[r], v[r] = link(z[r] + offset[U(start + r)] if len(offset) else z[r], reference)
+            y[r], v[r] = transform(z[r] + offset[U(start + r)] if len(offset) else z[r], reference)
         for r in range(count):
             i = U(start + r)
-            columns, extras = moments(y[r], v[r], b[i], w[i] if len(w) else 1.0, reference, constant)
+            columns, extras = accumulate(y[r], v[r], b[i], w[i] if len(w) else 1.0, reference, constant)
             for q, term in enumerate(columns + extras):
                 if q < n_columns:
                     weights[q, r] = term
@@ -133,7 +133,7 @@ def pieces(  # type: ignore[no-untyped-def]
                 penalties += 0.5 * weights[n_columns, r] * z[r]
         if len(beside):
             weights[len(out) - 1, :count] = beside[start : start + count]
-        add(data, first_row + start, count, weights, out)
+        rmatvec(data, first_row + start, count, weights, out)
     for q in range(n_terms):
         sums[q] = totals[q].sum()
     sums[-2], sums[-1] = penalties, checks.sum()
@@ -142,7 +142,7 @@ def pieces(  # type: ignore[no-untyped-def]
 def whole_groups(  # type: ignore[no-untyped-def]
     data, first_row, x, b, w, offset, penalty, bounds, constants, step, n_columns, out, sums
 ):
-    """Whole groups: normalise, close and add up several at a time while their rows are in cache.
+    """Whole groups: normalise, finalize and add up several at a time while their rows are in cache.
 
     A second row of ``out`` is for the gradient at zero.
     """
@@ -162,7 +162,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
         while stop_group < len(constants) and bounds[stop_group + 1] - start <= step:
             stop_group += 1
         count = bounds[stop_group] - start
-        dots(data, first_row + start, count, x, z)
+        matvec(data, first_row + start, count, x, z)
         for r in range(count):
             check += 0.0 * z[r]
         # At x and, where its gradient is wanted too, at zero.
@@ -178,7 +178,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
                     constant[r] = constants[g]
             # Loops over all rows, with nothing but formulas in them, become vector instructions.
             for r in range(count):
-                y[r], v[r] = link(t[r], reference[r])
+                y[r], v[r] = transform(t[r], reference[r])
             for g in range(first_group, stop_group):
                 begin, end = bounds[g] - start, bounds[g + 1] - start
                 total = 0.0
@@ -189,7 +189,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
                     if not total < 1e300:
                         top, total = t[begin:end].max(), 0.0
                         for r in range(U(begin), U(end)):
-                            v[r] = link(t[r], top)[1]
+                            v[r] = transform(t[r], top)[1]
                             total += v[r]
                     inverse, total = 1.0 / total, top + np.log(total)
                 else:
@@ -197,7 +197,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
                 for r in range(U(begin), U(end)):
                     reference[r], scale[r] = total, inverse
             for r in range(count):
-                columns, extras = moments(
+                columns, extras = accumulate(
                     t[r] - reference[r] if logarithmic else y[r],
                     v[r] * scale[r],
                     b[U(start + r)],
@@ -218,7 +218,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
                         for r in range(U(begin), U(end)):
                             total += parts[q, r]
                     sums[q] = total
-                closed = close(sums, extra_sums, reference[begin], constants[g])
+                closed = finalize(sums, extra_sums, reference[begin], constants[g])
                 if place == 0:
                     value += closed.value
                 for q, coefficient in enumerate(closed.coefficients):
@@ -229,7 +229,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
             for r in range(count):
                 weights[0, r] += penalty[U(start + r)] * z[r]
                 value += 0.5 * penalty[U(start + r)] * z[r] * z[r]
-        add(data, first_row + start, count, weights, out)
+        rmatvec(data, first_row + start, count, weights, out)
     sums[-2], sums[-1] = value, check
 
 
@@ -253,7 +253,7 @@ def sum_up(
             own.rows = part.thread_copy()
         own.rows.load(run)
         with may_compute:
-            return _sum_up_run(own.rows, run, x, reference, long_states)
+            return sum_up_run(own.rows, run, x, reference, long_states)
 
     totals = Totals.zero(part.n_unknowns, part.n_long)
     for found in in_order(work, runs(chunks, part.design.thread_rows), part.n_readers):
@@ -265,7 +265,7 @@ def sum_up(
     return totals
 
 
-def _sum_up_run(
+def sum_up_run(
     part: Part,
     span: list[Chunk],
     x: Array,
@@ -295,13 +295,13 @@ def _sum_up_run(
         shared: Any = (np.append(first, first[0] + len(vectors[0])) - first[0], constants)
     else:
         shared = (beside, float(reference[long]) if long >= 0 else 0.0, float(constants[0]))
-    n_columns, n_extras = _n_moments(loss.moments)
+    n_columns, n_extras = _n_sums(loss.accumulate)
     n_rows_out = 1 if by_group else n_columns + bool(len(vectors[3]))
     out = empty_sums(storage, n_rows_out + at_zero, d)
     sums = np.zeros(n_columns + n_extras + 2)
     kernel = loop_of(loss, storage, by_group=by_group)
     # Several short groups at a time: one alone ends in loops too short to pay.
-    step = STORAGES[storage].step(parts[0]) * (16 if by_group else 1)
+    step = STORAGES[storage].block_rows(parts[0]) * (16 if by_group else 1)
     kernel(*parts, x, *vectors, *shared, step, n_columns, out, sums)
     if sums[-1] != 0.0:
         return None
@@ -323,10 +323,12 @@ def _sum_up_run(
 
 def loop_of(loss: Loss, storage: str, *, by_group: bool) -> Any:
     """Return the compiled loop over whole groups, or over other rows, of a loss."""
-    n_columns, _ = _n_moments(loss.moments)
+    n_columns, _ = _n_sums(loss.accumulate)
     summed = tuple(q in loss.exact_sums for q in range(n_columns))
     template = whole_groups if by_group else pieces
-    return compile_loop(template, storage, loss.link, loss.moments, loss.close, loss.logarithmic, summed)
+    return compile_loop(
+        template, storage, loss.transform, loss.accumulate, loss.finalize, loss.logarithmic, summed
+    )
 
 
 def warm_up(everything: bool = False) -> int:
@@ -360,7 +362,7 @@ def warm_up(everything: bool = False) -> int:
                 problem = kind(matrix, np.full(4, 0.5), **arguments)
                 whole = groups is not None or kind in uncoupled
                 chunks = problem.rows.chunks if whole else _as_pieces(problem.rows)
-                _sum_up_run(problem.rows, chunks, np.zeros(2), np.ones(1), None, storage)
+                sum_up_run(problem.rows, chunks, np.zeros(2), np.ones(1), None, storage)
                 n += 1
     block_times_vector()(rows, 0, len(rows), np.zeros(2), np.empty(len(rows)))
     gram = Gram(2)
@@ -392,7 +394,7 @@ def _join(rows: list[Rows]) -> Rows:
 
 
 @cache
-def _n_moments(moments: Callable[..., Moments]) -> tuple[int, int]:
+def _n_sums(accumulate: Callable[..., Accumulated]) -> tuple[int, int]:
     """Return the number of columns and of further sums of a loss."""
-    columns, extras = moments(*[np.zeros(1)] * 6)
+    columns, extras = accumulate(*[np.zeros(1)] * 6)
     return len(columns), len(extras)

@@ -94,7 +94,9 @@ class Totals:
         states = np.zeros((2 if loss.coupled else 0, len(constants)))
         centres = np.zeros((len(constants), len(self.gradient)))
         for number, sums in self.long.items():
-            closed = loss.close(list(sums.columns), list(sums.extras), reference[number], constants[number])
+            closed = loss.finalize(
+                list(sums.columns), list(sums.extras), reference[number], constants[number]
+            )
             self.value += float(closed.value)
             self.gradient += np.array(closed.coefficients) @ sums.products
             states[:, number] = closed.state
@@ -155,7 +157,7 @@ def _read_and_draw_part(
     sampler: RowSampler | None = None,
 ) -> tuple[Totals, list[Chunk]]:
     """Read one part of the data; return its totals and the rows drawn from it."""
-    if sampler is None and not hessian and part.design.storage is not None:
+    if sampler is None and not hessian and part.loss.compiled and part.design.storage is not None:
         # Numba takes a third of a second to import.
         from attnfit.objectives.compiled import sum_up
 
@@ -212,7 +214,9 @@ def _add_chunk(
     else:
         b, w, constant = part.targets(chunk)
         shift = reference[long] if long >= 0 else 0.0
-        columns, extras = loss.moments(*loss.link(z, shift), b, w, shift, constant if long >= 0 else 0.0)
+        columns, extras = loss.accumulate(
+            *loss.transform(z, shift), b, w, shift, constant if long >= 0 else 0.0
+        )
         rows = list(columns)
         if long < 0:
             totals.value += float(extras[0].sum())
@@ -326,7 +330,7 @@ def _moment_sums(part: Part, chunks: list[Chunk], reference: Array) -> Totals:
             b, w, constant = part.targets(chunk)
             shift = reference[chunk.long]
             z = np.zeros(chunk.segments.n_rows) + part.shift(chunk)
-            columns, extras = loss.moments(*loss.link(z, shift), b, w, shift, constant)
+            columns, extras = loss.accumulate(*loss.transform(z, shift), b, w, shift, constant)
             sums = np.array([column.sum() for column in columns])
             totals.add_piece(chunk.long, np.zeros((len(sums), 0)), sums, np.array([e.sum() for e in extras]))
     return totals

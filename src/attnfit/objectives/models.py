@@ -6,6 +6,8 @@ from typing import Any
 
 from attnfit.data.inputs import choose
 from attnfit.losses.elementwise import FUNCTIONS, PoissonDeviance, SquaredExponential
+from attnfit.losses.loss import Loss
+from attnfit.losses.named import find_loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LOSSES
 from attnfit.objectives.rows import RowProblem
@@ -154,7 +156,8 @@ class Softmax(RowProblem):
         Target, usually shares of the group; zeros are data. It need not sum to one.
     groups : array_like, optional
         n labels in any order, or offsets ``0 < ... < n``; one group by default.
-    loss : str
+    loss : str or Loss
+        A name of the table, one that a package registers, or a loss of your own: see `attnfit.losses`.
     weights : array_like, shape (n,) or (n_groups,), optional
         Row weights w, or one weight a group (groups in order of first appearance).
     offset : array_like, shape (n,), optional
@@ -191,7 +194,7 @@ class Softmax(RowProblem):
         A: Any,
         b: Any,
         groups: Any = None,
-        loss: str = "squared",
+        loss: str | Loss = "squared",
         *,
         weights: Any = None,
         offset: Any = None,
@@ -201,7 +204,7 @@ class Softmax(RowProblem):
         super().__init__(
             A,
             b,
-            loss=choose(loss, LOSSES, "loss"),
+            loss=find_loss(loss),
             groups=groups,
             weights=weights,
             offset=offset,

@@ -14,7 +14,7 @@ from attnfit.data.groups import Chunk
 from attnfit.data.inputs import negative_target
 from attnfit.data.on_disk import pieces
 from attnfit.data.store import RowStore, Table
-from attnfit.losses.loss import Closed, GramTerm, Loss
+from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
 from attnfit.objectives.objective import Drawn, Evaluation
 from attnfit.segments import Array, Index
 
@@ -179,15 +179,15 @@ class Part(RowStore):
             return list(at.state[:, [chunk.long]])
         return [chunk.segments.spread(s) for s in self.finalize(chunk, z)[0].state]
 
-    def finalize(self, chunk: Chunk, z: Array) -> tuple[Closed, tuple[Array, ...]]:
+    def finalize(self, chunk: Chunk, z: Array) -> tuple[GroupStatistics, tuple[Array, ...]]:
         """Return what a chunk of whole groups sums to at their exact normalisers, and its columns."""
         segments, loss = chunk.segments, self.loss
         b, w, constant = self.targets(chunk)
         normaliser, y, v = loss.normalise(z, segments)
-        columns, extras = loss.moments(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
+        columns, extras = loss.accumulate(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
         one = np.ones(len(segments))
         sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
-        return loss.close(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
+        return loss.finalize(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
 
     def slope_at_zero(self, chunk: Chunk, long_states: Array) -> Array:
         """Return the gradient in the logits at x = 0, for which A is not needed."""

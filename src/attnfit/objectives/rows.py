@@ -233,17 +233,17 @@ class RowProblem(Problem):
             Also return the Hessian from the same pass, where the states of long groups are predicted well
             enough.
         """
-        rows, failed = self.rows, self.rows.loss.reference_failed
+        rows, failed, one_pass = self.rows, self.rows.loss.reference_failed, self.rows.loss.one_pass
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if not rows.n_long:
                 return read(self, x, np.zeros(0), None, sampler, at_zero=at_zero, hessian=hessian)
-            if near is not None:
+            if near is not None and one_pass:
                 reference = near.predict_reference(x)
                 warm = read(self, x, reference, near, sampler, at_zero=at_zero, hessian=hessian)
                 if not failed(reference, warm.state):
                     return warm
             at = None
-            guess = guess_normalisers(rows, x) if near is None and rows.is_whole else None
+            guess = guess_normalisers(rows, x) if near is None and rows.is_whole and one_pass else None
             if guess is not None:
                 at = read(self, x, guess, None, None, at_zero=at_zero, hessian=False)
             if at is None or guess is None or failed(guess, at.state):

@@ -130,6 +130,15 @@ class Descent:
         The curvature last used.
     verdict : Verdict, optional
         None where the solver has no judge: `minimize` then asks for it.
+    radius : float
+        Of the trust region, in the variables of the model.
+    n_rejected : int
+        Steps rejected since the last one that was taken.
+    contraction : float or None
+        Ratio of gradient norms of the last step, where that says something about the model.
+    last_step : ndarray or None
+    learn : bool
+        Whether the last step was long enough for its gradient difference to be more than rounding.
     """
 
     at: Evaluation
@@ -138,16 +147,18 @@ class Descent:
     n_iter: int = 0
     model: Model | None = None
     verdict: Verdict | None = None
+    radius: float = np.inf
+    n_rejected: int = 0
+    contraction: float | None = None
+    last_step: Array | None = None
+    learn: bool = True
 
     @classmethod
     def begin(cls, at: Evaluation) -> Descent:
         """Return a descent that begins here."""
-        here = at.gradient
-        if at.gradient_at_zero is None or not np.linalg.norm(at.gradient_at_zero) > 1e-10 * np.linalg.norm(
-            here
-        ):
-            return cls(at, here)
-        return cls(at, at.gradient_at_zero)
+        zero = at.gradient_at_zero
+        usable = zero is not None and np.linalg.norm(zero) > 1e-10 * np.linalg.norm(at.gradient)
+        return cls(at, zero if usable and zero is not None else at.gradient)
 
     def relative(self, gradient: Array) -> float:
         """Return the size of a gradient relative to the reference, in the variables of the last model."""
@@ -155,6 +166,53 @@ class Descent:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             size, goal = np.linalg.norm(gradient / scale), np.linalg.norm(self.reference / scale)
             return float(size / goal) if goal > 0.0 else 0.0
+
+    def remodel(self, problem: Problem, strategy: Strategy, tracker: Tracker) -> Model:
+        """Model the curvature where the descent stands; the radius stays the same in the new variables."""
+        before = self.model
+        with tracker.timed("model"):
+            model = self.model = strategy.model(problem, self.at, before, learn=self.learn)
+        if before is not None and self.last_step is not None and np.isfinite(self.radius):
+            self.radius *= model.norm(self.last_step) / max(before.norm(self.last_step), TINY)
+        return model
+
+    def propose(self, judge: Judge, model: Model, *, trust_region: bool) -> tuple[Step, float]:
+        """Return the next step and its move on the rows at hand."""
+        step = judge.step(self.at, model, self.radius if trust_region else np.inf)
+        move = judge.guess(self.at, model, step.p)
+        if trust_region and np.isinf(self.radius) and move > FIRST_MOVE:
+            self.radius = step.size * FIRST_MOVE / move
+            step = judge.step(self.at, model, self.radius)
+            move = judge.guess(self.at, model, step.p)
+        return step, move
+
+    def off_saddle(self, judge: Judge, model: Model) -> Step:
+        """Return a step along negative curvature that moves a logit by a tenth."""
+        unit = model.solve(self.at.gradient, 1.0)
+        self.radius = SADDLE_STEP / max(judge.guess(self.at, model, unit.p), TINY)
+        return model.solve(self.at.gradient, self.radius)
+
+    def weigh(self, trial: Evaluation, model: Model, step: Step, move: float, *, trust_region: bool) -> bool:
+        """Take a step if it keeps its promise, and learn from it; return whether it was taken."""
+        # A trial may overflow: it is rejected then, not reported.
+        with np.errstate(over="ignore", invalid="ignore"):
+            agreement = _agreement(self.at, trial, step.p, step.predicted)
+        anyway = not trust_region or (move <= STAY and not step.bounded)
+        accepted = agreement > 1e-4 or (anyway and bool(np.isfinite(trial.value)))
+        if not accepted or agreement < POOR:
+            self.radius = 0.25 * step.size
+        elif agreement > 0.75 and step.bounded:
+            self.radius = 2.0 * step.size
+        self.n_rejected = 0 if accepted else self.n_rejected + 1
+        if accepted:
+            # A step that the radius cut short says nothing about the model, unless it was a poor one.
+            norm = model.dual_norm(self.at.gradient)
+            self.contraction = model.dual_norm(trial.gradient) / norm if norm > 0.0 else None
+            self.contraction = self.contraction if not step.bounded else None
+            self.at, self.last_step, self.learn = trial, step.p, move > STAY
+        if agreement < POOR and not (accepted and move <= STAY):
+            self.contraction = 1.0
+        return accepted
 
 
 def descend(
@@ -170,156 +228,76 @@ def descend(
 ) -> Descent:
     """Minimise from an evaluated point, which holds what the strategy requests.
 
-    With ``trust_region=False`` every model step is taken: for sampled curvature this is Algorithm 1 of "An
-    Iterative Algorithm for Rescaled Hyperbolic Functions Regression" with its sign corrected and the low-rank
-    part kept.
+    Model the curvature, solve for the step, judge, evaluate, weigh, record. With ``trust_region=False`` every
+    model step is taken: for sampled curvature this is Algorithm 1 of "An Iterative Algorithm for Rescaled
+    Hyperbolic Functions Regression" with its sign corrected and the low-rank part kept.
     """
     run = Descent.begin(at)
-    path = _Path(problem, run, strategy, judge, tracker, phase, trust_region)
+    modelled_at: Array | None = None
     try:
-        run.status = path.follow(max_iter)
+        model = run.remodel(problem, strategy, tracker)
+        tracker.record(phase, 0, at.value, run.relative(at.gradient))
+        while True:
+            with tracker.timed("step"):
+                step, move = run.propose(judge, model, trust_region=trust_region)
+            if not np.isfinite(step.size):
+                run.status = Status.PRECISION
+                break
+            with tracker.timed("model"):
+                found = judge.look(run.at, model, step, move)
+            if isinstance(found, Status):
+                run.status = found
+                break
+            if found is Next.CURVATURE_HERE:
+                strategy.request(None, exact=True)
+                model = run.remodel(problem, strategy, tracker)
+                if model.exact_at is not run.at.x or modelled_at is run.at.x:
+                    # Numbers that are not finite can be judged by no curvature.
+                    run.status = Status.PRECISION
+                    break
+                modelled_at = run.at.x
+                continue
+            shorten = found is Next.SHORTEN
+            if found is Next.LEAVE_SADDLE and run.n_rejected == 0:
+                step = run.off_saddle(judge, model)
+            if not shorten and (run.n_iter >= max_iter or run.n_rejected > MAX_REJECTIONS):
+                ended = Status.MAX_ITER if run.n_iter >= max_iter else Status.PRECISION
+                run.status = Status.SADDLE if found is Next.LEAVE_SADDLE else ended
+                break
+            exact = shorten or found is Next.STEP_FOR_CURVATURE
+            request = strategy.request(None if shorten else run.contraction, exact=exact)
+            x = judge.shorter if shorten else run.at.x + step.p
+            with tracker.timed("evaluate"):
+                try:
+                    trial = problem.evaluate(x, run.at, **request)
+                except OverflowError:
+                    # Beyond the range of float64: a value that is rejected.
+                    trial = replace(run.at, value=np.inf)
+            if shorten:
+                # The same logits but for rounding.
+                if np.isfinite(trial.value):
+                    run.at, run.last_step, phase = trial, None, "least norm"
+                    model = run.remodel(problem, strategy, tracker)
+                    tracker.record(phase, run.n_iter, trial.value, run.relative(trial.gradient))
+                continue
+            run.n_iter += 1
+            radius = run.radius
+            accepted = run.weigh(trial, model, step, move, trust_region=trust_region)
+            tracker.record(
+                phase,
+                run.n_iter,
+                trial.value,
+                run.relative(trial.gradient),
+                step_norm=step.size,
+                radius=radius,
+                accepted=accepted,
+            )
+            if accepted:
+                model = run.remodel(problem, strategy, tracker)
     except (KeyboardInterrupt, StopFit):
         run.status = Status.INTERRUPTED
     run.verdict = replace(judge.verdict, status=Status(run.status))
     return run
-
-
-@dataclass
-class _Path:
-    """A descent under way: the radius, and what the last steps taught."""
-
-    problem: Problem
-    run: Descent
-    strategy: Strategy
-    judge: Judge
-    tracker: Tracker
-    phase: str
-    trust_region: bool
-    radius: float = np.inf
-    rejections: int = 0
-    contraction: float | None = None
-    last_step: Array | None = None
-    learn: bool = True
-    _looked_at: Array | None = None
-
-    def follow(self, max_iter: int) -> Status:
-        """Descend to an end."""
-        run, judge = self.run, self.judge
-        self._model()
-        self._record(run.at, 0)
-        while True:
-            model = run.model
-            assert model is not None
-            with self.tracker.timed("step"):
-                step, move = self._step(model)
-            if not np.isfinite(step.size):
-                return Status.PRECISION
-            with self.tracker.timed("model"):
-                found = judge.look(run.at, model, step, move)
-            if isinstance(found, Status):
-                return found
-            if found is Next.CURVATURE_HERE:
-                self.strategy.request(None, exact=True)
-                self._model()
-                if run.model is None or run.model.exact_at is not run.at.x or self._looked_at is run.at.x:
-                    # Numbers that are not finite can be judged by no curvature.
-                    return Status.PRECISION
-                self._looked_at = run.at.x
-                continue
-            if found is Next.SHORTEN:
-                self._shorten()
-                continue
-            if found is Next.LEAVE_SADDLE and self.rejections == 0:
-                step = self._off_saddle(model)
-            if run.n_iter >= max_iter or self.rejections > MAX_REJECTIONS:
-                if found is Next.LEAVE_SADDLE:
-                    return Status.SADDLE
-                return Status.MAX_ITER if run.n_iter >= max_iter else Status.PRECISION
-            self._try(model, step, move, exact=found is Next.STEP_FOR_CURVATURE)
-
-    def _model(self) -> None:
-        """Model the curvature where the descent stands; the radius stays the same in the new variables."""
-        run, before = self.run, self.run.model
-        with self.tracker.timed("model"):
-            run.model = self.strategy.model(self.problem, run.at, before, learn=self.learn)
-        if before is not None and self.last_step is not None and np.isfinite(self.radius):
-            self.radius *= run.model.norm(self.last_step) / max(before.norm(self.last_step), TINY)
-
-    def _step(self, model: Model) -> tuple[Step, float]:
-        """Return the next step and its move on the rows at hand."""
-        run, judge = self.run, self.judge
-        step = judge.step(run.at, model, self.radius if self.trust_region else np.inf)
-        move = judge.guess(run.at, model, step.p)
-        if self.trust_region and np.isinf(self.radius) and move > FIRST_MOVE:
-            self.radius = step.size * FIRST_MOVE / move
-            step = judge.step(run.at, model, self.radius)
-            move = judge.guess(run.at, model, step.p)
-        return step, move
-
-    def _off_saddle(self, model: Model) -> Step:
-        """Return a step along negative curvature that moves a logit by a tenth."""
-        run = self.run
-        unit = model.solve(run.at.gradient, 1.0)
-        self.radius = SADDLE_STEP / max(self.judge.guess(run.at, model, unit.p), TINY)
-        return model.solve(run.at.gradient, self.radius)
-
-    def _shorten(self) -> None:
-        """Go to the point of least norm: it has the same logits but for rounding."""
-        run = self.run
-        with self.tracker.timed("evaluate"):
-            shorter = _attempt(
-                self.problem, run.at, self.judge.shorter, self.strategy.request(None, exact=True)
-            )
-        if np.isfinite(shorter.value):
-            run.at, self.last_step = shorter, None
-            self.phase = "least norm"
-            self._model()
-            self._record(run.at, run.n_iter)
-
-    def _try(self, model: Model, step: Step, move: float, *, exact: bool) -> None:
-        """Evaluate a step, and take it if it keeps its promise."""
-        run = self.run
-        request = self.strategy.request(self.contraction, exact=exact)
-        with self.tracker.timed("evaluate"):
-            trial = _attempt(self.problem, run.at, run.at.x + step.p, request)
-        run.n_iter += 1
-        # A trial may overflow: it is rejected then, not reported.
-        with np.errstate(over="ignore", invalid="ignore"):
-            agreement = _agreement(run.at, trial, step.p, step.predicted)
-        anyway = not self.trust_region or (move <= STAY and not step.bounded)
-        accepted = agreement > 1e-4 or (anyway and bool(np.isfinite(trial.value)))
-        tried, norm = self.radius, model.dual_norm(run.at.gradient)
-        self.radius = _next_radius(self.radius, step.size, agreement, accepted, step.bounded)
-        self.rejections = 0 if accepted else self.rejections + 1
-        if accepted:
-            # A step that the radius cut short says nothing about the model, unless it was a poor one.
-            self.contraction = model.dual_norm(trial.gradient) / norm if norm > 0.0 else None
-            self.contraction = self.contraction if not step.bounded else None
-            run.at, self.last_step, self.learn = trial, step.p, move > STAY
-        if agreement < POOR and not (accepted and move <= STAY):
-            self.contraction = 1.0
-        self._record(trial, run.n_iter, step_norm=step.size, radius=tried, accepted=accepted)
-        if accepted:
-            self._model()
-
-    def _record(self, at: Evaluation, iteration: int, **step: Any) -> None:
-        relative = self.run.relative(at.gradient)
-        self.tracker.record(self.phase, iteration, at.value, relative, **step)
-
-
-def _attempt(problem: Problem, at: Evaluation, x: Array, request: dict[str, Any]) -> Evaluation:
-    """Evaluate a point; one beyond the range of float64 has an infinite value, and is rejected."""
-    try:
-        return problem.evaluate(x, at, **request)
-    except OverflowError:
-        return replace(at, value=np.inf)
-
-
-def _next_radius(radius: float, size: float, agreement: float, accepted: bool, bounded: bool) -> float:
-    """Return the radius after a step of this size."""
-    if not accepted or agreement < POOR:
-        return 0.25 * size
-    return 2.0 * size if agreement > 0.75 and bounded else radius
 
 
 def _agreement(at: Evaluation, trial: Evaluation, p: Array, predicted: float) -> float:

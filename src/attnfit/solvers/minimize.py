@@ -15,11 +15,13 @@ from attnfit.data.inputs import as_point, choose
 from attnfit.objectives.objective import Offer, Problem, Reduction, parse_size
 from attnfit.solvers.checkpoint import Checkpoint
 from attnfit.solvers.loop import Callback, Tracker
+from attnfit.solvers.messages import End
 from attnfit.solvers.newton import EscapingNewton, Newton, Outcome, require_starts
-from attnfit.solvers.record import Recorded, Recording
+from attnfit.solvers.record import Recording
+from attnfit.solvers.recorded import Recorded
 from attnfit.solvers.result import Result
 from attnfit.solvers.starts import Start
-from attnfit.solvers.verdicts import MAX_TOL, End, Status, Verdict, assess
+from attnfit.solvers.verdicts import MAX_TOL, Status, Verdict, assess
 
 
 def default_solver(problem: Problem) -> Any:
