@@ -10,11 +10,11 @@ from scipy import sparse
 
 from attnfit import minimize, problems
 from attnfit.data.gram import GramParts, group_rows
-from attnfit.solvers.curvature import FromSample, Kept, Model, dense_model
+from attnfit.solvers.curvature import FrozenHessian, Model, PilotHessian, dense_model
 from attnfit.solvers.evidence import Evidence
 from attnfit.solvers.loop import Tracker, descend
 from attnfit.solvers.newton import Newton
-from attnfit.solvers.subproblem import SecantModel
+from attnfit.solvers.subproblem import QuasiNewton
 from attnfit.solvers.verdicts import STAY, Judge, Next, Status
 
 TOL = 1e-8
@@ -258,7 +258,7 @@ def test_a_pair_does_not_mend_a_flat_model(arrival):
     kept = (vectors * np.where(np.arange(8) == 0, 1e-14, values)) @ vectors.T
     model = dense_model(arrival.problem, kept * scale * scale[:, None], at)
     v = vectors[:, 0] / scale
-    model = Model(SecantModel(model.base).learn(model.scale * v, arrival.H @ v / model.scale), model.scale)
+    model = Model(QuasiNewton(model.base).learn(model.scale * v, arrival.H @ v / model.scale), model.scale)
     np.testing.assert_allclose(model.matrix(), arrival.H, rtol=1e-4, atol=1e-4)
     assert arrival.follow().holds(at, model, newton_step(arrival.H, at), TOL) is None
 
@@ -395,7 +395,7 @@ def test_a_judge_accepts_on_a_sample_only_with_evidence(arrival):
 def test_a_pair_of_rounding_is_not_learned(arrival):
     """The model stays what it was, and the next pair begins where that step ended."""
     first, second, third = arrival.points
-    strategy = FromSample(arrival.problem, first.x, Kept)
+    strategy = PilotHessian(arrival.problem, first.x, FrozenHessian)
     strategy.request(None)
     model = strategy.model(arrival.problem, first, None)
     again = strategy.model(arrival.problem, second, model, learn=False)

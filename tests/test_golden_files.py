@@ -18,10 +18,8 @@ def test_a_model_of_every_version_predicts_what_it_did(path):
     expected = json.loads((path.parent / "expected.json").read_text())[path.stem]
     model = attnfit.load(path)
     assert type(model).__name__ == expected["class"]
-    if hasattr(model, "n_groups_"):
-        found = model.predict(ROWS, [0, 1, 1])
-    else:
-        found = model.predict(ROWS)
+    groups = [[0, 1, 1]] if hasattr(model, "n_groups_") else []
+    found = model.predict(ROWS, *groups)
     assert np.allclose(found, expected["predicted"], rtol=1e-12, atol=1e-300)
     if hasattr(model, "summary"):
         assert str(model.summary())

@@ -371,7 +371,7 @@ def test_rows_that_stand_for_others(name):
     one = as_tensor(np.repeat(z, m))
     rows = PLAIN[name][1]
     full = float(rows(one, as_tensor(np.repeat(b, m)), as_tensor(np.repeat(w, m))).sum())
-    thin_b, thin_w = loss.thin(b, w, np.full(5, 1.0 / m))
+    thin_b, thin_w = loss.subsample(b, w, np.full(5, 1.0 / m))
     if name == "kl":
         # Up to what the target alone determines.
         full -= float((np.repeat(w * b, m) * np.log(np.maximum(np.repeat(b, m), 1e-300))).sum())
@@ -384,7 +384,7 @@ def test_rows_that_stand_for_others(name):
     if name == "entropy":
         kept = kept + np.log(m) * (as_tensor(w) * shares(as_tensor(z))).sum()
     assert np.isclose(float(kept), full)
-    assert Total().thin(b, w, np.ones(5)) is None
+    assert Total().subsample(b, w, np.ones(5)) is None
 
 
 def test_sums_over_runs():

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from attnfit.solvers.subproblem import CholeskyModel, Eigenmodel, KrylovModel, SecantModel, _to_boundary
+from attnfit.solvers.subproblem import Cholesky, MoreSorensen, QuasiNewton, SteihaugToint, _to_boundary
 
-DENSE = [Eigenmodel, CholeskyModel]
+DENSE = [MoreSorensen, Cholesky]
 SPECTRA = {
     "definite": [0.5, 1.0, 2.0, 7.0, 40.0],
     "indefinite": [-3.0, -1.0, 0.2, 2.0, 5.0],
@@ -80,10 +80,10 @@ def test_a_slope_along_a_flat_direction_counts_if_it_is_no_rounding(share, moves
     """Beside the others, whatever the unit of the loss."""
     H, Q = matrix(np.array([0.0, 1.0, 2.0]))
     g = c * Q @ np.array([share, -0.6, 0.8])
-    step = Eigenmodel(H).solve(g, np.inf)
+    step = MoreSorensen(H).solve(g, np.inf)
     assert step.bounded == moves
     assert (abs((Q.T @ step.p)[0]) > 1e-9 * c) == moves
-    steep = Eigenmodel(H).solve(g, np.inf, steep_only=True)
+    steep = MoreSorensen(H).solve(g, np.inf, steep_only=True)
     np.testing.assert_allclose(Q.T @ steep.p / c, [0.0, 0.6, -0.4], atol=1e-12)
     assert not steep.bounded
     assert np.isclose(steep.predicted, c**2 * (0.5 * 0.36 + 0.5 * 0.64 / 2.0))
@@ -102,7 +102,7 @@ def test_which_curvature_counts(make):
     ]:
         model = make(np.diag([3.0 * lowest, 1.0, 3.0]))
         assert (model.n_flat, model.negative) == (n_flat, negative), lowest
-        eigen = model if make is Eigenmodel else model.eigen
+        eigen = model if make is MoreSorensen else model.eigen
         np.testing.assert_array_equal(np.abs(eigen.unidentified), np.eye(3)[:, :n_flat])
         np.testing.assert_allclose(model.hessian, np.diag([3.0 * lowest, 1.0, 3.0]), atol=1e-15)
     assert make(np.diag([1e-3, 1.0]), 1e-2).n_flat == 1
@@ -112,7 +112,7 @@ def test_which_curvature_counts(make):
 
 def test_curvature_that_is_negative_by_rounding_counts_by_its_size():
     H, g = np.diag([-1e-11, 1.0, 2.0]), np.array([1e-10, 1.0, 1.0])
-    step = Eigenmodel(H).solve(g, 100.0)
+    step = MoreSorensen(H).solve(g, 100.0)
     np.testing.assert_allclose(step.p, [-10.0, -1.0, -0.5])
     assert not step.bounded
 
@@ -120,31 +120,31 @@ def test_curvature_that_is_negative_by_rounding_counts_by_its_size():
 @pytest.mark.parametrize("c", [1.0, 3.0])
 def test_without_a_radius_a_step_lies_between_a_gradient_step_and_a_newton_step(c):
     H, g = np.diag([-4.0, 1.0, 16.0]), c * np.array([3.0, 1.0, 5.0])
-    step = Eigenmodel(H).solve(g, np.inf)
+    step = MoreSorensen(H).solve(g, np.inf)
     gradient, newton = np.linalg.norm(g), np.linalg.norm(g / [4.0, 1.0, 16.0])
     assert step.bounded
     assert np.isclose(np.linalg.norm(step.p), np.sqrt(gradient * newton), rtol=1e-5)
     is_minimiser(H, g, step.p, np.linalg.norm(step.p))
-    assert np.isfinite(Eigenmodel(np.zeros((2, 2))).solve(np.ones(2), np.inf).p).all()
+    assert np.isfinite(MoreSorensen(np.zeros((2, 2))).solve(np.ones(2), np.inf).p).all()
 
 
 def test_how_far_a_stationary_point_is():
     H, Q = matrix(np.array([-2.0, 0.0, 4.0, 5.0]))
-    p = Eigenmodel(H).approach(Q @ np.array([1.0, 1.0, 2.0, 10.0]))
+    p = MoreSorensen(H).approach(Q @ np.array([1.0, 1.0, 2.0, 10.0]))
     np.testing.assert_allclose(Q.T @ p, [-0.5, 0.0, -0.5, -2.0], atol=1e-12)
 
 
 def test_a_firm_model_has_more_curvature_everywhere_than_a_share_of_the_largest():
-    model = Eigenmodel(np.diag([2e-3, 3e-3, 4e-3, 2.0]))
+    model = MoreSorensen(np.diag([2e-3, 3e-3, 4e-3, 2.0]))
     assert model.is_firm(0.5e-3)
     assert not model.is_firm(2e-3)
-    assert not Eigenmodel(np.diag([-1.0, 1.0])).is_firm(1e-12)
-    assert not CholeskyModel(np.diag([-1.0, 1.0])).is_firm(1e-12)
+    assert not MoreSorensen(np.diag([-1.0, 1.0])).is_firm(1e-12)
+    assert not Cholesky(np.diag([-1.0, 1.0])).is_firm(1e-12)
     for d in (20, 60):
         # Sums of its columns without regard to sign are what a norm is.
         laplacian = 2.0 * np.eye(d) - np.eye(d, k=1) - np.eye(d, k=-1)
         reciprocal = 1.0 / np.linalg.cond(laplacian, 1)
-        model = CholeskyModel(laplacian)
+        model = Cholesky(laplacian)
         assert model.is_firm(0.3 * reciprocal)
         assert not model.is_firm(1.1 * reciprocal)
 
@@ -154,11 +154,11 @@ def test_a_factored_model_is_the_model(lowest):
     """Up to a condition number that a factorisation stands."""
     H, Q = matrix(np.array([lowest, 1.0, 2.0]))
     g = Q @ np.array([lowest, 1.0, 1.0])
-    one, other = CholeskyModel(H, 1e-14).solve(g, np.inf), Eigenmodel(H, 1e-14).solve(g, np.inf)
+    one, other = Cholesky(H, 1e-14).solve(g, np.inf), MoreSorensen(H, 1e-14).solve(g, np.inf)
     np.testing.assert_allclose(one.p, other.p, rtol=1e-3)
     assert np.isclose(one.predicted, other.predicted, rtol=1e-3)
     # One that is flat is not solved by its factor, which rounding makes.
-    assert CholeskyModel(H, 1e-6).n_flat == (lowest < 1e-6)
+    assert Cholesky(H, 1e-6).n_flat == (lowest < 1e-6)
 
 
 # ---- corrected models
@@ -176,7 +176,7 @@ def test_a_corrected_model_is_one_matrix(make, k):
     """Its step, its promise and its matrix agree; the last pair is met exactly: the secant condition."""
     rng = np.random.default_rng(k)
     base, truth = matrix([0.5, 1.0, 2.0, 3.0, 9.0], 1)[0], matrix([0.2, 1.0, 1.5, 4.0, 6.0], 2)[0]
-    model = SecantModel(make(base))
+    model = QuasiNewton(make(base))
     for s, y in pairs(rng, 5, k, truth):
         assert model.learn(s, y) is model
         np.testing.assert_allclose(model.hessian @ s, y, rtol=1e-10, atol=1e-12)
@@ -195,7 +195,7 @@ def test_a_corrected_model_is_one_matrix(make, k):
 def test_pairs_of_all_directions_leave_nothing_of_the_base():
     """Conjugate steps of a quadratic make the matrix its own: Broyden's class terminates."""
     truth, Q = matrix([0.2, 1.0, 1.5, 4.0, 6.0], 2)
-    model = SecantModel(Eigenmodel(np.eye(5)))
+    model = QuasiNewton(MoreSorensen(np.eye(5)))
     for s in Q.T:
         model.learn(s, truth @ s)
     np.testing.assert_allclose(model.hessian, truth, atol=1e-12)
@@ -203,18 +203,18 @@ def test_pairs_of_all_directions_leave_nothing_of_the_base():
 
 def test_a_pair_without_positive_curvature_is_not_learned():
     base = matrix([1.0, 2.0, 3.0])[0]
-    model = SecantModel(Eigenmodel(base))
+    model = QuasiNewton(MoreSorensen(base))
     for c in (0.0, -1.0):
         model.learn(np.array([1.0, 0.0, 0.0]), np.array([c, 1.0, 0.0]))
     np.testing.assert_allclose(model.hessian, base, atol=1e-14)
     assert not model.negative
-    assert SecantModel(Eigenmodel(-base)).negative
+    assert QuasiNewton(MoreSorensen(-base)).negative
 
 
 @pytest.mark.parametrize("steep_only", [False, True])
 def test_a_corrected_step_beyond_the_radius_is_the_base_models(steep_only):
     base, Q = matrix([0.0, 1.0, 2.0])
-    model = SecantModel(Eigenmodel(base))
+    model = QuasiNewton(MoreSorensen(base))
     s = Q @ np.array([0.0, 1.0, 1.0])
     model.learn(s, 0.1 * (Q @ np.array([0.0, 1.0, 2.0])))
     g = Q @ np.array([0.0, 1.0, -0.7])
@@ -242,7 +242,7 @@ def krylov(H, forcing=1e-12, **options):
         asked.append(v)
         return H @ v
 
-    return KrylovModel(product, forcing, **options), asked
+    return SteihaugToint(product, forcing, **options), asked
 
 
 def test_conjugate_gradients_end_at_the_newton_step():
@@ -337,6 +337,6 @@ def test_the_way_to_the_boundary(towards, size):
 def test_gradients_and_radii_at_the_ends_of_the_range(size, radius):
     for values in ([-1.0, 2.0, 3.0], [0.0, 1.0, 2.0], [1.0, 2.0, 3.0]):
         with np.errstate(all="ignore"):
-            step = Eigenmodel(np.diag(values)).solve(size * np.array([1.0, -2.0, 0.5]), radius)
+            step = MoreSorensen(np.diag(values)).solve(size * np.array([1.0, -2.0, 0.5]), radius)
         assert np.isfinite(step.p).all()
         assert np.linalg.norm(step.p) <= max(1.001 * radius, 1e-150) or radius == np.inf

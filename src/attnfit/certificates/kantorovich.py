@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.solvers.curvature import natural_scale
-from attnfit.solvers.subproblem import Eigenmodel
+from attnfit.solvers.subproblem import MoreSorensen
 
 Array = NDArray[np.float64]
 
@@ -217,7 +217,7 @@ def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array],
     if not np.isfinite(hessian).all():
         return refused("the Hessian overflows at x; scale the columns of A")
     scale = natural_scale(problem, at)
-    model = Eigenmodel(hessian / np.multiply.outer(scale, scale))
+    model = MoreSorensen(hessian / np.multiply.outer(scale, scale))
     values, vectors, floor = model.values, model.vectors, model.floor
     flat = model.unidentified.shape[1]
     if values[0] < -floor:

@@ -24,7 +24,7 @@ from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.rows import RowProblem
 from attnfit.segments import Array, Segments
 from attnfit.solvers.curvature import natural_scale
-from attnfit.solvers.subproblem import Eigenmodel
+from attnfit.solvers.subproblem import MoreSorensen
 
 U = 2.0**-53
 # Radii are sums of non-negative terms: their own rounding, of so many terms, is less than this.
@@ -177,7 +177,7 @@ def _whitening(problem: RowProblem, at: Evaluation) -> Whitening | None:
     hessian, scale = problem.hessian_at(at), natural_scale(problem, at)
     if not np.isfinite(hessian).all():
         return None
-    model = Eigenmodel(hessian / np.multiply.outer(scale, scale))
+    model = MoreSorensen(hessian / np.multiply.outer(scale, scale))
     if model.values[0] <= model.floor:
         return None
     T = model.vectors / np.sqrt(model.values) / scale[:, None]

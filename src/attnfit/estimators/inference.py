@@ -11,7 +11,7 @@ from attnfit.losses.softmax import CrossEntropy
 from attnfit.objectives.rows import RowProblem
 from attnfit.solvers import Result
 from attnfit.solvers.curvature import natural_scale
-from attnfit.solvers.subproblem import Eigenmodel
+from attnfit.solvers.subproblem import MoreSorensen
 
 Array = NDArray[np.float64]
 
@@ -33,7 +33,7 @@ def covariance(problem: RowProblem, x: Array) -> tuple[Array, NDArray[np.bool_]]
     """
     at = problem.evaluate(x)
     scale = natural_scale(problem, at)
-    model = Eigenmodel(problem.hessian_at(at) / np.multiply.outer(scale, scale))
+    model = MoreSorensen(problem.hessian_at(at) / np.multiply.outer(scale, scale))
     steep = model.values > model.floor
     identified = np.linalg.norm(model.vectors[:, ~steep], axis=1) < 1e-5
     half = model.vectors[:, steep] / scale[:, None]

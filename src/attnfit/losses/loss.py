@@ -215,7 +215,7 @@ class Loss(ABC):
     def fitted(self, z: Array, state: list[Array]) -> Array:
         """Return the model's output on each row."""
 
-    def thin(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array] | None:
+    def subsample(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array] | None:
         """Targets and weights that make a group kept with these inclusion probabilities stand for the whole
         group.
 

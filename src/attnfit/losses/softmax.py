@@ -129,7 +129,7 @@ class Squared(SoftmaxLoss):
     def g3(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return w * (4.0 * f - b)
 
-    def thin(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
+    def subsample(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
         return b / inclusion, w * inclusion
 
 
@@ -176,7 +176,7 @@ class CrossEntropy(SoftmaxLoss):
 
     g3 = g2
 
-    def thin(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
+    def subsample(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
         return b / inclusion, w
 
 
@@ -222,7 +222,7 @@ class LinearCrossEntropy(SoftmaxLoss):
     g2 = p
     g3 = p
 
-    def thin(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
+    def subsample(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
         return b, w
 
 
@@ -261,7 +261,7 @@ class Entropy(SoftmaxLoss):
     def g3(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         return -w * (h + 3.0)
 
-    def thin(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
+    def subsample(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
         return b, w
 
 

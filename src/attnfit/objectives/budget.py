@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 # Starts are searched on the small sample and polished on the large one, whose answer is about one per cent
 # off.
-SCOUT_ROWS = 4_000
+PILOT_ROWS = 4_000
 SAMPLE_ROWS = 20_000
 # Rows per unknown: fewer than the first and an answer means little; the second give a Hessian to within
 # three per cent.
-SCOUT_RATIO = 10
+PILOT_RATIO = 10
 SAMPLE_RATIO = 1000
 # A sample larger than this share of the data costs more than it saves.
 MAX_SHARE = 0.1
@@ -28,11 +28,11 @@ DRAWN_RATIO = 100.0
 
 def sample_sizes(n: int, d: int) -> tuple[int, int]:
     """Return the numbers of rows of the small sample and of the large one."""
-    scout_rows = max(SCOUT_ROWS, SCOUT_RATIO * d)
+    pilot_rows = max(PILOT_ROWS, PILOT_RATIO * d)
     if n <= SAMPLE_ROWS:
-        return scout_rows, SAMPLE_ROWS
+        return pilot_rows, SAMPLE_ROWS
     affordable = max(int(MAX_SHARE * n), min(SAMPLE_ROWS, n // 4))
-    return scout_rows, max(scout_rows, min(max(SAMPLE_ROWS, SAMPLE_RATIO * d), affordable))
+    return pilot_rows, max(pilot_rows, min(max(SAMPLE_ROWS, SAMPLE_RATIO * d), affordable))
 
 
 def rows_to_draw(n: int, d: int, ratio: float = DRAWN_RATIO) -> float:

@@ -74,7 +74,7 @@ class Draw:
         w = np.ones(len(b)) if self.weights is None else self.weights
         offset = np.zeros(len(b)) if self.offset is None else self.offset
         if loss.coupled:
-            thinned = loss.thin(b, w, pi)
+            thinned = loss.subsample(b, w, pi)
             long_b, long_w = (b, w) if thinned is None else thinned
             b, w = np.where(self.in_long_group, long_b, b), np.where(self.in_long_group, long_w, w / pi)
             offset = offset - np.where(self.in_long_group, np.log(pi), 0.0)
@@ -116,7 +116,7 @@ def draw_rows(part: Any, n_rows: int, rng: np.random.Generator) -> Draw | None:
     if loss.coupled and share < 1.0:
         one = np.ones(1)
         largest = max([part.largest_group, *(mass[0] for mass in known.values())])
-        if largest > limit and loss.thin(one, one, one) is None:
+        if largest > limit and loss.subsample(one, one, one) is None:
             return None
     whole = [number for number, mass in known.items() if mass[0] <= limit]
     kept = _choose(np.array(whole, dtype=np.intp), share, rng)

@@ -68,7 +68,7 @@ class Steps:
 
 
 class Eigenmodels:
-    """Quadratic models of k problems in their eigenbases; `Eigenmodel` is the same for one.
+    """Quadratic models of k problems in their eigenbases; `MoreSorensen` is the same for one.
 
     Parameters
     ----------

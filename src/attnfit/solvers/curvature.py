@@ -17,10 +17,10 @@ from attnfit.objectives.leverage import RowSampler
 from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.solvers.subproblem import (
     RANK_TOLERANCE,
-    CholeskyModel,
-    Eigenmodel,
-    KrylovModel,
-    SecantModel,
+    Cholesky,
+    MoreSorensen,
+    QuasiNewton,
+    SteihaugToint,
     Step,
 )
 
@@ -81,7 +81,7 @@ class Model:
         """Return how far a stationary point is, whatever its kind, shape (d,); None without a matrix."""
         if self.base is None:
             return None
-        eigen = self.base.eigen if isinstance(self.base, CholeskyModel) else self.base
+        eigen = self.base.eigen if isinstance(self.base, Cholesky) else self.base
         return eigen.approach(gradient / self.scale) / self.scale
 
     def norm(self, v: Array) -> float:
@@ -99,14 +99,14 @@ class Model:
         return self.quadratic.negative
 
     @property
-    def base(self) -> Eigenmodel | CholeskyModel | None:
+    def base(self) -> MoreSorensen | Cholesky | None:
         """The matrix that the model is built on, None where there is none."""
-        inner = self.quadratic.base if isinstance(self.quadratic, SecantModel) else self.quadratic
-        return inner if isinstance(inner, Eigenmodel | CholeskyModel) else None
+        inner = self.quadratic.base if isinstance(self.quadratic, QuasiNewton) else self.quadratic
+        return inner if isinstance(inner, MoreSorensen | Cholesky) else None
 
     def matrix(self) -> Array:
         """Return the model's matrix in the user's units, shape (d, d)."""
-        assert isinstance(self.quadratic, SecantModel | Eigenmodel | CholeskyModel)
+        assert isinstance(self.quadratic, QuasiNewton | MoreSorensen | Cholesky)
         return np.asarray(self.quadratic.hessian * self.scale * self.scale[:, None])
 
     def without_pairs(self) -> Model:
@@ -122,7 +122,7 @@ class Model:
             return None
         if self.base.n_flat == 0:
             return np.zeros((len(self.scale), 0))
-        eigen = self.base.eigen if isinstance(self.base, CholeskyModel) else self.base
+        eigen = self.base.eigen if isinstance(self.base, Cholesky) else self.base
         return np.asarray(np.linalg.qr(eigen.unidentified / self.scale[:, None])[0])
 
 
@@ -165,7 +165,7 @@ def dense_model(problem: Problem, hessian: Array, at: Evaluation, exact_at: Arra
     scale = equilibrated(hessian)
     scaled = hessian / scale / scale[:, None]
     tolerance = flatness(len(scale)) if problem.has_logits else RANK_TOLERANCE
-    make = Eigenmodel if len(scale) <= SMALL else CholeskyModel
+    make = MoreSorensen if len(scale) <= SMALL else Cholesky
     return Model(make(scaled, tolerance), scale, exact_at)
 
 
@@ -215,9 +215,9 @@ def exact_model(problem: Problem, at: Evaluation) -> Model:
     return dense_model(problem, problem.hessian_at(at) if at.hessian is None else at.hessian, at, at.x)
 
 
-class Corrected:
-    """What `Kept`, `Sampled` and `FromSample` share: a model that works is kept, and each step's gradient
-    difference folded in, until the curvature of all the data is asked for.
+class QuasiNewtonCorrected:
+    """What `FrozenHessian`, `SampledHessian` and `PilotHessian` share: a model that works is kept, and each
+    step's gradient difference folded in, until the curvature of all the data is asked for.
 
     Conjugate gradients in effect, at no cost but the evaluation.
     """
@@ -234,7 +234,7 @@ class Corrected:
     def _corrected(self, at: Evaluation, last: Model | None, learn: bool) -> Model | None:
         """Return the last model with the last step learned, if there is one to correct."""
         before, self._from = self._from, at
-        if last is None or not isinstance(last.quadratic, SecantModel) or before is None:
+        if last is None or not isinstance(last.quadratic, QuasiNewton) or before is None:
             return None
         if not learn:
             return last
@@ -245,10 +245,10 @@ class Corrected:
     @staticmethod
     def _correctable(model: Model) -> Model:
         assert model.base is not None
-        return replace(model, quadratic=SecantModel(model.base))
+        return replace(model, quadratic=QuasiNewton(model.base))
 
 
-class Kept(Corrected):
+class FrozenHessian(QuasiNewtonCorrected):
     """An exact Hessian, kept and corrected while it serves: where one costs many gradients."""
 
     def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class Kept(Corrected):
 
 
 @dataclass
-class Sampled(Corrected):
+class SampledHessian(QuasiNewtonCorrected):
     """The Hessian of rows drawn by approximate leverage scores during the evaluation, kept while it works.
 
     With ``fresh`` every evaluation draws anew.
@@ -277,7 +277,7 @@ class Sampled(Corrected):
     sampler: RowSampler
     fresh: bool = False
     _n_coarse: int = 0
-    _all_rows: Kept | None = None
+    _all_rows: FrozenHessian | None = None
 
     def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for a draw unless the present model works, twice as large where it was far off; for the
@@ -290,7 +290,7 @@ class Sampled(Corrected):
             self.sampler.double()
             self._n_coarse += 1
             if self._n_coarse > MAX_COARSE and not self.fresh:
-                self._all_rows = Kept()
+                self._all_rows = FrozenHessian()
         if self._all_rows is not None:
             return self._all_rows.request(contraction)
         works = contraction is not None and contraction <= SLOW
@@ -312,7 +312,7 @@ class Sampled(Corrected):
 
 
 @dataclass
-class FromSample(Corrected):
+class PilotHessian(QuasiNewtonCorrected):
     """The Hessian of the sample on which the start was found, kept while it works; then another strategy.
 
     Parameters
@@ -387,7 +387,7 @@ class MatrixFree:
         # A sample of ten rows an unknown is some thirty per cent off: solving its system further is waste.
         forcing = 0.01 if sample is None else 0.1
         scale = self.scale
-        quadratic = KrylovModel(lambda v: product(v / scale) / scale, forcing)
+        quadratic = SteihaugToint(lambda v: product(v / scale) / scale, forcing)
         return Model(quadratic, scale, at.x if sample is None else None)
 
 

@@ -63,7 +63,7 @@ class GradientDescent:
         x = problem.initial_point(rng).reshape(-1) if x0 is None else x0
         at = problem.evaluate(x, start.transfer(x), at_zero=True)
         run = Descent.begin(at)
-        probe = probe_of(start.scout.problem)
+        probe = probe_of(start.pilot.problem)
         # The first step moves the scaled unknowns by one over their number: small, and free of the user's
         # units.
         gradient_size = float(np.linalg.norm(at.gradient / scale))

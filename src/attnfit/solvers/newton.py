@@ -16,10 +16,10 @@ from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import MAX_DENSE, Offer, Problem
 from attnfit.solvers.curvature import (
     Exact,
-    FromSample,
-    Kept,
+    FrozenHessian,
     MatrixFree,
-    Sampled,
+    PilotHessian,
+    SampledHessian,
     SampledJacobian,
     Strategy,
     natural_scale,
@@ -135,7 +135,7 @@ class Newton:
             end = Descent.begin(problem.evaluate(interrupted.x))
             end.status, end.verdict = Status.INTERRUPTED, Verdict(Status.INTERRUPTED)
             return Outcome.of(problem, {"start": end}, name)
-        probe = probe_of(start.scout.problem)
+        probe = probe_of(start.pilot.problem)
         if probe is not None and not start.sample.is_full:
             probe.exact = False
         ends: dict[str, Descent] = {}
@@ -224,7 +224,7 @@ class Newton:
 
     def _strategy(self, kind: str, start: Start, x: Array, rng: np.random.Generator) -> Strategy:
         if kind == "kept":
-            return Kept()
+            return FrozenHessian()
         small, full = start.sample.problem, start.full
         if kind == "matrix_free" and not full.rows_can_be_drawn:
             return MatrixFree(natural_scale(full, full.evaluate(x)))
@@ -238,7 +238,7 @@ class Newton:
         budget = min(most, float(self.sample_rows or rows_to_draw(n, d, rows_per_unknown)))
         if kind == "corrected_sample":
             other = "exact" if full.design.gram_pays else "sampled"
-            return FromSample(small, x, lambda: self._strategy(other, start, x, rng))
+            return PilotHessian(small, x, lambda: self._strategy(other, start, x, rng))
         at = small.evaluate(x)
         scale = natural_scale(small, at)
         if kind == "matrix_free":
@@ -251,7 +251,7 @@ class Newton:
         sampler = RowSampler(n_leverages(full.rows), budget, sketch, 1.3 * d, rng, most)
         if kind == "matrix_free":
             return MatrixFree(scale, sampler)
-        return Sampled(sampler, fresh=self.globalisation == "none")
+        return SampledHessian(sampler, fresh=self.globalisation == "none")
 
 
 def require_starts(n_starts: Any) -> None:

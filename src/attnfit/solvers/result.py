@@ -23,7 +23,7 @@ class Record:
     Attributes
     ----------
     phase : str
-        "convex surrogate", "scout: ..." and "sample: ..." on sampled rows, "fit: ..." on all the data, each
+        "convex surrogate", "pilot: ..." and "sample: ..." on sampled rows, "fit: ..." on all the data, each
         with the name of the start; "least norm" from where directions are left open.
     iteration : int
     value : float

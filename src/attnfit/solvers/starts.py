@@ -76,7 +76,7 @@ def draw_sample(problem: RowProblem, n_rows: int, rng: np.random.Generator) -> S
     return Sample(small, convex, small.n_rows / problem.n_rows, is_full=False)
 
 
-def draw_scout(sample: Sample, n_rows: int, rng: np.random.Generator) -> Sample:
+def draw_pilot(sample: Sample, n_rows: int, rng: np.random.Generator) -> Sample:
     """Return a sample of a sample: the same rows of both its problems."""
     problem, convex = sample.problem, sample.convex
     draw = draw_rows(problem.rows, n_rows, rng) if problem.n_rows > n_rows else None
@@ -94,7 +94,7 @@ class Start:
     """The samples from which a fit takes its scale, its starts and its first curvature."""
 
     full: Any
-    scout: Sample
+    pilot: Sample
     sample: Sample
 
     @classmethod
@@ -103,16 +103,16 @@ class Start:
         if not problem.rows_can_be_drawn:
             itself = whole(problem)
             return cls(problem, itself, itself)
-        scout_rows, n_rows = sample_sizes(problem.n_rows, problem.n_unknowns)
+        pilot_rows, n_rows = sample_sizes(problem.n_rows, problem.n_unknowns)
         sample = draw_sample(problem, n_rows, rng)
-        if sample.is_full or n_rows == scout_rows:
+        if sample.is_full or n_rows == pilot_rows:
             return cls(problem, sample, sample)
-        return cls(problem, draw_scout(sample, scout_rows, rng), sample)
+        return cls(problem, draw_pilot(sample, pilot_rows, rng), sample)
 
     @property
     def n_passes(self) -> float:
         """Reads of the full data that the work on both samples amounts to."""
-        return self.sample.n_passes + (0.0 if self.scout is self.sample else self.scout.n_passes)
+        return self.sample.n_passes + (0.0 if self.pilot is self.sample else self.pilot.n_passes)
 
     def scale(self) -> Array:
         """Return the square root of each unknown's curvature at zero, shape (d,): the fit works in
@@ -130,10 +130,10 @@ class Start:
         the larger sample where rows can be sampled. Otherwise the answer of the convex surrogate (cross
         entropy for losses of a softmax) joins where few targets have a logarithm, and zero; then Gaussian
         points of several sizes, up to ``n_starts``. Where rows can be sampled the descents begin on the
-        scout; ends in one minimum count once and are polished on the larger sample.
+        pilot sample; ends in one minimum count once and are polished on the larger sample.
         """
         if self.full.convex:
-            # One minimum needs no scout.
+            # One minimum needs no pilot sample.
             points = self._convex(rng)
             if self.sample.is_full:
                 return points
@@ -146,11 +146,11 @@ class Start:
         if self.sample.is_full:
             return points
         ends = {
-            name: _on_sample(self.scout.problem, x, f"scout: {name}", tracker) for name, x in points.items()
+            name: _on_sample(self.pilot.problem, x, f"pilot: {name}", tracker) for name, x in points.items()
         }
-        # Ends on the scout stop at a thousandth of a logit: one minimum shows as two points apart.
-        distinct = _distinct(ends, self.scout.problem, 0.05)
-        if self.sample is not self.scout:
+        # Ends on the pilot sample stop at a thousandth of a logit: one minimum shows as two points apart.
+        distinct = _distinct(ends, self.pilot.problem, 0.05)
+        if self.sample is not self.pilot:
             polished = {
                 name: _on_sample(self.sample.problem, end.at.x, f"sample: {name}", tracker)
                 for name, end in distinct.items()
@@ -170,7 +170,7 @@ class Start:
 
     def _named(self, tracker: Tracker, rng: np.random.Generator) -> dict[str, Array]:
         """Return the starts that the data suggest."""
-        problem = self.scout.problem
+        problem = self.pilot.problem
         logs = _logarithms(problem)
         others: dict[str, Array] = problem.starts(rng)
         points = {} if logs is None else {"logarithms": logs.x}
@@ -179,8 +179,8 @@ class Start:
                 other = problem.log_start(factor)
                 if other is not None:
                     points[f"logarithms, {factor:g} x"] = other.x
-        if self.scout.convex is not None and (logs is None or logs.share < MOST):
-            neighbour = self.scout.convex
+        if self.pilot.convex is not None and (logs is None or logs.share < MOST):
+            neighbour = self.pilot.convex
             zero = np.zeros(neighbour.n_unknowns)
             found = _on_sample(neighbour, zero, "convex surrogate", tracker).at.x
             points["convex"] = self.full.adopt(found)
@@ -190,7 +190,7 @@ class Start:
         self, n_known: int, n_starts: int | Literal["auto"], rng: np.random.Generator
     ) -> dict[str, Array]:
         """Return Gaussian points, each with logits of one size."""
-        problem = self.scout.problem
+        problem = self.pilot.problem
         if problem.rows is None:
             return {}
         d = problem.n_unknowns

@@ -30,7 +30,7 @@ class Step:
     size: float = 0.0
 
 
-class Eigenmodel:
+class MoreSorensen:
     """A quadratic model in its eigenbasis: exact solutions for every radius, minimum-norm where it is
     singular.
 
@@ -131,14 +131,14 @@ class Eigenmodel:
         return np.asarray(-along / (self.values + shift))
 
 
-class CholeskyModel:
+class Cholesky:
     """A quadratic model that is factored only as far as needed: Cholesky for a plain Newton step, else
     eigenvectors.
     """
 
     def __init__(self, hessian: Array, tolerance: float = RANK_TOLERANCE) -> None:
         self.hessian, self.tolerance = hessian, tolerance
-        self._eigen: Eigenmodel | None = None
+        self._eigen: MoreSorensen | None = None
         self._factor: Array | None = None
         self._reciprocal = 0.0
         try:
@@ -159,14 +159,14 @@ class CholeskyModel:
         return self._reciprocal > 3.0 * share
 
     @property
-    def eigen(self) -> Eigenmodel:
+    def eigen(self) -> MoreSorensen:
         """The model in its eigenbasis."""
         if self._eigen is None:
-            self._eigen = Eigenmodel(self.hessian, self.tolerance)
+            self._eigen = MoreSorensen(self.hessian, self.tolerance)
         return self._eigen
 
     @property
-    def eigen_if_needed(self) -> Eigenmodel | None:
+    def eigen_if_needed(self) -> MoreSorensen | None:
         """The model in its eigenbasis, or None where a factorisation shows that it has full rank."""
         return None if self._factor is not None else self.eigen
 
@@ -189,7 +189,7 @@ class CholeskyModel:
         return self.eigen.solve(g, radius, steep_only=steep_only)
 
 
-class SecantModel:
+class QuasiNewton:
     """A model corrected by pairs of steps and gradient differences: limited-memory BFGS on top of a factored
     Hessian.
 
@@ -197,7 +197,7 @@ class SecantModel:
     multiple of the identity.
     """
 
-    def __init__(self, base: Eigenmodel | CholeskyModel) -> None:
+    def __init__(self, base: MoreSorensen | Cholesky) -> None:
         self.base = base
         self._pairs: list[tuple[Array, Array, float]] = []
 
@@ -215,7 +215,7 @@ class SecantModel:
             matrix += rho * np.multiply.outer(y, y) - np.multiply.outer(along, along) / float(s @ along)
         return matrix
 
-    def learn(self, s: Array, y: Array) -> SecantModel:
+    def learn(self, s: Array, y: Array) -> QuasiNewton:
         """Add a step and its gradient difference, in scaled variables."""
         curvature = float(s @ y)
         if curvature > 0.0:
@@ -239,7 +239,7 @@ class SecantModel:
         return Step(-r, 0.5 * float(g @ r), False)
 
 
-class KrylovModel:
+class SteihaugToint:
     """A quadratic model known through products only: conjugate gradients stopped at the radius.
 
     Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983). Started

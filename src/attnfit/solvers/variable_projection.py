@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attnfit.objectives.objective import MAX_DENSE, Offer
 from attnfit.objectives.projected import ProjectedAttention
 from attnfit.objectives.separable import Points, Separable
-from attnfit.solvers.curvature import Kept, MatrixFree, natural_scale
+from attnfit.solvers.curvature import FrozenHessian, MatrixFree, natural_scale
 from attnfit.solvers.loop import Descent, StopFit, Tracker, descend
 from attnfit.solvers.newton import Outcome
 from attnfit.solvers.verdicts import Judge, Status, Verdict
@@ -119,7 +119,7 @@ class VariableProjection:
         with tracker.timed("evaluate"):
             at = problem.evaluate(search.best.reshape(-1), at_zero=True)
         few = problem.n_unknowns <= FEW
-        strategy = Kept() if few else MatrixFree(natural_scale(problem, at))
+        strategy = FrozenHessian() if few else MatrixFree(natural_scale(problem, at))
         steps, judge = min(max_iter, POLISH), Judge(problem, tol)
         end = descend(problem, at, strategy, judge, tracker, phase="fit: polish", max_iter=steps)
         search.settle(end.at.value)
