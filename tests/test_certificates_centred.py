@@ -12,7 +12,8 @@ from instances import instance
 from scipy import sparse
 
 from attnfit import certificates, minimize, problems
-from attnfit.data.centred import GroupReference, centre_rows
+from attnfit.data.centred import GroupReference
+from attnfit.data.gram import centre_rows
 
 SHIFT = 1e7
 

@@ -9,7 +9,7 @@ from attnfit import minimize, problems
 from attnfit.objectives.objective import Evaluation, Moved
 from attnfit.solvers import verdicts
 from attnfit.solvers.curvature import MatrixFree, Model
-from attnfit.solvers.messages import End, unknown
+from attnfit.solvers.minimize import End, unknown
 from attnfit.solvers.subproblem import MoreSorensen, SteihaugToint, Step
 from attnfit.solvers.verdicts import Judge, Next, Status, Verdict, assess
 

@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.sparse.linalg import norm as sparse_norm
 
 from attnfit.certificates.kantorovich import Certificate, combined, newton_kantorovich, refused
-from attnfit.data.centred import centre_rows
+from attnfit.data.gram import centre_rows
 from attnfit.data.inputs import as_point
 from attnfit.losses.activations import Activation
 from attnfit.objectives.inverse_layer import HeadState

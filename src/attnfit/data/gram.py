@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -51,6 +51,72 @@ def group_rows(block: Any, weights: Array, starts: Index) -> Any:
     n = block.shape[0]
     indicator = sparse.csr_array((weights, np.arange(n), np.append(starts, n)), shape=(len(starts), n))
     return indicator @ block
+
+
+def centre_rows(block: Any, starts: Index, known: Mapping[int, Array] | None = None) -> Any:
+    """Return the rows of a block less the first row of their group; the block itself is left alone.
+
+    Parameters
+    ----------
+    block : ndarray or csr_array, shape (n_rows, d)
+        Rows of a group stand together. In a sparse block only columns that every row of the group stores are
+        changed, so nothing is filled in: a dummy stays as it is, a number that all rows have is centred.
+    starts : ndarray of int, shape (n_groups,)
+        First row of each group; increasing, ``starts[0] == 0``.
+    known : dict of ndarray, shape (d,), optional
+        What to subtract in place of the first row, by position in ``starts``: `GroupReference.row` of groups
+        that are not whole in this block.
+
+    Returns
+    -------
+    ndarray or csr_array, shape (n_rows, d)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> centre_rows(np.array([[1e7, 2.0], [1e7 + 1, 5.0], [3e7, 1.0]]), np.array([0, 2]))
+    array([[0., 0.],
+           [1., 3.],
+           [0., 0.]])
+    """
+    known = known or {}
+    sizes = np.diff(starts, append=block.shape[0])
+    if sparse.issparse(block):
+        return _centre_sparse(block, starts, sizes, known)
+    subtracted = block[starts]
+    for k, row in known.items():
+        subtracted[k] = row
+    return block - (subtracted if len(starts) == 1 else np.repeat(subtracted, sizes, axis=0))
+
+
+def _centre_sparse(block: Any, starts: Index, sizes: Index, known: Mapping[int, Array]) -> Any:
+    block = without_duplicates(block)
+    counts = _counts(block, starts)
+    everywhere = counts.data == np.repeat(sizes, np.diff(counts.indptr))
+    counts.data = everywhere.astype(np.float64)
+    subtracted = sparse.csr_array(block[starts].multiply(counts))
+    if known:
+        own = [k for k in range(len(starts)) if k not in known]
+        parts = {k: sparse.csr_array(row[None, :]) for k, row in known.items()}
+        parts |= {k: subtracted[[k]] for k in own}
+        subtracted = sparse.csr_array(sparse.vstack([parts[k] for k in range(len(starts))]))
+    return sparse.csr_array(block - subtracted[np.repeat(np.arange(len(starts)), sizes)])
+
+
+def without_duplicates(block: Any) -> Any:
+    if block.has_canonical_format:
+        return block
+    block = block.copy()
+    block.sum_duplicates()
+    return block
+
+
+def _counts(block: Any, starts: Index) -> Any:
+    """Return how many rows of each group store an entry of each column, shape (n_groups, d), CSR."""
+    n = block.shape[0]
+    pattern = sparse.csr_array((np.ones(len(block.data)), block.indices, block.indptr), shape=block.shape)
+    indicator = sparse.csr_array((np.ones(n), np.arange(n), np.append(starts, n)), shape=(len(starts), n))
+    return sparse.csr_array(indicator @ pattern)
 
 
 class Gram:

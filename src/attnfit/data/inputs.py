@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.data import Column, DenseDesign, Design, SparseDesign
-from attnfit.data.on_disk import open_design, pieces, stored_source
+from attnfit.data.on_disk import open_design, stored_source
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -20,6 +20,12 @@ Index = NDArray[np.intp]
 def is_dask(values: Any) -> bool:
     """Whether these are a Dask array or data frame."""
     return type(values).__module__.partition(".")[0] in ("dask", "dask_expr") and hasattr(values, "dask")
+
+
+def pieces(values: Any) -> Iterator[tuple[slice, Array]]:
+    """Yield (rows, values) of a vector in memory or on disk."""
+    for rows in values.spans() if hasattr(values, "spans") else [slice(0, len(values))]:
+        yield rows, np.asarray(values[rows])
 
 
 def as_design(A: Any, name: str = "A") -> Design:
@@ -32,7 +38,7 @@ def as_design(A: Any, name: str = "A") -> Design:
     """
     if isinstance(A, Design):
         return A
-    source = stored_source(A, name)
+    source = None if type(A) is np.ndarray else stored_source(A, name)
     if source is not None:
         _require_numeric(source.dtype, name)
         _require_shape(source.shape, name)
@@ -109,6 +115,8 @@ def as_column(
     values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False
 ) -> Array | Column:
     """Return ``values``, one a row of A, as `as_vector` does, but as a `Column` where they are on disk."""
+    if type(values) is np.ndarray:
+        return as_vector(values, n, name, non_negative=non_negative, scalar=scalar)
     source = values.source if isinstance(values, Column) else stored_source(values, name)
     if source is None:
         return as_vector(values, n, name, non_negative=non_negative, scalar=scalar)

@@ -97,12 +97,6 @@ class Column:
         return numbers if self._function is None else self._function(numbers)
 
 
-def pieces(values: Any) -> Iterator[tuple[slice, Array]]:
-    """Yield (rows, values) of a vector in memory or on disk."""
-    for rows in values.spans() if isinstance(values, Column) else [slice(0, len(values))]:
-        yield rows, np.asarray(values[rows])
-
-
 # Large enough that a disk reads at full speed and threads seldom hand over, small enough that three of them
 # are nothing.
 RUN_BYTES = 1 << 25

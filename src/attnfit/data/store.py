@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from attnfit.data.groups import Chunk, Groups, parse_groups, partition, runs
-from attnfit.data.inputs import as_column, as_design, require_finite_rows
+from attnfit.data.inputs import as_column, as_design, pieces, require_finite_rows
 from attnfit.data.matrix import Design
-from attnfit.data.on_disk import RUN_BYTES, Column, DenseOnDisk, SparseOnDisk, pieces
+from attnfit.data.on_disk import RUN_BYTES, Column, DenseOnDisk, SparseOnDisk
 from attnfit.data.parallel import available_threads, read_ahead
 from attnfit.segments import Array, Index
 

@@ -7,9 +7,8 @@ from typing import Any
 from attnfit.data.inputs import choose
 from attnfit.losses.elementwise import FUNCTIONS, PoissonDeviance, SquaredExponential
 from attnfit.losses.loss import Loss
-from attnfit.losses.named import find_loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.softmax import LOSSES
+from attnfit.losses.softmax import LOSSES, find_loss
 from attnfit.objectives.rows import RowProblem
 
 

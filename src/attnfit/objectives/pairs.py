@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.inputs import as_design, as_vector, require_finite_matrix, require_finite_rows
-from attnfit.data.on_disk import Column, pieces, stored_source
+from attnfit.data.inputs import as_design, as_vector, pieces, require_finite_matrix, require_finite_rows
+from attnfit.data.on_disk import Column, stored_source
 from attnfit.data.pairs import Block, KroneckerDesign, PairColumn
 from attnfit.data.sources import Source
 

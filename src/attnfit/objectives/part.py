@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.data.groups import Chunk
-from attnfit.data.inputs import negative_target
-from attnfit.data.on_disk import pieces
+from attnfit.data.inputs import negative_target, pieces
 from attnfit.data.store import RowStore, Table
 from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
 from attnfit.objectives.objective import Drawn, Evaluation

@@ -10,7 +10,8 @@ from scipy import linalg
 from scipy.sparse.linalg import LinearOperator, cg
 
 from attnfit.data.groups import Chunk
-from attnfit.data.on_disk import Column, pieces
+from attnfit.data.inputs import pieces
+from attnfit.data.on_disk import Column
 from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential
 from attnfit.losses.loss import GramTerm, Loss
 from attnfit.losses.rescaled import SquaredRescaled

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnfit.data.centred import CentredDesign, GroupReference, centre_rows
+from attnfit.data.centred import CentredDesign, GroupReference
+from attnfit.data.gram import centre_rows
 from attnfit.data.groups import Chunk
 from attnfit.data.matrix import Design, SparseDesign
 from attnfit.objectives.objective import Drawn, Reduction
