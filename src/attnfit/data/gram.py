@@ -104,6 +104,7 @@ def _centre_sparse(block: Any, starts: Index, sizes: Index, known: Mapping[int, 
 
 
 def without_duplicates(block: Any) -> Any:
+    """Return a CSR array in which no row stores a column twice."""
     if block.has_canonical_format:
         return block
     block = block.copy()

@@ -1,9 +1,10 @@
 """Strategies that find a minimum, each on a page."""
 
 from attnfit.solvers.batched import BatchedNewton
+from attnfit.solvers.check import check_solver
 from attnfit.solvers.damped import LevenbergMarquardt
 from attnfit.solvers.gradient_descent import GradientDescent
-from attnfit.solvers.loop import StopFit
+from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit
 from attnfit.solvers.minimize import minimize
 from attnfit.solvers.newton import Newton
 from attnfit.solvers.record import CheckpointError
@@ -18,16 +19,20 @@ __all__ = [
     "ActiveSet",
     "BatchedNewton",
     "CheckpointError",
+    "Descent",
     "GradientDescent",
     "History",
     "LevenbergMarquardt",
     "Newton",
+    "Outcome",
     "Record",
     "Result",
     "SampledTwoLayer",
     "Separation",
+    "Solver",
     "Status",
     "StopFit",
     "VariableProjection",
+    "check_solver",
     "minimize",
 ]

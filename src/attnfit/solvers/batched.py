@@ -13,8 +13,16 @@ from attnfit.objectives.layer_curvature import LayeredEvaluation
 from attnfit.objectives.layered import CHUNK_ENTRIES, LayeredProblem
 from attnfit.objectives.objective import Offer
 from attnfit.objectives.saturation import false_optima
-from attnfit.solvers.loop import MAX_REJECTIONS, NOISE, SADDLE_STEP, Descent, StopFit, Tracker
-from attnfit.solvers.newton import Outcome
+from attnfit.solvers.loop import (
+    MAX_REJECTIONS,
+    NOISE,
+    SADDLE_STEP,
+    Descent,
+    Outcome,
+    Solver,
+    StopFit,
+    Tracker,
+)
 from attnfit.solvers.subproblem import RANK_TOLERANCE
 from attnfit.solvers.verdicts import ACCEPTED_FLOOR, FLOOR, Status, Verdict
 
@@ -158,7 +166,7 @@ MAX_ESCAPES = 5
 
 
 @dataclass(frozen=True)
-class BatchedNewton:
+class BatchedNewton(Solver):
     """Trust-region Newton on all right-hand sides at once.
 
     The columns of the unknown are independent problems with the same matrices: values, gradients and

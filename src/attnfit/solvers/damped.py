@@ -14,8 +14,7 @@ from scipy import linalg
 from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.inverse_problem import LayerProblem, Points
 from attnfit.objectives.objective import MAX_DENSE, Evaluation, Offer
-from attnfit.solvers.loop import MAX_REJECTIONS, NOISE, Descent, StopFit, Tracker
-from attnfit.solvers.newton import Outcome
+from attnfit.solvers.loop import MAX_REJECTIONS, NOISE, Descent, Outcome, Solver, StopFit, Tracker
 from attnfit.solvers.verdicts import Status, Verdict
 
 Array = NDArray[np.float64]
@@ -264,7 +263,7 @@ STEPS = 20
 
 
 @dataclass(frozen=True)
-class LevenbergMarquardt:
+class LevenbergMarquardt(Solver):
     """Damped Gauss-Newton: ``(J^T J + gamma + damping) p = -gradient``.
 
     The damping falls while the quadratic model predicts the decrease and grows where a step is rejected. At a

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.objectives.objective import Problem
-from attnfit.solvers.loop import Descent, StopFit, Tracker
-from attnfit.solvers.newton import Outcome
+from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit, Tracker
 from attnfit.solvers.starts import Start, probe_of
 from attnfit.solvers.verdicts import ACCEPTED_FLOOR, Status, assess
 
@@ -21,7 +20,7 @@ LOOK = 0.1
 
 
 @dataclass(frozen=True)
-class GradientDescent:
+class GradientDescent(Solver):
     """``x <- x - step_size * gradient(x)`` from zero (or ``x0``).
 
     The update of "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression", Section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.solvers.curvature import Model, Strategy
 from attnfit.solvers.result import History, Record
@@ -111,6 +113,10 @@ SADDLE_STEP = 0.1
 FIRST_MOVE = 4.0
 # A step that the model predicted worse than this tells that its curvature does not serve.
 POOR = 0.25
+# Ends whose logits differ by more than this are different minima.
+DISTINCT = 1e-3
+# Ends that are on their way.
+UNFINISHED = (Status.MAX_ITER, Status.PRECISION)
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -310,3 +316,90 @@ def _agreement(at: Evaluation, trial: Evaluation, p: Array, predicted: float) ->
     if abs(actual) <= NOISE * abs(at.value) or predicted <= NOISE * abs(at.value):
         actual = -0.5 * float((at.gradient + trial.gradient) @ p)
     return actual / predicted
+
+
+def distance(problem: Problem, one: Evaluation, other: Evaluation, probe: Probe | None = None) -> float:
+    """Return by how much a fitted logit differs between two points at most; where there are no logits, the
+    points' own distance, relative to their size.
+    """
+    step = (one.x - other.x)[:, None]
+    moved = probe.moves(one, step) if probe is not None and probe.exact else problem.moves(one, step)
+    if moved is not None:
+        return float(moved.largest[0])
+    return float(np.linalg.norm(step) / max(np.linalg.norm(one.x), np.finfo(float).tiny))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a solver hands to `minimize`; ``message`` replaces the usual one, ``column_status`` is one a
+    right-hand side.
+
+    ``local_values`` lists distinct minima that were accepted, ``n_starts`` counts the descents.
+    """
+
+    best: Descent
+    local_values: dict[str, float]
+    n_iter: int
+    description: str
+    message: str = ""
+    column_status: NDArray[Any] | None = None
+    n_starts: int = 1
+
+    @classmethod
+    def of(
+        cls, problem: Problem, ends: dict[str, Descent], description: str, probe: Probe | None = None
+    ) -> Outcome:
+        """Choose the lowest end; of ends that differ by rounding, one that is accepted."""
+        ranked = sorted(ends, key=lambda name: ends[name].at.value)
+        best = ends[ranked[0]]
+        accepted: dict[str, Descent] = {}
+        for name in ranked:
+            end = ends[name]
+            if end.status == Status.CONVERGED and not any(
+                distance(problem, end.at, other.at, probe) <= DISTINCT for other in accepted.values()
+            ):
+                accepted[name] = end
+        if best.status in UNFINISHED and accepted:
+            lowest = next(iter(accepted.values()))
+            if lowest.at.value - best.at.value <= 1e-9 * abs(best.at.value):
+                best = lowest
+        values = {name: end.at.value for name, end in accepted.items()}
+        return cls(best, values, best.n_iter, description, n_starts=len(ends))
+
+
+class Solver(ABC):
+    """What `minimize` asks of a solver; `attnfit.solvers.check_solver` tests one."""
+
+    @abstractmethod
+    def run(
+        self,
+        problem: Problem,
+        start: Any,
+        x0: Array | None,
+        tol: float,
+        max_iter: int,
+        tracker: Tracker,
+        rng: np.random.Generator,
+    ) -> Outcome:
+        """Minimise a problem.
+
+        Parameters
+        ----------
+        problem : Problem
+            In its better variables; points are flat, shape (n_unknowns,).
+        start : Start
+            Samples of the rows, and ``start.points(tracker, rng)``: points to begin from, by name.
+        x0 : ndarray or None
+            Begin here only.
+        tol, max_iter
+            As in `attnfit.minimize`.
+        tracker : Tracker
+            Hears of every evaluation by ``record``, which raises `StopFit` where the callback ends the fit.
+        rng : numpy.random.Generator
+            The only source of random numbers.
+
+        Returns
+        -------
+        Outcome
+            An end without a verdict is judged by `minimize`, in two passes.
+        """

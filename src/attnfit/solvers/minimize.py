@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from os import PathLike
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from attnfit.data.inputs import as_point, choose
 from attnfit.objectives.objective import Offer, Problem, Reduction, parse_size
 from attnfit.solvers.checkpoint import Checkpoint
-from attnfit.solvers.loop import Callback, Tracker
-from attnfit.solvers.newton import EscapingNewton, Newton, Outcome, require_starts
+from attnfit.solvers.loop import Callback, Solver, Tracker
+from attnfit.solvers.newton import EscapingNewton, Newton, require_starts
 from attnfit.solvers.record import Recording
 from attnfit.solvers.recorded import Recorded
 from attnfit.solvers.result import Result
@@ -53,23 +53,6 @@ Array = NDArray[np.float64]
 
 # Ends that need no second look.
 ENDED = (Status.INTERRUPTED, Status.OVERFLOW)
-
-
-class Solver(Protocol):
-    """What `minimize` asks of a solver."""
-
-    def run(
-        self,
-        problem: Problem,
-        start: Start,
-        x0: Array | None,
-        tol: float,
-        max_iter: int,
-        tracker: Tracker,
-        rng: np.random.Generator,
-    ) -> Outcome:
-        """Minimise the problem."""
-        ...
 
 
 def minimize(

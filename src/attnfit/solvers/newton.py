@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from attnfit.data.inputs import choose
 from attnfit.objectives.budget import most_drawn, n_leverages, rows_to_draw
 from attnfit.objectives.leverage import RowSampler, leverage_sketch
-from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import MAX_DENSE, Offer, Problem
 from attnfit.solvers.curvature import (
     Exact,
@@ -25,8 +24,8 @@ from attnfit.solvers.curvature import (
     natural_scale,
 )
 from attnfit.solvers.evidence import DEAR_GRAM, N_ROWS, ROWS_PER_UNKNOWN, Evidence
-from attnfit.solvers.loop import Descent, Interrupted, Tracker, descend
-from attnfit.solvers.starts import Start, distance, draw_sample, probe_of
+from attnfit.solvers.loop import Descent, Interrupted, Outcome, Solver, Tracker, descend, distance
+from attnfit.solvers.starts import Start, draw_sample, probe_of
 from attnfit.solvers.verdicts import Judge, Status, Verdict
 
 Array = NDArray[np.float64]
@@ -34,57 +33,15 @@ Array = NDArray[np.float64]
 HESSIANS = ("auto", "exact", "sampled", "matrix_free")
 # Johnson-Lindenstrauss columns: leverages within a factor of two are all that sampling needs.
 N_PROBES = 8
-# Ends whose logits differ by more than this are different minima.
-DISTINCT = 1e-3
 # Further starts descend until the next step moves no logit by more than this; an end closer than that to a
 # known one is not followed.
 LOOSE, CLOSE, MAX_LOOSE = 1e-2, 0.1, 50
 # A loss of squares below this share of one seen elsewhere is zero but for rounding.
 EXACT = 1e-22
-# Ends that are on their way.
-UNFINISHED = (Status.MAX_ITER, Status.PRECISION)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a solver hands to `minimize`; ``message`` replaces the usual one, ``column_status`` is one a
-    right-hand side.
-
-    ``local_values`` lists distinct minima that were accepted, ``n_starts`` counts the descents.
-    """
-
-    best: Descent
-    local_values: dict[str, float]
-    n_iter: int
-    description: str
-    message: str = ""
-    column_status: NDArray[Any] | None = None
-    n_starts: int = 1
-
-    @classmethod
-    def of(
-        cls, problem: Problem, ends: dict[str, Descent], description: str, probe: Probe | None = None
-    ) -> Outcome:
-        """Choose the lowest end; of ends that differ by rounding, one that is accepted."""
-        ranked = sorted(ends, key=lambda name: ends[name].at.value)
-        best = ends[ranked[0]]
-        accepted: dict[str, Descent] = {}
-        for name in ranked:
-            end = ends[name]
-            if end.status == Status.CONVERGED and not any(
-                distance(problem, end.at, other.at, probe) <= DISTINCT for other in accepted.values()
-            ):
-                accepted[name] = end
-        if best.status in UNFINISHED and accepted:
-            lowest = next(iter(accepted.values()))
-            if lowest.at.value - best.at.value <= 1e-9 * abs(best.at.value):
-                best = lowest
-        values = {name: end.at.value for name, end in accepted.items()}
-        return cls(best, values, best.n_iter, description, n_starts=len(ends))
-
-
-@dataclass(frozen=True)
-class Newton:
+class Newton(Solver):
     """Trust-region Newton.
 
     Parameters
@@ -266,7 +223,7 @@ MAX_ESCAPES = 5
 
 
 @dataclass(frozen=True)
-class EscapingNewton:
+class EscapingNewton(Solver):
     """`Newton` for layered problems: where a softmax output has underflowed although more of it would lower
     the loss, it goes on from a point where that output is raised.
 

@@ -13,8 +13,7 @@ from attnfit.objectives.layers import TwoLayer
 from attnfit.objectives.leverage import RowSampler, leverage_sketch
 from attnfit.objectives.objective import Evaluation, Offer
 from attnfit.solvers.curvature import Model, dense_model, exact_model
-from attnfit.solvers.loop import Tracker, descend
-from attnfit.solvers.newton import Outcome
+from attnfit.solvers.loop import Outcome, Solver, Tracker, descend
 from attnfit.solvers.verdicts import Judge
 
 Array = NDArray[np.float64]
@@ -26,7 +25,7 @@ ROWS_PER_UNKNOWN = 100
 
 
 @dataclass(frozen=True)
-class SampledTwoLayer:
+class SampledTwoLayer(Solver):
     """Algorithm 1 of "Local Convergence of Approximate Newton Method for Two Layer Nonlinear Regression",
     corrected.
 

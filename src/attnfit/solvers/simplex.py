@@ -13,8 +13,7 @@ from attnfit.objectives.layer_curvature import LayeredEvaluation
 from attnfit.objectives.objective import Offer
 from attnfit.objectives.saturation import GAP_TOLERANCE, duality_gaps, target_sizes
 from attnfit.solvers.batched import REMEDIES, describe, overall
-from attnfit.solvers.loop import Descent, StopFit, Tracker
-from attnfit.solvers.newton import Outcome
+from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit, Tracker
 from attnfit.solvers.verdicts import Status, Verdict
 
 Array = NDArray[np.float64]
@@ -214,7 +213,7 @@ UNCERTIFIED = (
 
 
 @dataclass(frozen=True)
-class ActiveSet:
+class ActiveSet(Solver):
     """The exact solver of mixtures, ``min 0.5 sum w (A2 f - b)^2`` over ``f >= 0, sum f = 1``.
 
     The optimum usually lies on a face of the simplex, which softmax coordinates reach only at infinity, and

@@ -15,7 +15,7 @@ from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.subsample import draw_rows
 from attnfit.objectives.surrogate import LogStart
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
-from attnfit.solvers.loop import Descent, Interrupted, Tracker, descend
+from attnfit.solvers.loop import Descent, Interrupted, Tracker, descend, distance
 from attnfit.solvers.verdicts import Judge
 
 Array = NDArray[np.float64]
@@ -250,17 +250,6 @@ def _on_sample(problem: Problem, x: Array, phase: str, tracker: Tracker) -> Desc
 def probe_of(problem: Problem) -> Probe | None:
     """Return rows of a problem that are at hand; None where it has no rows, or has them elsewhere."""
     return Probe(problem.rows) if problem.rows is not None and problem.rows.is_whole else None
-
-
-def distance(problem: Problem, one: Evaluation, other: Evaluation, probe: Probe | None = None) -> float:
-    """Return by how much a fitted logit differs between two points at most; where there are no logits, the
-    points' own distance, relative to their size.
-    """
-    step = (one.x - other.x)[:, None]
-    moved = probe.moves(one, step) if probe is not None and probe.exact else problem.moves(one, step)
-    if moved is not None:
-        return float(moved.largest[0])
-    return float(np.linalg.norm(step) / max(np.linalg.norm(one.x), np.finfo(float).tiny))
 
 
 def _distinct(ends: dict[str, Descent], problem: Problem, closeness: float) -> dict[str, Descent]:

@@ -12,8 +12,7 @@ from attnfit.objectives.objective import MAX_DENSE, Offer
 from attnfit.objectives.projected import ProjectedAttention
 from attnfit.objectives.separable import Points, Separable
 from attnfit.solvers.curvature import FrozenHessian, MatrixFree, natural_scale
-from attnfit.solvers.loop import Descent, StopFit, Tracker, descend
-from attnfit.solvers.newton import Outcome
+from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit, Tracker, descend
 from attnfit.solvers.verdicts import Judge, Status, Verdict
 
 Array = NDArray[np.float64]
@@ -50,7 +49,7 @@ TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
-class VariableProjection:
+class VariableProjection(Solver):
     """Levenberg-Marquardt on ``phi(X) = min_Y L(X, Y)`` from many starts, several at once.
 
     Several texts, or a mask, are started from the solution to first order in X: there the covariances of keys
