@@ -233,7 +233,7 @@ def test_the_norm_over_all_columns_is_bounded():
 class Huber(SoftmaxLoss):
     """Squared near the target, linear beyond: not three times differentiable."""
 
-    moments, close = Squared.moments, Squared.close
+    accumulate, finalize = Squared.accumulate, Squared.finalize
 
     def p(self, f, h, b, w):
         return w * np.clip(f - b, -0.05, 0.05)
@@ -276,7 +276,7 @@ class Shifted(SquaredExponential):
 class Tail(CrossEntropy):
     """Overrides what an evaluation adds up."""
 
-    moments = staticmethod(lambda *args: CrossEntropy.moments(*args))
+    accumulate = staticmethod(lambda *args: CrossEntropy.accumulate(*args))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ class Block:
 
     def state(self):
         reference = self.loss.reference(self.z, self.segments)
-        return [self.segments.spread(s) for s in self.close(reference)[1].state]
+        return [self.segments.spread(s) for s in self.finalize(reference)[1].state]
 
     def matrix(self, terms, weights):
         """The signed Gram of the terms where every logit is an unknown."""
@@ -141,7 +141,7 @@ def test_one_read_gives_value_and_gradient(name, sizes):
     gradient, _ = block.derivatives()
     value = float(block.value(as_tensor(block.z)))
     for reference in references(block):
-        columns, closed = block.close(reference)
+        columns, closed = block.finalize(reference)
         assert np.isclose(np.sum(closed.value), value, rtol=1e-11, atol=1e-12)
         slope = sum(block.spread(c) * column for c, column in zip(closed.coefficients, columns, strict=True))
         assert relative(slope, gradient) <= 1e-11
@@ -255,16 +255,16 @@ def test_what_is_said_of_a_loss_is_true(name):
     for other in others[::2]:
         other.b *= 6.0
     assert any(np.linalg.eigvalsh(o.derivatives()[1])[0] < -1e-9 for o in others) != loss.convex
-    if loss.shares and loss.coupled:
-        assert LOSSES[loss.shares] is loss
-    assert bool(loss.shares) == isinstance(loss, CrossEntropy | PoissonDeviance)
+    if loss.nonnegative_target and loss.coupled:
+        assert LOSSES[loss.nonnegative_target] is loss
+    assert bool(loss.nonnegative_target) == isinstance(loss, CrossEntropy | PoissonDeviance)
     assert isinstance(loss, CrossEntropy) == loss.needs_mass
     if loss.needs_mass:
         block.b[:] = 0.0
         assert not block.derivatives()[0].any()
     if loss.exact_sums:
         reference = loss.reference(block.z, block.segments)
-        one, other = block.close(reference)[1], block.close(reference, only=loss.exact_sums)[1]
+        one, other = block.finalize(reference)[1], block.finalize(reference, only=loss.exact_sums)[1]
         np.testing.assert_allclose(np.concatenate(one.state), np.concatenate(other.state), atol=1e-12)
         np.testing.assert_allclose(one.value, other.value, atol=1e-12)
         for c, d in zip(one.coefficients, other.coefficients, strict=True):

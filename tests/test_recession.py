@@ -355,7 +355,7 @@ def test_the_largest_change_of_a_logit(storage, blocks, family, loss, penalty, m
         assert w[:150].min() > 0
     found = problem.moves(at, steps)
     np.testing.assert_allclose(found.largest, expected, rtol=1e-12)
-    probe = Probe(problem)
+    probe = Probe(problem.rows)
     assert probe.exact
     np.testing.assert_allclose(probe.moves(at, steps).largest, expected, rtol=1e-12)
 
@@ -377,7 +377,7 @@ def test_a_probe_keeps_some_rows():
     A, steps = rng.standard_normal((90_000, 2)), rng.standard_normal((2, 3))
     ids = np.arange(90_000) // 5
     problem = problems.Softmax(A, rng.random(90_000), ids, loss="squared")
-    probe = Probe(problem)
+    probe = Probe(problem.rows)
     kept = sum(chunk.segments.n_rows for chunk, _ in probe._kept)
     assert not probe.exact
     assert 0 < kept <= max(PROBE_ROWS, problem.rows.chunks[0].segments.n_rows)
@@ -396,4 +396,4 @@ def test_the_sizes_of_columns_that_a_probe_sees(family, named):
     groups = {"groups": np.arange(40) // 8} if family == "Softmax" else {}
     problem = getattr(problems, family)(A, rng.random(40), **named, **groups)
     within = A if family == "Exponential" else A - np.repeat(A.reshape(5, 8, 3).mean(axis=1), 8, axis=0)
-    np.testing.assert_allclose(Probe(problem).column_sizes(), np.sqrt((within**2).mean(axis=0)), atol=1e-9)
+    np.testing.assert_allclose(Probe(problem.rows).column_sizes(), np.sqrt((within**2).mean(axis=0)), atol=1e-9)
