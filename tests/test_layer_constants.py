@@ -11,8 +11,7 @@ from layered_instances import ACTIVATIONS, LayeredInstance
 from test_certificate_constants import derivatives, third_along
 
 from attnfit import certificates, problems
-from attnfit.certificates.layers import InverseBall
-from attnfit.certificates.layers import InverseBall as InversionBall
+from attnfit.certificates.layers import InverseBall, LayerBall
 
 
 def two_layer(A1, A2, b, activation="tanh", **options):
@@ -25,7 +24,7 @@ def two_layer(A1, A2, b, activation="tanh", **options):
 
     def ball(x, T=None):
         T = np.eye(len(x)) if T is None else T
-        return InverseBall(problem, problem.evaluate(np.array(x, float)), T)
+        return LayerBall(problem, problem.evaluate(np.array(x, float)), T)
 
     return inst.objective, ball
 
@@ -206,7 +205,7 @@ def test_the_derivatives_of_attention_are_those_of_the_rates():
 def test_rates_are_made_of_their_parts(options):
     reference, x = layer(n=4, d=2, **options)
     problem = reference.problem()
-    ball = InversionBall(problem, problem.evaluate(x), 0.3 * np.eye(len(x)))
+    ball = InverseBall(problem, problem.evaluate(x), 0.3 * np.eye(len(x)))
     rows = np.zeros((2, 4))
     for state, bounds in zip(ball.at.forward.heads, ball.bounds, strict=True):
         for i in range(4):
@@ -231,7 +230,7 @@ def test_rates_of_a_layer_bound_their_own_derivatives(options, radius):
     problem = reference.problem()
     rng = np.random.default_rng(0)
     T = 0.3 * rng.standard_normal((len(x), len(x)))
-    ball = InversionBall(problem, problem.evaluate(x), T)
+    ball = InverseBall(problem, problem.evaluate(x), T)
     second, third = ball._rates(radius)
     reached = np.zeros(2)
     for _ in range(8):
@@ -255,7 +254,7 @@ def test_the_constant_is_made_of_slope_rates_and_residual():
     """3 r' . r'' + r . r''': on the ball each grows by the next."""
     reference, x = layer(n=4, d=2)
     problem = reference.problem()
-    ball = InversionBall(problem, problem.evaluate(x), 0.3 * np.eye(len(x)))
+    ball = InverseBall(problem, problem.evaluate(x), 0.3 * np.eye(len(x)))
     second, third = ball._rates(0.0)
     J = problem.layer.jacobian(ball.at.forward, problem.unknown)
     assert np.isclose(ball.slope, 0.3 * np.linalg.norm(J, 2))
@@ -271,7 +270,7 @@ def test_a_layer_that_ends_in_the_kink_of_relu_says_which_row():
     A1, A2 = rng.standard_normal((9, 3)), rng.standard_normal((12, 9))
     x = rng.standard_normal(3)
     problem = problems.ReluSoftmax(A1, A2, problems.ReluSoftmax(A1, A2, np.zeros(12)).predict(x))
-    ball = InverseBall(problem, problem.evaluate(x), np.eye(3))
+    ball = LayerBall(problem, problem.evaluate(x), np.eye(3))
     nearest = np.min(np.abs(A1 @ x) / np.linalg.norm(A1, axis=1))
     assert ball.obstacle(0.99 * nearest) is None
     assert "row" in ball.obstacle(1.01 * nearest)

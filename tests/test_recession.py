@@ -396,4 +396,6 @@ def test_the_sizes_of_columns_that_a_probe_sees(family, named):
     groups = {"groups": np.arange(40) // 8} if family == "Softmax" else {}
     problem = getattr(problems, family)(A, rng.random(40), **named, **groups)
     within = A if family == "Exponential" else A - np.repeat(A.reshape(5, 8, 3).mean(axis=1), 8, axis=0)
-    np.testing.assert_allclose(Probe(problem.rows).column_sizes(), np.sqrt((within**2).mean(axis=0)), atol=1e-9)
+    np.testing.assert_allclose(
+        Probe(problem.rows).column_sizes(), np.sqrt((within**2).mean(axis=0)), atol=1e-9
+    )

@@ -13,8 +13,7 @@ from scipy import sparse
 from scipy.special import logsumexp
 
 from attnfit.certificates.certification import DENSE_ENTRIES
-from attnfit.certificates.layers import InverseBall
-from attnfit.certificates.layers import InverseBall as InversionBall
+from attnfit.certificates.layers import InverseBall, LayerBall
 from attnfit.certificates.lipschitz import (
     ChunkRows,
     Stages,
@@ -273,7 +272,7 @@ def _of_layers(problem: TwoLayer, start: Array, reference: Array) -> Iterator[Co
             at.gradient,
             _hessian(one, at),
             x0 - x,
-            partial(_on_ball, InverseBall, one, at),
+            partial(_on_ball, LayerBall, one, at),
             _two_layer_constant(one, norms, x0, x),
         )
 
@@ -333,7 +332,7 @@ def _of_inversion(problem: LayerProblem, start: Array, reference: Array) -> Cond
         at.gradient,
         _hessian(problem, at),
         start - reference,
-        partial(_on_ball, InversionBall, problem, at),
+        partial(_on_ball, InverseBall, problem, at),
         float(3.0 * np.log10(n * d) + 10.0 * np.log10(R) - np.log10(2.0)),
         float(np.log10(n * d) + 8.0 * np.log10(R) - np.log10(2.0)),
     )

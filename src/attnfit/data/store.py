@@ -112,7 +112,7 @@ class RowStore:
     def on(self, design: Design) -> Self:
         """Return the same rows, stored in another form or other units."""
         other = copy(self)
-        other.design = design
+        other.design, other.n_unknowns = design, int(design.shape[1])
         return other
 
     def take(self, kept: Index) -> Table:
