@@ -212,7 +212,7 @@ def test_scattered_groups_are_drawn_whole_and_never_none(seed):
     lazy = [da.from_array(v, chunks=(6000, *v.shape[1:])) for v in (A, np.full(30_000, 1e-3), labels)]
     problem = problems.Softmax(*lazy)
     assert problem.rows.n_long == 30
-    draw = draw_rows(problem, 4100, np.random.default_rng(seed))
+    draw = draw_rows(problem.rows, 4100, np.random.default_rng(seed))
     assert len(draw.rows) == 4000
     assert set(np.bincount(draw.labels - draw.labels.min())) <= {0, 1000}
     assert draw.inclusion == pytest.approx(4 / 30)

@@ -154,7 +154,7 @@ def test_settling_finds_the_largest_posterior():
 def test_known_tokens_stay_in_a_chain():
     layer, table, tokens = table_layer(known=6)
     joint = JointDecoder(layer, Vocabulary(table, 8, 16))
-    found, square, made = joint.chain(layer.rows(layer.initial_point().reshape(-1)), 0.1, 1e-20)
+    found, square, made = joint.chain(layer.token_rows(layer.initial_point().reshape(-1)), 0.1, 1e-20)
     assert found.shape == (10,)
     assert np.array_equal(found, tokens[6:])
     assert square < 1e-20

@@ -150,7 +150,7 @@ def test_independent_inputs_as_one_array():
     reference, _ = layer(heads=2, mask="causal", n_known=1)
     problem = reference.problem()
     points = np.random.default_rng(3).standard_normal((4, problem.n_unknowns))
-    at = problem.layer.forward(problem.rows(points))
+    at = problem.layer.forward(problem.token_rows(points))
     C = at.output - problem.B
     gradients = problem.columns(problem.layer.pull_back(at, C))
     jacobians = problem.layer.jacobian(at, problem.unknown)

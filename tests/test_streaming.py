@@ -292,6 +292,6 @@ def test_rows_of_entropy_are_drawn_uniformly():
 
     rng = np.random.default_rng(0)
     problem = problems.Softmax(rng.standard_normal((30_000, 3)), rng.random(30_000) ** 8, loss="entropy")
-    drawn = draw_rows(problem, 3000, rng)
+    drawn = draw_rows(problem.rows, 3000, rng)
     # Two rows of a long group are certain.
     assert len(np.unique(drawn.inclusion)) == 2

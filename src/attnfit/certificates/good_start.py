@@ -321,7 +321,7 @@ def _of_inversion(problem: LayerProblem, start: Array, reference: Array) -> Cond
         )
     at = problem.evaluate(reference.copy())
     heads = problem.layer.heads
-    tokens = [float(np.linalg.norm(problem.rows(x))) for x in (start, reference)]
+    tokens = [float(np.linalg.norm(problem.token_rows(x))) for x in (start, reference)]
     weights = [float(np.linalg.norm(matrix)) for head in heads for matrix in (head.M, head.V)]
     R = max(1.0, *tokens, *weights, float(np.abs(problem.B).max()))
     n, d = problem.n, max(problem.d, problem.m)

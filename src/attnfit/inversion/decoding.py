@@ -167,7 +167,7 @@ def _jointly(
     made.
     """
     joint = JointDecoder(layer, vocabulary)
-    bases = [layer.rows(point) for point in reversed(layer.starts(rng).values())]
+    bases = [layer.token_rows(point) for point in reversed(layer.starts(rng).values())]
     tokens, square, made = np.zeros(len(layer.unknown), dtype=np.intp), np.inf, 0
     for s in range(n_starts):
         base = bases[s // len(NOISE) % len(bases)]

@@ -207,7 +207,7 @@ class LayerInversion(LayerProblem):
 
     def tokens(self, x: Any) -> Array:
         """Return all tokens, the known ones in their places, shape (d, n)."""
-        return np.ascontiguousarray(self.rows(as_point(x, self.shape)).T)
+        return np.ascontiguousarray(self.token_rows(as_point(x, self.shape)).T)
 
     def output(self, x: Any) -> Array:
         """Return the layer's output, shape (n, m)."""

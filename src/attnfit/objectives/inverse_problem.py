@@ -96,7 +96,7 @@ class LayerProblem(Problem):
         _, s, rows = np.linalg.svd(values, full_matrices=False)
         return np.asarray(rows[s > RANK_TOLERANCE * max(float(s[0]), np.finfo(float).tiny)])
 
-    def rows(self, x: Array) -> Array:
+    def token_rows(self, x: Array) -> Array:
         """Return all tokens as rows, shape (..., n, d), of flat points (..., n_unknowns)."""
         T = np.empty((*x.shape[:-1], self.n, self.d))
         T[...] = self.known.T
@@ -182,7 +182,7 @@ class LayerProblem(Problem):
         """Return values and gradients at several points at once, x of shape (k, n_unknowns)."""
         self._n_evaluated += len(x)
         with np.errstate(over="ignore", invalid="ignore"):
-            forward = self.layer.forward(self.rows(x))
+            forward = self.layer.forward(self.token_rows(x))
             C = forward.output - self.B
             squares = np.sum(C * C, axis=(1, 2))
             values = 0.5 * (squares + self.gamma * np.sum(x * x, axis=1))
@@ -239,7 +239,7 @@ class LayerProblem(Problem):
         """
         if self._latest is None or not np.array_equal(self._latest[0], x):
             self._n_evaluated += 1.0
-            forward = self.layer.forward(self.rows(x))
+            forward = self.layer.forward(self.token_rows(x))
             self._latest = x.copy(), forward, forward.output - self.B
         return self._latest[1:]
 

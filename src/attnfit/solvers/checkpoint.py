@@ -30,7 +30,10 @@ from attnfit.version import __version__
 # Rows of an array that are looked at, fewer where they are long.
 ROWS, ENTRIES = 1_000, 1 << 20
 # What follows from the other attributes, how much is read at a time, and counts.
-DERIVED = ("chunks", "constants", "long_groups", "run_bytes", "rows_read")
+DERIVED = (
+    "chunks", "constants", "long_groups", "run_bytes", "rows_read", "n_rows", "n_unknowns", "n_groups",
+    "n_long", "long_numbers", "long_constants", "long_states_at_zero", "largest_group", "in_better_units",
+)  # fmt: skip
 # Attributes as the user knows them.
 ARGUMENTS = {"design": "A", "penalty": "row_penalty"}
 
@@ -49,14 +52,18 @@ def fingerprint(problem: Any) -> dict[str, str]:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Return the public attributes of an object that were given and not computed."""
-    return {
+    """Return the public attributes of an object that were given and not computed; those of the rows of a
+    problem among its own.
+    """
+    found = {
         name: part
         for name, part in sorted(vars(value).items())
         if not name.startswith("_")
         and name not in DERIVED
         and not isinstance(getattr_static(type(value), name, None), cached_property)
     }
+    rows = found.pop("rows", None)
+    return found if rows is None else found | _attributes(rows)
 
 
 def _add(digest: Any, value: Any, seen: set[int]) -> None:
