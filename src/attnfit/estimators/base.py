@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from sklearn.metrics import r2_score
 
 from attnfit.estimators import inference
 from attnfit.estimators.callbacks import CallbackSupportMixin, Listeners
+from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
 from attnfit.estimators.summary import Summary, summarise
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers import Result, minimize
@@ -35,17 +37,38 @@ class Limits:
     memory_limit: str | int | None = None
 
 
+OPTIONS = """solver : attnfit.solvers.Newton or GradientDescent, optional
+    tol : float
+        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
+    max_iter : int
+    random_state : int, optional
+        Seed of the row samples on large data.
+    n_starts : int or "auto"
+        Descents of a loss that is not convex, see `attnfit.minimize`.
+    separation : {"warn", "drop", "keep"}
+        What becomes of data without a finite minimum, see `attnfit.minimize`."""
+T = TypeVar("T")
+
+
+def with_options(cls: type[T]) -> type[T]:
+    """Write the parameters that all estimators share into the class's docstring."""
+    cls.__doc__ = cls.__doc__ and cls.__doc__.replace("%(options)s", OPTIONS)
+    return cls
+
+
 class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
     """An estimator whose output is a function of ``X coef_ + offset``.
 
-    A subclass reads its data, builds a problem and calls `_solve`. What costs further reads of the data
-    (covariance, r2) is computed when first asked for.
+    A subclass reads its data (`_read`), builds a problem (`_problem`) and says what only it reports
+    (`_after_fit`). What costs further reads of the data (covariance, r2) is computed when first asked for.
     """
 
     solver: Any
     tol: float
     max_iter: int
     random_state: Any
+    row_penalty: Any
+    ridge: float
     n_starts: Any
     separation: Any
     coef_: Array
@@ -63,6 +86,50 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         # Shares sum to one, exponentials are positive: neither can follow an arbitrary target.
         tags.regressor_tags.poor_score = True
         return tags
+
+    def _remember(self, given: dict[str, Any]) -> None:
+        """Keep the arguments of the constructor."""
+        for name in self._get_param_names():
+            setattr(self, name, given[name])
+
+    # ---- the fit, and what an estimator brings to it
+
+    @abstractmethod
+    def _read(self, *data: Any, **given: Any) -> Any:
+        """Return the checked rows of data in memory."""
+
+    @abstractmethod
+    def _row_penalty(self, rows: Any) -> Any:
+        """Return the row penalty as the problem takes it, of data in memory."""
+
+    @abstractmethod
+    def _problem(self, rows: Any, row_penalty: Any) -> GroupedProblem:
+        """Return the problem to fit."""
+
+    def _note_targets(self, rows: Any) -> None:
+        """Warn about targets that suit another loss better."""
+
+    def _after_fit(self, rows: Any, problem: GroupedProblem, y: Any, groups: Any) -> None:
+        """Set what only one of the estimators reports."""
+
+    def _fit(self, X: Any, y: Any, given: dict[str, Any], limits: Limits) -> Self:
+        """Fit the problem on these data, wherever they are."""
+        listeners = Listeners(self, X, y, given)
+        groups = given.get("groups")
+        here = not is_elsewhere(X, y)
+        if here:
+            rows = self._read(X, y, **given)
+            problem = self._problem(rows, self._row_penalty(rows))
+            self._note_targets(rows)
+        else:
+            weights, offset = given["sample_weight"], given["offset"]
+            rows = read_elsewhere(self, X, y, groups, weights, offset, grouped="groups" in given)
+            problem = self._problem(rows, self.row_penalty)
+            self.n_features_in_ = problem.n_unknowns
+        self._solve(problem, (rows.y, rows.weights, rows.counts) if here else None, listeners, limits)
+        self._after_fit(rows, problem, y, groups)
+        listeners.finish()
+        return self
 
     def _solve(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from os import PathLike
 from typing import Any, Literal, Self
 
@@ -11,9 +10,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import d2_tweedie_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.estimators.base import BaseRegressor, Limits
-from attnfit.estimators.callbacks import Listeners, with_callbacks
-from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
+from attnfit.estimators.base import BaseRegressor, Limits, with_options
+from attnfit.estimators.callbacks import with_callbacks
+from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.reading import (
     linear_predictor,
     read_features,
@@ -24,12 +23,11 @@ from attnfit.estimators.reading import (
 )
 from attnfit.losses.exponential import FUNCTIONS
 from attnfit.problems import Exponential, Poisson
-from attnfit.problems.rows.grouped import GroupedProblem
 
 Array = NDArray[np.float64]
 
 
-class OutcomeRegressor(BaseRegressor, ABC):
+class OutcomeRegressor(BaseRegressor):
     """A regression of outcomes without a normaliser on ``u(X coef + offset)``: fit and prediction."""
 
     row_penalty: Any
@@ -39,10 +37,6 @@ class OutcomeRegressor(BaseRegressor, ABC):
     def _function(self) -> str:
         """Name of u."""
         return "exp"
-
-    @abstractmethod
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
-        """Return the problem on these data."""
 
     @with_callbacks
     def fit(
@@ -86,25 +80,17 @@ class OutcomeRegressor(BaseRegressor, ABC):
         With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
         where they are, and ``r2_`` is NaN.
         """
-        listeners = Listeners(self, X, y, {"sample_weight": sample_weight, "offset": offset})
-        limits = Limits(checkpoint, resume, memory_limit)
-        if is_elsewhere(X, y):
-            given = read_elsewhere(self, X, y, None, sample_weight, offset, grouped=False)
-            there = self._problem(
-                given.design, given.target, given.loss_weights, given.logit_offset, self.row_penalty
-            )
-            self.n_features_in_ = there.n_unknowns
-            self._solve(there, None, listeners, limits)
-            listeners.finish()
-            return self
+        given = {"sample_weight": sample_weight, "offset": offset}
+        return self._fit(X, y, given, Limits(checkpoint, resume, memory_limit))
+
+    def _read(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> Rows:
         design = read_features(self, X, reset=True)
         n = int(design.shape[0])
-        target = read_target(self, y, n)
-        weights, shift = read_weights(sample_weight, n, None), read_offset(offset, n)
-        problem = self._problem(design, target, weights, shift, read_penalty(self.row_penalty, n, weights))
-        self._solve(problem, (target, weights, None), listeners, limits)
-        listeners.finish()
-        return self
+        target, weights = read_target(self, y, n), read_weights(sample_weight, n, None)
+        return Rows(design, target, None, weights, read_offset(offset, n), target, weights)
+
+    def _row_penalty(self, rows: Rows) -> Any:
+        return read_penalty(self.row_penalty, len(rows.y), rows.weights)
 
     def predict(self, X: Any, offset: Any = None) -> Array:
         """Return the outcome that the model expects, ``u(X coef_ + offset)``, shape (n,).
@@ -132,6 +118,7 @@ class OutcomeRegressor(BaseRegressor, ABC):
         return float(r2_score(y, self.predict(X, offset=offset), sample_weight=sample_weight))
 
 
+@with_options
 class ExponentialRegressor(OutcomeRegressor):
     """Least squares of an unnormalised exponential: ``y = u(X coef + offset) + noise``.
 
@@ -144,16 +131,7 @@ class ExponentialRegressor(OutcomeRegressor):
         The function u.
     ridge : float
     row_penalty : float or array_like of shape (n,)
-    solver : attnfit.solvers.Newton or GradientDescent, optional
-    tol : float
-        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
-    max_iter : int
-    random_state : int, optional
-        Seed of the row samples on large data.
-    n_starts : int or "auto"
-        Descents of a loss that is not convex, see `attnfit.minimize`.
-    separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    %(options)s
 
     Attributes
     ----------
@@ -196,32 +174,25 @@ class ExponentialRegressor(OutcomeRegressor):
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
     ) -> None:
-        self.function = function
-        self.ridge = ridge
-        self.row_penalty = row_penalty
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.n_starts = n_starts
-        self.separation = separation
+        self._remember(locals())
 
     @property
     def _function(self) -> str:
-        return self.function
+        return str(self.function)
 
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
+    def _problem(self, rows: Rows, row_penalty: Any) -> Exponential:
         return Exponential(
-            A,
-            b,
+            rows.design,
+            rows.target,
             function=self.function,
-            weights=weights,
-            offset=offset,
+            weights=rows.loss_weights,
+            offset=rows.logit_offset,
             row_penalty=row_penalty,
             ridge=self.ridge,
         )
 
 
+@with_options
 class PoissonRegressor(OutcomeRegressor):
     """Poisson regression, or pseudo-likelihood (PPML): ``E y = exp(X coef + offset)``.
 
@@ -233,16 +204,7 @@ class PoissonRegressor(OutcomeRegressor):
     ----------
     ridge : float
     row_penalty : float or array_like of shape (n,)
-    solver : attnfit.solvers.Newton or GradientDescent, optional
-    tol : float
-        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
-    max_iter : int
-    random_state : int, optional
-        Seed of the row samples on large data.
-    n_starts : int or "auto"
-        Descents of a loss that is not convex, see `attnfit.minimize`.
-    separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    %(options)s
 
     Attributes
     ----------
@@ -287,22 +249,22 @@ class PoissonRegressor(OutcomeRegressor):
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
     ) -> None:
-        self.ridge = ridge
-        self.row_penalty = row_penalty
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.n_starts = n_starts
-        self.separation = separation
+        self._remember(locals())
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.positive_only = True
         return tags
 
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> GroupedProblem:
-        return Poisson(A, b, weights=weights, offset=offset, row_penalty=row_penalty, ridge=self.ridge)
+    def _problem(self, rows: Rows, row_penalty: Any) -> Poisson:
+        return Poisson(
+            rows.design,
+            rows.target,
+            weights=rows.loss_weights,
+            offset=rows.logit_offset,
+            row_penalty=row_penalty,
+            ridge=self.ridge,
+        )
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
         """Return ``1 - D / D_0``, the share of the Poisson deviance of the constant that is explained."""

@@ -13,13 +13,11 @@ from sklearn.utils.validation import check_is_fitted
 
 from attnfit.estimators import reading
 from attnfit.estimators.base import BaseRegressor, Limits
-from attnfit.estimators.callbacks import Listeners, with_callbacks
+from attnfit.estimators.callbacks import with_callbacks
 from attnfit.estimators.choices import Choices, read_choices
 from attnfit.estimators.elsewhere import (
-    Elsewhere,
-    is_elsewhere,
+    Rows,
     normaliser_elsewhere,
-    read_elsewhere,
     totals_elsewhere,
 )
 from attnfit.estimators.totals import ShareTotals
@@ -45,10 +43,6 @@ class ShareRegressor(BaseRegressor):
     @abstractmethod
     def _loss(self) -> Loss:
         """Return the loss, whose normaliser and output predictions use."""
-
-    @abstractmethod
-    def _problem(self, choices: Choices | Elsewhere, row_penalty: Any) -> GroupedProblem:
-        """Return the problem to fit."""
 
     @with_callbacks
     def fit(
@@ -100,62 +94,40 @@ class ShareRegressor(BaseRegressor):
         where they are: what needs all rows at once is then refused, and ``r2_`` is NaN.
         """
         self._loss()
-        limits = Limits(checkpoint, resume, memory_limit)
-        listeners = Listeners(
-            self, X, y, {"groups": groups, "sample_weight": sample_weight, "offset": offset}
-        )
         rows, groups = reading.read_groups(X, groups)
-        if is_elsewhere(rows, y):
-            self._fit_elsewhere(rows, y, groups, sample_weight, offset, listeners, limits)
-        else:
-            self._fit_here(rows, y, groups, sample_weight, offset, listeners, limits)
-        listeners.finish()
-        return self
+        given = {"groups": groups, "sample_weight": sample_weight, "offset": offset}
+        return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
 
-    def _fit_here(
-        self,
-        X: Any,
-        y: Any,
-        groups: Any,
-        sample_weight: Any,
-        offset: Any,
-        listeners: Listeners,
-        limits: Limits,
-    ) -> None:
+    def _read(
+        self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None
+    ) -> Choices:
         design = reading.read_features(self, X, reset=True)
-        choices = read_choices(self, design, y, groups, sample_weight, offset)
-        penalty = reading.read_penalty(self.row_penalty, int(design.shape[0]), None)
-        if penalty.ndim and choices.kept is not None:
-            penalty = penalty[choices.kept]
-        penalty = reading.read_penalty(penalty, len(choices.y), choices.counts)
-        problem = self._problem(choices, choices.with_outside(penalty))
-        self._note_targets(choices)
-        self._solve(problem, (choices.y, choices.weights, choices.counts), listeners, limits)
-        self._set_groups(choices.n_groups, choices.totals)
-        if self.n_groups_ == 1:
-            z = reading.linear_predictor(problem.design, self._point, problem.offset)
-            normaliser = self._loss().reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))
-            setattr(self, self._normaliser_name, float(normaliser[0]))
-        self._after_fit(choices)
+        return read_choices(self, design, y, groups, sample_weight, offset)
 
-    def _fit_elsewhere(
-        self,
-        X: Any,
-        y: Any,
-        groups: Any,
-        sample_weight: Any,
-        offset: Any,
-        listeners: Listeners,
-        limits: Limits,
-    ) -> None:
-        given = read_elsewhere(self, X, y, groups, sample_weight, offset, grouped=True)
-        problem = self._problem(given, self.row_penalty)
-        self.n_features_in_ = problem.n_unknowns
-        self._solve(problem, None, listeners, limits)
-        self._set_groups(problem.n_groups, totals_elsewhere(problem, y, groups))
+    def _row_penalty(self, rows: Choices) -> Any:
+        n = len(rows.y if rows.kept is None else rows.kept)
+        penalty = reading.read_penalty(self.row_penalty, n, None)
+        if penalty.ndim and rows.kept is not None:
+            penalty = penalty[rows.kept]
+        return rows.with_outside(reading.read_penalty(penalty, len(rows.y), rows.counts))
+
+    def _after_fit(self, rows: Choices | Rows, problem: GroupedProblem, y: Any, groups: Any) -> None:
+        here = isinstance(rows, Choices)
+        if isinstance(rows, Choices):
+            self.n_groups_, self._share_totals = rows.n_groups, rows.totals
+        else:
+            self.n_groups_, self._share_totals = problem.n_groups, totals_elsewhere(problem, y, groups)
+        self.n_unbalanced_groups_ = self._share_totals.n_unbalanced
+        self.__dict__.pop(self._normaliser_name, None)
         if self.n_groups_ == 1:
-            setattr(self, self._normaliser_name, normaliser_elsewhere(problem, self._point))
-        self._after_fit(given)
+            setattr(self, self._normaliser_name, self._normaliser(problem, here=here))
+        self._note_likelihood(rows)
+
+    def _normaliser(self, problem: GroupedProblem, *, here: bool) -> float:
+        if not here:
+            return normaliser_elsewhere(problem, self._point)
+        z = reading.linear_predictor(problem.design, self._point, problem.offset)
+        return float(self._loss().reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))[0])
 
     @property
     def share_totals_(self) -> ShareTotals:
@@ -166,17 +138,8 @@ class ShareRegressor(BaseRegressor):
             )
         return self._share_totals
 
-    def _set_groups(self, n_groups: int, totals: ShareTotals) -> None:
-        self.n_groups_ = n_groups
-        self._share_totals = totals
-        self.n_unbalanced_groups_ = totals.n_unbalanced
-        self.__dict__.pop(self._normaliser_name, None)
-
-    def _note_targets(self, choices: Choices) -> None:
-        """Warn about targets that suit another loss better."""
-
-    def _after_fit(self, choices: Choices | Elsewhere) -> None:
-        """Set what only one of the estimators reports."""
+    def _note_likelihood(self, choices: Choices | Rows) -> None:
+        """Set the log likelihood where there is one."""
 
     def _bounded(self, shares: Array) -> Array:
         """Bring shares of rows that were not in the group into the range of a share."""

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
+from attnfit.estimators.base import with_options
 from attnfit.estimators.choices import Choices
-from attnfit.estimators.elsewhere import Elsewhere
+from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.losses.base import Loss
 from attnfit.losses.softmax import LOSSES
@@ -20,6 +21,7 @@ from attnfit.problems.inputs import choose
 Array = NDArray[np.float64]
 
 
+@with_options
 class SoftmaxRegressor(ShareRegressor):
     """Shares as a softmax: ``y = softmax(X coef + offset)`` within each group.
 
@@ -44,16 +46,7 @@ class SoftmaxRegressor(ShareRegressor):
     row_penalty : float or array_like of shape (n,)
     outside_good : bool
         Add to each group a row of zeros whose target is one minus the sum of the others.
-    solver : attnfit.solvers.Newton or GradientDescent, optional
-    tol : float
-        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
-    max_iter : int
-    random_state : int, optional
-        Seed of the row samples on large data.
-    n_starts : int or "auto"
-        Descents of a loss that is not convex, see `attnfit.minimize`.
-    separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    %(options)s
 
     Attributes
     ----------
@@ -111,16 +104,7 @@ class SoftmaxRegressor(ShareRegressor):
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
     ) -> None:
-        self.loss = loss
-        self.ridge = ridge
-        self.row_penalty = row_penalty
-        self.outside_good = outside_good
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.n_starts = n_starts
-        self.separation = separation
+        self._remember(locals())
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -135,7 +119,7 @@ class SoftmaxRegressor(ShareRegressor):
         loss: Loss = choose(self.loss, LOSSES, "loss")
         return loss
 
-    def _problem(self, choices: Choices | Elsewhere, row_penalty: Array) -> Softmax:
+    def _problem(self, choices: Choices | Rows, row_penalty: Any) -> Softmax:
         if self.loss == "entropy" and choices.counts is not None:
             raise ValueError(
                 "sample_weight repeats rows where there are no groups, for which loss='entropy' has no form; "
@@ -174,10 +158,10 @@ class SoftmaxRegressor(ShareRegressor):
                     "Brier score: its best fit is often nearly a step function; use loss='cross_entropy' for "
                     "choices, the squared loss is for shares",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
-    def _after_fit(self, choices: Choices | Elsewhere) -> None:
+    def _note_likelihood(self, choices: Choices | Rows) -> None:
         self.__dict__.pop("log_likelihood_", None)
         if not self._is_likelihood:
             return
@@ -187,7 +171,7 @@ class SoftmaxRegressor(ShareRegressor):
             self.loss_value_ += float(np.sum(xlogy(counts * choices.y, counts)))
             self.log_likelihood_ = -self.loss_value_
             return
-        if isinstance(choices, Elsewhere):
+        if isinstance(choices, Rows):
             # One more read of the targets for a number that the loss implies.
             return
         weights, outside_weights = (
