@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -14,10 +15,9 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import r2_score
 
-from attnfit.estimators import inference
 from attnfit.estimators.callbacks import CallbackSupportMixin, Listeners
 from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
-from attnfit.estimators.summary import Summary, summarise
+from attnfit.estimators.inferring import InferenceMixin
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers import Result, minimize
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from attnfit.certificates import Certificate
 
 Array = NDArray[np.float64]
-LAZY = ("_covariance", "covariance_", "standard_errors_", "r2_", "certificate_", "certified_radius_")
+LAZY = (
+    *("_covariance", "r2_", "certificate_", "certified_radius_"),
+    *("_statistics",),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,12 @@ OPTIONS = """solver : attnfit.solvers.Newton or GradientDescent, optional
     n_starts : int or "auto"
         Descents of a loss that is not convex, see `attnfit.minimize`.
     separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`."""
+        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    covariance : {"auto", "classic", "robust", "row", "cluster"}
+        Kind of the standard errors, see `covariance` below.
+    weight_type : {"sampling", "frequency"}
+        What weights are: inverse probabilities (also importance or decay), or numbers of copies. Coefficients
+        do not depend on it."""
 T = TypeVar("T")
 
 
@@ -56,7 +64,18 @@ def with_options(cls: type[T]) -> type[T]:
     return cls
 
 
-class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
+def loss_without_penalties(problem: GroupedProblem, x: Array, value: float) -> float:
+    """Return the loss at x given the objective; reads the data only where there is a row penalty."""
+    if problem.penalty is None and not np.any(problem.ridge):
+        return value
+    if problem.penalty is None:
+        return value - 0.5 * float(np.sum(problem.ridge * x * x))
+    bare = copy(problem)
+    bare.penalty, bare.ridge = None, 0.0
+    return bare.value(x)
+
+
+class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEstimator):
     """An estimator whose output is a function of ``X coef_ + offset``.
 
     A subclass reads its data (`_read`), builds a problem (`_problem`) and says what only it reports
@@ -114,6 +133,7 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
 
     def _fit(self, X: Any, y: Any, given: dict[str, Any], limits: Limits) -> Self:
         """Fit the problem on these data, wherever they are."""
+        clusters = given.pop("clusters")
         listeners = Listeners(self, X, y, given)
         groups = given.get("groups")
         here = not is_elsewhere(X, y)
@@ -127,6 +147,7 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
             problem = self._problem(rows, self.row_penalty)
             self.n_features_in_ = problem.n_unknowns
         self._solve(problem, (rows.y, rows.weights, rows.counts) if here else None, listeners, limits)
+        self._stands_on(rows, problem, clusters)
         self._after_fit(rows, problem, y, groups)
         listeners.finish()
         return self
@@ -162,26 +183,11 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         # The first evaluation may be the last; scikit-learn counts it as an iteration.
         self.n_iter_ = max(1, result.n_iter)
         self.n_rows_ = problem.n_rows if training is None else len(training[0])
-        self.loss_value_ = inference.loss_without_penalties(problem, result.x, result.value)
+        self.loss_value_ = loss_without_penalties(problem, result.x, result.value)
         self._training = training
 
     # ---- computed when asked for
     # ------------------------------------------------------------------------------
-
-    @cached_property
-    def _covariance(self) -> tuple[Array, NDArray[np.bool_]]:
-        problem = self._training_problem("covariance_")
-        return inference.covariance_of(self.result_, problem)
-
-    @cached_property
-    def covariance_(self) -> Array:
-        """Covariance of the coefficients, shape (d, d); reads the data when first asked for."""
-        return self._covariance[0]
-
-    @cached_property
-    def standard_errors_(self) -> Array:
-        """Standard errors of the coefficients, shape (d,); NaN where the data do not identify one."""
-        return inference.standard_errors(*self._covariance)
 
     @cached_property
     def r2_(self) -> float:
@@ -227,15 +233,6 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         problem: GroupedProblem = self.result_.problem
         return problem
 
-    def summary(self) -> Summary:
-        """Return the coefficient table; print it, or pass its ``columns()`` to a data frame.
-
-        Returns
-        -------
-        Summary
-        """
-        return summarise(self)
-
     # ---- storage
     # ----------------------------------------------------------------------------------------------
 
@@ -257,7 +254,8 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         # A pickled model must not carry the training data along.
         state: dict[str, Any] = dict(super().__getstate__())
-        state.pop("_training", None)
+        for name in ("_training", "_fitted"):
+            state.pop(name, None)
         if "result_" in state:
             state["result_"] = replace(state["result_"], problem=None, separation=None)
         return state

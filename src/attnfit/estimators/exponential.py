@@ -16,6 +16,7 @@ from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.reading import (
     linear_predictor,
     read_features,
+    read_groups,
     read_offset,
     read_penalty,
     read_target,
@@ -46,6 +47,7 @@ class OutcomeRegressor(BaseRegressor):
         sample_weight: Any = None,
         offset: Any = None,
         *,
+        clusters: Any = None,
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = True,
         memory_limit: str | int | None = None,
@@ -60,6 +62,9 @@ class OutcomeRegressor(BaseRegressor):
             A weight w is the same as the row w times.
         offset : array_like, shape (n,), optional
             Added to ``X coef``.
+        clusters : array_like, shape (n,) or (n, 2), optional
+            Labels of what was drawn independently, one set or two; or the name of a column of X, which is
+            then no feature. They enter the standard errors only.
         checkpoint, resume, memory_limit
             As in `attnfit.minimize`: a file from which the fit goes on after a crash, whether it does, and
             the bytes that the process may hold, such as "1GB".
@@ -80,8 +85,9 @@ class OutcomeRegressor(BaseRegressor):
         With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
         where they are, and ``r2_`` is NaN.
         """
-        given = {"sample_weight": sample_weight, "offset": offset}
-        return self._fit(X, y, given, Limits(checkpoint, resume, memory_limit))
+        rows, clusters = read_groups(X, clusters, "clusters")
+        given = {"sample_weight": sample_weight, "offset": offset, "clusters": clusters}
+        return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
 
     def _read(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> Rows:
         design = read_features(self, X, reset=True)
@@ -173,6 +179,8 @@ class ExponentialRegressor(OutcomeRegressor):
         random_state: Any = None,
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
+        covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
+        weight_type: Literal["sampling", "frequency"] = "sampling",
     ) -> None:
         self._remember(locals())
 
@@ -248,6 +256,8 @@ class PoissonRegressor(OutcomeRegressor):
         random_state: Any = None,
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
+        covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
+        weight_type: Literal["sampling", "frequency"] = "sampling",
     ) -> None:
         self._remember(locals())
 

@@ -53,6 +53,7 @@ class ShareRegressor(BaseRegressor):
         sample_weight: Any = None,
         offset: Any = None,
         *,
+        clusters: Any = None,
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = True,
         memory_limit: str | int | None = None,
@@ -74,6 +75,9 @@ class ShareRegressor(BaseRegressor):
             by row, and a weight w on all rows of a group is the same as the group w times.
         offset : array_like, shape (n,), optional
             Added to the logits.
+        clusters : array_like, shape (n,) or (n, 2), optional
+            Labels of what was drawn independently, such as persons with several choices, one set or two; or
+            the name of a column of X, which is then no feature. They enter the standard errors only.
         checkpoint, resume, memory_limit
             As in `attnfit.minimize`: a file from which the fit goes on after a crash, whether it does, and
             the bytes that the process may hold, such as "1GB".
@@ -95,7 +99,8 @@ class ShareRegressor(BaseRegressor):
         """
         self._loss()
         rows, groups = reading.read_groups(X, groups)
-        given = {"groups": groups, "sample_weight": sample_weight, "offset": offset}
+        rows, clusters = reading.read_groups(rows, clusters, "clusters")
+        given = {"groups": groups, "sample_weight": sample_weight, "offset": offset, "clusters": clusters}
         return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
 
     def _read(

@@ -103,6 +103,8 @@ class SoftmaxRegressor(ShareRegressor):
         random_state: Any = None,
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
+        covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
+        weight_type: Literal["sampling", "frequency"] = "sampling",
     ) -> None:
         self._remember(locals())
 
