@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from attnfit.estimators.base import BaseRegressor, Limits, with_options
 from attnfit.estimators.callbacks import with_callbacks
 from attnfit.estimators.elsewhere import Rows
+from attnfit.estimators.outcome_effects import OutcomeEffectsMixin
 from attnfit.estimators.reading import (
     linear_predictor,
     read_features,
@@ -28,16 +29,11 @@ from attnfit.problems import Exponential, Poisson
 Array = NDArray[np.float64]
 
 
-class OutcomeRegressor(BaseRegressor):
+class OutcomeRegressor(OutcomeEffectsMixin, BaseRegressor):
     """A regression of outcomes without a normaliser on ``u(X coef + offset)``: fit and prediction."""
 
     row_penalty: Any
     ridge: float
-
-    @property
-    def _function(self) -> str:
-        """Name of u."""
-        return "exp"
 
     @with_callbacks
     def fit(
@@ -98,6 +94,10 @@ class OutcomeRegressor(BaseRegressor):
     def _row_penalty(self, rows: Rows) -> Any:
         return read_penalty(self.row_penalty, len(rows.y), rows.weights)
 
+    def _rows_of(self, X: Any) -> Any:
+        """Return the features of new data."""
+        return X
+
     def predict(self, X: Any, offset: Any = None) -> Array:
         """Return the outcome that the model expects, ``u(X coef_ + offset)``, shape (n,).
 
@@ -107,7 +107,7 @@ class OutcomeRegressor(BaseRegressor):
             Where the answer exceeds float64.
         """
         check_is_fitted(self)
-        design = read_features(self, X, reset=False)
+        design = read_features(self, self._rows_of(X), reset=False)
         z = linear_predictor(design, self._point, read_offset(offset, int(design.shape[0])))
         with np.errstate(over="ignore"):
             out = FUNCTIONS[self._function](z, 0.0)[0]

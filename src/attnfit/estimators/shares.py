@@ -172,7 +172,7 @@ class ShareRegressor(BaseRegressor):
             Where the answer exceeds float64.
         """
         check_is_fitted(self)
-        X, groups = reading.read_groups(X, groups)
+        X, groups = self._rows_of(X, groups)
         design = reading.read_features(self, X, reset=False)
         n = int(design.shape[0])
         self._require_groups(groups)
@@ -198,6 +198,10 @@ class ShareRegressor(BaseRegressor):
             )
         return shares
 
+    def _rows_of(self, X: Any, groups: Any) -> tuple[Any, Any]:
+        """Return features and groups of new data."""
+        return reading.read_groups(X, groups)
+
     def _require_groups(self, groups: Any) -> None:
         if groups is None and self.n_groups_ > 1:
             raise ValueError(
@@ -213,7 +217,7 @@ class ShareRegressor(BaseRegressor):
     ) -> float:
         """Return the coefficient of determination of ``predict(X, groups, offset)``."""
         check_is_fitted(self)
-        X, groups = reading.read_groups(X, groups)
+        X, groups = self._rows_of(X, groups)
         shares = self.predict(X, groups=groups, offset=offset)
         n = len(shares)
         weights = reading.read_weights(sample_weight, n, None if groups is None else parse_groups(groups, n))

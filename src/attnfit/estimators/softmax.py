@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import xlogy
 
 from attnfit.estimators.base import with_options
+from attnfit.estimators.choice_effects import ChoiceEffectsMixin
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.shares import ShareRegressor
@@ -22,7 +23,7 @@ Array = NDArray[np.float64]
 
 
 @with_options
-class SoftmaxRegressor(ShareRegressor):
+class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
     """Shares as a softmax: ``y = softmax(X coef + offset)`` within each group.
 
     Minimises ``sum over groups of Phi(softmax(X_g x + offset_g)) + 0.5 sum w (row_penalty * X x)^2 + 0.5
