@@ -131,7 +131,7 @@ def test_randhie():
         close([found.value[0], found.standard_error[0]], [value, error])
     found = model.elasticities("lncoins", **ROBUST)
     close([found.value[0], found.standard_error[0]], [-0.081770477, 0.010457405])
-    first = model.predict_interval(X, **raw)
+    first = model.predict_interval(X, **ROBUST)
     close([first.value[0], first.lower[0], first.upper[0]], [2.479437822, 2.257384568, 2.723333896])
     rows = model.marginal_effects("idp", rows=True, **raw)
     close(rows.value.mean(), -0.706773479)

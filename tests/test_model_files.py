@@ -48,7 +48,7 @@ def fitted():
     return models()
 
 
-NOT_SAVED = ("result_", "_training", "_fitted", "_share_totals", "row_penalty", "certificate_")
+NOT_SAVED = ("result_", "_training", "_fitted", "_share_totals", "row_penalty", "certificate_", "_library", "_index")
 
 
 def state(model):

@@ -17,7 +17,9 @@ from sklearn.metrics import r2_score
 
 from attnfit.estimators.callbacks import CallbackSupportMixin, Listeners
 from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
+from attnfit.estimators.formula import ATTRIBUTES
 from attnfit.estimators.inferring import InferenceMixin
+from attnfit.inference.scenario import library_and_index
 from attnfit.problems.rows.grouped import GroupedProblem
 from attnfit.solvers import Result, minimize
 
@@ -134,6 +136,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
     def _fit(self, X: Any, y: Any, given: dict[str, Any], limits: Limits) -> Self:
         """Fit the problem on these data, wherever they are."""
         clusters = given.pop("clusters")
+        library, index = library_and_index(X)
         listeners = Listeners(self, X, y, given)
         groups = given.get("groups")
         here = not is_elsewhere(X, y)
@@ -148,6 +151,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
             self.n_features_in_ = problem.n_unknowns
         self._solve(problem, (rows.y, rows.weights, rows.counts) if here else None, listeners, limits)
         self._stands_on(rows, problem, clusters)
+        self._library, self._index = library, index
         self._after_fit(rows, problem, y, groups)
         listeners.finish()
         return self
@@ -162,7 +166,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         """Fit the problem and set what every estimator reports; ``training`` is target, weights and counts of
         the rows where they are in memory.
         """
-        for name in LAZY:
+        for name in (*LAZY, *ATTRIBUTES):
             self.__dict__.pop(name, None)
         result = minimize(
             problem,
@@ -254,7 +258,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
     def __getstate__(self) -> dict[str, Any]:
         # A pickled model must not carry the training data along.
         state: dict[str, Any] = dict(super().__getstate__())
-        for name in ("_training", "_fitted"):
+        for name in ("_training", "_fitted", "_data", "_index"):
             state.pop(name, None)
         if "result_" in state:
             state["result_"] = replace(state["result_"], problem=None, separation=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+import narwhals as nw
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
@@ -97,11 +98,15 @@ class ChoiceEffectsMixin:
         rows: bool = False,
         pairs: Literal["all", "own"] | None = None,
         derivative: Any = None,
+        levels: tuple[Any, Any] | None = None,
         **options: Any,
     ) -> Effects:
         """Return by how much mean shares change for one more of a variable: ``N_jk / sum W``; parameters as
-        in `elasticities`.
+        in `elasticities`. For a category of a formula: by how much they change from one of two ``levels``,
+        given to all rows, to the other.
         """
+        if levels is not None:
+            return self._contrast(variable, levels, alternatives, options)
         return self._responses("marginal", variable, alternatives, rows, pairs, derivative, options)
 
     def diversion(self, variable: Any = None, alternatives: Any = None, **options: Any) -> Effects:
@@ -117,7 +122,9 @@ class ChoiceEffectsMixin:
         """
         scenario, options = self._look(options)
         codes, labels = self._codes(scenario, alternatives)
-        moved = None if variable is None else variable_of(self, variable, None, scenario.n_rows)
+        moved = (
+            None if variable is None else variable_of(self, variable, None, scenario.n_rows, scenario.data)
+        )
         found = scenario.responses(codes, len(labels), moved, own=False)
         own, d_own = np.diagonal(found.changes), np.einsum("kkd->kd", found.d_changes)
         value = -found.changes / own
@@ -151,7 +158,7 @@ class ChoiceEffectsMixin:
             ``kind, clusters, correction, df, level``, and data where the ratio depends on them.
         """
         scenario, options = self._look(options)
-        one, other = (variable_of(self, v, None, scenario.n_rows) for v in (a, b))
+        one, other = (variable_of(self, v, None, scenario.n_rows, scenario.data) for v in (a, b))
         covariance, level = self._covariance_for(options)
         label = name or f"{a}/{b}"
         d = len(self._point)
@@ -215,7 +222,7 @@ class ChoiceEffectsMixin:
             If alpha is not positive, or the scenarios have other groups.
         """
         first, second, options = self._two(before, after, options)
-        variable = variable_of(self, cost, None, first.n_rows)
+        variable = variable_of(self, cost, None, first.n_rows, first.data)
         if variable.column is None:
             raise ValueError(f"cost={cost!r} must enter the model by one column of its own")
         alpha = -float(self._point[variable.column])
@@ -299,7 +306,7 @@ class ChoiceEffectsMixin:
         options: dict[str, Any],
     ) -> Effects:
         scenario, options = self._look(options)
-        moved = variable_of(self, variable, derivative, scenario.n_rows)._replace(
+        moved = variable_of(self, variable, derivative, scenario.n_rows, scenario.data)._replace(
             relative=kind == "elasticity"
         )
         if rows:
@@ -308,9 +315,13 @@ class ChoiceEffectsMixin:
             found = self._effects(value, gradients, options, scenario, *about)
             return replace(found, index=scenario.index)
         codes, labels = self._codes(scenario, alternatives)
-        own = (pairs or ("own" if len(labels) > MAX_PAIRS else "all")) == "own"
+        fixed = scenario.is_fixed(moved)
+        own = not fixed and (pairs or ("own" if len(labels) > MAX_PAIRS else "all")) == "own"
         sums = scenario.responses(codes, len(labels), moved, own=own)
         N, dN, S, dS = sums.changes, sums.d_changes, sums.shares, sums.d_shares
+        if fixed:
+            # A variable of groups moves all alternatives together.
+            own, N, dN = True, N.sum(axis=1), dN.sum(axis=1)
         if kind == "marginal":
             value, gradients = N / sums.weight, dN / sums.weight
         else:
@@ -320,6 +331,21 @@ class ChoiceEffectsMixin:
         if own:
             return self._effects(value, gradients, options, scenario, ("alternative",), (labels,))
         return self._effects(value, gradients, options, scenario, ("share_of", "changed"), (labels, labels))
+
+    def _contrast(
+        self, variable: Any, levels: tuple[Any, Any], alternatives: Any, options: dict[str, Any]
+    ) -> Effects:
+        """Return what changes where all rows have the second level in place of the first."""
+        scenario, rest = self._look(options)
+        data = scenario.data
+        if data is None or variable not in list(data.columns):
+            raise ValueError(f"levels belong to a column of a formula's data; {variable!r} is none")
+        one, other = (
+            nw.from_native(data).with_columns(nw.lit(level).alias(variable)).to_native() for level in levels
+        )
+        groups = scenario.group_labels() if options.get("groups") is None else options["groups"]
+        alternatives = self._known_alternatives(scenario) if alternatives is None else alternatives
+        return self.compare_scenarios(one, other, alternatives, groups=groups, **rest).change
 
     def _look(self, options: dict[str, Any]) -> tuple[Scenario, dict[str, Any]]:
         """Return the choice sets asked for, and the options that are left."""
@@ -356,8 +382,10 @@ class ChoiceEffectsMixin:
             n = fitted.given.n_rows - fitted.n_outside if fitted.kept is None else len(fitted.kept)
             found = Scenario(fitted.given, self._point, n, fitted.kept, n_outside=fitted.n_outside)
             found.library, found.index = getattr(self, "_library", None), getattr(self, "_index", None)
+            found.data = self.__dict__.get("_data")
         else:
             library, index = library_and_index(X)
+            data = X
             X, groups = self._rows_of(X, groups)  # type: ignore[attr-defined]
             design = reading.read_features(self, X, reset=False)
             n = int(design.shape[0])
@@ -372,7 +400,7 @@ class ChoiceEffectsMixin:
                 shift = None if shift is None else np.concatenate([shift, np.zeros(n_outside)])
             problem = Softmax(design, np.zeros(len(ids)), ids, loss="entropy", offset=shift)
             found = Scenario(problem, self._point, n, n_outside=n_outside, labels=sets.labels)
-            found.library, found.index = library, index
+            found.library, found.index, found.data = library, index, data
         if weights is not None:
             found.set_weights(weights)
         return found
@@ -383,7 +411,8 @@ class ChoiceEffectsMixin:
         return scenario.codes(alternatives)
 
     def _known_alternatives(self, scenario: Scenario) -> Any:
-        known = getattr(self, "_alternatives", None)
+        known = self._column_named("alternatives", scenario.data)  # type: ignore[attr-defined]
+        known = getattr(self, "_alternatives", None) if known is None else known
         if known is None or len(known) != scenario.n_rows:
             raise ValueError("alternatives is missing: pass the label of the alternative of each row")
         return known

@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from attnfit.estimators.base import BaseRegressor, Limits, with_options
 from attnfit.estimators.callbacks import with_callbacks
 from attnfit.estimators.elsewhere import Rows
+from attnfit.estimators.formula import OutcomeFormulaMixin
 from attnfit.estimators.outcome_effects import OutcomeEffectsMixin
 from attnfit.estimators.reading import (
     linear_predictor,
@@ -29,7 +30,7 @@ from attnfit.problems import Exponential, Poisson
 Array = NDArray[np.float64]
 
 
-class OutcomeRegressor(OutcomeEffectsMixin, BaseRegressor):
+class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
     """A regression of outcomes without a normaliser on ``u(X coef + offset)``: fit and prediction."""
 
     row_penalty: Any
@@ -93,10 +94,6 @@ class OutcomeRegressor(OutcomeEffectsMixin, BaseRegressor):
 
     def _row_penalty(self, rows: Rows) -> Any:
         return read_penalty(self.row_penalty, len(rows.y), rows.weights)
-
-    def _rows_of(self, X: Any) -> Any:
-        """Return the features of new data."""
-        return X
 
     def predict(self, X: Any, offset: Any = None) -> Array:
         """Return the outcome that the model expects, ``u(X coef_ + offset)``, shape (n,).

@@ -18,6 +18,7 @@ from safetensors.numpy import save as to_bytes
 from attnfit import solvers
 from attnfit.estimators import model_header
 from attnfit.estimators.model_header import ModelFileError
+from attnfit.formulas import FormulaDesign
 from attnfit.inference import Covariance, FitStatistics
 from attnfit.solvers import History, Result, Status
 from attnfit.writing import write as write_file
@@ -61,6 +62,7 @@ def dumps(model: Any) -> bytes:
             name: value for name in model_header.FIT if _finite(value := model.__dict__.get(name)) is not None
         },
         "covariance": _described(model) if "_covariance" in model.__dict__ else None,
+        "formula": _formula(model) if "_formula" in model.__dict__ else None,
         "statistics": asdict(model._statistics) if "_statistics" in model.__dict__ else None,
         "result": {name: _finite(getattr(model.result_, name)) for name in model_header.RESULT},
     }
@@ -142,6 +144,11 @@ def _restore(model: Any, header: dict[str, Any], arrays: dict[str, NDArray[np.fl
             null=arrays.get("null", np.zeros((len(arrays["coef"]), 0))),
             **told | {"notes": tuple(told["notes"])},
         )
+    if header.get("formula") is not None:
+        told = header["formula"]
+        model._formula = FormulaDesign.from_json(told["design"])
+        model.formula_, model._names_of = told["text"], told["names"]
+        model.notes_ = tuple(model._formula.notes)
     statistics = header.get("statistics")
     if statistics is not None:
         model._statistics = FitStatistics(**statistics | {"notes": tuple(statistics["notes"])})
@@ -188,6 +195,11 @@ def _digest(arrays: dict[str, NDArray[Any]], header: str) -> str:
         digest.update(f"\n{name} {arrays[name].dtype.str} {arrays[name].shape}\n".encode())
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
+
+
+def _formula(model: Any) -> dict[str, Any]:
+    """Return the design of a model with a formula, and the names of the columns that the fit took."""
+    return {"text": model.formula_, "names": model._names_of, "design": model._formula.to_json()}
 
 
 def _described(model: Any) -> dict[str, Any]:

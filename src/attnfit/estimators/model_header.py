@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit import solvers
+from attnfit.formulas import FormulaDesign
 from attnfit.inference import FitStatistics
 from attnfit.inference.covariance import KINDS
 from attnfit.losses.exponential import FUNCTIONS
@@ -62,7 +63,7 @@ STORED = ("ExponentialRegressor", "PoissonRegressor", "RescaledSoftmaxRegressor"
 # Parameters that older files do not have.
 LATER = {"n_starts": "auto", "separation": "warn", "covariance": "auto", "weight_type": "sampling"}
 # Entries of the header that older files do not have.
-OPTIONAL = {"covariance", "statistics"}
+OPTIONAL = {"covariance", "formula", "statistics"}
 SOLVERS = ("Newton", "LevenbergMarquardt", "GradientDescent")
 
 
@@ -107,6 +108,7 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
     _check_fit(header["fit"], cls)
     _check_covariance(header.get("covariance"), arrays)
     _check_statistics(header.get("statistics"))
+    _check_formula(header.get("formula"), header["feature_names_in"])
     return cls(**params)
 
 
@@ -160,6 +162,24 @@ def _check_covariance(told: Any, arrays: dict[str, Any]) -> None:
         told["kind"] in KINDS and all(isinstance(note, str) for note in told["notes"]), "covariance is none"
     )
     _require("scale" in arrays and bool((arrays["scale"] > 0.0).all()), "scale is not positive")
+
+
+def _check_formula(told: Any, features: Any) -> None:
+    if told is None:
+        return
+    _require(isinstance(told, dict) and set(told) == {"text", "names", "design"}, "formula is malformed")
+    names = told["names"]
+    _require(
+        isinstance(told["text"], str)
+        and isinstance(names, dict)
+        and all(isinstance(k, str) and isinstance(v, str) for k, v in names.items()),
+        "the names of columns of the formula are malformed",
+    )
+    try:
+        design = FormulaDesign.from_json(told["design"])
+    except ValueError as error:
+        raise ModelFileError(str(error)) from None
+    _require(design.columns == features, "the columns of the formula are not the features")
 
 
 def _check_statistics(told: Any) -> None:

@@ -105,7 +105,8 @@ class OutcomeEffectsMixin:
         self, kind: str, variable: Any, rows: bool, derivative: Any, options: dict[str, Any]
     ) -> Effects:
         problem, n, labels, options = self._look(options)
-        moved: Variable = variable_of(self, variable, derivative, n)._replace(relative=kind == "elasticity")
+        moved: Variable = variable_of(self, variable, derivative, n, labels[2])
+        moved = moved._replace(relative=kind == "elasticity")
         if rows:
             each = outcome_rows(problem, problem.chunks, self._at(), self._function, moved, kind)
             effects = self._effects(each.values, each.gradients, options, labels, ("row", range(n)))
@@ -119,7 +120,7 @@ class OutcomeEffectsMixin:
         name = variable if isinstance(variable, str | int) else "variable"
         return self._effects([value], gradient[None, :], options, labels, ("variable", [name]))
 
-    def _look(self, options: dict[str, Any]) -> tuple[Any, int, tuple[Any, Any], dict[str, Any]]:
+    def _look(self, options: dict[str, Any]) -> tuple[Any, int, tuple[Any, ...], dict[str, Any]]:
         """Return the rows asked for, their number, library and index, and the options that are left."""
         check_is_fitted(self)
         options = dict(options)
@@ -128,9 +129,9 @@ class OutcomeEffectsMixin:
             if offset is not None:
                 raise ValueError("offset belongs to an X; pass it, or leave both out")
             problem = self._training_problem("effects of the training data")  # type: ignore[attr-defined]
-            labels = getattr(self, "_library", None), getattr(self, "_index", None)
+            labels = (*(getattr(self, name, None) for name in ("_library", "_index", "_data")),)
             return problem, problem.n_rows, labels, options
-        labels = library_and_index(X)
+        labels = *library_and_index(X), X
         X = self._rows_of(X)  # type: ignore[attr-defined]
         design = reading.read_features(self, X, reset=False)
         n = int(design.shape[0])
@@ -150,7 +151,7 @@ class OutcomeEffectsMixin:
         value: Any,
         gradients: Array,
         options: dict[str, Any],
-        labels: tuple[Any, Any],
+        labels: tuple[Any, ...],
         names: tuple[str, Any],
         scale: str = "",
     ) -> Effects:

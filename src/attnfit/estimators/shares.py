@@ -20,6 +20,7 @@ from attnfit.estimators.elsewhere import (
     normaliser_elsewhere,
     totals_elsewhere,
 )
+from attnfit.estimators.formula import ChoiceFormulaMixin
 from attnfit.estimators.totals import ShareTotals
 from attnfit.losses.base import Loss
 from attnfit.losses.segments import Segments
@@ -29,7 +30,7 @@ from attnfit.problems.rows.partition import parse_groups
 Array = NDArray[np.float64]
 
 
-class ShareRegressor(BaseRegressor):
+class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
     """What softmax and rescaled regression share: groups, outside good, and the normaliser for `predict`."""
 
     ridge: float
@@ -197,10 +198,6 @@ class ShareRegressor(BaseRegressor):
                 f"{scale:.4g}): X is far from the training data, groups are missing, or coef_ and u(0) are 0"
             )
         return shares
-
-    def _rows_of(self, X: Any, groups: Any) -> tuple[Any, Any]:
-        """Return features and groups of new data."""
-        return reading.read_groups(X, groups)
 
     def _require_groups(self, groups: Any) -> None:
         if groups is None and self.n_groups_ > 1:

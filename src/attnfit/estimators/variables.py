@@ -9,8 +9,8 @@ import numpy as np
 from attnfit.inference.choice_effects import Variable
 
 
-def variable_of(model: Any, variable: Any, derivative: Any, n: int) -> Variable:
-    """Return how logits depend on a variable of n rows.
+def variable_of(model: Any, variable: Any, derivative: Any, n: int, data: Any = None) -> Variable:
+    """Return how logits depend on a variable of n rows; ``data`` are these rows where a formula needs them.
 
     Raises
     ------
@@ -25,6 +25,14 @@ def variable_of(model: Any, variable: Any, derivative: Any, n: int) -> Variable:
                 f"derivative has shape {slopes.shape} and the variable {values.shape}; pass {shape} and "
                 f"{shape[:1]}: the rows of X differentiated, and the variable's values"
             )
+        return Variable(values=values, slopes=slopes)
+    formula = model.__dict__.get("_formula")
+    if formula is not None and isinstance(variable, str) and not formula.is_plain(variable):
+        if data is None:
+            raise ValueError(
+                f"{variable!r} enters by several columns: pass X, a data frame with the variables"
+            )
+        values, slopes = formula.derivative(data, variable)
         return Variable(values=values, slopes=slopes)
     names = [str(name) for name in model._names()]
     if isinstance(variable, str):

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from attnfit.inference import tables
 from attnfit.inference.choice_effects import (
@@ -64,6 +65,7 @@ class Scenario:
     labels: Any = None
     library: str | None = None
     index: Any = None
+    data: Any = None
 
     @cached_property
     def at(self) -> Evaluation:
@@ -116,10 +118,23 @@ class Scenario:
         self._require_here()
         n, d = self.problem.n_rows, len(self.x)
         values, gradients = np.zeros(n), np.zeros((n, d))
+        fixed = self.is_fixed(variable)
+        if fixed and self.problem.n_long:
+            raise ValueError("one value a row of a variable of groups needs groups that fit into a block")
         for rows in rows_of(self.problem, self.problem.chunks, self.at, self.weights, d):
             v, D, h = slope_of(rows, variable, self.x)
             v = v if kind == "elasticity" else np.ones_like(v)
             f = rows.f if kind == "marginal" else np.ones_like(rows.f)
+            if fixed:
+                mean = np.bincount(rows.groups, weights=rows.f * D)[rows.groups]
+                change = rows.f[:, None] * (rows.c * D[:, None] + h)
+                d_mean = sparse.csr_array((np.ones(len(D)), (rows.groups, np.arange(len(D))))) @ change
+                values[rows.index] = f * v * (D - mean)
+                gradient = (f * v)[:, None] * (h - d_mean[rows.groups])
+                if kind == "marginal":
+                    gradient += values[rows.index][:, None] * rows.c
+                gradients[rows.index] = gradient
+                continue
             values[rows.index] = f * (1.0 - rows.f) * v * D
             d_share = -rows.f[:, None] * rows.c * (f * v * D)[:, None]
             if kind == "marginal":
@@ -158,6 +173,15 @@ class Scenario:
         values, gradients, weights = zip(*(found[label] for label in labels), strict=True)
         named = labels if self.labels is None else [self.labels[k] for k in labels]
         return LogSums(np.array(values), np.stack(gradients), np.array(weights), named)
+
+    def is_fixed(self, variable: Variable) -> bool:
+        """Whether a variable is one number a group: a change moves all its rows."""
+        if variable.values is None or not self.problem.is_whole:
+            return False
+        labels = np.unique(self.group_labels(), return_inverse=True)[1]
+        first = np.zeros(int(labels.max()) + 1)
+        first[labels] = variable.values
+        return bool((first[labels] == variable.values).all())
 
     def group_labels(self) -> Any:
         """Return the label of each of the user's rows' groups."""
