@@ -127,6 +127,10 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
     def _problem(self, rows: Any, row_penalty: Any) -> GroupedProblem:
         """Return the problem to fit."""
 
+    def _objective(self, problem: GroupedProblem) -> Any:
+        """Return what is minimised, where it is not the problem itself."""
+        return problem
+
     def _note_targets(self, rows: Any) -> None:
         """Warn about targets that suit another loss better."""
 
@@ -169,7 +173,8 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         for name in (*LAZY, *ATTRIBUTES):
             self.__dict__.pop(name, None)
         result = minimize(
-            problem,
+            self._objective(problem),
+            self.__dict__.pop("_start", None),
             solver=self.solver,
             tol=self.tol,
             max_iter=self.max_iter,

@@ -63,7 +63,7 @@ def dumps(model: Any) -> bytes:
         },
         "covariance": _described(model) if "_covariance" in model.__dict__ else None,
         "formula": _formula(model) if "_formula" in model.__dict__ else None,
-        "statistics": asdict(model._statistics) if "_statistics" in model.__dict__ else None,
+        "statistics": _finite(asdict(model._statistics)) if "_statistics" in model.__dict__ else None,
         "result": {name: _finite(getattr(model.result_, name)) for name in model_header.RESULT},
     }
     try:

@@ -14,6 +14,7 @@ from attnfit.estimators.choices import Choices
 from attnfit.estimators.summary import Summary, at_hand, summarise
 from attnfit.inference import Covariance, Fitted
 from attnfit.inference.covariance import KINDS
+from attnfit.inference.exact_ties import ExactFitted, ExactTies
 from attnfit.inference.hypotheses import LikelihoodRatio, WaldTest, likelihood_ratio, wald
 from attnfit.inference.statistics import FitStatistics, statistics_of
 from attnfit.problems.inputs import choose
@@ -66,8 +67,10 @@ class InferenceMixin:
         counts = rows.counts
         if counts is not None and outside:
             counts = np.concatenate([counts, np.ones(outside)])
-        self._fitted = Fitted(
-            problem,
+        objective = self.result_.problem
+        kind: Any = ExactFitted if isinstance(objective, ExactTies) else Fitted
+        self._fitted = kind(
+            objective if kind is ExactFitted else problem,
             self.coef_ if separation is None else separation.point,
             finite=np.isfinite(self.coef_),
             n_separated=0 if separation is None else len(separation.rows),

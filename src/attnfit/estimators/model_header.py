@@ -88,7 +88,8 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
     )
     params = header["params"]
     _require(isinstance(params, dict), "params is not an object")
-    params = LATER | params
+    own = LATER | ({"ties": None} if name == "SoftmaxRegressor" else {})
+    params = own | params
     if "row_penalty" in arrays:
         _require("row_penalty" not in params, "row_penalty is given twice")
         params["row_penalty"] = arrays["row_penalty"]
@@ -234,6 +235,7 @@ def _check_param(name: str, value: Any) -> None:
         "n_starts": lambda: value == "auto" or (_is(value, int) and value >= 1),
         "separation": lambda: value in ("warn", "drop", "keep"),
         "covariance": lambda: value in KINDS,
+        "ties": lambda: value in (None, "counts", "exact"),
         "weight_type": lambda: value in ("sampling", "frequency"),
     }
     _require(checks[name](), f"parameter {name} is {value!r}, which is not allowed")

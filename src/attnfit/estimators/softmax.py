@@ -14,12 +14,14 @@ from attnfit.estimators.choice_effects import ChoiceEffectsMixin
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.shares import ShareRegressor
+from attnfit.inference.exact_ties import ExactTies
 from attnfit.losses.base import Loss
 from attnfit.losses.softmax import LOSSES
 from attnfit.problems import Softmax
 from attnfit.problems.inputs import choose
 
 Array = NDArray[np.float64]
+TIES = ("counts", "exact")
 
 
 @with_options
@@ -48,6 +50,10 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
     outside_good : bool
         Add to each group a row of zeros whose target is one minus the sum of the others.
     %(options)s
+    ties : {"counts", "exact"}, optional
+        What several ones in a group are under cross entropy: counts, each a choice from the whole group (the
+        default, with a warning), or one choice of so many rows, as in the conditional logit of Stata and
+        statsmodels.
 
     Attributes
     ----------
@@ -106,6 +112,7 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
         separation: Literal["warn", "drop", "keep"] = "warn",
         covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
         weight_type: Literal["sampling", "frequency"] = "sampling",
+        ties: Literal["counts", "exact"] | None = None,
     ) -> None:
         self._remember(locals())
 
@@ -147,12 +154,30 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
             ridge=self.ridge,
         )
 
+    def _objective(self, problem: Any) -> Any:
+        if self.ties is not None:
+            choose(self.ties, dict.fromkeys(TIES), "ties")
+        if self.ties != "exact":
+            return problem
+        if self.loss != "cross_entropy":
+            raise ValueError(f"ties='exact' is a likelihood: use loss='cross_entropy', not {self.loss!r}")
+        return ExactTies(problem)
+
     def _bounded(self, shares: Array) -> Array:
         # Against the normaliser of the training data a new row can outweigh all of its rows; its share is
         # still one at most.
         return np.minimum(shares, 1.0)
 
     def _note_targets(self, choices: Choices) -> None:
+        several = choices.totals.above and self.loss == "cross_entropy" and self.ties is None
+        if several and choices.n_groups > 1 and ((choices.target == 0.0) | (choices.target == 1.0)).all():
+            warnings.warn(
+                f"y has several ones in {choices.totals.n_above} groups, which are fitted as counts; the "
+                "conditional logit of Stata and statsmodels takes their number as given: ties='exact' does, "
+                "ties='counts' silences this",
+                UserWarning,
+                stacklevel=5,
+            )
         if self.loss == "squared" and choices.n_groups > 1 and choices.totals.n_unbalanced == 0:
             target = choices.target
             if ((target == 0.0) | (target == 1.0)).all():
@@ -169,6 +194,9 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
         if not self._is_likelihood:
             return
         counts = 1.0 if choices.counts is None else choices.counts
+        if self.ties == "exact":
+            self.log_likelihood_ = -self.loss_value_
+            return
         if self.loss == "cross_entropy":
             # The problem sees the share w f of w copies.
             self.loss_value_ += float(np.sum(xlogy(counts * choices.y, counts)))

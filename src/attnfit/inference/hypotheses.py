@@ -243,9 +243,10 @@ def compare(*models: Any, names: Sequence[str] | None = None) -> Comparison:
     >>> from attnfit.estimators import SoftmaxRegressor
     >>> from attnfit.inference import compare
     >>> travel = datasets.load_travel_mode()
-    >>> model = SoftmaxRegressor("cross_entropy")
-    >>> full = model.fit(travel.A, travel.b, groups=travel.groups)
-    >>> less = SoftmaxRegressor("cross_entropy").fit(travel.A[:, :5], travel.b, groups=travel.groups)
+    >>> full, less = (
+    ...     SoftmaxRegressor("cross_entropy").fit(travel.A[:, :d], travel.b, groups=travel.groups)
+    ...     for d in (6, 4)
+    ... )
     >>> compare(full, less).rank
     (1, 2)
     """

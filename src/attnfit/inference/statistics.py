@@ -125,7 +125,7 @@ def statistics_of(fitted: Fitted, alternatives: Any = None) -> FitStatistics:
 
 
 def _statistics(found: dict[str, float | None], notes: list[str]) -> FitStatistics:
-    known = {name: float(value) for name, value in found.items() if value is not None}
+    known = {name: float(value) for name, value in found.items() if value is not None and value == value}
     return FitStatistics(**known, notes=tuple(notes))
 
 
