@@ -302,6 +302,24 @@ def test_outside_goods_are_an_alternative():
     np.testing.assert_allclose(again.standard_error, shares.standard_error)
 
 
+def test_effects_on_a_cluster():
+    da = pytest.importorskip("dask.array")
+    p = instance(5)
+    X, y, groups = (np.concatenate([p[name]] * 5) for name in ("X", "y", "groups"))
+    groups = groups + 6 * np.repeat(np.arange(5), 21)
+    alternatives = np.concatenate([p["alternatives"]] * 5)
+    here = SoftmaxRegressor(ridge=0.1).fit(X, y, groups=groups)
+    arrays = [da.from_array(v, chunks=(37, 3)[: v.ndim]) for v in (X, y, groups)]
+    there = SoftmaxRegressor(ridge=0.1).fit(arrays[0], arrays[1], groups=arrays[2])
+    ours, theirs = (one.elasticities(0, alternatives) for one in (there, here))
+    np.testing.assert_allclose(ours.value, theirs.value, rtol=1e-6)
+    np.testing.assert_allclose(ours.standard_error, theirs.standard_error, rtol=1e-5)
+    with pytest.raises(ValueError, match="needs the rows in memory; pass X and groups"):
+        there.predict_interval()
+    again = there.predict_interval(X, groups)
+    np.testing.assert_allclose(again.standard_error, here.predict_interval().standard_error, rtol=1e-5)
+
+
 def test_refusals():
     p = instance(4)
     model = fit(p)

@@ -177,6 +177,18 @@ def test_unseen_levels():
         model.predict(other)
 
 
+def test_levels_without_a_row_are_said():
+    kinds = pd.CategoricalDtype(["car", "tram", "air", "train", "bus"])
+    data = travel().assign(mode=lambda d: d["mode"].astype(kinds))
+    model = from_formula("choice ~ mode + gc", data)
+    assert "mode: level tram has no row" in model.notes_ and "mode: reference level car" in model.notes_
+    assert len(model.coef_) == 4
+    enum = pl.DataFrame(travel().to_dict("list")).with_columns(
+        pl.col("mode").cast(pl.Enum(["car", "air", "train", "bus"]))
+    )
+    np.testing.assert_allclose(from_formula("choice ~ mode + gc", enum).coef_, model.coef_, rtol=1e-9)
+
+
 def test_effects_through_a_formula():
     data = travel()
     model = from_formula("choice ~ mode + log(gc + 1) + gc:rush + income:mode", data)

@@ -99,6 +99,28 @@ def test_frequency_weights_repeat_groups(loss):
     assert weighted._find_covariance("robust").n_units == copies.sum()
 
 
+def test_clusters_against_statsmodels():
+    sm = pytest.importorskip("statsmodels.api")
+    rng = np.random.default_rng(5)
+    X = np.column_stack([np.ones(90), rng.standard_normal((90, 2))])
+    clusters = np.arange(90) % 13
+    y = rng.poisson(np.exp(X @ [0.5, 0.4, -0.3] + 0.3 * rng.standard_normal(13)[clusters])).astype(float)
+    peer = sm.GLM(y, X, family=sm.families.Poisson())
+    theirs = peer.fit(tol=1e-14, cov_type="cluster", cov_kwds={"groups": clusters})
+    model = PoissonRegressor().fit(X, y, clusters=clusters)
+    factor = 13 / 12 * 89 / 87
+    np.testing.assert_allclose(model.covariance(correction=factor), theirs.cov_params(), rtol=1e-8)
+    restriction = model.wald_test("x1 = 0, x2 = 0", correction=factor)
+    assert restriction.statistic == pytest.approx(
+        float(np.squeeze(theirs.wald_test(np.eye(3)[1:], use_f=False, scalar=True).statistic)), rel=1e-8
+    )
+    raw = peer.fit(tol=1e-14)
+    found = model.fit_statistics()
+    expected = raw.llf, raw.aic, raw.deviance, raw.null_deviance, raw.llnull
+    ours = found.log_likelihood, found.aic, found.deviance, found.null_deviance, found.log_likelihood_null
+    assert ours == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("cls", [ExponentialRegressor, PoissonRegressor])
 def test_frequency_weights_repeat_rows(cls):
     rng = np.random.default_rng(4)

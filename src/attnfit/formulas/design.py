@@ -18,6 +18,7 @@ from attnfit.formulas.frames import (
     require_columns,
     require_finite,
     to_pandas,
+    unused_levels,
 )
 from attnfit.formulas.safe import FUNCTIONS, MODULES, require_safe
 
@@ -301,6 +302,7 @@ def learn(
         raise ValueError("no column of the formula varies within groups; nothing can be estimated")
     for name in levels:
         _note_reference(design, name)
+        design.notes += [f"{name}: level {level} has no row" for level in unused_levels(table[name])]
     return design, found[design.columns]
 
 

@@ -37,7 +37,7 @@ def column_kind(series: Any, name: str) -> str:
         return "bool"
     if dtype.is_numeric():
         return "number"
-    if dtype in (nw.String, nw.Categorical, nw.Enum) or isinstance(dtype, nw.Enum):
+    if dtype in (nw.String, nw.Categorical) or isinstance(dtype, nw.Enum):
         return "category"
     known = [value for value in series.to_list() if value is not None and value == value]
     if all(isinstance(value, str) for value in known):
@@ -54,11 +54,22 @@ def levels_of(series: Any, kind: str) -> list[Any]:
     if kind == "bool":
         return [False, True]
     known = {value for value in series.to_list() if value is not None and value == value}
-    if series.dtype in (nw.Categorical, nw.Enum) or isinstance(series.dtype, nw.Enum):
-        ordered = [level for level in series.cat.get_categories().to_list() if level in known]
-        if isinstance(series.dtype, nw.Enum) or type(series.to_native()).__module__.startswith("pandas"):
-            return ordered
-    return sorted(known)
+    ordered = fixed_categories(series)
+    return sorted(known) if ordered is None else [level for level in ordered if level in known]
+
+
+def unused_levels(series: Any) -> list[Any]:
+    """Return the categories of a column that no row has."""
+    known = set(series.to_list())
+    return [level for level in fixed_categories(series) or [] if level not in known]
+
+
+def fixed_categories(series: Any) -> list[Any] | None:
+    """Return the categories of a column whose type has them in an order, None for any other."""
+    native = series.to_native()
+    if hasattr(native, "cat") and hasattr(native.cat, "categories"):
+        return list(native.cat.categories.tolist())
+    return list(series.dtype.categories) if isinstance(series.dtype, nw.Enum) else None
 
 
 def is_missing(series: Any) -> np.ndarray:

@@ -22,6 +22,8 @@ from attnfit.problems.rows.stored import StoredProblem
 SCORES_IN_MEMORY = 1 << 30
 # Shares that differ by no more than this are equal: a tie.
 TIE = 1e-12
+# Sums over units are added to those of all units where these are at most so many times the rows of a chunk.
+DENSE_UNITS = 8
 
 
 class Wanted(NamedTuple):
@@ -241,11 +243,16 @@ def _add_scores(
         units = of_row[chunk.index]
         _note_splits(chunk, sums, k, units)
         inside = units >= 0
-        found, inverse = np.unique(np.where(inside, units, 0), return_inverse=True)
+        place = np.where(inside, units, 0)
+        found: Any = slice(None)
+        if wanted.n_units[k] > DENSE_UNITS * len(place):
+            # Most units have no row here.
+            found, place = np.unique(place, return_inverse=True)
+        n_units = wanted.n_units[k] if isinstance(found, slice) else len(found)
         e = np.where(inside, scores.e, 0.0)
-        sums.unit_scores[k][found] += rows.sums(scores._replace(e=e), inverse, len(found))
+        sums.unit_scores[k][found] += rows.sums(scores._replace(e=e), place, n_units)
         counted = inside & counting(part, chunk) & (copies > 0.0)
-        sums.unit_rows[k][found] += np.bincount(inverse, weights=counted, minlength=len(found))
+        sums.unit_rows[k][found] += np.bincount(place, weights=counted, minlength=n_units)
 
 
 def _add_groups(

@@ -99,23 +99,22 @@ def target_sum(
             # The problem has the sum over copies, and their number in the offset.
             log_copies = np.log(w)
             b, z = b / w, z - log_copies
-        found = _of_rows(b, w, z)
-        groups = Groups.of(b, w, z, log_copies, chunk.segments)
-        if chunk.long >= 0:
-            long.add(chunk.long, groups)
-        elif part.loss.coupled:
-            found |= groups.totals()
+        found = _of_rows(b, w, z, coupled=part.loss.coupled)
+        if part.loss.coupled:
+            groups = Groups.of(b, w, z, log_copies, chunk.segments)
+            if chunk.long >= 0:
+                long.add(chunk.long, groups)
+            else:
+                found |= groups.totals()
         for name, value in found.items():
             totals[name] = totals.get(name, 0.0) + float(value)
     return totals, long
 
 
-def _of_rows(y: Array, w: Array, z: Array) -> dict[str, Any]:
-    """Return sums over rows, for models without a normaliser and for checks of numbers."""
-    with np.errstate(over="ignore"):
-        exposure = np.exp(z)
+def _of_rows(y: Array, w: Array, z: Array, *, coupled: bool) -> dict[str, Any]:
+    """Return sums over rows: checks of numbers, and what models without a normaliser need."""
     total = w * y
-    return {
+    found = {
         "n_fractional_weights": np.count_nonzero(w != np.round(w)),
         "n_fractional": np.count_nonzero(
             np.abs(total - np.round(total)) > ROUNDING * np.maximum(np.abs(total), 1.0)
@@ -125,12 +124,19 @@ def _of_rows(y: Array, w: Array, z: Array) -> dict[str, Any]:
         "rows": len(y),
         "rows_weighted": np.count_nonzero(w > 0.0),
         "w": w.sum(),
+    }
+    if coupled:
+        return found
+    with np.errstate(over="ignore"):
+        exposure = np.exp(z)
+    positive = np.maximum(y, 0.0)
+    return found | {
         "wy": total.sum(),
         "wyy": (total * y).sum(),
         "wyo": np.where(y != 0.0, total * z, 0.0).sum(),
         "wo": (w * exposure).sum(),
-        "gamma": (w * gammaln(np.maximum(y, 0.0) + 1.0)).sum(),
-        "ylogy": xlogy(total, np.maximum(y, 0.0) + (y <= 0.0)).sum(),
+        "gamma": (w * gammaln(positive + 1.0)).sum(),
+        "ylogy": xlogy(w * positive, positive).sum(),
     }
 
 
