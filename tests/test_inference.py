@@ -209,6 +209,16 @@ def test_auto():
     )
 
 
+def test_inverse_information_of_car_shares_is_wrong_by_a_factor_of_29():
+    cars = datasets.load_car_shares()
+    model = SoftmaxRegressor("cross_entropy").fit(cars.A, cars.b, groups=cars.groups)
+    raw = np.sqrt(np.diag(model.covariance("robust", correction=False)))[5]
+    assert raw == pytest.approx(0.0109, abs=5e-5)
+    assert np.sqrt(model._fitted.bread.inverse[5, 5]) == pytest.approx(0.314, abs=5e-4)
+    percent = SoftmaxRegressor("cross_entropy").fit(cars.A, 100 * cars.b, groups=cars.groups)
+    np.testing.assert_allclose(percent.covariance_, model.covariance_, rtol=1e-6)
+
+
 def test_groups_without_a_choice_are_no_units():
     X, y, groups, _ = panel(11, choices=True)
     y[groups < 5] = 0.0

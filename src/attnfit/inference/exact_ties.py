@@ -202,9 +202,12 @@ class ExactFitted(Fitted):
 
     def __init__(self, exact: ExactTies, x: Array, **options: Any) -> None:
         super().__init__(exact.softmax, x, **options)
-        # Columns keep their units: the recursion is not done on scaled ones.
-        self.problem, self.x, self.unit = exact.softmax, x, np.ones(len(x))
         self.exact = exact
+
+    @property
+    def _reduced(self) -> tuple[Any, Array, Array]:
+        """Columns keep their units: the recursion is not done on scaled ones."""
+        return self.given, self._point, np.ones(len(self._point))
 
     @property
     def facts(self) -> TargetFacts:

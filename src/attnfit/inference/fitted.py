@@ -88,13 +88,33 @@ class Fitted:
         self.given, self.counts, self.kept, self.n_outside = problem, counts, kept, n_outside
         self.finite = np.ones(len(x), dtype=bool) if finite is None else finite
         self.n_separated, self.determined, self.weight_type = n_separated, determined, weight_type
-        # Extreme columns are summed up in units of their own.
-        reduction = problem.reduction()
-        self.problem: Any = problem if reduction is None else reduction.problem
-        self.x = x if reduction is None else reduction.restrict(x)
-        self.unit = np.ones(len(x)) if reduction is None else reduction.lift(np.ones(len(x)))
+        self._point = x
         self._known: dict[Any, Sums] = {}
         self.clusters = None if clusters is None else self.read_labels(clusters)
+
+    @cached_property
+    def _reduced(self) -> tuple[Any, Array, Array]:
+        """Problem, point and units in which sums are taken: extreme columns have units of their own."""
+        reduction = self.given.reduction()
+        if reduction is None:
+            return self.given, self._point, np.ones(len(self._point))
+        unit = np.asarray(reduction.lift(np.ones(len(self._point))))
+        return reduction.problem, np.asarray(reduction.restrict(self._point)), unit
+
+    @property
+    def problem(self) -> Any:
+        """The problem whose rows are summed up."""
+        return self._reduced[0]
+
+    @property
+    def x(self) -> Array:
+        """The point in the unknowns of `problem`, shape (d,)."""
+        return self._reduced[1]
+
+    @property
+    def unit(self) -> Array:
+        """By what these unknowns are multiplied to give the user's, shape (d,)."""
+        return self._reduced[2]
 
     # ---- what is read
 
@@ -177,8 +197,9 @@ class Fitted:
 
     def auto_kind(self) -> tuple[str, str]:
         """Return the kind that the data call for when none is asked for, clusters aside, and why."""
-        if not (isinstance(self.problem.loss, CrossEntropy) and self.facts.choices):
-            return "robust", f"targets are not one choice a group under {type(self.problem.loss).__name__}"
+        if not (isinstance(self.given.loss, CrossEntropy) and self.facts.choices):
+            likelihood = isinstance(self.given.loss, CrossEntropy)
+            return "robust", "targets are not one choice a group" if likelihood else "not a choice model"
         if self.facts.weighted and self.weight_type == "sampling":
             return "robust", "weights are sampling weights"
         return "classic", "every group holds one choice"
