@@ -12,8 +12,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from attnfit.estimators import reading
 from attnfit.estimators.outside import add_zero_rows
-from attnfit.estimators.variables import variable_of
-from attnfit.inference import Covariance, Fitted
+from attnfit.estimators.variables import covariance_for, variable_of
+from attnfit.inference import Fitted
 from attnfit.inference.effects import Effects, ScenarioComparison, effects_of, ratio_of
 from attnfit.inference.scenario import MAX_PAIRS, LogSums, Scenario, library_and_index
 from attnfit.problems import Softmax
@@ -159,7 +159,7 @@ class ChoiceEffectsMixin:
         """
         scenario, options = self._look(options)
         one, other = (variable_of(self, v, None, scenario.n_rows, scenario.data) for v in (a, b))
-        covariance, level = self._covariance_for(options)
+        covariance, level = covariance_for(self, options)
         label = name or f"{a}/{b}"
         d = len(self._point)
         if one.column is not None and other.column is not None:
@@ -288,10 +288,7 @@ class ChoiceEffectsMixin:
         coefficients.
         """
         scenario, options = self._look({"X": X, "groups": groups, **options})
-        value, gradients = scenario.row_shares()
-        about = ("row",), (range(len(value)),)
-        found = self._effects(value, gradients, options, scenario, *about, "logit")
-        return replace(found, index=scenario.index)
+        return self._of_rows(scenario.row_shares(), options, scenario, "logit")
 
     # ---- how a call is read
 
@@ -310,10 +307,7 @@ class ChoiceEffectsMixin:
             relative=kind == "elasticity"
         )
         if rows:
-            value, gradients = scenario.own_effects(moved, kind)
-            about = ("row",), (range(len(value)),)
-            found = self._effects(value, gradients, options, scenario, *about)
-            return replace(found, index=scenario.index)
+            return self._of_rows(scenario.own_effects(moved, kind), options, scenario)
         codes, labels = self._codes(scenario, alternatives)
         fixed = scenario.is_fixed(moved)
         own = not fixed and (pairs or ("own" if len(labels) > MAX_PAIRS else "all")) == "own"
@@ -417,10 +411,12 @@ class ChoiceEffectsMixin:
             raise ValueError("alternatives is missing: pass the label of the alternative of each row")
         return known
 
-    def _covariance_for(self, options: dict[str, Any]) -> tuple[Covariance, float]:
-        given = dict(options)
-        level = given.pop("level", 0.95)
-        return self._find_covariance(**given), level  # type: ignore[attr-defined]
+    def _of_rows(
+        self, found: tuple[Array, Array], options: dict[str, Any], scenario: Scenario, scale: str = ""
+    ) -> Effects:
+        """Return one effect a row, from values and gradients."""
+        about = ("row",), (range(len(found[0])),)
+        return replace(self._effects(*found, options, scenario, *about, scale), index=scenario.index)
 
     def _effects(
         self,
@@ -432,7 +428,7 @@ class ChoiceEffectsMixin:
         names: tuple[Any, ...],
         scale: str = "",
     ) -> Effects:
-        covariance, level = self._covariance_for(options)
+        covariance, level = covariance_for(self, options)
         return effects_of(
             value, gradients, covariance, level, scale,
             names=names, dimensions=dimensions, library=scenario.library,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from attnfit.estimators import reading
-from attnfit.estimators.variables import variable_of
-from attnfit.inference import Covariance, Fitted
+from attnfit.estimators.variables import covariance_for, variable_of
+from attnfit.inference import Fitted
 from attnfit.inference.choice_effects import Variable
 from attnfit.inference.effects import Effects, effects_of, ratio_of
 from attnfit.inference.outcome_effects import outcome_rows, outcome_sum
@@ -84,7 +84,7 @@ class OutcomeEffectsMixin:
         """Return the ratio of the coefficients of two columns; see `SoftmaxRegressor.ratio`."""
         check_is_fitted(self)
         one, other = (variable_of(self, v, None, 0).column for v in (a, b))
-        covariance, level = self._covariance_for(options)
+        covariance, level = covariance_for(self, options)
         unit = np.eye(len(self._point))
         return ratio_of(
             (float(self._point[one]), float(self._point[other])), (unit[one], unit[other]), self._point,
@@ -141,11 +141,6 @@ class OutcomeEffectsMixin:
     def _at(self) -> Evaluation:
         return Evaluation(self._point, np.nan, np.zeros(0))
 
-    def _covariance_for(self, options: dict[str, Any]) -> tuple[Covariance, float]:
-        given = dict(options)
-        level = given.pop("level", 0.95)
-        return self._find_covariance(**given), level  # type: ignore[attr-defined]
-
     def _effects(
         self,
         value: Any,
@@ -155,7 +150,7 @@ class OutcomeEffectsMixin:
         names: tuple[str, Any],
         scale: str = "",
     ) -> Effects:
-        covariance, level = self._covariance_for(options)
+        covariance, level = covariance_for(self, options)
         return effects_of(
             value, gradients, covariance, level, scale,
             names=(names[1],), dimensions=(names[0],), library=labels[0],

@@ -1,4 +1,4 @@
-"""How the logits of a fitted model depend on a variable: a column, a term of a formula, or what is given."""
+"""What a call for effects names: a variable, which is a column, a term of a formula or given, and errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from attnfit.inference import Covariance
 from attnfit.inference.choice_effects import Variable
+
+
+def covariance_for(model: Any, options: dict[str, Any]) -> tuple[Covariance, float]:
+    """Return the covariance that the options of a call ask for, and the level of its intervals."""
+    given = dict(options)
+    level = given.pop("level", 0.95)
+    return model._find_covariance(**given), level
 
 
 def variable_of(model: Any, variable: Any, derivative: Any, n: int, data: Any = None) -> Variable:

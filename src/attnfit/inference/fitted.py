@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from attnfit.inference.bread import Bread, bread_of
 from attnfit.inference.covariance import FEW, KINDS, Covariance, sandwich, small_sample_factor
-from attnfit.inference.scores import has_row_scores
+from attnfit.inference.scores import evaluated, has_row_scores
 from attnfit.inference.sweep import LongFacts, Sums, Wanted, sweep
 from attnfit.inference.targets import TargetFacts, target_facts
 from attnfit.inference.units import Labels, labels_of, per_part, read_clusters, with_outside_goods
@@ -126,11 +126,7 @@ class Fitted:
     @cached_property
     def at(self) -> Evaluation:
         """The fitted point, evaluated where groups are longer than a block; else without a read."""
-        d = len(self.x)
-        if self.problem.n_long:
-            found: Evaluation = self.problem.evaluate(self.x).bare()
-            return found
-        return Evaluation(self.x, np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, d)))
+        return evaluated(self.problem, self.x)
 
     def read_labels(self, clusters: Any) -> Labels:
         """Return the units of the rows of the design."""

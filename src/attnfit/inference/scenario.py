@@ -19,6 +19,7 @@ from attnfit.inference.choice_effects import (
     rows_of,
     slope_of,
 )
+from attnfit.inference.scores import evaluated
 from attnfit.inference.units import per_part
 from attnfit.losses.segments import Array, Index
 from attnfit.problems.evaluation import Evaluation
@@ -70,11 +71,7 @@ class Scenario:
     @cached_property
     def at(self) -> Evaluation:
         """The coefficients, evaluated where groups are longer than a block."""
-        d = len(self.x)
-        if self.problem.n_long:
-            found: Evaluation = self.problem.evaluate(self.x).bare()
-            return found
-        return Evaluation(self.x, np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, d)))
+        return evaluated(self.problem, self.x)
 
     def codes(self, alternatives: Any) -> tuple[Index, list[Any]]:
         """Return the number of the alternative of each row of the design, and the labels in order of first

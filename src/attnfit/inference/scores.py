@@ -11,8 +11,19 @@ from attnfit.losses.base import GramTerm, Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.segments import Array, Index
 from attnfit.losses.softmax import CrossEntropy, Squared
+from attnfit.problems.evaluation import Evaluation
 from attnfit.problems.rows.partition import Chunk
 from attnfit.problems.rows.stored import StoredProblem
+
+
+def evaluated(problem: Any, x: Array) -> Evaluation:
+    """Return what a read at x needs to know beforehand: of groups longer than a block their normalisers, for
+    which they are read; else nothing.
+    """
+    if problem.n_long:
+        found: Evaluation = problem.evaluate(x).bare()
+        return found
+    return Evaluation(x, np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, len(x))))
 
 
 class RowScores(NamedTuple):
