@@ -137,6 +137,32 @@ def test_frequency_weights_repeat_rows(cls):
         assert ours is None if value is None else ours == pytest.approx(value, rel=1e-8), name
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared"])
+@pytest.mark.parametrize("outside_good", [False, True])
+def test_frequency_weights_repeat_rows_of_one_group(loss, outside_good):
+    rng = np.random.default_rng(18)
+    X, y = rng.standard_normal((30, 2)), 0.1 * rng.dirichlet(np.ones(30))
+    copies, clusters = rng.integers(0, 4, 30), np.arange(30) % 6
+    often = np.repeat(np.arange(30), copies)
+    options = {"outside_good": outside_good, "weight_type": "frequency"}
+    weighted = SoftmaxRegressor(loss, **options).fit(X, y, sample_weight=copies, clusters=clusters)
+    repeated = SoftmaxRegressor(loss, **options).fit(X[often], y[often], clusters=clusters[often])
+    for kind in ("robust", "cluster"):
+        np.testing.assert_allclose(weighted.covariance(kind), repeated.covariance(kind), rtol=1e-5)
+    ours, theirs = weighted.fit_statistics(), repeated.fit_statistics()
+    assert (ours.log_loss, ours.brier) == pytest.approx((theirs.log_loss, theirs.brier), rel=1e-6)
+
+
+def test_scores_of_many_units_go_to_a_file(monkeypatch):
+    X, y, groups, clusters = panel(19)
+    model = SoftmaxRegressor().fit(X, y, groups=groups)
+    expected = model.covariance(clusters=clusters)
+    monkeypatch.setattr("attnfit.inference.sweep.SCORES_IN_MEMORY", 0)
+    monkeypatch.setattr("attnfit.inference.sweep.DENSE_UNITS", 0)
+    again = SoftmaxRegressor().fit(X, y, groups=groups)
+    np.testing.assert_allclose(again.covariance(clusters=clusters), expected, rtol=1e-12)
+
+
 def test_sampling_weights_have_no_unit():
     X, y, groups, clusters = panel(5)
     weights = np.random.default_rng(6).uniform(0.5, 2, groups.max() + 1)[groups]
@@ -344,7 +370,7 @@ def test_summary_tables():
 def test_intervals_cover():
     """Cover of 95 % intervals of noisy shares with 20 markets: 0.925 of many draws."""
     rng = np.random.default_rng(1)
-    n_groups, n_draws = 20, 200
+    n_groups, n_draws = 20, 120
     groups = np.repeat(np.arange(n_groups), 10)
     X, x = rng.standard_normal((200, 2)), np.array([0.5, -0.5])
     covered = np.zeros(2)
@@ -354,8 +380,8 @@ def test_intervals_cover():
         model = SoftmaxRegressor("cross_entropy").fit(X, y, groups=groups)
         interval = model.conf_int()
         covered += (interval[:, 0] < x) & (x < interval[:, 1])
-    # Three standard errors of a share of 200 draws about 0.925 are 0.056.
-    assert (covered / n_draws > 0.86).all() and (covered / n_draws < 0.99).all()
+    # Three standard errors of a share of 120 draws about 0.925 are 0.072.
+    assert (covered / n_draws > 0.85).all() and (covered / n_draws < 0.99).all()
 
 
 def test_a_loaded_model_keeps_its_covariance(tmp_path):

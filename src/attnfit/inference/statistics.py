@@ -103,10 +103,11 @@ def statistics_of(fitted: Fitted, alternatives: Any = None) -> FitStatistics:
     found: dict[str, float | None] = {"n_parameters": k, "n_observations": facts["mass"]}
     if loss.logarithmic:
         found["log_loss"] = totals["log_loss"] / facts["mass"] if facts["mass"] else None
-        found["brier"] = totals["brier"] / facts["n_all_copies"]
+        # Repeated rows of one group are still one group.
+        found["brier"] = totals["brier"] / facts["n_all_copies" if fitted.counts is None else "n_all_groups"]
     else:
         notes.append("log loss and Brier score are those of a softmax")
-    if facts.choices and loss.logarithmic:
+    if facts.choices and loss.logarithmic and fitted.counts is None:
         facts_long = fitted.usual().long_facts
         weights = fitted.usual().long_weights
         hits = totals.get("hits", 0.0)

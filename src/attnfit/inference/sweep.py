@@ -197,7 +197,9 @@ def _empty(part: StoredProblem, wanted: Wanted) -> Sums:
 def _scores(n_units: int, d: int) -> Array:
     if 8 * n_units * d <= SCORES_IN_MEMORY:
         return np.zeros((n_units, d))
-    return np.memmap(TemporaryFile(), np.float64, "w+", shape=(n_units, d))
+    with TemporaryFile() as file:
+        # The map outlives the handle.
+        return np.memmap(file, np.float64, "w+", shape=(n_units, d))
 
 
 def _add_others(
