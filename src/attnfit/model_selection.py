@@ -62,9 +62,10 @@ class SoftmaxRegressorCV(SoftmaxRegressor):
     >>> from attnfit import datasets
     >>> from attnfit.model_selection import SoftmaxRegressorCV
     >>> travel = datasets.load_travel_mode()
-    >>> model = SoftmaxRegressorCV(ridges=[0.0, 1.0, 100.0]).fit(travel.A, travel.b, groups=travel.groups)
+    >>> scaled = travel.A / travel.A.std(axis=0)
+    >>> model = SoftmaxRegressorCV(ridges=[0.1, 10.0, 1000.0]).fit(scaled, travel.b, groups=travel.groups)
     >>> model.ridge_
-    1.0
+    0.1
     >>> model.scores_.shape
     (3, 5)
     """
