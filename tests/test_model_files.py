@@ -48,7 +48,16 @@ def fitted():
     return models()
 
 
-NOT_SAVED = ("result_", "_training", "_fitted", "_share_totals", "row_penalty", "certificate_", "_library", "_index")
+NOT_SAVED = (
+    "result_",
+    "_training",
+    "_fitted",
+    "_share_totals",
+    "row_penalty",
+    "certificate_",
+    "_library",
+    "_index",
+)
 
 
 def state(model):
