@@ -50,8 +50,8 @@ def small_blocks(monkeypatch):
 
 
 def shrink_blocks(monkeypatch, size=1):
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", size)
-    monkeypatch.setattr("attnfit.designs.sparse.BLOCK_ENTRIES", size)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", size)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_ENTRIES", size)
 
 
 class Bomb:

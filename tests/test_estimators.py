@@ -150,7 +150,7 @@ def test_memory_map_is_fitted_in_place(tmp_path):
 
 
 def test_sources_are_features(tmp_path):
-    from attnfit.designs import open_source
+    from attnfit.data import open_source
 
     X, y, groups = make_shares(np.random.default_rng(1))
     np.save(tmp_path / "X.npy", X)

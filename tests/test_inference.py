@@ -42,7 +42,7 @@ def covariances(model, *, row=True):
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl", "squared"])
 def test_the_same_wherever_the_data_are(loss, tmp_path, monkeypatch):
-    from attnfit.designs import open_source
+    from attnfit.data import open_source
 
     da = pytest.importorskip("dask.array")
     X, y, groups, clusters = panel()

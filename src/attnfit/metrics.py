@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.inputs import as_vector
-from attnfit.problems.rows.partition import parse_groups
+from attnfit.data.groups import parse_groups
+from attnfit.data.inputs import as_vector
 
 __all__ = ["brier", "log_loss"]
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 
 from attnfit import metrics
+from attnfit.data.groups import parse_groups
+from attnfit.data.inputs import choose
 from attnfit.estimators import reading
 from attnfit.estimators.base import with_options
 from attnfit.estimators.softmax import SoftmaxRegressor
 from attnfit.inference.units import read_clusters
-from attnfit.problems.inputs import choose
-from attnfit.problems.rows.partition import parse_groups
 
 __all__ = ["SoftmaxRegressorCV"]
 

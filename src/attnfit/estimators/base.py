@@ -20,7 +20,7 @@ from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
 from attnfit.estimators.formula import ATTRIBUTES
 from attnfit.estimators.inferring import InferenceMixin
 from attnfit.inference.scenario import library_and_index
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 from attnfit.solvers import Result, minimize
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def with_options(cls: type[T]) -> type[T]:
     return cls
 
 
-def loss_without_penalties(problem: GroupedProblem, x: Array, value: float) -> float:
+def loss_without_penalties(problem: RowProblem, x: Array, value: float) -> float:
     """Return the loss at x given the objective; reads the data only where there is a row penalty."""
     if problem.penalty is None and not np.any(problem.ridge):
         return value
@@ -124,17 +124,17 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         """Return the row penalty as the problem takes it, of data in memory."""
 
     @abstractmethod
-    def _problem(self, rows: Any, row_penalty: Any) -> GroupedProblem:
+    def _problem(self, rows: Any, row_penalty: Any) -> RowProblem:
         """Return the problem to fit."""
 
-    def _objective(self, problem: GroupedProblem) -> Any:
+    def _objective(self, problem: RowProblem) -> Any:
         """Return what is minimised, where it is not the problem itself."""
         return problem
 
     def _note_targets(self, rows: Any) -> None:
         """Warn about targets that suit another loss better."""
 
-    def _after_fit(self, rows: Any, problem: GroupedProblem, y: Any, groups: Any) -> None:
+    def _after_fit(self, rows: Any, problem: RowProblem, y: Any, groups: Any) -> None:
         """Set what only one of the estimators reports."""
 
     def _fit(self, X: Any, y: Any, given: dict[str, Any], limits: Limits) -> Self:
@@ -162,7 +162,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
 
     def _solve(
         self,
-        problem: GroupedProblem,
+        problem: RowProblem,
         training: tuple[Array, Array | None, Array | None] | None,
         listeners: Listeners,
         limits: Limits,
@@ -231,7 +231,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         """The coefficients, or a finite point with the same outputs."""
         return self.coef_ if self._limit is None else self._limit
 
-    def _training_problem(self, wanted: str) -> GroupedProblem:
+    def _training_problem(self, wanted: str) -> RowProblem:
         if not hasattr(self, "result_"):
             raise NotFittedError(f"{wanted} is known after fit; call fit first")
         if self.result_.problem is None:
@@ -239,7 +239,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
                 f"{wanted} needs the training data, which neither a pickled nor a saved model carries; "
                 "read it before pickling or saving"
             )
-        problem: GroupedProblem = self.result_.problem
+        problem: RowProblem = self.result_.problem
         return problem
 
     # ---- storage

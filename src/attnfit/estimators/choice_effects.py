@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
+from attnfit.data.groups import parse_groups
 from attnfit.estimators import reading
 from attnfit.estimators.outside import add_zero_rows
 from attnfit.estimators.variables import covariance_for, variable_of
@@ -17,7 +18,6 @@ from attnfit.inference import Fitted
 from attnfit.inference.effects import Effects, ScenarioComparison, effects_of, ratio_of
 from attnfit.inference.scenario import MAX_PAIRS, LogSums, Scenario, library_and_index
 from attnfit.problems import Softmax
-from attnfit.problems.rows.partition import parse_groups
 
 Array = NDArray[np.float64]
 

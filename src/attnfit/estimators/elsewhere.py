@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.designs import Column
-from attnfit.designs.sources import Source
+from attnfit.data import Column
+from attnfit.data.inputs import is_dask, later
+from attnfit.data.sources import Source
 from attnfit.estimators.totals import ShareTotals
-from attnfit.losses.segments import Segments
-from attnfit.problems.rows.partitions import is_dask, later
+from attnfit.segments import Segments
 
 Array = NDArray[np.float64]
 

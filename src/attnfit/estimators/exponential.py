@@ -24,7 +24,7 @@ from attnfit.estimators.reading import (
     read_target,
     read_weights,
 )
-from attnfit.losses.exponential import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.problems import Exponential, Poisson
 
 Array = NDArray[np.float64]
@@ -79,7 +79,7 @@ class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
 
         Notes
         -----
-        With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
+        With a Dask array or data frame for X, or y on disk (`attnfit.data.open_source`), the data stay
         where they are, and ``r2_`` is NaN.
         """
         rows, clusters = read_groups(X, clusters, "clusters")

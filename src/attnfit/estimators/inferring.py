@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
+from attnfit.data.inputs import choose
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.summary import Summary, at_hand, summarise
 from attnfit.inference import Covariance, Fitted
@@ -17,8 +18,7 @@ from attnfit.inference.covariance import KINDS
 from attnfit.inference.exact_ties import ExactFitted, ExactTies
 from attnfit.inference.hypotheses import LikelihoodRatio, WaldTest, likelihood_ratio, wald
 from attnfit.inference.statistics import FitStatistics, statistics_of
-from attnfit.problems.inputs import choose
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.objectives.rows import RowProblem
 
 Array = NDArray[np.float64]
 WEIGHT_TYPES = ("sampling", "frequency")
@@ -55,7 +55,7 @@ class InferenceMixin:
         params: dict[str, Any] = super().get_params(deep)  # type: ignore[misc]
         return params | {"covariance": self.__dict__["covariance"]}
 
-    def _training_problem(self, wanted: str) -> GroupedProblem:
+    def _training_problem(self, wanted: str) -> RowProblem:
         raise AssertionError
 
     def _stands_on(self, rows: Any, problem: Any, clusters: Any) -> None:

@@ -14,7 +14,7 @@ from attnfit import solvers
 from attnfit.formulas import FormulaDesign
 from attnfit.inference import FitStatistics
 from attnfit.inference.covariance import KINDS
-from attnfit.losses.exponential import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.losses.softmax import LOSSES
 from attnfit.solvers import Status
 

@@ -16,8 +16,8 @@ from attnfit.inference.choice_effects import Variable
 from attnfit.inference.effects import Effects, effects_of, ratio_of
 from attnfit.inference.outcome_effects import outcome_rows, outcome_sum
 from attnfit.inference.scenario import library_and_index
+from attnfit.objectives.objective import Evaluation
 from attnfit.problems import Exponential
-from attnfit.problems.evaluation import Evaluation
 
 Array = NDArray[np.float64]
 

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import column_or_1d, validate_data
 
-from attnfit.designs import DenseDesign, Design, SparseDesign
-from attnfit.designs.on_disk import stored_source
-from attnfit.problems.inputs import as_design, as_vector, require_finite_rows
-from attnfit.problems.rows.partition import Groups
-from attnfit.problems.rows.partitions import is_dask
+from attnfit.data import DenseDesign, Design, SparseDesign
+from attnfit.data.groups import Groups
+from attnfit.data.inputs import as_design, as_vector, is_dask, require_finite_rows
+from attnfit.data.on_disk import stored_source
 
 Array = NDArray[np.float64]
 

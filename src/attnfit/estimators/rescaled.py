@@ -7,15 +7,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.inputs import choose
 from attnfit.estimators.base import with_options
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.shares import ShareRegressor
-from attnfit.losses.base import Loss
-from attnfit.losses.exponential import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.problems import Rescaled
-from attnfit.problems.inputs import choose
 
 Array = NDArray[np.float64]
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 
+from attnfit.data.groups import parse_groups
 from attnfit.estimators import reading
 from attnfit.estimators.base import BaseRegressor, Limits
 from attnfit.estimators.callbacks import with_callbacks
@@ -22,10 +23,9 @@ from attnfit.estimators.elsewhere import (
 )
 from attnfit.estimators.formula import ChoiceFormulaMixin
 from attnfit.estimators.totals import ShareTotals
-from attnfit.losses.base import Loss
-from attnfit.losses.segments import Segments
-from attnfit.problems.rows.grouped import GroupedProblem
-from attnfit.problems.rows.partition import parse_groups
+from attnfit.losses.loss import Loss
+from attnfit.objectives.rows import RowProblem
+from attnfit.segments import Segments
 
 Array = NDArray[np.float64]
 
@@ -95,7 +95,7 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
 
         Notes
         -----
-        With a Dask array or data frame for X, or y on disk (`attnfit.designs.open_source`), the data stay
+        With a Dask array or data frame for X, or y on disk (`attnfit.data.open_source`), the data stay
         where they are: what needs all rows at once is then refused, and ``r2_`` is NaN.
         """
         self._loss()
@@ -117,7 +117,7 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
             penalty = penalty[rows.kept]
         return rows.with_outside(reading.read_penalty(penalty, len(rows.y), rows.counts))
 
-    def _after_fit(self, rows: Choices | Rows, problem: GroupedProblem, y: Any, groups: Any) -> None:
+    def _after_fit(self, rows: Choices | Rows, problem: RowProblem, y: Any, groups: Any) -> None:
         here = isinstance(rows, Choices)
         if isinstance(rows, Choices):
             self.n_groups_, self._share_totals = rows.n_groups, rows.totals
@@ -129,7 +129,7 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
             setattr(self, self._normaliser_name, self._normaliser(problem, here=here))
         self._note_likelihood(rows)
 
-    def _normaliser(self, problem: GroupedProblem, *, here: bool) -> float:
+    def _normaliser(self, problem: RowProblem, *, here: bool) -> float:
         if not here:
             return normaliser_elsewhere(problem, self._point)
         z = reading.linear_predictor(problem.design, self._point, problem.offset)

@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
+from attnfit.data.inputs import choose
 from attnfit.estimators.base import with_options
 from attnfit.estimators.choice_effects import ChoiceEffectsMixin
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.inference.exact_ties import ExactTies
-from attnfit.losses.base import Loss
+from attnfit.losses.loss import Loss
 from attnfit.losses.softmax import LOSSES
 from attnfit.problems import Softmax
-from attnfit.problems.inputs import choose
 
 Array = NDArray[np.float64]
 TIES = ("counts", "exact")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from attnfit.inference import FitStatistics, tables
 from attnfit.inference.covariance import Covariance
-from attnfit.problems.base import MAX_DENSE
+from attnfit.objectives.objective import MAX_DENSE
 
 Array = NDArray[np.float64]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from attnfit.losses.segments import Array
+from attnfit.segments import Array
 
 # Eigenvalues of the information in units of its diagonal below this share of the largest belong to directions
 # that the data leave open, and a unit vector with more than OPEN of its length along them is open itself.

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from attnfit.losses.segments import Array, Index
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.rows.merging import merged
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.data.groups import Chunk
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.part import Part, merged
+from attnfit.segments import Array, Index
 
 # Numbers of a table of gradients that is worked on at a time.
 TABLE = 1 << 22
@@ -116,12 +115,12 @@ class Rows(NamedTuple):
 
 
 def rows_of(
-    part: StoredProblem, chunks: list[Chunk], at: Evaluation, weights: Array | None, width: int
+    part: Part, chunks: list[Chunk], at: Evaluation, weights: Array | None, width: int
 ) -> Iterator[Rows]:
     """Yield dense rows with their shares f and centred rows c, in pieces of whole groups with at most TABLE
     numbers in tables of ``width`` numbers a group.
     """
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         block, z = part.logits(chunk, at.x)
         state = part.row_state(chunk, z, at)
         f = part.loss.fitted(z, state)
@@ -165,7 +164,7 @@ def slope_of(rows: Rows, variable: Variable | None, x: Array) -> tuple[Array, Ar
 
 
 def response_sum(
-    part: StoredProblem,
+    part: Part,
     chunks: list[Chunk],
     at: Evaluation,
     wanted: Wanted,
@@ -199,11 +198,11 @@ def response_sum(
 
 
 def log_sum(
-    part: StoredProblem, chunks: list[Chunk], at: Evaluation, weights: Array | None
+    part: Part, chunks: list[Chunk], at: Evaluation, weights: Array | None
 ) -> dict[Any, tuple[float, Array, float]]:
     """Return by group its log sum, the gradient (the mean row) and its weight."""
     found: dict[Any, tuple[float, Array, float]] = {}
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         block, z = part.logits(chunk, at.x)
         w = np.broadcast_to(part.targets(chunk)[1] if weights is None else weights[chunk.index], z.shape)
         labels = part.groups.labels[chunk.groups].tolist()

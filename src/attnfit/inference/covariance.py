@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import linalg, stats
 
 from attnfit.inference.bread import leaves_open
-from attnfit.losses.segments import Array
+from attnfit.segments import Array
 
 KINDS = ("auto", "classic", "robust", "row", "cluster")
 # Below so many units intervals cover less than they say, whatever the reference distribution.

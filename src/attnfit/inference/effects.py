@@ -10,7 +10,7 @@ from scipy.special import expit, logit
 
 from attnfit.inference import tables
 from attnfit.inference.covariance import Covariance
-from attnfit.losses.segments import Array
+from attnfit.segments import Array
 
 
 @dataclass(frozen=True)

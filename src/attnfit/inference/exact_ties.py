@@ -14,9 +14,8 @@ from attnfit.inference.statistics import user_columns
 from attnfit.inference.sweep import LongFacts, Sums, Wanted
 from attnfit.inference.targets import TargetFacts, target_facts
 from attnfit.inference.units import Labels
-from attnfit.losses.segments import Array
-from attnfit.problems.base import Moved, Problem
-from attnfit.problems.evaluation import Evaluation
+from attnfit.objectives.objective import Evaluation, Moved, Problem
+from attnfit.segments import Array
 
 # Numbers of the recursion that are held at a time.
 HELD = 1 << 22
@@ -169,7 +168,7 @@ class ExactTies(Problem):
             x,
             float(self.weights @ value) + 0.5 * float(np.sum(self.ridge * x * x)),
             self.weights @ gradient + self.ridge * x,
-            origin_gradient=at_zero,
+            gradient_at_zero=at_zero,
             hessian=total,
         )
 

@@ -15,10 +15,10 @@ from attnfit.inference.scores import evaluated, has_row_scores
 from attnfit.inference.sweep import LongFacts, Sums, Wanted, sweep
 from attnfit.inference.targets import TargetFacts, target_facts
 from attnfit.inference.units import Labels, labels_of, per_part, read_clusters, with_outside_goods
-from attnfit.losses.exponential import PoissonDeviance, SquaredExponential
-from attnfit.losses.segments import Array, Index
+from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential
 from attnfit.losses.softmax import CrossEntropy
-from attnfit.problems.evaluation import Evaluation
+from attnfit.objectives.objective import Evaluation
+from attnfit.segments import Array, Index
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Fitted:
 
     Parameters
     ----------
-    problem : GroupedProblem
+    problem : RowProblem
     x : ndarray, shape (d,)
         The fitted point: finite, with the fitted outputs also where some coefficients are not.
     finite : ndarray of bool, shape (d,)

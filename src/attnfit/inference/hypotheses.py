@@ -12,7 +12,7 @@ from scipy import stats
 from attnfit.inference import tables
 from attnfit.inference.covariance import Covariance
 from attnfit.inference.statistics import checksums
-from attnfit.losses.segments import Array
+from attnfit.segments import Array
 
 # Eigenvalues of a covariance of restrictions, in units of its diagonal, that are none.
 SINGULAR = 1e-10

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
+from attnfit.data.groups import Chunk
 from attnfit.inference.choice_effects import Rows, Variable, slope_of
-from attnfit.losses.exponential import FUNCTIONS
-from attnfit.losses.segments import Array
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.rows.merging import merged
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.part import Part, merged
+from attnfit.segments import Array
 
 
 @dataclass
@@ -40,11 +39,11 @@ class OutcomeRows(NamedTuple):
 
 
 def outcome_sum(
-    part: StoredProblem, chunks: list[Chunk], at: Evaluation, function: str, variable: Variable
+    part: Part, chunks: list[Chunk], at: Evaluation, function: str, variable: Variable
 ) -> OutcomeSums:
     """Add up outcomes and their responses over some chunks."""
     sums = OutcomeSums(0.0, np.zeros(part.n_unknowns), 0.0, np.zeros(part.n_unknowns), 0.0)
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         rows, u, slope, w = _rows(part, chunk, at, function)
         v, D, h = slope_of(rows, variable, at.x)
         v = v if variable.relative else np.ones_like(v)
@@ -58,7 +57,7 @@ def outcome_sum(
 
 
 def outcome_rows(
-    part: StoredProblem,
+    part: Part,
     chunks: list[Chunk],
     at: Evaluation,
     function: str,
@@ -67,7 +66,7 @@ def outcome_rows(
 ) -> OutcomeRows:
     """Return outcomes, or their responses: elasticities ``v D u'/u``, the same without v, or ``D u'``."""
     values, gradients = np.zeros(part.n_rows), np.zeros((part.n_rows, part.n_unknowns))
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         rows, u, slope, _ = _rows(part, chunk, at, function)
         if variable is None:
             values[rows.index], gradients[rows.index] = u, slope[:, None] * rows.block
@@ -82,7 +81,7 @@ def outcome_rows(
     return OutcomeRows(values, gradients)
 
 
-def _rows(part: StoredProblem, chunk: Chunk, at: Evaluation, function: str) -> tuple[Rows, Array, Array, Any]:
+def _rows(part: Part, chunk: Chunk, at: Evaluation, function: str) -> tuple[Rows, Array, Array, Any]:
     block, z = part.logits(chunk, at.x)
     u, slope = FUNCTIONS[function](z, 0.0)
     w = np.broadcast_to(part.targets(chunk)[1], z.shape)

@@ -21,8 +21,8 @@ from attnfit.inference.choice_effects import (
 )
 from attnfit.inference.scores import evaluated
 from attnfit.inference.units import per_part
-from attnfit.losses.segments import Array, Index
-from attnfit.problems.evaluation import Evaluation
+from attnfit.objectives.objective import Evaluation
+from attnfit.segments import Array, Index
 
 # All pairs of alternatives beyond so many take a table of gradients that nobody asked for.
 MAX_PAIRS = 50

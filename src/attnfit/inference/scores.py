@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from attnfit.losses.base import GramTerm, Loss
+from attnfit.data.groups import Chunk
+from attnfit.losses.loss import GramTerm, Loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.segments import Array, Index
 from attnfit.losses.softmax import CrossEntropy, Squared
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.part import Part
+from attnfit.segments import Array, Index
 
 
 def evaluated(problem: Any, x: Array) -> Evaluation:
@@ -53,7 +53,7 @@ def row_scores(loss: Loss, z: Array, b: Array, w: Any, state: list[Array]) -> Ro
     =================== ======================================== =====================================
     """
     if isinstance(loss, SquaredRescaled):
-        u, v = loss.link(z, 0.0)
+        u, v = loss.transform(z, 0.0)
         return RowScores(w * (u - state[0] * b), v, b)
     slope = loss.slope(z, b, w, state)
     if not loss.coupled:
@@ -77,9 +77,7 @@ class CentredRows:
         The centres of the groups that are longer than a chunk.
     """
 
-    def __init__(
-        self, part: StoredProblem, chunk: Chunk, block: Any, weights: Array | None, centres: Array
-    ) -> None:
+    def __init__(self, part: Part, chunk: Chunk, block: Any, weights: Array | None, centres: Array) -> None:
         self.part, self.chunk, self.block = part, chunk, block
         self.starts: Index = chunk.segments.starts
         self.mu: Any = None

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from attnfit.data.groups import Chunk
 from attnfit.inference import tables
 from attnfit.inference.fitted import Fitted
-from attnfit.losses.exponential import PoissonDeviance, SquaredExponential
-from attnfit.losses.segments import Array, Index
+from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential
 from attnfit.losses.softmax import CrossEntropy
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.objectives.part import Part
+from attnfit.segments import Array, Index
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def checksums(fitted: Fitted) -> dict[str, str]:
     return {name: "-".join(part[name] for part in found) for name in found[0]}
 
 
-def _digests(part: StoredProblem, chunks: list[Chunk]) -> dict[str, str]:
+def _digests(part: Part, chunks: list[Chunk]) -> dict[str, str]:
     n = part.n_rows
     digests = {name: hashlib.sha256() for name in ("y", "weights", "offset", "groups")}
     step = 1 << 20

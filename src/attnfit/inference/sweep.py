@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
+from attnfit.data.groups import Chunk
 from attnfit.inference.scores import CentredRows, RowScores, row_scores
-from attnfit.losses.base import GramTerm
-from attnfit.losses.segments import Array, Index
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.rows.merging import merged
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.losses.loss import GramTerm
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.part import Part, merged
+from attnfit.segments import Array, Index
 
 # Scores of units beyond so many bytes go to a file that is deleted when closed.
 SCORES_IN_MEMORY = 1 << 30
@@ -139,7 +138,7 @@ class Sums:
 
 
 def sweep(
-    part: StoredProblem,
+    part: Part,
     chunks: list[Chunk],
     at: Evaluation,
     wanted: Wanted,
@@ -158,7 +157,7 @@ def sweep(
         How often each row is repeated where rows without groups are.
     """
     sums = _empty(part, wanted)
-    for chunk in part.ahead(chunks):
+    for chunk in part.prefetch(chunks):
         block, z = part.logits(chunk, at.x)
         b, w, _ = part.targets(chunk)
         state = part.row_state(chunk, z, at)
@@ -176,7 +175,7 @@ def sweep(
     return sums
 
 
-def _empty(part: StoredProblem, wanted: Wanted) -> Sums:
+def _empty(part: Part, wanted: Wanted) -> Sums:
     d, gram = part.n_unknowns, part.design.gram
     return Sums(
         gram(),
@@ -203,7 +202,7 @@ def _scores(n_units: int, d: int) -> Array:
 
 
 def _add_others(
-    part: StoredProblem, rows: CentredRows, sums: Sums, wanted: Wanted, z: Array, b: Array, w: Any, state: Any
+    part: Part, rows: CentredRows, sums: Sums, wanted: Wanted, z: Array, b: Array, w: Any, state: Any
 ) -> None:
     """Add what does not depend on scores."""
     penalty = part.row_penalties(rows.chunk)
@@ -215,7 +214,7 @@ def _add_others(
 
 
 def _add_scores(
-    part: StoredProblem,
+    part: Part,
     rows: CentredRows,
     sums: Sums,
     wanted: Wanted,
@@ -258,7 +257,7 @@ def _add_scores(
 
 
 def _add_groups(
-    part: StoredProblem, rows: CentredRows, sums: Sums, wanted: Wanted, slope: Array, copies: Array
+    part: Part, rows: CentredRows, sums: Sums, wanted: Wanted, slope: Array, copies: Array
 ) -> None:
     chunk = rows.chunk
     if chunk.long >= 0:
@@ -285,7 +284,7 @@ def _note_splits(chunk: Chunk, sums: Sums, k: int, units: Index) -> None:
     sums.totals[name] = sums.totals.get(name, 0.0) + float(np.count_nonzero(split))
 
 
-def counting(part: StoredProblem, chunk: Chunk) -> NDArray[np.bool_]:
+def counting(part: Part, chunk: Chunk) -> NDArray[np.bool_]:
     """Return which rows take part: not those of groups whose targets sum to zero, where the loss needs a
     sum.
     """
@@ -297,7 +296,7 @@ def counting(part: StoredProblem, chunk: Chunk) -> NDArray[np.bool_]:
 
 
 def _add_fit(
-    part: StoredProblem,
+    part: Part,
     chunk: Chunk,
     sums: Sums,
     z: Array,
@@ -322,7 +321,7 @@ def _add_fit(
             largest = f >= top - TIE
             ties = chunk.segments.spread(chunk.segments.sum(largest.astype(np.float64)))
             found["hits"] = float(np.sum(np.where(largest & (y > 0), w / ties, 0.0)))
-    elif part.loss.shares:
+    elif part.loss.nonnegative_target:
         found["deviance"] = 2.0 * float(np.sum(w * (xlogy(y, y) - y * z - y + f)))
     for name, value in found.items():
         sums.totals[name] = sums.totals.get(name, 0.0) + value

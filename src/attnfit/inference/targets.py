@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln, xlogy
 
-from attnfit.losses.segments import Array, Segments
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.data.groups import Chunk
+from attnfit.objectives.part import Part
+from attnfit.segments import Array, Segments
 
 # A count that went through a division misses an integer by about this share.
 ROUNDING = 1e-9
@@ -82,9 +82,7 @@ class Groups:
         }
 
 
-def target_sum(
-    part: StoredProblem, chunks: list[Chunk], counts: Array | None
-) -> tuple[dict[str, float], Groups]:
+def target_sum(part: Part, chunks: list[Chunk], counts: Array | None) -> tuple[dict[str, float], Groups]:
     """Return sums over short groups, or over rows where there are none, and the sums of each long group;
     reads targets, weights and offsets only.
     """

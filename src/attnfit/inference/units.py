@@ -8,11 +8,10 @@ from typing import Any
 import narwhals as nw
 import numpy as np
 
-from attnfit.losses.segments import Index
-from attnfit.problems.rows.merging import PerPart
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.partitions import is_dask
-from attnfit.problems.rows.stored import StoredProblem
+from attnfit.data.groups import Chunk
+from attnfit.data.inputs import is_dask
+from attnfit.objectives.part import Part, PerPart
+from attnfit.segments import Index
 
 
 @dataclass(frozen=True)
@@ -110,5 +109,5 @@ def per_part(problem: Any, values: tuple[Index, ...]) -> Any:
     return PerPart(zip(*(np.split(of_row, cuts) for of_row in values), strict=True))
 
 
-def _n_rows(part: StoredProblem, chunks: list[Chunk]) -> int:
+def _n_rows(part: Part, chunks: list[Chunk]) -> int:
     return part.n_rows
