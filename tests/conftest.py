@@ -19,7 +19,7 @@ settings.load_profile("attnfit")
 OPTIONAL = (
     *("torch", "transformers", "gguf", "accelerate", "psutil", "tokenizers"),
     *("dask", "distributed", "zarr", "pyarrow", "numcodecs"),
-    *("matplotlib", "typer", "rich", "pandas", "polars", "statsmodels", "mpmath", "filelock"),
+    *("matplotlib", "typer", "rich", "pandas", "polars", "statsmodels", "mpmath", "filelock", "formulaic"),
 )
 
 

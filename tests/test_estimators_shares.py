@@ -130,8 +130,9 @@ def test_weights_repeat_rows_where_there_are_no_groups(loss, outside_good):
     offset, penalty = 0.3 * rng.standard_normal(20), rng.uniform(0, 0.1, 20)
     y = 0.2 * y
     often = np.repeat(np.arange(20), counts)
-    weighted = SoftmaxRegressor(loss, outside_good=outside_good, row_penalty=penalty, ridge=1e-3)
-    repeated = SoftmaxRegressor(loss, outside_good=outside_good, row_penalty=penalty[often], ridge=1e-3)
+    options = {"outside_good": outside_good, "ridge": 1e-3, "weight_type": "frequency"}
+    weighted = SoftmaxRegressor(loss, row_penalty=penalty, **options)
+    repeated = SoftmaxRegressor(loss, row_penalty=penalty[often], **options)
     weighted.fit(X, y, sample_weight=counts, offset=offset)
     repeated.fit(X[often], y[often], offset=offset[often])
     np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=1e-5)
@@ -219,7 +220,9 @@ def test_sandwich_of_one_group():
     bread = np.linalg.inv(problem.hessian(model.coef_))
     f = problem.predict(model.coef_)
     scores = (f * (f - y))[:, None] * (X - f @ X)
-    np.testing.assert_allclose(model.covariance_, bread @ scores.T @ scores @ bread, rtol=1e-8)
+    np.testing.assert_allclose(
+        model.covariance("robust", correction=False), bread @ scores.T @ scores @ bread, rtol=1e-8
+    )
 
 
 def test_choices_with_squared_loss_are_pointed_to_cross_entropy():

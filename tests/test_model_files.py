@@ -48,7 +48,16 @@ def fitted():
     return models()
 
 
-NOT_SAVED = ("result_", "_training", "_share_totals", "row_penalty", "certificate_")
+NOT_SAVED = (
+    "result_",
+    "_training",
+    "_fitted",
+    "_share_totals",
+    "row_penalty",
+    "certificate_",
+    "_library",
+    "_index",
+)
 
 
 def state(model):
@@ -56,6 +65,8 @@ def state(model):
     out = {k: v for k, v in vars(model).items() if k not in NOT_SAVED}
     report = {k: v for k, v in vars(model.result_).items() if k not in ("problem", "history", "unidentified")}
     report["unidentified"] = np.array(model.result_.unidentified)
+    if "_covariance" in out:
+        out["_covariance"] = vars(out["_covariance"])
     return {**out, "row_penalty": np.array(model.row_penalty), "report": report}
 
 

@@ -93,7 +93,9 @@ def fit(data: Dataset, loss: str) -> Fit:
         # TRAP says it for the one data set of choices.
         warnings.filterwarnings("ignore", "y holds choices", UserWarning)
         warnings.filterwarnings("ignore", ".* no curvature in float64", UserWarning)
-        model = SoftmaxRegressor(loss=loss).fit(data.A, data.b, groups=data.groups, sample_weight=weights)
+        # Published errors are inverse informations; the weights of flows count migrants.
+        model = SoftmaxRegressor(loss=loss, covariance="classic", weight_type="frequency")
+        model.fit(data.A, data.b, groups=data.groups, sample_weight=weights)
     reference, result = data.references[loss], model.result_
     names = data.feature_names
     comparisons = _compare_all(names, model.coef_, reference.coefficients)

@@ -21,13 +21,15 @@ HEADERS = {
     "coefficient": "coefficient",
     "standard_error": "std. error",
     "z": "z",
+    "t": "t",
     "lower": "95 % from",
     "upper": "to",
 }
 # Trailing zeros are kept: digits that line up are easier to compare.
-FORMATS = {"coefficient": "#.6g", "standard_error": "#.4g", "z": ".2f", "lower": "#.5g", "upper": "#.5g"}
+FORMATS = {"coefficient": "#.6g", "standard_error": "#.4g", "lower": "#.5g", "upper": "#.5g"}
+FORMATS |= {"z": ".2f", "t": ".2f"}
 # A narrow terminal loses whole columns rather than digits of a number; these together, in this order.
-DISPENSABLE = (("lower", "upper"), ("z",), ("standard_error",))
+DISPENSABLE = (("lower", "upper"), ("z", "t"), ("standard_error",))
 
 
 @dataclass(frozen=True)
@@ -244,13 +246,13 @@ def print_whole(console: Console, table: Table) -> None:
 
 def _fitting(columns: dict[str, list[Any]], console: Console) -> Table:
     """Return the coefficient table with as many columns as the terminal holds."""
-    shown = dict(columns)
+    shown = {name: values for name, values in columns.items() if name in HEADERS}
     table = _coefficients(shown)
     for names in DISPENSABLE:
         if width_of(console, table) <= console.width:
             break
         for name in names:
-            del shown[name]
+            shown.pop(name, None)
         table = _coefficients(shown)
     return table
 

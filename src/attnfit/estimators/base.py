@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,11 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import r2_score
 
-from attnfit.estimators import inference
 from attnfit.estimators.callbacks import CallbackSupportMixin, Listeners
-from attnfit.estimators.summary import Summary, summarise
+from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
+from attnfit.estimators.formula import ATTRIBUTES
+from attnfit.estimators.inferring import InferenceMixin
+from attnfit.inference.scenario import library_and_index
 from attnfit.objectives.rows import RowProblem
 from attnfit.solvers import Result, minimize
 
@@ -23,7 +26,10 @@ if TYPE_CHECKING:
     from attnfit.certificates import Certificate
 
 Array = NDArray[np.float64]
-LAZY = ("_covariance", "covariance_", "standard_errors_", "r2_", "certificate_", "certified_radius_")
+LAZY = (
+    *("_covariance", "r2_", "certificate_", "certified_radius_"),
+    *("_statistics",),
+)
 
 
 @dataclass(frozen=True)
@@ -35,17 +41,52 @@ class Limits:
     memory_limit: str | int | None = None
 
 
-class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
+OPTIONS = """solver : attnfit.solvers.Newton or GradientDescent, optional
+    tol : float
+        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
+    max_iter : int
+    random_state : int, optional
+        Seed of the row samples on large data.
+    n_starts : int or "auto"
+        Descents of a loss that is not convex, see `attnfit.minimize`.
+    separation : {"warn", "drop", "keep"}
+        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    covariance : {"auto", "classic", "robust", "row", "cluster"}
+        Kind of the standard errors, see `covariance` below.
+    weight_type : {"sampling", "frequency"}
+        What weights are: inverse probabilities (also importance or decay), or numbers of copies. Coefficients
+        do not depend on it."""
+T = TypeVar("T")
+
+
+def with_options(cls: type[T]) -> type[T]:
+    """Write the parameters that all estimators share into the class's docstring."""
+    cls.__doc__ = cls.__doc__ and cls.__doc__.replace("%(options)s", OPTIONS)
+    return cls
+
+
+def loss_without_penalties(problem: RowProblem, x: Array, value: float) -> float:
+    """Return the loss at x given the objective; reads the data only where there is a row penalty."""
+    if problem.penalty is None and not np.any(problem.ridge):
+        return value
+    if problem.penalty is None:
+        return value - 0.5 * float(np.sum(problem.ridge * x * x))
+    return problem.without_penalties().value(x)
+
+
+class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEstimator):
     """An estimator whose output is a function of ``X coef_ + offset``.
 
-    A subclass reads its data, builds a problem and calls `_solve`. What costs further reads of the data
-    (covariance, r2) is computed when first asked for.
+    A subclass reads its data (`_read`), builds a problem (`_problem`) and says what only it reports
+    (`_after_fit`). What costs further reads of the data (covariance, r2) is computed when first asked for.
     """
 
     solver: Any
     tol: float
     max_iter: int
     random_state: Any
+    row_penalty: Any
+    ridge: float
     n_starts: Any
     separation: Any
     coef_: Array
@@ -64,6 +105,58 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         tags.regressor_tags.poor_score = True
         return tags
 
+    def _remember(self, given: dict[str, Any]) -> None:
+        """Keep the arguments of the constructor."""
+        for name in self._get_param_names():
+            setattr(self, name, given[name])
+
+    # ---- the fit, and what an estimator brings to it
+
+    @abstractmethod
+    def _read(self, *data: Any, **given: Any) -> Any:
+        """Return the checked rows of data in memory."""
+
+    @abstractmethod
+    def _row_penalty(self, rows: Any) -> Any:
+        """Return the row penalty as the problem takes it, of data in memory."""
+
+    @abstractmethod
+    def _problem(self, rows: Any, row_penalty: Any) -> RowProblem:
+        """Return the problem to fit."""
+
+    def _objective(self, problem: RowProblem) -> Any:
+        """Return what is minimised, where it is not the problem itself."""
+        return problem
+
+    def _note_targets(self, rows: Any) -> None:
+        """Warn about targets that suit another loss better."""
+
+    def _after_fit(self, rows: Any, problem: RowProblem, y: Any, groups: Any) -> None:
+        """Set what only one of the estimators reports."""
+
+    def _fit(self, X: Any, y: Any, given: dict[str, Any], limits: Limits) -> Self:
+        """Fit the problem on these data, wherever they are."""
+        clusters = given.pop("clusters")
+        library, index = library_and_index(X)
+        listeners = Listeners(self, X, y, given)
+        groups = given.get("groups")
+        here = not is_elsewhere(X, y)
+        if here:
+            rows = self._read(X, y, **given)
+            problem = self._problem(rows, self._row_penalty(rows))
+            self._note_targets(rows)
+        else:
+            weights, offset = given["sample_weight"], given["offset"]
+            rows = read_elsewhere(self, X, y, groups, weights, offset, grouped="groups" in given)
+            problem = self._problem(rows, self.row_penalty)
+            self.n_features_in_ = problem.n_unknowns
+        self._solve(problem, (rows.y, rows.weights, rows.counts) if here else None, listeners, limits)
+        self._stands_on(rows, problem, clusters)
+        self._library, self._index = library, index
+        self._after_fit(rows, problem, y, groups)
+        listeners.finish()
+        return self
+
     def _solve(
         self,
         problem: RowProblem,
@@ -74,10 +167,11 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         """Fit the problem and set what every estimator reports; ``training`` is target, weights and counts of
         the rows where they are in memory.
         """
-        for name in LAZY:
+        for name in (*LAZY, *ATTRIBUTES):
             self.__dict__.pop(name, None)
         result = minimize(
-            problem,
+            self._objective(problem),
+            self.__dict__.pop("_start", None),
             solver=self.solver,
             tol=self.tol,
             max_iter=self.max_iter,
@@ -95,26 +189,11 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         # The first evaluation may be the last; scikit-learn counts it as an iteration.
         self.n_iter_ = max(1, result.n_iter)
         self.n_rows_ = problem.n_rows if training is None else len(training[0])
-        self.loss_value_ = inference.loss_without_penalties(problem, result.x, result.value)
+        self.loss_value_ = loss_without_penalties(problem, result.x, result.value)
         self._training = training
 
     # ---- computed when asked for
     # ------------------------------------------------------------------------------
-
-    @cached_property
-    def _covariance(self) -> tuple[Array, NDArray[np.bool_]]:
-        problem = self._training_problem("covariance_")
-        return inference.covariance_of(self.result_, problem)
-
-    @cached_property
-    def covariance_(self) -> Array:
-        """Covariance of the coefficients, shape (d, d); reads the data when first asked for."""
-        return self._covariance[0]
-
-    @cached_property
-    def standard_errors_(self) -> Array:
-        """Standard errors of the coefficients, shape (d,); NaN where the data do not identify one."""
-        return inference.standard_errors(*self._covariance)
 
     @cached_property
     def r2_(self) -> float:
@@ -160,15 +239,6 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
         problem: RowProblem = self.result_.problem
         return problem
 
-    def summary(self) -> Summary:
-        """Return the coefficient table; print it, or pass its ``columns()`` to a data frame.
-
-        Returns
-        -------
-        Summary
-        """
-        return summarise(self)
-
     # ---- storage
     # ----------------------------------------------------------------------------------------------
 
@@ -190,7 +260,8 @@ class BaseRegressor(CallbackSupportMixin, RegressorMixin, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         # A pickled model must not carry the training data along.
         state: dict[str, Any] = dict(super().__getstate__())
-        state.pop("_training", None)
+        for name in ("_training", "_fitted", "_data", "_index"):
+            state.pop(name, None)
         if "result_" in state:
             state["result_"] = replace(state["result_"], problem=None, separation=None)
         return state

@@ -22,9 +22,14 @@ PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class Rows:
     """The arguments of ``fit`` as the problem takes them, without a copy of any; it has the attributes of
     `attnfit.estimators.choices.Choices` that a problem is made from.
+
+    Attributes
+    ----------
+    y, weights : ndarray or None
+        Target and weights where they are in memory, an empty array and None elsewhere.
     """
 
     design: Any
@@ -33,7 +38,9 @@ class Elsewhere:
     loss_weights: Any
     logit_offset: Any
     y: Array
+    weights: Array | None = None
     counts: None = None
+    kept: None = None
 
     @property
     def squared_weights(self) -> Any:
@@ -48,7 +55,7 @@ def is_elsewhere(X: Any, y: Any) -> bool:
 
 def read_elsewhere(
     estimator: Any, X: Any, y: Any, groups: Any, weights: Any, offset: Any, *, grouped: bool
-) -> Elsewhere:
+) -> Rows:
     """Return the arguments of ``fit``; refuse what needs all rows at once.
 
     Raises
@@ -73,7 +80,7 @@ def read_elsewhere(
         estimator.feature_names_in_ = np.array([str(name) for name in names], dtype=object)
     elif hasattr(estimator, "feature_names_in_"):
         del estimator.feature_names_in_
-    return Elsewhere(X, y, groups, weights, offset, np.zeros(0))
+    return Rows(X, y, groups, weights, offset, np.zeros(0))
 
 
 def totals_elsewhere(problem: Any, y: Any, groups: Any) -> ShareTotals:
@@ -127,9 +134,8 @@ def _sums(y: Any, groups: Any) -> dict[Any, Array]:
 def normaliser_elsewhere(problem: Any, x: Array) -> float:
     """Return the normaliser of the only group."""
     at = problem.evaluate(x)
-    rows = problem.rows
-    if rows.n_long:
+    if problem.rows.n_long:
         return float(at.state[0, 0])
-    (chunk,) = rows.chunks
+    (chunk,) = problem.rows.chunks
     segments: Segments = chunk.segments
-    return float(rows.loss.reference(rows.logits(chunk, x)[1], segments)[0])
+    return float(problem.loss.reference(problem.rows.logits(chunk, x)[1], segments)[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from os import PathLike
 from typing import Any, Literal, Self
 
@@ -11,38 +10,31 @@ from numpy.typing import NDArray
 from sklearn.metrics import d2_tweedie_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.estimators.base import BaseRegressor, Limits
-from attnfit.estimators.callbacks import Listeners, with_callbacks
-from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
+from attnfit.estimators.base import BaseRegressor, Limits, with_options
+from attnfit.estimators.callbacks import with_callbacks
+from attnfit.estimators.elsewhere import Rows
+from attnfit.estimators.formula import OutcomeFormulaMixin
+from attnfit.estimators.outcome_effects import OutcomeEffectsMixin
 from attnfit.estimators.reading import (
     linear_predictor,
     read_features,
+    read_groups,
     read_offset,
     read_penalty,
     read_target,
     read_weights,
 )
 from attnfit.losses.elementwise import FUNCTIONS
-from attnfit.objectives.rows import RowProblem
 from attnfit.problems import Exponential, Poisson
 
 Array = NDArray[np.float64]
 
 
-class OutcomeRegressor(BaseRegressor, ABC):
+class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
     """A regression of outcomes without a normaliser on ``u(X coef + offset)``: fit and prediction."""
 
     row_penalty: Any
     ridge: float
-
-    @property
-    def _function(self) -> str:
-        """Name of u."""
-        return "exp"
-
-    @abstractmethod
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> RowProblem:
-        """Return the problem on these data."""
 
     @with_callbacks
     def fit(
@@ -52,6 +44,7 @@ class OutcomeRegressor(BaseRegressor, ABC):
         sample_weight: Any = None,
         offset: Any = None,
         *,
+        clusters: Any = None,
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = True,
         memory_limit: str | int | None = None,
@@ -66,6 +59,9 @@ class OutcomeRegressor(BaseRegressor, ABC):
             A weight w is the same as the row w times.
         offset : array_like, shape (n,), optional
             Added to ``X coef``.
+        clusters : array_like, shape (n,) or (n, 2), optional
+            Labels of what was drawn independently, one set or two; or the name of a column of X, which is
+            then no feature. They enter the standard errors only.
         checkpoint, resume, memory_limit
             As in `attnfit.minimize`: a file from which the fit goes on after a crash, whether it does, and
             the bytes that the process may hold, such as "1GB".
@@ -86,25 +82,18 @@ class OutcomeRegressor(BaseRegressor, ABC):
         With a Dask array or data frame for X, or y on disk (`attnfit.data.open_source`), the data stay
         where they are, and ``r2_`` is NaN.
         """
-        listeners = Listeners(self, X, y, {"sample_weight": sample_weight, "offset": offset})
-        limits = Limits(checkpoint, resume, memory_limit)
-        if is_elsewhere(X, y):
-            given = read_elsewhere(self, X, y, None, sample_weight, offset, grouped=False)
-            there = self._problem(
-                given.design, given.target, given.loss_weights, given.logit_offset, self.row_penalty
-            )
-            self.n_features_in_ = there.n_unknowns
-            self._solve(there, None, listeners, limits)
-            listeners.finish()
-            return self
+        rows, clusters = read_groups(X, clusters, "clusters")
+        given = {"sample_weight": sample_weight, "offset": offset, "clusters": clusters}
+        return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
+
+    def _read(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> Rows:
         design = read_features(self, X, reset=True)
         n = int(design.shape[0])
-        target = read_target(self, y, n)
-        weights, shift = read_weights(sample_weight, n, None), read_offset(offset, n)
-        problem = self._problem(design, target, weights, shift, read_penalty(self.row_penalty, n, weights))
-        self._solve(problem, (target, weights, None), listeners, limits)
-        listeners.finish()
-        return self
+        target, weights = read_target(self, y, n), read_weights(sample_weight, n, None)
+        return Rows(design, target, None, weights, read_offset(offset, n), target, weights)
+
+    def _row_penalty(self, rows: Rows) -> Any:
+        return read_penalty(self.row_penalty, len(rows.y), rows.weights)
 
     def predict(self, X: Any, offset: Any = None) -> Array:
         """Return the outcome that the model expects, ``u(X coef_ + offset)``, shape (n,).
@@ -115,7 +104,7 @@ class OutcomeRegressor(BaseRegressor, ABC):
             Where the answer exceeds float64.
         """
         check_is_fitted(self)
-        design = read_features(self, X, reset=False)
+        design = read_features(self, self._rows_of(X), reset=False)
         z = linear_predictor(design, self._point, read_offset(offset, int(design.shape[0])))
         with np.errstate(over="ignore"):
             out = FUNCTIONS[self._function](z, 0.0)[0]
@@ -132,6 +121,7 @@ class OutcomeRegressor(BaseRegressor, ABC):
         return float(r2_score(y, self.predict(X, offset=offset), sample_weight=sample_weight))
 
 
+@with_options
 class ExponentialRegressor(OutcomeRegressor):
     """Least squares of an unnormalised exponential: ``y = u(X coef + offset) + noise``.
 
@@ -144,16 +134,7 @@ class ExponentialRegressor(OutcomeRegressor):
         The function u.
     ridge : float
     row_penalty : float or array_like of shape (n,)
-    solver : attnfit.solvers.Newton or GradientDescent, optional
-    tol : float
-        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
-    max_iter : int
-    random_state : int, optional
-        Seed of the row samples on large data.
-    n_starts : int or "auto"
-        Descents of a loss that is not convex, see `attnfit.minimize`.
-    separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    %(options)s
 
     Attributes
     ----------
@@ -195,33 +176,28 @@ class ExponentialRegressor(OutcomeRegressor):
         random_state: Any = None,
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
+        covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
+        weight_type: Literal["sampling", "frequency"] = "sampling",
     ) -> None:
-        self.function = function
-        self.ridge = ridge
-        self.row_penalty = row_penalty
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.n_starts = n_starts
-        self.separation = separation
+        self._remember(locals())
 
     @property
     def _function(self) -> str:
-        return self.function
+        return str(self.function)
 
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> RowProblem:
+    def _problem(self, rows: Rows, row_penalty: Any) -> Exponential:
         return Exponential(
-            A,
-            b,
+            rows.design,
+            rows.target,
             function=self.function,
-            weights=weights,
-            offset=offset,
+            weights=rows.loss_weights,
+            offset=rows.logit_offset,
             row_penalty=row_penalty,
             ridge=self.ridge,
         )
 
 
+@with_options
 class PoissonRegressor(OutcomeRegressor):
     """Poisson regression, or pseudo-likelihood (PPML): ``E y = exp(X coef + offset)``.
 
@@ -233,16 +209,7 @@ class PoissonRegressor(OutcomeRegressor):
     ----------
     ridge : float
     row_penalty : float or array_like of shape (n,)
-    solver : attnfit.solvers.Newton or GradientDescent, optional
-    tol : float
-        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
-    max_iter : int
-    random_state : int, optional
-        Seed of the row samples on large data.
-    n_starts : int or "auto"
-        Descents of a loss that is not convex, see `attnfit.minimize`.
-    separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    %(options)s
 
     Attributes
     ----------
@@ -286,23 +253,25 @@ class PoissonRegressor(OutcomeRegressor):
         random_state: Any = None,
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
+        covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
+        weight_type: Literal["sampling", "frequency"] = "sampling",
     ) -> None:
-        self.ridge = ridge
-        self.row_penalty = row_penalty
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.n_starts = n_starts
-        self.separation = separation
+        self._remember(locals())
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.positive_only = True
         return tags
 
-    def _problem(self, A: Any, b: Any, weights: Any, offset: Any, row_penalty: Any) -> RowProblem:
-        return Poisson(A, b, weights=weights, offset=offset, row_penalty=row_penalty, ridge=self.ridge)
+    def _problem(self, rows: Rows, row_penalty: Any) -> Poisson:
+        return Poisson(
+            rows.design,
+            rows.target,
+            weights=rows.loss_weights,
+            offset=rows.logit_offset,
+            row_penalty=row_penalty,
+            ridge=self.ridge,
+        )
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
         """Return ``1 - D / D_0``, the share of the Poisson deviance of the constant that is explained."""

@@ -18,6 +18,8 @@ from safetensors.numpy import save as to_bytes
 from attnfit import solvers
 from attnfit.estimators import model_header
 from attnfit.estimators.model_header import ModelFileError
+from attnfit.formulas import FormulaDesign
+from attnfit.inference import Covariance, FitStatistics
 from attnfit.solvers import History, Result, Status
 from attnfit.writing import write as write_file
 
@@ -41,8 +43,10 @@ def dumps(model: Any) -> bytes:
     if model.result_.unidentified is not None and model.result_.unidentified.shape[1]:
         arrays["unidentified"] = model.result_.unidentified
     if "_covariance" in model.__dict__:
-        arrays["covariance"] = model._covariance[0]
-        arrays["identified"] = model._covariance[1].astype(np.float64)
+        known = model._covariance
+        arrays |= {"covariance": known.matrix, "identified": known.known, "scale": known.scale}
+        if known.null.shape[1]:
+            arrays["null"] = known.null
     params = model.get_params(deep=False)
     if np.ndim(params["row_penalty"]):
         arrays["row_penalty"] = np.asarray(params.pop("row_penalty"), dtype=np.float64)
@@ -57,6 +61,9 @@ def dumps(model: Any) -> bytes:
         "fit": {
             name: value for name in model_header.FIT if _finite(value := model.__dict__.get(name)) is not None
         },
+        "covariance": _described(model) if "_covariance" in model.__dict__ else None,
+        "formula": _formula(model) if "_formula" in model.__dict__ else None,
+        "statistics": _finite(asdict(model._statistics)) if "_statistics" in model.__dict__ else None,
         "result": {name: _finite(getattr(model.result_, name)) for name in model_header.RESULT},
     }
     try:
@@ -127,8 +134,24 @@ def _restore(model: Any, header: dict[str, Any], arrays: dict[str, NDArray[np.fl
         model.feature_names_in_ = np.array(header["feature_names_in"], dtype=object)
     for name, value in header["fit"].items():
         setattr(model, name, value)
-    if "covariance" in arrays:
-        model._covariance = (arrays["covariance"], arrays["identified"] != 0.0)
+    told = header.get("covariance")
+    if told is not None:
+        told = {name: float("inf") if value is None else value for name, value in told.items()}
+        model._covariance = Covariance(
+            matrix=arrays["covariance"],
+            known=arrays["identified"] != 0.0,
+            scale=arrays["scale"],
+            null=arrays.get("null", np.zeros((len(arrays["coef"]), 0))),
+            **told | {"notes": tuple(told["notes"])},
+        )
+    if header.get("formula") is not None:
+        told = header["formula"]
+        model._formula = FormulaDesign.from_json(told["design"])
+        model.formula_, model._names_of = told["text"], told["names"]
+        model.notes_ = tuple(model._formula.notes)
+    statistics = header.get("statistics")
+    if statistics is not None:
+        model._statistics = FitStatistics(**statistics | {"notes": tuple(statistics["notes"])})
     report = dict(header["result"])
     for name in ("gradient_norm", "move", "decrement"):
         report[name] = float("nan") if report[name] is None else report[name]
@@ -172,6 +195,16 @@ def _digest(arrays: dict[str, NDArray[Any]], header: str) -> str:
         digest.update(f"\n{name} {arrays[name].dtype.str} {arrays[name].shape}\n".encode())
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
+
+
+def _formula(model: Any) -> dict[str, Any]:
+    """Return the design of a model with a formula, and the names of the columns that the fit took."""
+    return {"text": model.formula_, "names": model._names_of, "design": model._formula.to_json()}
+
+
+def _described(model: Any) -> dict[str, Any]:
+    """Return what the stored covariance is."""
+    return {name: _finite(getattr(model._covariance, name)) for name in model_header.COVARIANCE}
 
 
 def _encode_solver(solver: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from math import isfinite
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit import solvers
+from attnfit.formulas import FormulaDesign
+from attnfit.inference import FitStatistics
+from attnfit.inference.covariance import KINDS
 from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.losses.softmax import LOSSES
 from attnfit.solvers import Status
@@ -42,12 +46,24 @@ RESULT: dict[str, type] = {
     "decrement": float,
     "n_flat": int,
 }
+# What a stored covariance is; degrees of freedom are None where the reference is normal.
+COVARIANCE: dict[str, type] = {
+    "kind": str,
+    "unit": str,
+    "n_units": float,
+    "df": float,
+    "factor": float,
+    "notes": list,
+    "reason": str,
+}
 # Numbers that are not known for every fit.
 UNKNOWN = ("gradient_norm", "move", "decrement", "n_flat")
 # Classes that have files.
 STORED = ("ExponentialRegressor", "PoissonRegressor", "RescaledSoftmaxRegressor", "SoftmaxRegressor")
 # Parameters that older files do not have.
-LATER = {"n_starts": "auto", "separation": "warn"}
+LATER = {"n_starts": "auto", "separation": "warn", "covariance": "auto", "weight_type": "sampling"}
+# Entries of the header that older files do not have.
+OPTIONAL = {"covariance", "formula", "statistics"}
 SOLVERS = ("Newton", "LevenbergMarquardt", "GradientDescent")
 
 
@@ -61,7 +77,10 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
 
     classes = {name: getattr(estimators, name) for name in STORED}
     keys = {"format_version", "class", "params", "n_features_in", "feature_names_in", "fit", "result"}
-    _require(set(header) == keys, f"the header has entries {sorted(header)}, expected {sorted(keys)}")
+    _require(
+        keys <= set(header) <= keys | OPTIONAL,
+        f"the header has entries {sorted(header)}, expected {sorted(keys)}",
+    )
     name = header["class"]
     _require(
         isinstance(name, str) and name in classes,
@@ -69,7 +88,8 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
     )
     params = header["params"]
     _require(isinstance(params, dict), "params is not an object")
-    params = LATER | params
+    own = LATER | ({"ties": None} if name == "SoftmaxRegressor" else {})
+    params = own | params
     if "row_penalty" in arrays:
         _require("row_penalty" not in params, "row_penalty is given twice")
         params["row_penalty"] = arrays["row_penalty"]
@@ -87,6 +107,9 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
         "local_values of result are not numbers",
     )
     _check_fit(header["fit"], cls)
+    _check_covariance(header.get("covariance"), arrays)
+    _check_statistics(header.get("statistics"))
+    _check_formula(header.get("formula"), header["feature_names_in"])
     return cls(**params)
 
 
@@ -95,7 +118,19 @@ def check_arrays(arrays: dict[str, NDArray[Any]], d: int, status: str) -> None:
     have no finite value where the fit ended so.
     """
     endless = status in (Status.SEPARABLE, Status.NO_MINIMUM) or "limit" in arrays
-    known = {"coef", "limit", "gradient", "covariance", "identified", "unidentified", "row_penalty"}
+    known = {
+        *(
+            "coef",
+            "limit",
+            "gradient",
+            "covariance",
+            "identified",
+            "unidentified",
+            "row_penalty",
+            "scale",
+            "null",
+        ),
+    }
     _require(
         {"coef", "gradient"} <= set(arrays) <= known,
         f"the arrays are {sorted(arrays)}; expected some of {sorted(known)}",
@@ -104,9 +139,10 @@ def check_arrays(arrays: dict[str, NDArray[Any]], d: int, status: str) -> None:
         ("covariance" in arrays) == ("identified" in arrays), "covariance and identified must come together"
     )
     shapes = {"coef": (d,), "limit": (d,), "gradient": (d,), "covariance": (d, d), "identified": (d,)}
+    shapes["scale"] = (d,)
     for name, array in arrays.items():
         shape = array.shape
-        if name == "unidentified":
+        if name in ("unidentified", "null"):
             fits = array.ndim == 2 and shape[0] == d and 1 <= shape[1] <= d
         elif name == "row_penalty":
             fits = array.ndim == 1
@@ -116,6 +152,46 @@ def check_arrays(arrays: dict[str, NDArray[Any]], d: int, status: str) -> None:
         _require(array.dtype == np.float64, f"array {name} has dtype {array.dtype}, expected float64")
         may_be_open = endless and name in ("coef", "covariance")
         _require(may_be_open or bool(np.isfinite(array).all()), f"array {name} contains NaN or inf")
+
+
+def _check_covariance(told: Any, arrays: dict[str, Any]) -> None:
+    _require((told is not None) == ("covariance" in arrays), "a covariance and what it is must come together")
+    if told is None:
+        return
+    _check_fields("covariance", told, COVARIANCE, optional=("df", "factor"))
+    _require(
+        told["kind"] in KINDS and all(isinstance(note, str) for note in told["notes"]), "covariance is none"
+    )
+    _require("scale" in arrays and bool((arrays["scale"] > 0.0).all()), "scale is not positive")
+
+
+def _check_formula(told: Any, features: Any) -> None:
+    if told is None:
+        return
+    _require(isinstance(told, dict) and set(told) == {"text", "names", "design"}, "formula is malformed")
+    names = told["names"]
+    _require(
+        isinstance(told["text"], str)
+        and isinstance(names, dict)
+        and all(isinstance(k, str) and isinstance(v, str) for k, v in names.items()),
+        "the names of columns of the formula are malformed",
+    )
+    try:
+        design = FormulaDesign.from_json(told["design"])
+    except ValueError as error:
+        raise ModelFileError(str(error)) from None
+    _require(design.columns == features, "the columns of the formula are not the features")
+
+
+def _check_statistics(told: Any) -> None:
+    if told is None:
+        return
+    _require(isinstance(told, dict), "statistics is not an object")
+    names = {f.name for f in fields(FitStatistics)}
+    _require(set(told) == names, f"statistics has entries {sorted(told)}; expected {sorted(names)}")
+    for name, value in told.items():
+        fits = isinstance(value, list) if name == "notes" else value is None or _is(value, float)
+        _require(fits, f"{name} of statistics is {value!r}")
 
 
 def _check_fit(fit: Any, cls: Any) -> None:
@@ -158,6 +234,9 @@ def _check_param(name: str, value: Any) -> None:
         "random_state": lambda: value is None or _is(value, int),
         "n_starts": lambda: value == "auto" or (_is(value, int) and value >= 1),
         "separation": lambda: value in ("warn", "drop", "keep"),
+        "covariance": lambda: value in KINDS,
+        "ties": lambda: value in (None, "counts", "exact"),
+        "weight_type": lambda: value in ("sampling", "frequency"),
     }
     _require(checks[name](), f"parameter {name} is {value!r}, which is not allowed")
 

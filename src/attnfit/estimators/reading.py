@@ -39,8 +39,8 @@ def read_features(estimator: Any, X: Any, *, reset: bool) -> Design:
         return as_design(checked, "X")
 
 
-def read_groups(X: Any, groups: Any) -> tuple[Any, Any]:
-    """Return X and the groups; a name is that of a column of X, which is then no feature.
+def read_groups(X: Any, groups: Any, argument: str = "groups") -> tuple[Any, Any]:
+    """Return X and the groups, or other labels; a name is that of a column of X, which is then no feature.
 
     Raises
     ------
@@ -49,20 +49,21 @@ def read_groups(X: Any, groups: Any) -> tuple[Any, Any]:
     """
     if not isinstance(groups, str):
         return X, groups
-    labels, others = column_of(X, groups)
+    labels, others = column_of(X, groups, argument)
     return others, labels
 
 
-def column_of(X: Any, name: str) -> tuple[Any, Any]:
+def column_of(X: Any, name: str, argument: str = "groups") -> tuple[Any, Any]:
     """Return a column of a data frame, and the frame without it."""
     columns = getattr(X, "columns", None)
     if columns is None:
         raise ValueError(
-            f"groups={name!r} names a column, but X is no data frame; pass one label a row, or a data frame"
+            f"{argument}={name!r} names a column, but X is no data frame; pass one label a row, or a data "
+            "frame"
         )
     if name not in list(columns):
         shown = ", ".join(map(str, list(columns)[:12]))
-        raise ValueError(f"groups={name!r} is no column of X; its columns are {shown}")
+        raise ValueError(f"{argument}={name!r} is no column of X; its columns are {shown}")
     if is_dask(X):
         return X[name], X.drop(columns=[name])
     frame = nw.from_native(X, eager_only=True)

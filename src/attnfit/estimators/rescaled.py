@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.data.inputs import choose
+from attnfit.estimators.base import with_options
 from attnfit.estimators.choices import Choices
-from attnfit.estimators.elsewhere import Elsewhere
+from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.losses.loss import Loss
@@ -19,6 +20,7 @@ from attnfit.problems import Rescaled
 Array = NDArray[np.float64]
 
 
+@with_options
 class RescaledSoftmaxRegressor(ShareRegressor):
     """Shares ``u / sum u`` fitted without dividing: ``u(X coef + offset)`` against ``y sum u`` in each group.
 
@@ -34,16 +36,7 @@ class RescaledSoftmaxRegressor(ShareRegressor):
     row_penalty : float or array_like of shape (n,)
     outside_good : bool
         Add to each group a row of zeros whose target is one minus the sum of the others.
-    solver : attnfit.solvers.Newton or GradientDescent, optional
-    tol : float
-        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
-    max_iter : int
-    random_state : int, optional
-        Seed of the row samples on large data.
-    n_starts : int or "auto"
-        Descents of a loss that is not convex, see `attnfit.minimize`.
-    separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    %(options)s
 
     Attributes
     ----------
@@ -94,23 +87,16 @@ class RescaledSoftmaxRegressor(ShareRegressor):
         random_state: Any = None,
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
+        covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
+        weight_type: Literal["sampling", "frequency"] = "sampling",
     ) -> None:
-        self.function = function
-        self.ridge = ridge
-        self.row_penalty = row_penalty
-        self.outside_good = outside_good
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.n_starts = n_starts
-        self.separation = separation
+        self._remember(locals())
 
     def _loss(self) -> Loss:
         choose(self.function, FUNCTIONS, "function")
         return SquaredRescaled(self.function)
 
-    def _problem(self, choices: Choices | Elsewhere, row_penalty: Array) -> Rescaled:
+    def _problem(self, choices: Choices | Rows, row_penalty: Any) -> Rescaled:
         if self.function != "exp" and choices.counts is not None:
             raise ValueError(
                 f"sample_weight repeats rows where there are no groups, for which function={self.function!r} "

@@ -14,15 +14,14 @@ from sklearn.utils.validation import check_is_fitted
 from attnfit.data.groups import parse_groups
 from attnfit.estimators import reading
 from attnfit.estimators.base import BaseRegressor, Limits
-from attnfit.estimators.callbacks import Listeners, with_callbacks
+from attnfit.estimators.callbacks import with_callbacks
 from attnfit.estimators.choices import Choices, read_choices
 from attnfit.estimators.elsewhere import (
-    Elsewhere,
-    is_elsewhere,
+    Rows,
     normaliser_elsewhere,
-    read_elsewhere,
     totals_elsewhere,
 )
+from attnfit.estimators.formula import ChoiceFormulaMixin
 from attnfit.estimators.totals import ShareTotals
 from attnfit.losses.loss import Loss
 from attnfit.objectives.rows import RowProblem
@@ -31,7 +30,7 @@ from attnfit.segments import Segments
 Array = NDArray[np.float64]
 
 
-class ShareRegressor(BaseRegressor):
+class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
     """What softmax and rescaled regression share: groups, outside good, and the normaliser for `predict`."""
 
     ridge: float
@@ -46,10 +45,6 @@ class ShareRegressor(BaseRegressor):
     def _loss(self) -> Loss:
         """Return the loss, whose normaliser and output predictions use."""
 
-    @abstractmethod
-    def _problem(self, choices: Choices | Elsewhere, row_penalty: Any) -> RowProblem:
-        """Return the problem to fit."""
-
     @with_callbacks
     def fit(
         self,
@@ -59,6 +54,7 @@ class ShareRegressor(BaseRegressor):
         sample_weight: Any = None,
         offset: Any = None,
         *,
+        clusters: Any = None,
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = True,
         memory_limit: str | int | None = None,
@@ -80,6 +76,9 @@ class ShareRegressor(BaseRegressor):
             by row, and a weight w on all rows of a group is the same as the group w times.
         offset : array_like, shape (n,), optional
             Added to the logits.
+        clusters : array_like, shape (n,) or (n, 2), optional
+            Labels of what was drawn independently, such as persons with several choices, one set or two; or
+            the name of a column of X, which is then no feature. They enter the standard errors only.
         checkpoint, resume, memory_limit
             As in `attnfit.minimize`: a file from which the fit goes on after a crash, whether it does, and
             the bytes that the process may hold, such as "1GB".
@@ -100,62 +99,41 @@ class ShareRegressor(BaseRegressor):
         where they are: what needs all rows at once is then refused, and ``r2_`` is NaN.
         """
         self._loss()
-        limits = Limits(checkpoint, resume, memory_limit)
-        listeners = Listeners(
-            self, X, y, {"groups": groups, "sample_weight": sample_weight, "offset": offset}
-        )
         rows, groups = reading.read_groups(X, groups)
-        if is_elsewhere(rows, y):
-            self._fit_elsewhere(rows, y, groups, sample_weight, offset, listeners, limits)
-        else:
-            self._fit_here(rows, y, groups, sample_weight, offset, listeners, limits)
-        listeners.finish()
-        return self
+        rows, clusters = reading.read_groups(rows, clusters, "clusters")
+        given = {"groups": groups, "sample_weight": sample_weight, "offset": offset, "clusters": clusters}
+        return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
 
-    def _fit_here(
-        self,
-        X: Any,
-        y: Any,
-        groups: Any,
-        sample_weight: Any,
-        offset: Any,
-        listeners: Listeners,
-        limits: Limits,
-    ) -> None:
+    def _read(
+        self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None
+    ) -> Choices:
         design = reading.read_features(self, X, reset=True)
-        choices = read_choices(self, design, y, groups, sample_weight, offset)
-        penalty = reading.read_penalty(self.row_penalty, int(design.shape[0]), None)
-        if penalty.ndim and choices.kept is not None:
-            penalty = penalty[choices.kept]
-        penalty = reading.read_penalty(penalty, len(choices.y), choices.counts)
-        problem = self._problem(choices, choices.with_outside(penalty))
-        self._note_targets(choices)
-        self._solve(problem, (choices.y, choices.weights, choices.counts), listeners, limits)
-        self._set_groups(choices.n_groups, choices.totals)
-        if self.n_groups_ == 1:
-            z = reading.linear_predictor(problem.design, self._point, problem.offset)
-            normaliser = self._loss().reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))
-            setattr(self, self._normaliser_name, float(normaliser[0]))
-        self._after_fit(choices)
+        return read_choices(self, design, y, groups, sample_weight, offset)
 
-    def _fit_elsewhere(
-        self,
-        X: Any,
-        y: Any,
-        groups: Any,
-        sample_weight: Any,
-        offset: Any,
-        listeners: Listeners,
-        limits: Limits,
-    ) -> None:
-        given = read_elsewhere(self, X, y, groups, sample_weight, offset, grouped=True)
-        problem = self._problem(given, self.row_penalty)
-        self.n_features_in_ = problem.n_unknowns
-        self._solve(problem, None, listeners, limits)
-        self._set_groups(problem.n_groups, totals_elsewhere(problem, y, groups))
+    def _row_penalty(self, rows: Choices) -> Any:
+        n = len(rows.y if rows.kept is None else rows.kept)
+        penalty = reading.read_penalty(self.row_penalty, n, None)
+        if penalty.ndim and rows.kept is not None:
+            penalty = penalty[rows.kept]
+        return rows.with_outside(reading.read_penalty(penalty, len(rows.y), rows.counts))
+
+    def _after_fit(self, rows: Choices | Rows, problem: RowProblem, y: Any, groups: Any) -> None:
+        here = isinstance(rows, Choices)
+        if isinstance(rows, Choices):
+            self.n_groups_, self._share_totals = rows.n_groups, rows.totals
+        else:
+            self.n_groups_, self._share_totals = problem.n_groups, totals_elsewhere(problem, y, groups)
+        self.n_unbalanced_groups_ = self._share_totals.n_unbalanced
+        self.__dict__.pop(self._normaliser_name, None)
         if self.n_groups_ == 1:
-            setattr(self, self._normaliser_name, normaliser_elsewhere(problem, self._point))
-        self._after_fit(given)
+            setattr(self, self._normaliser_name, self._normaliser(problem, here=here))
+        self._note_likelihood(rows)
+
+    def _normaliser(self, problem: RowProblem, *, here: bool) -> float:
+        if not here:
+            return normaliser_elsewhere(problem, self._point)
+        z = reading.linear_predictor(problem.design, self._point, problem.offset)
+        return float(self._loss().reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))[0])
 
     @property
     def share_totals_(self) -> ShareTotals:
@@ -166,17 +144,8 @@ class ShareRegressor(BaseRegressor):
             )
         return self._share_totals
 
-    def _set_groups(self, n_groups: int, totals: ShareTotals) -> None:
-        self.n_groups_ = n_groups
-        self._share_totals = totals
-        self.n_unbalanced_groups_ = totals.n_unbalanced
-        self.__dict__.pop(self._normaliser_name, None)
-
-    def _note_targets(self, choices: Choices) -> None:
-        """Warn about targets that suit another loss better."""
-
-    def _after_fit(self, choices: Choices | Elsewhere) -> None:
-        """Set what only one of the estimators reports."""
+    def _note_likelihood(self, choices: Choices | Rows) -> None:
+        """Set the log likelihood where there is one."""
 
     def _bounded(self, shares: Array) -> Array:
         """Bring shares of rows that were not in the group into the range of a share."""
@@ -204,7 +173,7 @@ class ShareRegressor(BaseRegressor):
             Where the answer exceeds float64.
         """
         check_is_fitted(self)
-        X, groups = reading.read_groups(X, groups)
+        X, groups = self._rows_of(X, groups)
         design = reading.read_features(self, X, reset=False)
         n = int(design.shape[0])
         self._require_groups(groups)
@@ -245,7 +214,7 @@ class ShareRegressor(BaseRegressor):
     ) -> float:
         """Return the coefficient of determination of ``predict(X, groups, offset)``."""
         check_is_fitted(self)
-        X, groups = reading.read_groups(X, groups)
+        X, groups = self._rows_of(X, groups)
         shares = self.predict(X, groups=groups, offset=offset)
         n = len(shares)
         weights = reading.read_weights(sample_weight, n, None if groups is None else parse_groups(groups, n))

@@ -10,17 +10,22 @@ from numpy.typing import NDArray
 from scipy.special import xlogy
 
 from attnfit.data.inputs import choose
+from attnfit.estimators.base import with_options
+from attnfit.estimators.choice_effects import ChoiceEffectsMixin
 from attnfit.estimators.choices import Choices
-from attnfit.estimators.elsewhere import Elsewhere
+from attnfit.estimators.elsewhere import Rows
 from attnfit.estimators.shares import ShareRegressor
+from attnfit.inference.exact_ties import ExactTies
 from attnfit.losses.loss import Loss
-from attnfit.losses.softmax import LOSSES
+from attnfit.losses.softmax import find_loss
 from attnfit.problems import Softmax
 
 Array = NDArray[np.float64]
+TIES = ("counts", "exact")
 
 
-class SoftmaxRegressor(ShareRegressor):
+@with_options
+class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
     """Shares as a softmax: ``y = softmax(X coef + offset)`` within each group.
 
     Minimises ``sum over groups of Phi(softmax(X_g x + offset_g)) + 0.5 sum w (row_penalty * X x)^2 + 0.5
@@ -44,16 +49,11 @@ class SoftmaxRegressor(ShareRegressor):
     row_penalty : float or array_like of shape (n,)
     outside_good : bool
         Add to each group a row of zeros whose target is one minus the sum of the others.
-    solver : attnfit.solvers.Newton or GradientDescent, optional
-    tol : float
-        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
-    max_iter : int
-    random_state : int, optional
-        Seed of the row samples on large data.
-    n_starts : int or "auto"
-        Descents of a loss that is not convex, see `attnfit.minimize`.
-    separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    %(options)s
+    ties : {"counts", "exact"}, optional
+        What several ones in a group are under cross entropy: counts, each a choice from the whole group (the
+        default, with a warning), or one choice of so many rows, as in the conditional logit of Stata and
+        statsmodels.
 
     Attributes
     ----------
@@ -110,17 +110,11 @@ class SoftmaxRegressor(ShareRegressor):
         random_state: Any = None,
         n_starts: int | Literal["auto"] = "auto",
         separation: Literal["warn", "drop", "keep"] = "warn",
+        covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
+        weight_type: Literal["sampling", "frequency"] = "sampling",
+        ties: Literal["counts", "exact"] | None = None,
     ) -> None:
-        self.loss = loss
-        self.ridge = ridge
-        self.row_penalty = row_penalty
-        self.outside_good = outside_good
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.n_starts = n_starts
-        self.separation = separation
+        self._remember(locals())
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -132,10 +126,10 @@ class SoftmaxRegressor(ShareRegressor):
         return self.loss in ("cross_entropy", "kl")
 
     def _loss(self) -> Loss:
-        loss: Loss = choose(self.loss, LOSSES, "loss")
+        loss: Loss = find_loss(self.loss)
         return loss
 
-    def _problem(self, choices: Choices | Elsewhere, row_penalty: Array) -> Softmax:
+    def _problem(self, choices: Choices | Rows, row_penalty: Any) -> Softmax:
         if self.loss == "entropy" and choices.counts is not None:
             raise ValueError(
                 "sample_weight repeats rows where there are no groups, for which loss='entropy' has no form; "
@@ -160,12 +154,30 @@ class SoftmaxRegressor(ShareRegressor):
             ridge=self.ridge,
         )
 
+    def _objective(self, problem: Any) -> Any:
+        if self.ties is not None:
+            choose(self.ties, dict.fromkeys(TIES), "ties")
+        if self.ties != "exact":
+            return problem
+        if self.loss != "cross_entropy":
+            raise ValueError(f"ties='exact' is a likelihood: use loss='cross_entropy', not {self.loss!r}")
+        return ExactTies(problem)
+
     def _bounded(self, shares: Array) -> Array:
         # Against the normaliser of the training data a new row can outweigh all of its rows; its share is
         # still one at most.
         return np.minimum(shares, 1.0)
 
     def _note_targets(self, choices: Choices) -> None:
+        several = choices.totals.above and self.loss == "cross_entropy" and self.ties is None
+        if several and choices.n_groups > 1 and ((choices.target == 0.0) | (choices.target == 1.0)).all():
+            warnings.warn(
+                f"y has several ones in {choices.totals.n_above} groups, which are fitted as counts; the "
+                "conditional logit of Stata and statsmodels takes their number as given: ties='exact' does, "
+                "ties='counts' silences this",
+                UserWarning,
+                stacklevel=5,
+            )
         if self.loss == "squared" and choices.n_groups > 1 and choices.totals.n_unbalanced == 0:
             target = choices.target
             if ((target == 0.0) | (target == 1.0)).all():
@@ -174,20 +186,23 @@ class SoftmaxRegressor(ShareRegressor):
                     "Brier score: its best fit is often nearly a step function; use loss='cross_entropy' for "
                     "choices, the squared loss is for shares",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
-    def _after_fit(self, choices: Choices | Elsewhere) -> None:
+    def _note_likelihood(self, choices: Choices | Rows) -> None:
         self.__dict__.pop("log_likelihood_", None)
         if not self._is_likelihood:
             return
         counts = 1.0 if choices.counts is None else choices.counts
+        if self.ties == "exact":
+            self.log_likelihood_ = -self.loss_value_
+            return
         if self.loss == "cross_entropy":
             # The problem sees the share w f of w copies.
             self.loss_value_ += float(np.sum(xlogy(counts * choices.y, counts)))
             self.log_likelihood_ = -self.loss_value_
             return
-        if isinstance(choices, Elsewhere):
+        if isinstance(choices, Rows):
             # One more read of the targets for a number that the loss implies.
             return
         weights, outside_weights = (
