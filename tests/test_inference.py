@@ -66,7 +66,7 @@ def test_the_same_wherever_the_data_are(loss, tmp_path, monkeypatch):
     shrink_blocks(monkeypatch)
     long = np.arange(len(y)) % 2
     blocks = SoftmaxRegressor(loss).fit(X, y, groups=long, clusters=clusters)
-    assert blocks.result_.problem.n_long == 2
+    assert blocks.result_.problem.rows.n_long == 2
     found = [*covariances(blocks), blocks.fit_statistics().brier]
     monkeypatch.undo()
     whole = SoftmaxRegressor(loss).fit(X, y, groups=long, clusters=clusters)

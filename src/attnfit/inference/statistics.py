@@ -143,7 +143,7 @@ def _likelihoods(
     else:
         found |= {"aic": -2.0 * value + 2.0 * k, "bic": -2.0 * value + k * np.log(n)}
     if alternatives is not None:
-        if not fitted.given.is_whole:
+        if not fitted.given.rows.is_whole:
             notes.append("no likelihood of constants: the data are on a cluster")
         else:
             constants = _constants(fitted, alternatives)
@@ -234,7 +234,7 @@ def _of_outcomes(fitted: Fitted, k: float, totals: dict[str, float]) -> FitStati
 
 def checksums(fitted: Fitted) -> dict[str, str]:
     """Return a checksum of targets, weights, offset and groups: equal where two fits saw the same."""
-    found = fitted.given.collect(_digests)
+    found = fitted.given.rows.collect(_digests)
     return {name: "-".join(part[name] for part in found) for name in found[0]}
 
 
