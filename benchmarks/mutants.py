@@ -66,7 +66,7 @@ GUARDS = {
     "solvers/evidence": ["evidence"],
     "solvers/separation": SEPARATION,
     "solvers/trust_region": ["trust_region"],
-    "solvers/verdicts": ["verdict_rules", "solver_outcomes", "separation"],
+    "solvers/verdicts": ["verdict_rules", "verdict_messages", "separation"],
     "problems/rows/log_start": ["log_start"],
     "problems/rows/moves": ["recession"],
     "problems/rows/recession": SEPARATION,

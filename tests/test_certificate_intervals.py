@@ -9,15 +9,18 @@ import warnings
 import mpmath
 import numpy as np
 import pytest
-from autodiff import Objective
+import torch
+from autodiff import Objective, as_tensor
 from exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 from hypothesis import given
 from hypothesis import strategies as st
+from instances import ALL_LOSSES, instance
 from mpmath import mpf
 from test_certificate_constants import TIGHT, third_along
 
 from attnfit import certificates, minimize, problems
 from attnfit.certificates.ball import Interval
+from attnfit.certificates.certification import RowBall
 from attnfit.certificates.enclosure import Enclosure
 from attnfit.certificates.rigorous import _lipschitz, _rows_of, _third_of_exponential
 
@@ -126,7 +129,7 @@ def test_far_from_the_answer_the_ball_still_holds_it(loss, rigorous):
         proofs = ((x, certificates.certify(problem, x, rigorous=rigorous)) for x in (best + s for s in steps))
         x, proof = next(found for found in proofs if found[1].valid)
         with mpmath.workdps(DIGITS):
-            answer, hessian = exact_answer(exact, x)
+            answer, _ = exact_answer(exact, x)
             assert error_of(x, answer)[0] <= proof.radius
             gap = float(fall(exact, x, answer))
         assert gap <= proof.value_gap <= 8.0 * gap
@@ -174,3 +177,38 @@ def test_the_proven_third_derivative_of_an_exponential(function, z, b, reach):
         assert bound <= float(slope * size) * (1 + 1e-6) or function != "exp"
         if abs(z) == 4.0:
             assert bound <= 4.1 * float(slope) * max(float(max(4 * abs(u(t)) for t in grid)), abs(b))
+
+
+# ---- what rounding may do
+
+EPS = float(np.finfo(np.float64).eps)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0])
+@pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
+def test_rounding_is_bounded_by_the_worst_combination(family, loss, size):
+    """Each logit off by ``1 + sqrt(d) |A| |x| + |offset|`` roundings, and each term of the gradient by one,
+    to the worst effect, by autodiff: exactly that where rows are on their own, up to ten times where the sums
+    over a group are bounded one by one.
+    """
+    inst, x = instance(family, loss, sizes=(6, 4), d=2, noise=0.3)
+    offset, penalty, ridge = np.linspace(-size, size, 10), np.linspace(0.0, 0.5, 10), 0.3
+    T = np.array([[0.7, 0.2], [-0.4, 0.9]])
+    problem = inst.problem(offset=offset, row_penalty=penalty, ridge=ridge)
+    objective = inst.objective()
+
+    def gradient(shift):
+        point = as_tensor(x).requires_grad_()
+        value = objective.rows(as_tensor(inst.A) @ point + shift).sum()
+        return torch.autograd.grad(value, point, create_graph=True)[0]
+
+    by_logit = torch.autograd.functional.jacobian(gradient, as_tensor(offset)).numpy()
+    logits = as_tensor(inst.A @ x + offset).requires_grad_()
+    slope = np.abs(torch.autograd.grad(objective.rows(logits).sum(), logits)[0].numpy())
+    errors = 1.0 + np.sqrt(2.0) * np.abs(inst.A) @ np.abs(x) + np.abs(offset)
+    columns = (slope + penalty**2 * errors) @ np.abs(inst.A) + np.abs(ridge * x)
+    own = np.linalg.norm(inst.A @ T, axis=1)
+    worst = (np.linalg.norm(T.T @ by_logit, axis=0) + penalty**2 * own) @ errors
+    worst += slope @ own + np.linalg.norm(np.abs(T).T @ columns)
+    bound = RowBall(problem, problem.evaluate(x), T).rounding() / (4.0 * EPS)
+    assert worst * (1 - 1e-9) <= bound <= worst * (1 + 1e-9 if family == "Exponential" else 10.0)

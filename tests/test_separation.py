@@ -10,8 +10,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 import attnfit
 from attnfit import SoftmaxRegressor, minimize, problems
-from attnfit.problems.rows.recession import Frame, verify
-from attnfit.solvers.separation import _by_projection, find_separation
+from attnfit.problems.rows.recession import Frame, Signs, verify
+from attnfit.solvers.separation import _by_projection, _is_strict, find_separation
 
 
 def fit(problem, **options):
@@ -228,6 +228,27 @@ def test_a_direction_lets_no_free_row_rise():
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
     assert not problem.reduce(verify, at, frame, np.ones(1), False).confirm(frame)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(("fall", "falls"), [(0.0, False), (0.5e-6, False), (2e-6, True), (0.1, True)])
+def test_which_rows_fall_along_a_direction(size, fall, falls):
+    """By more than a millionth of the largest change; the least and the largest fall are told."""
+    A = size * np.array([[0.0], [-fall], [-1.0]])
+    problem = problems.Softmax(A, [1.0, 0.0, 0.0], loss="cross_entropy")
+    frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
+    signs = problem.reduce(verify, problem.evaluate(np.zeros(1)), frame, np.ones(1), False)
+    assert signs.confirm(frame)
+    assert (signs.drop, signs.most) == (size * (fall if falls else 1.0), size)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(("excess", "alike"), [(0.0, True), (0.5e-6, True), (2e-6, False), (0.2, False)])
+def test_rows_fall_alike_to_a_millionth(size, excess, alike):
+    """In any unit; the direction of the programme need not lower all rows alike."""
+    signs = Signs(drop=size, most=(1.0 + excess) * size)
+    assert _is_strict(signs, False) == alike
+    assert _is_strict(signs, True)
 
 
 def separable(size=1.0):
