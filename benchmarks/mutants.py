@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import gc
+import hashlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -102,7 +103,7 @@ class Watch:
     """Notes which functions of our modules each test calls, and how long the test takes."""
 
     def __init__(self) -> None:
-        self.paths = {str(path_of(name)) for name in GUARDS}
+        self.paths = {str(path_of(name)): name for name in GUARDS}
         self.calls: dict[str, set[tuple[str, int]]] = {}
         self.seconds: dict[str, float] = {}
 
@@ -112,7 +113,7 @@ class Watch:
 
         def note(frame: Any, event: str, argument: object) -> None:
             if event == "call" and frame.f_code.co_filename in self.paths:
-                called.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+                called.add((self.paths[frame.f_code.co_filename], frame.f_code.co_firstlineno))
 
         # Compiled, and of this thread alone: arithmetic in Python would take ten times as long.
         profile = cProfile.Profile(builtins=False)
@@ -126,7 +127,9 @@ class Watch:
             threading.setprofile(None)  # type: ignore[arg-type]
             self.seconds[item.nodeid] = process_time() - start
             codes = [entry.code for entry in profile.getstats() if isinstance(entry.code, CodeType)]
-            called |= {(c.co_filename, c.co_firstlineno) for c in codes if c.co_filename in self.paths}
+            called |= {
+                (self.paths[c.co_filename], c.co_firstlineno) for c in codes if c.co_filename in self.paths
+            }
             self.calls[item.nodeid] = called
 
 
@@ -237,21 +240,34 @@ def run_tests(files: list[str], plugin: object) -> bool:
 
 @cache
 def learn(files: tuple[str, ...]) -> Watch:
-    """Run tests on the modules as they are, and load what they load."""
+    """Return what tests do on the modules as they are, and load what they load; known from the last time
+    where neither has changed.
+    """
+    known = ROOT / ".mutants" / f"{fingerprint(files)}.pickle"
 
     def work() -> Any:
         watch = Watch()
         passed = run_tests(list(files), watch)
         return passed, watch, [n for n in sys.modules if n.split(".")[0] not in ours()]
 
-    found, _ = apart(work, LEARNING)
+    found = pickle.loads(known.read_bytes()) if known.exists() else apart(work, LEARNING)[0]
     if found is None or not found[0]:
         raise SystemExit(f"tests fail on the modules as they are: {' '.join(files)}")
+    known.parent.mkdir(exist_ok=True)
+    known.write_bytes(pickle.dumps(found))
     for name in found[2]:
         if name not in sys.modules:
             with suppress(Exception):
                 importlib.import_module(name)
-    return found[1]
+    watch: Watch = found[1]
+    return watch
+
+
+def fingerprint(files: tuple[str, ...]) -> str:
+    """Return a digest of some tests, of what they share and of the modules."""
+    shared = [p for p in ROOT.glob("tests/*.py") if not p.name.startswith("test_")]
+    paths = [*(ROOT / f for f in files), *sorted(shared), *sorted(ROOT.glob("src/**/*.py"))]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:16]
 
 
 def path_of(name: str) -> Path:
@@ -264,9 +280,9 @@ def guards(name: str) -> tuple[str, ...]:
 
 def tests_of(name: str, mutant: Mutant) -> tuple[list[str], float]:
     """Return the tests that can notice a mutant, the fastest first, and the time they may take."""
-    path, watch = str(path_of(name)), learn(guards(name))
+    watch = learn(guards(name))
     names = [
-        n for n, called in watch.calls.items() if not mutant.function or (path, mutant.function) in called
+        n for n, called in watch.calls.items() if not mutant.function or (name, mutant.function) in called
     ]
     names.sort(key=lambda n: watch.seconds[n])
     spent = list(accumulate(watch.seconds[n] for n in names))
