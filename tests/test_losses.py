@@ -6,6 +6,7 @@ import torch
 from autodiff import as_tensor
 from instances import relative
 
+from attnfit.losses.base import Loss
 from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential, Total, output_range
 from attnfit.losses.log_ratio import LogRatio
 from attnfit.losses.rescaled import SquaredRescaled
@@ -275,6 +276,8 @@ def test_what_is_said_of_a_loss_is_true(name):
         assert LOSSES[loss.shares] is loss
     assert bool(loss.shares) == isinstance(loss, CrossEntropy | PoissonDeviance)
     assert isinstance(loss, CrossEntropy) == loss.needs_mass
+    if type(loss).constants is Loss.constants:
+        assert not block.constants.any()
     if loss.needs_mass:
         block.b[:] = 0.0
         assert not block.derivatives()[0].any()
