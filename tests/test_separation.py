@@ -169,6 +169,16 @@ def test_exponential_outcomes_that_are_all_zero(y):
     assert set(result.separation.rows) == set(np.flatnonzero(y == 0)) if y.any() else True
 
 
+def test_coefficients_that_go_to_infinity_together_have_no_sign():
+    """One that does so alone has: its direction is the only one."""
+    result = fit(problems.Exponential(np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]]), np.zeros(3)))
+    assert result.status == "separable"
+    assert np.isnan(result.x).all()
+    for sign in (1.0, -1.0):
+        result = fit(problems.Exponential(sign * np.array([[1.0, 0.0], [2.0, 0.0]]), np.zeros(2)))
+        assert result.x.tolist() == [-sign * np.inf, 0.0]
+
+
 def test_a_squared_loss_that_falls_for_ever():
     """A share that no finite logit gives, and that the loss wants smaller all the way."""
     A = np.column_stack([np.tile([0.0, 1.0, 2.0, 0.0], 3), np.tile([0.0, 0.0, 0.0, 1.0], 3)])
