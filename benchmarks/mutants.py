@@ -56,7 +56,7 @@ GUARDS = {
     "losses/activations": ["activations"],
     "certificates/ball": BALLS,
     "problems/rows/centred": ["certificates_centred"],
-    "certificates/certification": BALLS,
+    "certificates/certification": [*BALLS, "certificates_rigorous"],
     "certificates/kantorovich": BALLS,
     "certificates/lipschitz": BALLS,
     "certificates/enclosure": PROVEN,

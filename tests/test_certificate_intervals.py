@@ -212,3 +212,18 @@ def test_rounding_is_bounded_by_the_worst_combination(family, loss, size):
     worst += slope @ own + np.linalg.norm(np.abs(T).T @ columns)
     bound = RowBall(problem, problem.evaluate(x), T).rounding() / (4.0 * EPS)
     assert worst * (1 - 1e-9) <= bound <= worst * (1 + 1e-9 if family == "Exponential" else 10.0)
+
+
+@pytest.mark.parametrize("loss", ["squared", "linear_cross_entropy"])
+@pytest.mark.parametrize("common", [-1e6, 1e6])
+def test_slopes_that_cancel_are_known_to_the_rounding_of_their_terms(loss, common):
+    """Targets with a large part in common: the slope is the difference of two numbers of its size."""
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((7, 2)), common + rng.random(7)
+    problem = problems.Softmax(A, b, loss=loss)
+    at = problem.evaluate(np.array([0.4, -0.2]))
+    f = np.asarray(problem.predict(at.x))
+    own = np.linalg.norm(A - f @ A, axis=1)
+    term = np.abs(b) if loss == "linear_cross_entropy" else np.abs(f - b)
+    worst = 4.0 * EPS * float(f * term @ own)
+    assert worst <= RowBall(problem, at, np.eye(2)).rounding() <= 20.0 * worst

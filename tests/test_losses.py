@@ -327,6 +327,8 @@ def test_normalisers_of_parts(name):
     block = Block(name, "one")
     loss, z = block.loss, block.z
     whole = loss.reference(z, Segments(np.array([0]), 5))
+    u = U.get(name.split()[-1], torch.exp)(as_tensor(z)).sum().item()
+    np.testing.assert_allclose(whole, u if name.startswith("rescaled") else np.log(u), rtol=1e-12)
     one, other = (loss.reference(part, Segments(np.array([0]), len(part))) for part in (z[:2], z[2:]))
     np.testing.assert_allclose(loss.merge_references(one, other), whole, rtol=1e-12)
     thrice = loss.reference(np.tile(z, 3), Segments(np.array([0]), 15))
