@@ -4,7 +4,7 @@ Cosmic Ray's operators, and a few for numerical code, change one place of a modu
 test notices is a survivor. Every mutant runs in a process of its own and exists in memory only: forked where
 the tests are collected if the code of a function can be exchanged, where the libraries are loaded otherwise.
 Of the tests that guard a module, a mutant runs those that call the function it changes, the fastest first, up
-to the first failure, and no more than take half a minute.
+to the first failure, and no more than take a quarter of a minute.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ GUARDS = {
 # Seconds of processor time beyond three times what the tests take on the module as it is; bytes.
 GRACE, MEMORY = 10, 6 << 30
 # Seconds of tests for a mutant, of the fastest that can notice it, where there are more.
-ENOUGH = 30.0
+ENOUGH = 15.0
 # Seconds for all tests of a module, and for all its mutants.
 LEARNING, TRYING = 3600, 36_000
 

@@ -233,7 +233,7 @@ def test_a_direction_that_lasts_where_the_loss_is_not_convex(c):
 
 @pytest.mark.parametrize("c", [1e-4, 1.0, 1e4])
 def test_what_a_direction_does_at_its_end_decides(c):
-    """Of a target of zero on the way: where the others fit, the loss pulls at a share that is not yet zero."""
+    """A target of zero: where the others fit, the loss pulls at a share that is not yet zero."""
     A = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     problem = problems.Softmax(c * A, [0.6, 0.4, 0.0], loss="squared")
     found = find_separation(problem, problem.evaluate(np.array([np.log(0.45 / 0.55), -11.0]) / c))
