@@ -178,6 +178,65 @@ def test_a_tolerance_above_the_floor_is_met_by_it():
     assert stalled((9e-6, 8e-6), tol=1e-5)[1] is Status.CONVERGED
 
 
+# ---- evidence for the curvature of a sample
+
+
+class Heard:
+    """Evidence that says what it is told to, and what it heard."""
+
+    move, least = 0.3 * TOL, np.inf
+
+    def __init__(self, holds, close=False):
+        self.said, self.close = holds, close
+        self.heard = []
+
+    def follow(self, at, *, full):
+        self.heard.append(full)
+
+    def is_close(self, move):
+        return self.close
+
+    def holds(self, at, model, step, tol):
+        self.heard.append("asked")
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("holds", "close", "move", "found", "asked"),
+    [
+        (True, False, 0.9 * TOL, Status.CONVERGED, True),
+        # No further step will tell, or the point has been close for too long: the curvature of all the data.
+        (None, False, 0.9 * TOL, Next.CURVATURE_HERE, True),
+        (True, True, 0.9 * TOL, Next.CURVATURE_HERE, False),
+        (False, False, 0.9 * TOL, Next.STEP, True),
+        (True, False, 1.1 * TOL, Next.STEP, False),
+        (True, False, 2e-3, Next.STEP, False),
+    ],
+)
+def test_a_point_may_be_accepted_on_evidence(holds, close, move, found, asked):
+    evidence = Heard(holds, close)
+    judge = Judge(Logits(), TOL, evidence=evidence)
+    assert look(judge, point([move, 0.0]), quadratic()) is found
+    assert evidence.heard == [True] + ["asked"] * asked
+    assert (judge.evidence is None) == (found is Next.CURVATURE_HERE)
+    assert judge.verdict.sampled == (found is Status.CONVERGED)
+    if judge.verdict.sampled:
+        assert judge.verdict.move == evidence.move
+        assert judge.verdict.decrement == pytest.approx(move**2)
+    # A step that the radius cuts is no full one.
+    evidence = Heard(holds, close)
+    look(Judge(Logits(), TOL, evidence=evidence), point([move, 0.0]), quadratic(), radius=0.1 * move)
+    assert evidence.heard[0] is False
+
+
+@pytest.mark.parametrize(("least", "n"), [(0.9e-12, 1), (1.1e-12, 0)])
+def test_evidence_tells_of_outputs_that_vanish(looks, least, n):
+    evidence = Heard(True)
+    evidence.least = least
+    assert look(Judge(Logits(), TOL, evidence=evidence), point([0.0, 0.0]), quadratic()) is Status.CONVERGED
+    assert looks.n == n
+
+
 # ---- flat directions
 
 
