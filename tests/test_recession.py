@@ -241,13 +241,15 @@ def test_what_a_direction_does_at_its_end_decides(c):
     assert np.isclose(found.value, 0.0, atol=1e-20)
 
 
-@pytest.mark.parametrize(("target", "falls"), [(-1e-7, True), (0.0, True), (1e-7, False)])
+@pytest.mark.parametrize(("beyond", "falls"), [(-1e-7, True), (0.0, True), (1e-7, False)])
 @pytest.mark.parametrize("off", [0.3, 0.45])
-def test_a_share_that_is_just_not_wanted_falls(target, falls, off):
+@pytest.mark.parametrize("total", [1.0, 1.4])
+def test_a_share_that_is_just_not_wanted_falls(beyond, falls, off, total):
     """Two rows that no unknown tells apart, and a third whose share is zero at the best fit: with a target of
-    exactly zero first-order terms cancel, and only rounding says otherwise.
+    exactly so much first-order terms cancel, and only rounding says otherwise.
     """
-    A, b = np.array([[0.0], [0.0], [1.0]]), np.array([0.5 + off, 0.5 - off, target])
+    A = np.array([[0.0], [0.0], [1.0]])
+    b = np.array([0.5 * total + off, 0.5 * total - off, 0.5 * total - 0.5 + beyond])
     problem = problems.Softmax(A, b, loss="squared")
     found = find_separation(problem, problem.evaluate(np.array([-40.0])))
     assert (found is not None) == falls
