@@ -22,6 +22,7 @@ from attnfit import certificates, minimize, problems
 from attnfit.certificates.ball import Interval
 from attnfit.certificates.certification import RowBall
 from attnfit.certificates.enclosure import Enclosure
+from attnfit.certificates.lipschitz import lipschitz_constant
 from attnfit.certificates.rigorous import _lipschitz, _rows_of, _third_of_exponential
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
@@ -153,6 +154,20 @@ def test_proven_constants_that_are_reached(name):
     reached = abs(third_along(reference, x + case.where * case.radius, np.ones(1)))
     share = 0.4 if case.loss == "cosh" else case.share
     assert share * constant <= reached <= constant
+
+
+@pytest.mark.parametrize("loss", ["squared", "linear_cross_entropy", "entropy"])
+@pytest.mark.parametrize("radius", [1e-3, 0.1, 0.5, 1.0])
+def test_both_constants_of_two_outcomes_are_alike(loss, radius):
+    """Centres move along one direction there: the two ways to bound how far they do differ by little."""
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        A, b, w = 1.5 * rng.standard_normal((2, 1)), 2.0 * rng.random(2), rng.random(2) + 0.3
+        problem, x = problems.Softmax(A, b, loss=loss, weights=w), rng.standard_normal(1)
+        default = lipschitz_constant(problem, problem.evaluate(x), np.eye(1), radius)
+        rows = _rows_of(problem, x)
+        proven = _lipschitz(rows, rows.centred @ Enclosure.exact(np.eye(1)), radius)
+        assert 0.88 * default <= proven <= 1.12 * default
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
