@@ -94,7 +94,7 @@ def test_the_rounding_of_a_layer_of_two_numbers(b, c, gamma):
     slope, residual = np.linalg.norm(J, 2), np.linalg.norm(reference.residuals(as_tensor(x)).numpy())
     forward = 4.0 * np.linalg.norm(np.abs(target[:, 0]) + lost) * slope
     backward = 8.0 * (2.0 * slope * residual + gamma * np.linalg.norm(x) * np.linalg.norm(T, 2))
-    assert np.isclose(ball.rounding(), EPS * (forward + backward), rtol=1e-9)
+    assert np.isclose(ball.rounding(), EPS * (forward + backward), rtol=1e-9, atol=0.0)
 
 
 # ---- a layer after a softmax
