@@ -98,9 +98,23 @@ def test_near_the_answer_nothing_is_larger_than_it_is(loss, rigorous):
             slack = 1e-3 if name == "scaled_radius" else 0.0
             assert value * (1 - slack) <= getattr(proof, name) <= value * (1 + 1e-3), name
         assert np.isclose(proof.lambda_min, float(curvature[0, 0]), rtol=1e-6)
+        assert proof.n_unidentified == 0
         assert proof.radii.tolist() == [proof.radius]
+        assert np.isclose(proof.identified.radius, proof.radius, rtol=1e-7, atol=0.0)
         assert proof.coefficient_radius.shape == (1,)
         assert np.isclose(proof.coefficient_radius[0], proof.radius, rtol=1e-7, atol=0.0)
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+def test_nothing_is_said_of_what_is_refused(rigorous):
+    problem, _, best = one_unknown("cross_entropy")
+    proof = certificates.certify(problem, best + 30.0, rigorous=rigorous)
+    assert not (proof.valid or proof.valid_for_predictions)
+    for name in ("radii", "scaled_radii", "value_gaps", "coefficient_radius"):
+        assert getattr(proof, name).tolist() == [np.inf]
+    assert np.isinf([proof.radius, proof.scaled_radius, proof.value_gap]).all()
+    assert proof.n_unidentified == 0
+    assert proof.identified is None
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl", "exp"])
