@@ -34,6 +34,7 @@ EQUIVALENT = [
     ("trust_region", r"became .*sum\(axis=\(1\)\)"),
     ("solvers/separation", r"became `scale = np\.sqrt\(np\.where\(sizes > 0\.0, sizes, \(10\.0\)\)\)`"),
     # The other end decides, the iteration arrives at the same root, the programme agrees.
+    ("certificates/two_layer", r"became .*np\.asarray\(problem\.penalty \* logits\)"),
     ("certificates/ball", r"became .*np\.asarray\(self\.high - centre\)"),
     ("losses/exponential", r"became .*np\.asarray\(v_high\)"),
     ("trust_region", r"`if lowest > 0 and size\(lowest \+ gap\) < radius:`"),

@@ -1,5 +1,7 @@
 """Activations, their derivatives and the bounds of these, by autodiff and on a fine grid."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,12 @@ def test_an_activation_its_derivatives_and_their_bounds(name):
     np.testing.assert_allclose(activation.third(far), 0.0, atol=1e-20)
     assert as_activation(activation) is activation
     assert as_activation(name) is activation
+
+
+@pytest.mark.parametrize("missing", ["slope", "curvature", "jerk"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_bound_that_is_missing_is_one_too_many(missing, value):
+    assert not replace(ACTIVATIONS["tanh"], **{missing: value}).bounds_known
 
 
 def test_an_activation_of_ones_own():

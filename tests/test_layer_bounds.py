@@ -155,3 +155,5 @@ def test_how_matrices_are_stored_changes_no_constant():
     assert np.isclose(
         LayerBall(other, other.evaluate(x), np.eye(2)).lipschitz(0.3), dense.lipschitz(0.3), rtol=1e-12
     )
+    # A ball on which outputs may be anything: the largest constants of the softmax, and no overflow.
+    assert np.isfinite([dense.lipschitz(radius) for radius in (1e3, 1e5)]).all()
