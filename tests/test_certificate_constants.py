@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential, Total
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.rows import RowProblem
 from autodiff import Objective, as_tensor
 from instances import ALL_LOSSES, instance
 
@@ -16,11 +19,7 @@ from attnfit import certificates, minimize, problems
 from attnfit.certificates.kantorovich import newton_kantorovich
 from attnfit.certificates.lipschitz import lipschitz_constant, output_bounds
 from attnfit.certificates.mixture import _on_face
-from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential, Total
-from attnfit.losses.log_ratio import LogRatio
-from attnfit.losses.softmax import LOSSES
-from attnfit.problems.evaluation import Evaluation
-from attnfit.problems.rows.grouped import GroupedProblem
+from attnfit.losses.softmax import LOSSES, LogRatio
 
 
 def derivatives(function, at, order):
@@ -256,7 +255,7 @@ def test_half_is_the_limit():
 def test_a_quadratic_is_certified_exactly():
     """Log ratios: one Newton step is the whole way, and the ball says how long it is."""
     inst, _ = instance("Softmax", "squared", sizes=(9, 8), d=3, noise=0.1)
-    problem = GroupedProblem(inst.A, np.log(inst.b), loss=LogRatio(), groups=inst.groups)
+    problem = RowProblem(inst.A, np.log(inst.b), loss=LogRatio(), groups=inst.groups)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         best = minimize(problem, tol=1e-12)

@@ -19,11 +19,9 @@ from mpmath import mpf
 from test_certificate_constants import TIGHT, third_along
 
 from attnfit import certificates, minimize, problems
-from attnfit.certificates.ball import Interval
 from attnfit.certificates.certification import RowBall
-from attnfit.certificates.enclosure import Enclosure
-from attnfit.certificates.lipschitz import lipschitz_constant
-from attnfit.certificates.rigorous import _lipschitz, _rows_of, _third_of_exponential
+from attnfit.certificates.lipschitz import Interval, lipschitz_constant
+from attnfit.certificates.rigorous import Enclosure, _lipschitz, _rows_of, _third_of_exponential
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")

@@ -7,12 +7,12 @@ import warnings
 import mpmath
 import numpy as np
 import pytest
+from attnfit.data.centred import GroupReference, centre_rows
 from exact_answers import DIGITS, error_of, exact_answer, stationarity
 from instances import instance
 from scipy import sparse
 
 from attnfit import certificates, minimize, problems
-from attnfit.designs.centring import GroupReference, centre_rows
 
 SHIFT = 1e7
 
@@ -77,8 +77,8 @@ def test_shifts_change_no_certificate():
 @pytest.mark.parametrize("kind", [np.asarray, sparse.csr_array])
 @pytest.mark.parametrize("order", ["by group", "mixed"])
 def test_long_groups_of_shifted_columns(monkeypatch, kind, order):
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1)
-    monkeypatch.setattr("attnfit.designs.sparse.BLOCK_ENTRIES", 1)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_ENTRIES", 1)
     A, b, ids = shifted(2, sizes=(150, 7, 90), d=3)
     A[::3, 0] = 0.0
     x = quietly(problems.Softmax(by_group(A, ids), b, ids, loss="cross_entropy"), tol=1e-12).x

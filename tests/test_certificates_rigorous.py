@@ -7,6 +7,7 @@ import warnings
 import mpmath
 import numpy as np
 import pytest
+from attnfit.segments import Segments
 from exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +15,7 @@ from instances import instance
 from scipy import sparse
 
 from attnfit import certificates, minimize, problems
-from attnfit.certificates.enclosure import Enclosure
-from attnfit.losses.segments import Segments
+from attnfit.certificates.rigorous import Enclosure
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")

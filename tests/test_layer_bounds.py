@@ -7,14 +7,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from attnfit.certificates.layers import InverseBall
+from attnfit.certificates.layers import InverseBall as InversionBall
 from autodiff import as_tensor
 from layer_reference import Layer, layer
 from layered_instances import ACTIVATIONS
 from scipy import sparse
 
 from attnfit import problems
-from attnfit.certificates.layer import LayerBall as InversionBall
-from attnfit.certificates.two_layer import LayerBall
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -129,7 +129,7 @@ def test_the_rounding_of_two_layers_is_bounded_by_the_worst_combination(activati
         rows = np.linalg.norm((A1 - f @ A1) @ T, axis=1)
         worst = np.linalg.norm(T.T @ by_logit, axis=0) @ errors + penalty**2 * errors @ rows
         worst += ridge * np.linalg.norm(np.abs(T).T @ np.abs(x))
-        bound = LayerBall(problem, problem.evaluate(x), T).rounding() / (4.0 * EPS)
+        bound = InverseBall(problem, problem.evaluate(x), T).rounding() / (4.0 * EPS)
         assert worst * (1 - 1e-9) <= bound
         ratios.append(bound / worst)
     assert max(ratios) <= 8.0
@@ -141,7 +141,7 @@ def test_how_matrices_are_stored_changes_no_constant():
     w, x = rng.uniform(0.5, 2.0, 4), rng.standard_normal(2)
     w[1] = 0.0
     dense, stored = (
-        LayerBall(problem, problem.evaluate(x), np.eye(2))
+        InverseBall(problem, problem.evaluate(x), np.eye(2))
         for problem in (
             problems.TwoLayer(A1, kind(A2), b, weights=w) for kind in (np.array, sparse.csr_array)
         )
@@ -153,7 +153,7 @@ def test_how_matrices_are_stored_changes_no_constant():
     long = A2 * np.array([[1.0], [1e3], [1.0], [1.0]])
     other = problems.TwoLayer(A1, long, b, weights=w)
     assert np.isclose(
-        LayerBall(other, other.evaluate(x), np.eye(2)).lipschitz(0.3), dense.lipschitz(0.3), rtol=1e-12
+        InverseBall(other, other.evaluate(x), np.eye(2)).lipschitz(0.3), dense.lipschitz(0.3), rtol=1e-12
     )
     # A ball on which outputs may be anything: the largest constants of the softmax, and no overflow.
     assert np.isfinite([dense.lipschitz(radius) for radius in (1e3, 1e5)]).all()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from attnfit.certificates.layers import InverseBall
+from attnfit.certificates.layers import InverseBall as InversionBall
 from autodiff import as_tensor
 from layer_reference import layer
 from layered_instances import ACTIVATIONS, LayeredInstance
 from test_certificate_constants import derivatives, third_along
 
 from attnfit import certificates, problems
-from attnfit.certificates.layer import LayerBall as InversionBall
-from attnfit.certificates.two_layer import LayerBall
 
 
 def two_layer(A1, A2, b, activation="tanh", **options):
@@ -25,7 +25,7 @@ def two_layer(A1, A2, b, activation="tanh", **options):
 
     def ball(x, T=None):
         T = np.eye(len(x)) if T is None else T
-        return LayerBall(problem, problem.evaluate(np.array(x, float)), T)
+        return InverseBall(problem, problem.evaluate(np.array(x, float)), T)
 
     return inst.objective, ball
 
@@ -279,7 +279,7 @@ def test_a_layer_that_ends_in_the_kink_of_relu_says_which_row():
     A1, A2 = rng.standard_normal((9, 3)), rng.standard_normal((12, 9))
     x = rng.standard_normal(3)
     problem = problems.ReluSoftmax(A1, A2, problems.ReluSoftmax(A1, A2, np.zeros(12)).predict(x))
-    ball = LayerBall(problem, problem.evaluate(x), np.eye(3))
+    ball = InverseBall(problem, problem.evaluate(x), np.eye(3))
     nearest = np.min(np.abs(A1 @ x) / np.linalg.norm(A1, axis=1))
     assert ball.obstacle(0.99 * nearest) is None
     assert "row" in ball.obstacle(1.01 * nearest)

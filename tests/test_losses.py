@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential, Total, output_range
+from attnfit.losses.loss import Loss
+from attnfit.segments import Segments
 from autodiff import as_tensor
 from instances import relative
 
-from attnfit.losses.base import Loss
-from attnfit.losses.exponential import LeastSquares, PoissonDeviance, SquaredExponential, Total, output_range
-from attnfit.losses.log_ratio import LogRatio
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.segments import Segments
-from attnfit.losses.softmax import LOSSES, CrossEntropy, SoftmaxLoss, Squared
+from attnfit.losses.softmax import LOSSES, CrossEntropy, LogRatio, SoftmaxLoss, Squared
 
 U = {"exp": torch.exp, "cosh": torch.cosh, "sinh": torch.sinh}
 
@@ -90,12 +89,14 @@ class Block:
     def close(self, reference, only=None):
         """Columns, and what their sums say; with ``only`` these sums and no others."""
         spread = self.segments.spread
-        y, v = self.loss.link(self.z, spread(reference))
-        columns, extras = self.loss.moments(y, v, self.b, self.w, spread(reference), spread(self.constants))
+        y, v = self.loss.transform(self.z, spread(reference))
+        columns, extras = self.loss.accumulate(
+            y, v, self.b, self.w, spread(reference), spread(self.constants)
+        )
         sums = [self.segments.sum(c) for c in columns]
         if only is not None:
             sums = [s if j in only else np.ones_like(s) for j, s in enumerate(sums)]
-        closed = self.loss.close(sums, [self.segments.sum(e) for e in extras], reference, self.constants)
+        closed = self.loss.finalize(sums, [self.segments.sum(e) for e in extras], reference, self.constants)
         return columns, closed
 
     def spread(self, values):
@@ -244,7 +245,7 @@ def test_importance_majorises_the_weights_of_rows(name):
             # A sum over a group pulls by the absolute value of what it adds.
             extra = 0.0
             if block.loss.coupled:
-                u, _ = block.loss.link(block.z, 0.0)
+                u, _ = block.loss.transform(block.z, 0.0)
                 extra = 2.0 * np.abs(u * state[1])
             importance = block.loss.importance(block.z, block.b, block.w, state)
             assert (importance <= weights + extra + 1e-12).all()
@@ -272,9 +273,9 @@ def test_what_is_said_of_a_loss_is_true(name):
     for other in others[::2]:
         other.b *= 6.0
     assert any(np.linalg.eigvalsh(o.derivatives()[1])[0] < -1e-9 for o in others) != loss.convex
-    if loss.shares and loss.coupled:
-        assert LOSSES[loss.shares] is loss
-    assert bool(loss.shares) == isinstance(loss, CrossEntropy | PoissonDeviance)
+    if loss.nonnegative_target and loss.coupled:
+        assert LOSSES[loss.nonnegative_target] is loss
+    assert bool(loss.nonnegative_target) == isinstance(loss, CrossEntropy | PoissonDeviance)
     assert isinstance(loss, CrossEntropy) == loss.needs_mass
     if type(loss).constants is Loss.constants:
         assert not block.constants.any()

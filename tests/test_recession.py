@@ -6,15 +6,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from attnfit.losses.elementwise import PoissonDeviance
+from attnfit.objectives.moves import PROBE_ROWS, Kind, Probe, kind_of, rows_of
 from autodiff import Objective
 from conftest import shrink_blocks
 from scipy import sparse
 from scipy.optimize import linprog
 
 from attnfit import problems
-from attnfit.losses.exponential import PoissonDeviance
-from attnfit.problems.rows.moves import PROBE_ROWS, Probe
-from attnfit.problems.rows.row_kinds import Kind, kind_of, rows_of
 from attnfit.solvers.separation import find_separation
 
 STORAGES = {"dense": np.asarray, "csr": sparse.csr_array}

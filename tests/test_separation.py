@@ -5,12 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import scipy.optimize
+from attnfit.objectives.recession import Frame, Signs, verify
 from scipy.optimize import linprog
 from sklearn.exceptions import ConvergenceWarning
 
 import attnfit
 from attnfit import SoftmaxRegressor, minimize, problems
-from attnfit.problems.rows.recession import Frame, Signs, verify
 from attnfit.solvers.separation import _by_projection, _is_strict, find_separation
 
 
@@ -127,7 +127,7 @@ def check_vanishing_dummy(result):
 
 
 def test_a_group_longer_than_a_block(monkeypatch):
-    monkeypatch.setattr("attnfit.designs.dense.BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 10)
     A, y = vanishing_dummy()
     problem = problems.Softmax(A, y, loss="cross_entropy")
     assert problem.n_long == 1

@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from attnfit.objectives.objective import Evaluation, Moved
+from attnfit.solvers.subproblem import MoreSorensen, SteihaugToint, Step
 
 from attnfit import minimize, problems
-from attnfit.problems.base import Moved
-from attnfit.problems.evaluation import Evaluation
 from attnfit.solvers import verdicts
 from attnfit.solvers.curvature import MatrixFree, Model
-from attnfit.solvers.trust_region import Eigenmodel, KrylovModel, Step
 from attnfit.solvers.verdicts import Judge, Next, Status, assess
 
 TOL = 1e-8
@@ -42,7 +41,7 @@ def point(gradient, x=(0.0, 0.0), value=1.0):
 
 
 def quadratic(values=(1.0, 1.0), exact_at=None, **options):
-    return Model(Eigenmodel(np.diag(values), **options), np.ones(2), exact_at)
+    return Model(MoreSorensen(np.diag(values), **options), np.ones(2), exact_at)
 
 
 def look(judge, at, model, radius=np.inf):
@@ -308,7 +307,7 @@ def test_negative_curvature_is_left_where_the_slope_is_none():
     assert look(Judge(Logits(), TOL), point([1e-7, 0.0]), model, 1.0) is Next.LEAVE_SADDLE
     assert look(Judge(Logits(), TOL), point([4e-7, 0.0]), model, 1.0) is Next.STEP
     assert look(Judge(Logits(), 1e-5), point([0.5e-5, 0.0]), model, 1.0) is Next.LEAVE_SADDLE
-    krylov = Model(KrylovModel(lambda v: np.array([-1.0, 1.0]) * v, 1e-2), np.ones(2))
+    krylov = Model(SteihaugToint(lambda v: np.array([-1.0, 1.0]) * v, 1e-2), np.ones(2))
     assert look(Judge(Logits(), TOL), point([1e-9, 0.0]), krylov, 1.0) is Next.STEP
 
 
@@ -397,7 +396,7 @@ def test_other_unknowns_move_by_their_share():
     problem = Logits()
     problem.moves = lambda at, steps: None
     judge = Judge(problem, TOL)
-    model = Model(Eigenmodel(np.eye(2)), np.array([2.0, 1.0]), np.zeros(2))
+    model = Model(MoreSorensen(np.eye(2)), np.array([2.0, 1.0]), np.zeros(2))
     at = point([0.0, 0.0], x=(3.0, 8.0))
     assert judge.guess(at, model, np.array([0.0, 5.0])) == pytest.approx(0.5)
     assert judge.guess(at, model, np.array([5.0, 0.0])) == pytest.approx(1.0)
