@@ -66,7 +66,7 @@ docs: $(VENV)/.test $(VENV)/.examples
 	for example in examples/*.py; do echo "$$example"; $(ONE_THREAD) $(BIN)/python "$$example" || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per list of extras.

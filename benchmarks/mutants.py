@@ -1,15 +1,18 @@
 """Faults put in on purpose: ``make mutants``, or ``python -m benchmarks.mutants --module moves --share 0.1``.
 
 Cosmic Ray's operators, and a few for numerical code, change one place of a module at a time. A change that no
-test notices is a survivor. Every mutant runs in a process of its own, forked after the libraries are loaded;
-it exists in memory only. Of the tests that guard a module, a mutant runs those that call the function it
-changes, the fastest first, up to the first failure.
+test notices is a survivor. Every mutant runs in a process of its own and exists in memory only: forked where
+the tests are collected if the code of a function can be exchanged, where the libraries are loaded otherwise.
+Of the tests that guard a module, a mutant runs those that call the function it changes, the fastest first, up
+to the first failure, and no more than take a quarter of a minute.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
+import cProfile
+import gc
+import hashlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -22,188 +25,63 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
+from types import CodeType, FunctionType
 from typing import Any
 
-import numba
-import parso.python.tree as tree
 import pytest
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.operators.operator import Operator
-from cosmic_ray.operators.provider import OperatorProvider
-from scipy.stats import binomtest
+
+from benchmarks.mutant_table import write
+from benchmarks.mutation import Changes, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "mutants.md"
 
 # The tests that guard each module, without those that take long.
 LOSSES = ["losses", "certificate_constants"]
-CERTIFICATES = ["certificate_constants", "certificate_statements", "certificates_centred"]
+BALLS = ["certificate_constants", "certificate_intervals", "certificate_statements", "certificates_centred"]
+PROVEN = ["certificate_intervals", "certificates_rigorous"]
+SEPARATION = ["recession", "separation"]
 GUARDS = {
-    "losses/base": LOSSES,
-    "losses/segments": LOSSES,
-    "losses/softmax": LOSSES,
-    "losses/exponential": LOSSES,
+    "losses/loss": [*LOSSES, "certificate_statements", "open_losses"],
+    "segments": LOSSES,
+    "losses/softmax": [*LOSSES, "open_losses"],
+    "losses/elementwise": LOSSES,
     "losses/rescaled": LOSSES,
-    "losses/log_ratio": LOSSES,
-    "losses/activations": LOSSES,
-    "certificates/ball": CERTIFICATES,
-    "problems/rows/centred": CERTIFICATES,
-    "certificates/certification": CERTIFICATES,
-    "certificates/kantorovich": CERTIFICATES,
-    "certificates/lipschitz": CERTIFICATES,
-    "certificates/enclosure": ["certificates_rigorous"],
-    "certificates/rigorous": ["certificates_rigorous"],
+    "losses/separable": ["open_losses"],
+    "losses/activations": ["activations"],
+    "objectives/units": ["certificates_centred"],
+    "certificates/certification": [*BALLS, "certificates_rigorous"],
+    "certificates/kantorovich": BALLS,
+    "certificates/lipschitz": BALLS,
+    "certificates/rigorous": PROVEN,
     "certificates/good_start": ["good_start"],
-    "certificates/layer": ["layer_constants"],
-    "certificates/two_layer": ["layer_constants"],
-    "certificates/mixture": ["mixture_uniqueness", "certificate_constants"],
+    "certificates/layers": [
+        "layer_bounds",
+        "layer_constants",
+        "inversion_certificates",
+        "certificate_statements",
+    ],
+    "certificates/mixture": ["mixture_uniqueness", "mixtures"],
     "solvers/evidence": ["evidence"],
-    "solvers/separation": ["recession", "separation"],
-    "solvers/trust_region": ["trust_region"],
-    "solvers/verdicts": ["verdict_rules", "separation", "solver_outcomes"],
-    "problems/rows/log_start": ["log_start"],
-    "problems/rows/moves": ["recession"],
-    "problems/rows/recession": ["recession", "separation"],
-    "problems/rows/row_kinds": ["recession", "separation"],
+    "solvers/separation": SEPARATION,
+    "solvers/subproblem": ["trust_region"],
+    "solvers/verdicts": ["verdict_rules", "verdict_messages", "separation"],
+    "objectives/surrogate": ["log_start"],
+    "objectives/moves": SEPARATION,
+    "objectives/recession": SEPARATION,
 }
-
-# One replacement of each operator: more kinds of wrong arithmetic are found by the same tests. None of
-# < by <=: where numbers are rounded, equality says nothing; integers that count change anyway.
-REPLACED = {
-    "BinaryOperator": [
-        *("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "Pow_Mul", "FloorDiv_Mul", "Mod_Mul"),
-        *("BitOr_BitAnd", "BitAnd_BitOr"),
-    ],
-    "ComparisonOperator": [
-        "Lt_GtE",
-        "LtE_Gt",
-        "Gt_LtE",
-        "GtE_Lt",
-        "Eq_NotEq",
-        "NotEq_Eq",
-        "Is_IsNot",
-        "IsNot_Is",
-    ],
-    "UnaryOperator": ["USub_UAdd", "Delete_Not", "Delete_Invert"],
-}
-NAMED = ["AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd"]
-NAMED += ["ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ZeroIterationForLoop"]
 
 # Seconds of processor time beyond three times what the tests take on the module as it is; bytes.
 GRACE, MEMORY = 10, 6 << 30
-
-
-PAIRS = [("min", "max"), ("minimum", "maximum"), ("any", "all"), ("zeros", "ones"), ("floor", "ceil")]
-PAIRS += [("zeros_like", "ones_like"), ("+=", "-="), ("*=", "/="), ("|=", "&=")]
-COUNTERPARTS = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])} | {"abs": "float"}
-
-
-class Constants(Operator):
-    """A number times ten and with its sign changed, an integer one larger."""
-
-    def mutation_positions(self, node: Any) -> Iterator[Any]:
-        if isinstance(node, tree.Number):
-            yield from [(node.start_pos, node.end_pos)] * len(self._others(node.value))
-
-    def mutate(self, node: Any, index: int) -> Any:
-        return tree.Number(f"({self._others(node.value)[index]!r})", node.start_pos, node.prefix)
-
-    @staticmethod
-    def _others(value: str) -> list[float]:
-        number = ast.literal_eval(value)
-        return [number + 1] if isinstance(number, int) or not number else [10 * number, -number]
-
-    @classmethod
-    def examples(cls) -> tuple[()]:
-        return ()
-
-
-class Words(Operator):
-    """A function's counterpart in place of it."""
-
-    def mutation_positions(self, node: Any) -> Iterator[Any]:
-        if isinstance(node, tree.Name | tree.Operator) and node.value in COUNTERPARTS:
-            yield node.start_pos, node.end_pos
-
-    def mutate(self, node: Any, index: int) -> Any:
-        after_dot = node.value == "abs" and node.get_previous_leaf() == "."
-        node.value = "asarray" if after_dot else COUNTERPARTS[node.value]
-        return node
-
-    @classmethod
-    def examples(cls) -> tuple[()]:
-        return ()
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A change of one place, in the function that begins at ``function`` (0: in none)."""
-
-    line: int
-    function: int
-    was: str
-    source: str
-
-    def __str__(self) -> str:
-        now = self.source.splitlines()[self.line - 1].strip()
-        return f"line {self.line}: `{self.was.strip()}` became `{now}`"
-
-
-def operators() -> Iterator[Operator]:
-    """Yield what changes a place."""
-    known = OperatorProvider()
-    for kind, names in REPLACED.items():
-        yield from (
-            known[f"Replace{kind}_{name}" if "Delete" not in name else f"ReplaceUnaryOperator_{name}"]()
-            for name in names
-        )
-    yield from (known[name]() for name in NAMED)
-    yield Constants()
-    yield Words()
-
-
-def bare(source: str) -> str | None:
-    """Return what a source means, without annotations; None if it means nothing."""
-    try:
-        module = ast.parse(source)
-    except SyntaxError:
-        return None
-    for node in ast.walk(module):
-        for name in ("annotation", "returns"):
-            if hasattr(node, name):
-                setattr(node, name, None)
-        if isinstance(node, ast.arguments):
-            # How arguments may be passed is for those who call.
-            node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
-            node.posonlyargs, node.kwonlyargs = [], []
-    return ast.dump(module)
-
-
-def mutants(source: str) -> list[Mutant]:
-    """Return every change of a source that is a program and another one."""
-    functions = sorted(
-        (node.lineno, node.end_lineno or 0, min([node.lineno, *(d.lineno for d in node.decorator_list)]))
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef)
-    )
-    lines, same, found = source.splitlines(), bare(source), []
-    for operator in operators():
-        positions = [p for node in ast_nodes(get_ast(source)) for p in operator.mutation_positions(node)]
-        for number, ((line, _), _) in enumerate(positions):
-            changed = mutate_code(source, operator, number)
-            # Type checkers alone read what is imported for them.
-            if changed is None or bare(changed) in (None, same) or "TYPE_CHECKING" in lines[line - 1]:
-                continue
-            around = [first for start, end, first in functions if start <= line <= end]
-            found.append(Mutant(line, around[-1] if around else 0, lines[line - 1], changed))
-    return sorted(found, key=lambda m: m.line)
+# Seconds of tests for a mutant, of the fastest that can notice it, where there are more.
+ENOUGH = 15.0
+# Seconds for all tests of a module, and for all its mutants.
+LEARNING, TRYING = 3600, 36_000
 
 
 class InMemory(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
@@ -226,7 +104,7 @@ class Watch:
     """Notes which functions of our modules each test calls, and how long the test takes."""
 
     def __init__(self) -> None:
-        self.paths = {str(path_of(name)) for name in GUARDS}
+        self.paths = {str(path_of(name)): name for name in GUARDS}
         self.calls: dict[str, set[tuple[str, int]]] = {}
         self.seconds: dict[str, float] = {}
 
@@ -236,17 +114,24 @@ class Watch:
 
         def note(frame: Any, event: str, argument: object) -> None:
             if event == "call" and frame.f_code.co_filename in self.paths:
-                called.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+                called.add((self.paths[frame.f_code.co_filename], frame.f_code.co_firstlineno))
 
+        # Compiled, and of this thread alone: arithmetic in Python would take ten times as long.
+        profile = cProfile.Profile(builtins=False)
         threading.setprofile(note)
-        sys.setprofile(note)
-        start = perf_counter()
+        start = process_time()
+        profile.enable()
         try:
             return (yield)
         finally:
-            sys.setprofile(None)
+            profile.disable()
             threading.setprofile(None)  # type: ignore[arg-type]
-            self.seconds[item.nodeid], self.calls[item.nodeid] = perf_counter() - start, called
+            self.seconds[item.nodeid] = process_time() - start
+            codes = [entry.code for entry in profile.getstats() if isinstance(entry.code, CodeType)]
+            called |= {
+                (self.paths[c.co_filename], c.co_firstlineno) for c in codes if c.co_filename in self.paths
+            }
+            self.calls[item.nodeid] = called
 
 
 class Only:
@@ -260,10 +145,66 @@ class Only:
         items[:] = sorted(kept, key=lambda item: self.order[item.nodeid])
 
 
-def thread_copy(work: Callable[[], Any], seconds: float, *, fresh: bool = False) -> tuple[Any, bool]:
+class Forked:
+    """Collects tests, and runs some of them for every mutant in a process forked after that."""
+
+    def __init__(self, name: str, mutants: list[Mutant]) -> None:
+        self.name, self.mutants = name, mutants
+        self.found: list[tuple[bool, bool] | None] = []
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        self.found = [self._try(session, items, mutant) for mutant in self.mutants]
+        return True
+
+    def _try(self, session: Any, items: dict[str, Any], mutant: Mutant) -> tuple[bool, bool] | None:
+        names, seconds = tests_of(self.name, mutant)
+        if not names:
+            return True, False
+        code = compile(mutant.source, str(path_of(self.name)), "exec")
+        functions = changed_functions(code, path_of(self.name), mutant.function)
+        if not functions:
+            return None
+
+        def work() -> bool:
+            for function, new in functions:
+                function.__code__ = new
+            chosen = [items[name] for name in names]
+            for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if session.testsfailed:
+                    return False
+            return True
+
+        survived, late = apart(work, seconds)
+        return bool(survived), late
+
+
+def changed_functions(module: CodeType, path: Path, line: int) -> list[tuple[FunctionType, CodeType]]:
+    """Return the loaded functions that begin at a line and their code in a changed module, where that differs
+    and is all that does: defaults and decorators are not in it.
+    """
+    codes, new = [module], None
+    while codes and new is None:
+        inner = [const for code in codes for const in code.co_consts if isinstance(const, CodeType)]
+        new = next((code for code in inner if code.co_firstlineno == line), None)
+        codes = inner
+    if new is None:
+        return []
+    loaded = [
+        thing
+        for thing in gc.get_objects()
+        if type(thing) is FunctionType
+        and (thing.__code__.co_filename, thing.__code__.co_firstlineno) == (str(path), line)
+        and thing.__code__.co_name == new.co_name
+    ]
+    same = any(f.__code__ == new or f.__code__.co_freevars != new.co_freevars for f in loaded)
+    return [] if same else [(function, new) for function in loaded]
+
+
+def apart(work: Callable[[], Any], seconds: float) -> tuple[Any, bool]:
     """Return what a function returns in a process of its own, None if the process dies; and whether it took
-    too long. Compiled code is kept by the names of files, and mutants have their original's: ``fresh`` where
-    the changed module is compiled.
+    too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer"
@@ -275,8 +216,6 @@ def thread_copy(work: Callable[[], Any], seconds: float, *, fresh: bool = False)
             silence = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silence, 1)
             os.dup2(silence, 2)
-            if fresh:
-                numba.config.CACHE_DIR = folder
             try:
                 found = work()
             except BaseException:
@@ -292,7 +231,7 @@ def thread_copy(work: Callable[[], Any], seconds: float, *, fresh: bool = False)
 
 def run_tests(files: list[str], plugin: object) -> bool:
     """Return whether all tests pass."""
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     code = pytest.main([*options, *files], plugins=[plugin])
     if code is pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -302,43 +241,79 @@ def run_tests(files: list[str], plugin: object) -> bool:
 
 @cache
 def learn(files: tuple[str, ...]) -> Watch:
-    """Run tests on the modules as they are, and load what they load."""
+    """Return what tests do on the modules as they are, and load what they load; known from the last time
+    where neither has changed.
+    """
+    known = ROOT / ".mutants" / f"{fingerprint(files)}.pickle"
 
     def work() -> Any:
         watch = Watch()
         passed = run_tests(list(files), watch)
         return passed, watch, [n for n in sys.modules if n.split(".")[0] not in ours()]
 
-    found, _ = thread_copy(work, 1800)
+    found = pickle.loads(known.read_bytes()) if known.exists() else apart(work, LEARNING)[0]
     if found is None or not found[0]:
         raise SystemExit(f"tests fail on the modules as they are: {' '.join(files)}")
+    known.parent.mkdir(exist_ok=True)
+    known.write_bytes(pickle.dumps(found))
     for name in found[2]:
         if name not in sys.modules:
             with suppress(Exception):
                 importlib.import_module(name)
-    return found[1]
+    watch: Watch = found[1]
+    return watch
+
+
+def fingerprint(files: tuple[str, ...]) -> str:
+    """Return a digest of some tests, of what they share and of the modules."""
+    shared = [p for p in ROOT.glob("tests/*.py") if not p.name.startswith("test_")]
+    paths = [*(ROOT / f for f in files), *sorted(shared), *sorted(ROOT.glob("src/**/*.py"))]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:16]
 
 
 def path_of(name: str) -> Path:
     return ROOT / "src" / "attnfit" / f"{name}.py"
 
 
-def survives(name: str, mutant: Mutant) -> tuple[bool, bool]:
-    """Return whether no test notices a mutant of a module, and whether time was up."""
-    path, watch = str(path_of(name)), learn(tuple(f"tests/test_{f}.py" for f in GUARDS[name]))
+def guards(name: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{f}.py" for f in GUARDS[name])
+
+
+def tests_of(name: str, mutant: Mutant) -> tuple[list[str], float]:
+    """Return the tests that can notice a mutant, the fastest first, and the time they may take."""
+    watch = learn(guards(name))
     names = [
-        n for n, called in watch.calls.items() if not mutant.function or (path, mutant.function) in called
+        n for n, called in watch.calls.items() if not mutant.function or (name, mutant.function) in called
     ]
     names.sort(key=lambda n: watch.seconds[n])
-    if not names:
-        return True, False
+    spent = list(accumulate(watch.seconds[n] for n in names))
+    names = [n for n, s in zip(names, spent, strict=True) if s <= max(ENOUGH, spent[0])]
+    return names, 3 * sum(watch.seconds[n] for n in names) + GRACE
+
+
+def survive(name: str, mutants: list[Mutant]) -> list[tuple[bool, bool]]:
+    """Return of every mutant of a module whether no test notices it, and whether time was up."""
+    forked = Forked(name, mutants)
+    learn(guards(name))
+
+    def work() -> list[tuple[bool, bool] | None]:
+        run_tests(list(guards(name)), forked)
+        return forked.found
+
+    found, _ = apart(work, TRYING)
+    return [known or survives(name, m) for known, m in zip(found, mutants, strict=True)]
+
+
+def survives(name: str, mutant: Mutant) -> tuple[bool, bool]:
+    """Return the same of one mutant, by tests of a module imported from its changed source."""
+    names, seconds = tests_of(name, mutant)
 
     def work() -> bool:
-        sys.meta_path.insert(0, InMemory(".".join(["attnfit", *name.split("/")]), path, mutant.source))
+        dotted = ".".join(["attnfit", *name.split("/")])
+        sys.meta_path.insert(0, InMemory(dotted, str(path_of(name)), mutant.source))
         return run_tests(sorted({n.split("::")[0] for n in names}), Only(names))
 
-    seconds = 3 * sum(watch.seconds[n] for n in names) + GRACE
-    survived, late = thread_copy(work, seconds, fresh=name.startswith("losses"))
+    survived, late = apart(work, seconds)
     return bool(survived), late
 
 
@@ -351,86 +326,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__)
     parser.add_argument("--module", nargs="*", default=[""], help="modules whose name holds one of these")
     parser.add_argument("--share", type=float, default=1.0, help="share of the mutants to try, by chance")
+    parser.add_argument("--number", type=int, help="so many mutants of each module, instead of a share")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many that come first by chance")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lines", help="only these lines, as in 10-20")
-    parser.add_argument("--dry", action="store_true", help="only count the mutants")
+    parser.add_argument("--lines", help="only these lines, as in 10-20; the table stays as it is")
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "src"))
-    for name in GUARDS:
-        if any(part in name for part in options.module):
-            try_module(name, options)
+    with tempfile.TemporaryDirectory() as folder:
+        # Every mutant imports the modules beside its own: these are compiled once.
+        sys.dont_write_bytecode, sys.pycache_prefix = False, folder
+        for name in GUARDS:
+            if any(part in name for part in options.module):
+                try_module(name, options)
+
+
+def sample(name: str, options: argparse.Namespace) -> tuple[int, list[Mutant]]:
+    """Return about how many mutants a module has, and those to try."""
+    changes = Changes(path_of(name).read_text())
+    places = changes.places
+    if options.lines:
+        first, last = map(int, options.lines.split("-"))
+        places = [place for place in places if first <= place[0] <= last]
+    random.Random(f"{name} {options.seed}").shuffle(places)
+    n = options.skip + (options.number or max(1, round(options.share * len(places))))
+    found: list[Mutant] = []
+    looked = 0
+    while looked < len(places) and len(found) < n:
+        mutant = changes.mutant(places[looked])
+        found += [] if mutant is None else [mutant]
+        looked += 1
+    n_all = round(len(places) * len(found) / looked)
+    return n_all, sorted(found[options.skip :], key=lambda m: m.line)
 
 
 def try_module(name: str, options: argparse.Namespace) -> None:
-    every = mutants(path_of(name).read_text())
-    n = max(1, round(options.share * len(every)))
-    chosen = every if n == len(every) else random.Random(f"{name} {options.seed}").sample(every, n)
-    if options.lines:
-        first, last = map(int, options.lines.split("-"))
-        chosen = [m for m in every if first <= m.line <= last]
-    print(f"{name}: {len(every)} mutants, {len(chosen)} to try", flush=True)
-    if options.dry:
-        return
+    n_all, chosen = sample(name, options)
+    print(f"{name}: {n_all} mutants, {len(chosen)} to try", flush=True)
     start = perf_counter()
-    survivors, n_late = [], 0
-    for mutant in chosen:
-        survived, late = survives(name, mutant)
-        n_late += late
-        if survived:
-            survivors.append(mutant)
-            print(f"  survived: {mutant}", flush=True)
-    n_killed, seconds = len(chosen) - len(survivors), perf_counter() - start
+    found = survive(name, chosen)
+    survivors = [m for m, (survived, _) in zip(chosen, found, strict=True) if survived]
+    for mutant in survivors:
+        print(f"  survived: {mutant}", flush=True)
+    n_late, n_killed = sum(late for _, late in found), len(chosen) - len(survivors)
+    seconds = perf_counter() - start
     print(f"  {n_killed} of {len(chosen)} killed, {n_late} timed out, {seconds:.0f} s", flush=True)
     if not options.lines:
-        write(name, len(every), len(chosen), n_late, survivors)
-
-
-def write(name: str, n_all: int, n: int, n_late: int, survivors: list[Mutant]) -> None:
-    """Put a module's figures and survivors in the table, in place of those that are there."""
-    old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    rows = {key: line for line in old if line.startswith("| ") for key in GUARDS if f"| {key} |" in line}
-    lived = {key: [x for x in old if x.startswith(f"* {key} ")] for key in GUARDS}
-    killed = n - len(survivors)
-    low, high = interval(killed, n, n_all)
-    figures = [n_all, n, killed, n_late, len(survivors), f"{killed / n:.0%}", f"{low:.0%} to {high:.0%}"]
-    rows[name] = "| " + " | ".join([name, *map(str, figures)]) + " |"
-    lived[name] = [f"* {name} {m}" for m in survivors]
-    counts = [[int(c) for c in rows[key].split("|")[2:7]] for key in GUARDS if key in rows]
-    total, tried, dead, late, alive = map(sum, zip(*counts, strict=True))
-    # Modules count by their mutants, whatever share of these was tried.
-    rate = sum(c[0] * c[2] / c[1] for c in counts) / total
-    parts = [
-        "# Mutants",
-        (__doc__ or "").strip(),
-        "Killed includes those that ran out of time. The interval (95 %) is of the rate among all mutants,\n"
-        "where only some were tried. Survivors that no test can see: `docs/design.md`.",
-        "\n".join(
-            [
-                "| module | mutants | tried | killed | of these out of time | survived | rate | interval |",
-                "| --- | --- | --- | --- | --- | --- | --- | --- |",
-                *(rows[key] for key in GUARDS if key in rows),
-                f"| all | {total} | {tried} | {dead} | {late} | {alive} | {rate:.1%} | |",
-            ]
-        ),
-        "## Survivors",
-        "\n".join(line for key in GUARDS for line in lived[key]),
-    ]
-    missing = [key for key in GUARDS if key not in rows]
-    if missing:
-        parts.insert(4, f"Not tried: {', '.join(missing)}.")
-    RESULTS.write_text("\n\n".join(parts) + "\n")
-
-
-def interval(killed: int, n: int, n_all: int) -> tuple[float, float]:
-    """Return the ends of a 95 % interval of the share killed among all, from those tried: exact (Clopper and
-    Pearson) for what was not tried.
-    """
-    if n == n_all:
-        return killed / n, killed / n
-    ends = binomtest(killed, n).proportion_ci(0.95)
-    rest = n_all - n
-    return (killed + rest * ends.low) / n_all, (killed + rest * ends.high) / n_all
+        write(list(GUARDS), __doc__ or "", name, [n_all, len(chosen), n_late], survivors)
 
 
 if __name__ == "__main__":

@@ -232,8 +232,10 @@ def test_the_majorant_is_reached(h):
     cubic = Cubic(g, M)
     at = Evaluation(np.zeros(1), 0.0, np.array([g]), np.zeros((0, 0)), np.zeros((0, 1)))
     proof = newton_kantorovich(cubic, at, lambda whitener: cubic)
-    root = (1 - math.sqrt(1 - 2 * h)) / M
+    root = 2 * abs(g) / (1 + math.sqrt(1 - 2 * h))
     assert proof.valid
+    # What is reached is not cut by a rounding.
+    assert min(proof.radius, proof.scaled_radius, proof.radii[0], proof.coefficient_radius[0]) >= root
     assert np.isclose(proof.radius, root, rtol=1e-9)
     assert np.isclose(proof.scaled_radius, root, rtol=1e-9)
     assert np.isclose(proof.value_gap, -cubic.value(root), rtol=1e-9)

@@ -182,3 +182,51 @@ def test_an_entry_stored_twice_is_one_entry():
     start = np.zeros(1, dtype=int)
     assert np.array_equal(centre_rows(twice, start).toarray(), [[0.0, 0.0], [1.0, 0.0]])
     assert np.array_equal(GroupReference.of(twice).row, [3.0, 0.0])
+
+
+# ---- columns that a fit centres itself
+
+
+def column(common, n_groups=4, size=3):
+    """A column of 0 and 1 on top of what its groups have in common, beside an ordinary one."""
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(n_groups), size)
+    A = np.column_stack([rng.standard_normal(len(ids)), common + np.arange(len(ids)) % 2])
+    return A, rng.dirichlet(np.ones(size), n_groups).ravel(), ids
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_array])
+@pytest.mark.parametrize("order", ["by group", "mixed"])
+@pytest.mark.parametrize(
+    ("common", "shifted"), [(99_999.0, False), (100_001.0, True), (-100_002.0, True), (-99_998.0, False)]
+)
+def test_columns_are_centred_from_a_hundred_thousand_times_their_spread_on(kind, order, common, shifted):
+    A, b, ids = column(common)
+    rows = np.random.default_rng(1).permutation(len(b)) if order == "mixed" else np.arange(len(b))
+    found = problems.Softmax(kind(A[rows]), b[rows], ids[rows], loss="cross_entropy").reduction()
+    assert (found is not None) == shifted
+
+
+def test_what_is_not_centred():
+    """Constants, whatever a penalty or a loss sees, and what only later rows would show."""
+    A, b, ids = column(1e7)
+    assert problems.Softmax(A, b, ids).reduction() is not None
+    constant = np.column_stack([A[:, 0], np.full(len(b), 1e7)])
+    assert problems.Softmax(constant, b, ids).reduction() is None
+    assert problems.Softmax(A, b, ids, row_penalty=0.1).reduction() is None
+    assert problems.Exponential(A, b).reduction() is None
+    assert problems.Rescaled(A, b, "exp", ids).reduction() is None
+    A, b, ids = column(1e7, n_groups=400)
+    late = np.arange(1200) >= 1002
+    for rows, shifted in ((late, True), (~late, False)):
+        varied = A.copy()
+        varied[rows, 1] = np.arange(rows.sum())
+        assert (problems.Softmax(varied, b, ids).reduction() is not None) == shifted
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared"])
+def test_a_fit_of_a_shifted_column_is_that_of_the_centred_one(loss):
+    A, b, ids = column(2.0**27)
+    far, near = (quietly(problems.Softmax(M, b, ids, loss=loss)) for M in (A, A - [0.0, 2.0**27]))
+    assert far.converged and near.converged
+    np.testing.assert_allclose(far.x, near.x, rtol=1e-6)

@@ -208,6 +208,18 @@ def test_exponentials_of_wide_enclosures():
         assert holds(found, mpmath.exp(mpmath.mpf(0.3) + mpmath.mpf(rad)), 0)
 
 
+@pytest.mark.parametrize("share", [1e-12, 0.01, 0.3, 0.49])
+def test_logarithms_of_wide_enclosures(share):
+    """The lower end is the farther one: ``-log(1 - share)``."""
+    for mid in (1e-5, 1.0, 3e7):
+        found = Enclosure(np.array([mid]), np.array([share * mid])).log()
+        with mpmath.workdps(40):
+            for end in (mpmath.mpf(mid) * (1 - mpmath.mpf(share)), mpmath.mpf(mid) * (1 + mpmath.mpf(share))):
+                assert holds(found, mpmath.log(end), 0)
+            # Of what is taken off, and the rounding of the logarithm itself.
+            assert found.rad[0] <= 1.01 * share / (1 - share) + 40 * 2.0**-53
+
+
 def test_reciprocals_and_logarithms_of_what_may_be_zero_are_unbounded():
     wide = Enclosure(np.array([0.1]), np.array([0.1]))
     assert np.isinf(wide.reciprocal().rad).all()

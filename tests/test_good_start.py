@@ -119,6 +119,23 @@ def test_the_printed_verdict_changes_at_a_tenth_of_l():
         assert certificates.good_start(problem, start, zero).printed == holds
 
 
+@pytest.mark.parametrize("largest", ["nothing", "matrix", "start", "reference", "target"])
+def test_the_constant_of_rows_is_the_printed_one(largest):
+    """``n^4 e^{20 R^2}`` with R the largest of 4, ``|A|``, ``|b|`` and the sizes of both points."""
+    A, b = np.linalg.qr(RNG.standard_normal((7, 3)))[0], 0.1 * RNG.random(7)
+    x0, x = 0.1 * RNG.standard_normal((2, 3))
+    A, b, x0, x = (
+        v * (size if largest == name else 1.0)
+        for v, size, name in (
+            (A, 5.0, "matrix"), (b, 60.0 / np.linalg.norm(b) / 10.0, "target"),
+            (x0, 7.0 / np.linalg.norm(x0), "start"), (x, 8.0 / np.linalg.norm(x), "reference"),
+        )
+    )  # fmt: skip
+    R = {"nothing": 4.0, "matrix": 5.0, "start": 7.0, "reference": 8.0, "target": 6.0}[largest]
+    found = certificates.good_start(problems.Exponential(A, b), x0, x)
+    assert found.log10_printed_constant == pytest.approx(4 * np.log10(7) + 20 * R**2 * np.log10(np.e))
+
+
 @pytest.mark.parametrize(("scale", "shifted"), [(1.0, False), (30.0, False), (1.0, True)])
 def test_the_constant_of_two_layers_is_that_of_the_theory(scale, shifted):
     A1, A2 = 0.5 * RNG.standard_normal((6, 3)), 0.5 * RNG.standard_normal((4, 6))

@@ -202,24 +202,32 @@ def test_the_derivatives_of_attention_are_those_of_the_rates():
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": "causal", "heads": 2}])
-def test_rates_are_made_of_their_parts(options):
+@pytest.mark.parametrize("radius", [0.0, 0.1])
+def test_rates_are_made_of_their_parts(options, radius):
+    """On a ball logits move by their rates, attention by no more than the exponential of twice that, and
+    every mean is taken under an attention that has moved.
+    """
     reference, x = layer(n=4, d=2, **options)
     problem = reference.problem()
     ball = InverseBall(problem, problem.evaluate(x), 0.3 * np.eye(len(x)))
     rows = np.zeros((2, 4))
     for state, bounds in zip(ball.at.forward.heads, ball.bounds, strict=True):
         for i in range(4):
-            p, z = state.P[i], bounds.logits[i]
+            p, values = state.P[i], bounds.values
+            rate = bounds.logits[i] + 2.0 * radius * (bounds.bend[i] + p @ bounds.bend[i])
+            factor = np.exp(2.0 * radius * rate[p > 0.0].max())
+            moved = p * factor
+            z = rate + (factor - 1.0) * (p @ rate)
+            gap = bounds.gaps[i] + (factor - 1.0) * (p @ bounds.gaps[i])
+            gap = gap + radius * (values + moved @ values)
             # Half a second derivative, and its mean: both signs.
-            bend = 2.0 * (bounds.bend[i] + p @ bounds.bend[i])
-            for k in range(4):
-                z2 = z[k] ** 2 + p @ z**2 + bend[k]
-                z3 = z[k] ** 3 + 3.0 * z[k] * (p @ z**2) + p @ z**3
-                z3 += 3.0 * (z[k] * bend[k] + p @ (z * bend))
-                gap, value = bounds.gaps[i, k], bounds.values[k]
-                rows[0, i] += p[k] * (z2 * gap + 2.0 * z[k] * value)
-                rows[1, i] += p[k] * (z3 * gap + 3.0 * z2 * value)
-    np.testing.assert_allclose(ball._rates(0.0), np.linalg.norm(rows, axis=1), rtol=1e-12)
+            bend = 2.0 * (bounds.bend[i] + moved @ bounds.bend[i])
+            z2 = z**2 + moved @ z**2 + bend
+            z3 = z**3 + 3.0 * z * (moved @ z**2) + moved @ z**3
+            z3 += 3.0 * (z * bend + moved @ (z * bend))
+            rows[0, i] += moved @ (z2 * gap + 2.0 * z * values)
+            rows[1, i] += moved @ (z3 * gap + 3.0 * z2 * values)
+    np.testing.assert_allclose(ball._rates(radius), np.linalg.norm(rows, axis=1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": "causal", "heads": 2}, {"n_known": 2, "bias": True}])

@@ -6,10 +6,10 @@ import torch
 from autodiff import as_tensor
 from instances import relative
 
-from attnfit.losses.activations import ACTIVATIONS, as_activation
 from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential, Total, output_range
+from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.softmax import LOSSES, CrossEntropy, LogRatio, Squared
+from attnfit.losses.softmax import LOSSES, CrossEntropy, LogRatio, SoftmaxLoss, Squared
 from attnfit.segments import Segments
 
 U = {"exp": torch.exp, "cosh": torch.cosh, "sinh": torch.sinh}
@@ -164,6 +164,24 @@ def test_the_hessian_is_a_signed_gram(name, sizes):
 
 
 @pytest.mark.parametrize("name", PLAIN)
+def test_the_slope_is_the_difference_that_it_is_said_to_be(name):
+    """``o (c - sum k c)`` by group, whose parts tell what the difference loses; none is made up of sums."""
+    for seed in range(3):
+        block = Block(name, seed=seed)
+        parts = block.loss.slope_parts(block.z, block.b, block.w, block.state())
+        if parts is None:
+            # The slope has no cancellation of its own: it is as large as the rows' own terms.
+            assert not block.loss.coupled or block.loss.needs_mass
+            return
+        outer, inner, share = (np.broadcast_to(part, block.n) for part in parts)
+        slope = outer * (inner - block.spread(block.segments.sum(share * inner)))
+        assert relative(slope, block.derivatives()[0]) <= 1e-11
+        # Taken for a sum, it would be larger.
+        size = np.abs(outer) * (np.abs(inner) + block.spread(block.segments.sum(np.abs(share * inner))))
+        assert (size >= np.abs(slope) * (1 - 1e-12)).all()
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_gauss_newton_matrix(name):
     block = Block(name)
     state = block.state()
@@ -259,6 +277,8 @@ def test_what_is_said_of_a_loss_is_true(name):
         assert LOSSES[loss.nonnegative_target] is loss
     assert bool(loss.nonnegative_target) == isinstance(loss, CrossEntropy | PoissonDeviance)
     assert isinstance(loss, CrossEntropy) == loss.needs_mass
+    if type(loss).constants is Loss.constants:
+        assert not block.constants.any()
     if loss.needs_mass:
         block.b[:] = 0.0
         assert not block.derivatives()[0].any()
@@ -279,10 +299,15 @@ def test_a_formula_of_ones_own_states_nothing():
     class Same(Squared):
         pass
 
+    class New(SoftmaxLoss):
+        accumulate, finalize, p, g2 = Squared.accumulate, Squared.finalize, Squared.p, Squared.g2
+
     class States(Twice):
         certifiable = True
 
-    assert [cls().states_third_derivative for cls in (Twice, Same, States)] == [False, True, True]
+    stated = [cls().states_third_derivative for cls in (Twice, Same, States, New)]
+    assert stated == [False, True, True, False]
+    assert not New().certifiable
     for name in (
         "transform",
         "normalise",
@@ -303,6 +328,8 @@ def test_normalisers_of_parts(name):
     block = Block(name, "one")
     loss, z = block.loss, block.z
     whole = loss.reference(z, Segments(np.array([0]), 5))
+    u = U.get(name.split()[-1], torch.exp)(as_tensor(z)).sum().item()
+    np.testing.assert_allclose(whole, u if name.startswith("rescaled") else np.log(u), rtol=1e-12)
     one, other = (loss.reference(part, Segments(np.array([0]), len(part))) for part in (z[:2], z[2:]))
     np.testing.assert_allclose(loss.merge_references(one, other), whole, rtol=1e-12)
     thrice = loss.reference(np.tile(z, 3), Segments(np.array([0]), 15))
@@ -410,92 +437,3 @@ def test_the_range_of_an_output(function, ends):
     found = output_range(function, np.array([ends[0]]), np.array([ends[1]]))
     expected = [e.item() for e in (u.min(), u.max(), v.min(), v.max())]
     np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
-
-
-# ---- activations
-
-TORCH = {
-    "identity": lambda y: y + 0.0,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": lambda y: torch.logaddexp(torch.zeros_like(y), y),
-    "gelu": lambda y: 0.5 * y * (1.0 + torch.erf(y / np.sqrt(2.0))),
-}
-
-
-@pytest.mark.parametrize("name", TORCH)
-def test_an_activation_its_derivatives_and_their_bounds(name):
-    activation, grid = ACTIVATIONS[name], np.linspace(-6.0, 6.0, 4001)
-    point = as_tensor(grid).requires_grad_()
-    expected = [TORCH[name](point)]
-    for _ in range(3):
-        last = expected[-1]
-        grows = last.requires_grad
-        expected.append(torch.autograd.grad(last.sum(), point, create_graph=True)[0] if grows else last * 0.0)
-    ours = [*activation.jet(grid), activation.third(grid)]
-    for own, other in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(own, other.detach().numpy(), atol=1e-12)
-    np.testing.assert_array_equal(activation(grid), ours[0])
-    for bound, values in zip(
-        (activation.size, activation.slope, activation.curvature, activation.jerk), ours, strict=True
-    ):
-        largest = np.abs(values).max()
-        assert largest <= bound * (1 + 1e-6)
-        if np.isfinite(bound):
-            assert largest >= bound * (1 - 3e-3)
-        else:
-            assert np.abs(activation(np.array([1e3])))[0] > 100 * (largest > 0)
-    assert activation.bounds_known
-    assert activation.name == name
-    far = np.array([-1e5, -800.0, -60.0, 60.0, 800.0, 1e5])
-    for values in (*activation.jet(far), activation.third(far)):
-        assert np.isfinite(values).all()
-    slopes = activation.jet(far)[1]
-    assert np.isclose(slopes[-1], {"identity": 1.0, "softplus": 1.0, "gelu": 1.0}.get(name, 0.0))
-    np.testing.assert_allclose(activation.jet(far)[2], 0.0, atol=1e-20)
-    np.testing.assert_allclose(activation.third(far), 0.0, atol=1e-20)
-    assert as_activation(activation) is activation
-    assert as_activation(name) is activation
-
-
-def test_an_activation_of_ones_own():
-    own = as_activation((np.sin, np.cos, lambda y: -np.sin(y)))
-    grid = np.linspace(-2.0, 2.0, 9)
-    for values, expected in zip(own.jet(grid), (np.sin(grid), np.cos(grid), -np.sin(grid)), strict=True):
-        np.testing.assert_array_equal(values, expected)
-    assert not own.bounds_known
-    assert np.isnan([own.slope, own.curvature, own.jerk, own.size]).all()
-    assert own.third is None
-
-
-@pytest.mark.parametrize(
-    ("given", "match"),
-    [
-        ("sine", "must be one of"),
-        (np.sin, "first two derivatives"),
-        ((np.sin, np.cos), "first two derivatives"),
-        ((np.sin, np.cos, 3.0), "first two derivatives"),
-        (
-            (np.sin, lambda y: 1.001 * np.cos(y), lambda y: -np.sin(y)),
-            "h' of activation is not the derivative",
-        ),
-        ((np.exp, lambda y: 0.999 * np.exp(y), np.exp), "h' of activation is not the derivative"),
-        ((np.sin, np.cos, np.sin), "h'' of activation is not the derivative"),
-        ((lambda y: y[:2], np.cos, np.sin), "h of activation must map"),
-        ((np.sin, lambda y: np.nan * y, np.sin), "h' of activation must map"),
-        ((np.sin, np.cos, lambda y: 1.0), "h'' of activation must map"),
-    ],
-)
-def test_what_is_no_activation(given, match):
-    with pytest.raises(ValueError, match=match):
-        as_activation(given)
-
-
-def test_derivatives_are_compared_to_their_size():
-    """An error of 1e-6 is that of differences; beside a derivative of a thousand, one of 5e-3."""
-    big = 1e3
-    slope = [lambda y, c=c: big * np.cos(y) + c for c in (5e-6, 5e-3, 5e-1)]
-    curve = lambda y: -big * np.sin(y)  # noqa: E731
-    as_activation((lambda y: big * np.sin(y), slope[0], curve))
-    with pytest.raises(ValueError, match="h'"):
-        as_activation((lambda y: big * np.sin(y), slope[2], curve))

@@ -2,6 +2,8 @@
 move, which play a part, and by how much steps move them.
 """
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from autodiff import Objective
@@ -226,6 +228,39 @@ def test_a_direction_that_lasts_where_the_loss_is_not_convex(c):
             assert found.rows.tolist() == [2]
             assert not found.exact
             assert found.direction.tolist() == [0.0, -1.0]
+
+
+@pytest.mark.parametrize("c", [1e-4, 1.0, 1e4])
+def test_what_a_direction_does_at_its_end_decides(c):
+    """A target of zero: where the others fit, the loss pulls at a share that is not yet zero."""
+    A = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    problem = problems.Softmax(c * A, [0.6, 0.4, 0.0], loss="squared")
+    found = find_separation(problem, problem.evaluate(np.array([np.log(0.45 / 0.55), -11.0]) / c))
+    assert found.rows.tolist() == [2]
+    assert np.isclose(found.value, 0.0, atol=1e-20)
+
+
+@pytest.mark.parametrize(("beyond", "falls"), [(-1e-7, True), (0.0, True), (1e-7, False)])
+@pytest.mark.parametrize("off", [0.3, 0.45])
+@pytest.mark.parametrize("total", [1.0, 1.4])
+def test_a_share_that_is_just_not_wanted_falls(beyond, falls, off, total):
+    """Two rows that no unknown tells apart, and a third whose share is zero at the best fit: with a target of
+    exactly so much first-order terms cancel, and only rounding says otherwise.
+    """
+    A = np.array([[0.0], [0.0], [1.0]])
+    b = np.array([0.5 * total + off, 0.5 * total - off, 0.5 * total - 0.5 + beyond])
+    problem = problems.Softmax(A, b, loss="squared")
+    found = find_separation(problem, problem.evaluate(np.array([-40.0])))
+    assert (found is not None) == falls
+    # The definition: the loss at ever smaller shares against that at none.
+    none, *larger = (squares(Fraction(f), b) for f in (0.0, 1e-12, 1e-10, 1e-8))
+    assert all(other > none for other in larger) == falls
+
+
+def squares(f, b):
+    """About the targets, of two equal shares and a third of f: in rational numbers."""
+    have = (1 - f) / 2, (1 - f) / 2, f
+    return sum((one - Fraction(other)) ** 2 for one, other in zip(have, b, strict=True))
 
 
 @pytest.mark.parametrize("c", [1e-4, 1.0, 1e4])

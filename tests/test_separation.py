@@ -10,8 +10,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 import attnfit
 from attnfit import SoftmaxRegressor, minimize, problems
-from attnfit.objectives.recession import Frame, verify
-from attnfit.solvers.separation import _by_projection, find_separation
+from attnfit.objectives.recession import Frame, Signs, verify
+from attnfit.solvers.separation import _by_projection, _is_strict, find_separation
 
 
 def fit(problem, **options):
@@ -169,6 +169,16 @@ def test_exponential_outcomes_that_are_all_zero(y):
     assert set(result.separation.rows) == set(np.flatnonzero(y == 0)) if y.any() else True
 
 
+def test_coefficients_that_go_to_infinity_together_have_no_sign():
+    """One that does so alone has: its direction is the only one."""
+    result = fit(problems.Exponential(np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]]), np.zeros(3)))
+    assert result.status == "separable"
+    assert np.isnan(result.x).all()
+    for sign in (1.0, -1.0):
+        result = fit(problems.Exponential(sign * np.array([[1.0, 0.0], [2.0, 0.0]]), np.zeros(2)))
+        assert result.x.tolist() == [-sign * np.inf, 0.0]
+
+
 def test_a_squared_loss_that_falls_for_ever():
     """A share that no finite logit gives, and that the loss wants smaller all the way."""
     A = np.column_stack([np.tile([0.0, 1.0, 2.0, 0.0], 3), np.tile([0.0, 0.0, 0.0, 1.0], 3)])
@@ -228,6 +238,27 @@ def test_a_direction_lets_no_free_row_rise():
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
     assert not problem.rows.reduce(verify, at, frame, np.ones(1), False).confirm(frame)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(("fall", "falls"), [(0.0, False), (0.5e-6, False), (2e-6, True), (0.1, True)])
+def test_which_rows_fall_along_a_direction(size, fall, falls):
+    """By more than a millionth of the largest change; the least and the largest fall are told."""
+    A = size * np.array([[0.0], [-fall], [-1.0]])
+    problem = problems.Softmax(A, [1.0, 0.0, 0.0], loss="cross_entropy")
+    frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
+    signs = problem.rows.reduce(verify, problem.evaluate(np.zeros(1)), frame, np.ones(1), False)
+    assert signs.confirm(frame)
+    assert (signs.drop, signs.most) == (size * (fall if falls else 1.0), size)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(("excess", "alike"), [(0.0, True), (0.5e-6, True), (2e-6, False), (0.2, False)])
+def test_rows_fall_alike_to_a_millionth(size, excess, alike):
+    """In any unit; the direction of the programme need not lower all rows alike."""
+    signs = Signs(drop=size, most=(1.0 + excess) * size)
+    assert _is_strict(signs, False) == alike
+    assert _is_strict(signs, True)
 
 
 def separable(size=1.0):

@@ -9,9 +9,8 @@ from attnfit import minimize, problems
 from attnfit.objectives.objective import Evaluation, Moved
 from attnfit.solvers import verdicts
 from attnfit.solvers.curvature import MatrixFree, Model
-from attnfit.solvers.minimize import End, unknown
 from attnfit.solvers.subproblem import MoreSorensen, SteihaugToint, Step
-from attnfit.solvers.verdicts import Judge, Next, Status, Verdict, assess
+from attnfit.solvers.verdicts import Judge, Next, Status, assess
 
 TOL = 1e-8
 
@@ -176,6 +175,65 @@ def test_an_old_curvature_may_shrink_steps_no_faster():
 
 def test_a_tolerance_above_the_floor_is_met_by_it():
     assert stalled((9e-6, 8e-6), tol=1e-5)[1] is Status.CONVERGED
+
+
+# ---- evidence for the curvature of a sample
+
+
+class Heard:
+    """Evidence that says what it is told to, and what it heard."""
+
+    move, least = 0.3 * TOL, np.inf
+
+    def __init__(self, holds, close=False):
+        self.said, self.close = holds, close
+        self.heard = []
+
+    def follow(self, at, *, full):
+        self.heard.append(full)
+
+    def is_close(self, move):
+        return self.close
+
+    def holds(self, at, model, step, tol):
+        self.heard.append("asked")
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("holds", "close", "move", "found", "asked"),
+    [
+        (True, False, 0.9 * TOL, Status.CONVERGED, True),
+        # No further step will tell, or the point has been close for too long: the curvature of all the data.
+        (None, False, 0.9 * TOL, Next.CURVATURE_HERE, True),
+        (True, True, 0.9 * TOL, Next.CURVATURE_HERE, False),
+        (False, False, 0.9 * TOL, Next.STEP, True),
+        (True, False, 1.1 * TOL, Next.STEP, False),
+        (True, False, 2e-3, Next.STEP, False),
+    ],
+)
+def test_a_point_may_be_accepted_on_evidence(holds, close, move, found, asked):
+    evidence = Heard(holds, close)
+    judge = Judge(Logits(), TOL, evidence=evidence)
+    assert look(judge, point([move, 0.0]), quadratic()) is found
+    assert evidence.heard == [True] + ["asked"] * asked
+    assert (judge.evidence is None) == (found is Next.CURVATURE_HERE)
+    assert judge.verdict.sampled == (found is Status.CONVERGED)
+    if judge.verdict.sampled:
+        assert judge.verdict.move == evidence.move
+        assert judge.verdict.decrement == pytest.approx(move**2)
+    # A step that the radius cuts is no full one.
+    evidence = Heard(holds, close)
+    look(Judge(Logits(), TOL, evidence=evidence), point([move, 0.0]), quadratic(), radius=0.1 * move)
+    assert evidence.heard[0] is False
+
+
+@pytest.mark.parametrize(("least", "n"), [(0.9e-12, 1), (1.1e-12, 0)])
+def test_evidence_tells_of_outputs_that_vanish(looks, least, n):
+    evidence = Heard(True)
+    evidence.least = least
+    assert look(Judge(Logits(), TOL, evidence=evidence), point([0.0, 0.0]), quadratic()) is Status.CONVERGED
+    assert looks.n == n
 
 
 # ---- flat directions
@@ -388,68 +446,3 @@ def test_many_unknowns_are_judged_without_a_matrix(monkeypatch):
     monkeypatch.setattr(verdicts, "MatrixFree", lambda scale: made.append(scale) or MatrixFree(scale))
     assert assess(problem, problem.evaluate(best), 1e-6).status == Status.CONVERGED
     assert len(made) == 1
-
-
-# ---- what is said
-
-
-def test_names_of_unknowns():
-    assert unknown(3, (5,)) == "column 3"
-    assert unknown(7, (2, 5)) == "entry (1, 2)"
-
-
-def test_a_message_names_the_directions():
-    v = np.array([0.0, -2.0, 1e-12, 1.0])
-    separation = SimpleNamespace(direction=v, rows=np.arange(1500), value=0.123456789)
-    text = End(Status.SEPARABLE, Verdict(separation=separation), 1e-8, 7, 1, SimpleNamespace(shape=(4,)), 0.1)
-    assert "(column 1: -1, column 3: +0.5)" in text.message()
-    assert "1,500 rows" in text.message()
-    separation.rows, separation.direction = np.arange(1), np.array([1.0, -2.0, 3.0, 4.0])
-    text = End(
-        Status.NO_MINIMUM, Verdict(separation=separation), 1e-8, 7, 1, SimpleNamespace(shape=(4,)), 0.1
-    )
-    assert "column 3: +1, column 2: +0.75, column 1: -0.5, and 1 more" in text.message()
-    assert "1 row " in text.message()
-    assert "0.123457" in text.message()
-    lifted = End(
-        Status.SEPARABLE, Verdict(separation=separation), 1e-8, 7, 1, SimpleNamespace(shape=(2,)), 0.1,
-        lift=lambda u: u[:2],
-    )  # fmt: skip
-    assert "(column 1: -1, column 0: +0.5)" in lifted.message()
-    flat = End(Status.FLAT, Verdict(flat=np.eye(4)[:, 1:2]), 1e-8, 7, 1, SimpleNamespace(shape=(4,)), 0.1)
-    assert "1 direction has no curvature" in flat.message()
-    assert "column 1" in flat.message()
-    flat = End(Status.FLAT, Verdict(flat=np.eye(4)[:, 1:3]), 1e-8, 7, 1, SimpleNamespace(shape=(4,)), 0.1)
-    assert "2 directions have" in flat.message()
-
-
-@pytest.mark.parametrize(
-    ("convex", "has_logits", "n_starts", "said"),
-    [
-        (True, True, 1, "tol 1e-08"),
-        (False, False, 1, "tol 1e-08"),
-        (False, True, 1, "one descent"),
-        (False, True, 4, "from 4 starts"),
-    ],
-)
-def test_what_is_said_of_other_minima(convex, has_logits, n_starts, said):
-    problem = SimpleNamespace(convex=convex, has_logits=has_logits, shape=(2,))
-    text = End(Status.CONVERGED, Verdict(move=1e-9), 1e-8, 7, n_starts, problem, 0.1).message()
-    assert said in text
-    assert ("descent" in text or "starts" in text) == (not convex and has_logits)
-    assert "1.0e-09" in text
-
-
-def test_how_a_fit_ended():
-    problem = SimpleNamespace(convex=True, has_logits=True, shape=(2,))
-
-    def say(status, **verdict):
-        return End(status, Verdict(**verdict), 1e-8, 7, 1, problem, 0.25, reason="a").message()
-
-    assert "relative gradient 2.5e-01" in say(Status.MAX_ITER)
-    assert "max_iter=7" in say(Status.MAX_ITER)
-    assert "curvature sampled" in say(Status.CONVERGED, move=1e-9, sampled=True)
-    assert "sampled" not in say(Status.CONVERGED, move=1e-9)
-    assert "rounding of the data: 5.0e-07" in say(Status.CONVERGED, move=5e-7, at_floor=True)
-    assert "not decided" in say(Status.PRECISION, undecided=True)
-    assert "no further step" in say(Status.PRECISION)
