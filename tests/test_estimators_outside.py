@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.exceptions import ConvergenceWarning
 
+from attnfit import minimize
 from attnfit.designs import DenseDesign, Design
 from attnfit.estimators import RescaledSoftmaxRegressor, SoftmaxRegressor
 from attnfit.estimators.outside import ZeroRowsBelow
@@ -108,3 +109,49 @@ def test_rows_at_hand():
     np.testing.assert_array_equal(design.column_sizes(), np.abs(X).max(axis=0))
     problem = Softmax(design.take(np.array([0, len(X)])), [0.5, 0.5])
     assert problem.value(np.zeros(3)) == 0.0
+
+
+def only_zero_rows_see_the_constant():
+    """A constant that the shares of each group, which sum to one, let grow for ever."""
+    rng = np.random.default_rng(1)
+    X = np.column_stack([rng.standard_normal((2 * N_GROUPS, 2)), np.ones(2 * N_GROUPS)])
+    first = rng.random(N_GROUPS)
+    return X, np.column_stack([first, 1.0 - first]).ravel(), np.repeat(np.arange(N_GROUPS), 2)
+
+
+@pytest.mark.parametrize("where", ["memory", "partitions"])
+def test_what_no_remaining_row_sees_is_found_again(where):
+    X, y, groups = only_zero_rows_see_the_constant()
+    A, b = np.vstack([X, np.zeros((N_GROUPS, 3))]), np.concatenate([y, np.zeros(N_GROUPS)])
+    ids = np.concatenate([groups, np.arange(N_GROUPS)])
+    order = np.argsort(ids, kind="stable")
+    A, b, ids = A[order], b[order], ids[order]
+    if where == "partitions":
+        array = pytest.importorskip("dask.array")
+        A, b, ids = (array.from_array(part, chunks=(12, *part.shape[1:])) for part in (A, b, ids))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        result = minimize(Softmax(A, b, ids, loss="cross_entropy"))
+    assert (result.status, result.x[2]) == ("separable", np.inf)
+    # Without the rows of zeros the constant is in all rows of each group, where it cancels.
+    truth = minimize(Softmax(X[:, :2], y, groups, loss="cross_entropy")).x
+    rest = result.separation.fit()
+    assert rest.converged and rest.n_iter < 20
+    np.testing.assert_allclose(rest.x, [*truth, 0.0], atol=1e-7)
+    np.testing.assert_allclose(result.x[:2], truth, atol=1e-7)
+
+
+def test_the_command_tells_rows_of_the_data_from_others(tmp_path):
+    pytest.importorskip("typer")
+    from test_cli import run, write_rows
+
+    X, y, groups = only_zero_rows_see_the_constant()
+    rows = np.column_stack([groups, X, y]).tolist()
+    write_rows(tmp_path / "d.csv", ["g", "x", "z", "one", "y"], rows)
+    words = ["fit", "softmax", tmp_path / "d.csv", "--target", "y", "--group", "g", "--outside-good"]
+    stopped = run(*words)
+    assert stopped.exit_code == 1
+    assert "The outputs of the outside good in 12 groups go to zero" in stopped.stdout
+    done = run(*words, "--separation", "drop")
+    assert done.exit_code == 0
+    assert "Dropped the outside good in 12 groups." in done.stdout and "24 rows in 12 groups" in done.stdout

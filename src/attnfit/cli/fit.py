@@ -224,16 +224,20 @@ def make_report(
     """Collect what is said about a fitted estimator; where ``rest`` is given, of the fit of these rows."""
     choice = f"loss {estimator.loss}" if model == "softmax" else f"function {estimator.function}"
     totals = getattr(estimator, "share_totals_", None)
-    dropped = 0 if rest is None else len(estimator.result_.separation.rows)
+    separation, n_rows = estimator.result_.separation, estimator.n_rows_
+    separated = np.zeros(0, dtype=int) if separation is None else np.asarray(separation.rows)
+    # Rows of zeros that the estimator adds stand after those of the data.
+    outside = int((separated >= n_rows).sum())
     return FitReport(
         title=f"{model} regression of {target}, {choice}",
         columns={key: list(values) for key, values in estimator.summary().columns().items()},
         result=estimator.result_ if rest is None else rest,
         certificate=estimator.certificate_ if rest is None else rest.certificate(),
         loss=estimator.loss_value_,
-        n_rows=estimator.n_rows_,
+        n_rows=n_rows,
         n_groups=getattr(estimator, "n_groups_", 0),
         totals=totals,
         n_repeated=repeated([label for label, _ in totals.above]) if totals and totals.n_above else 0,
-        n_dropped=dropped,
+        vanishing=(len(separated) - outside, outside),
+        dropped=rest is not None,
     )

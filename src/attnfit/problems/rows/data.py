@@ -23,8 +23,9 @@ from attnfit.problems.rows.partition import Chunk, Groups, parse_groups, partiti
 from attnfit.sketching import RowSampler
 
 COLUMNS = ("b", "weights", "offset", "penalty")
-# What is computed from the loss and the target, and not kept where these are replaced.
+# What is computed from the loss and the target, and not kept where these are replaced; and where rows are.
 DERIVED = ("rows_per_short_group", "origin_states")
+OF_ROWS = (*DERIVED, "_unseen")
 
 
 class RowData(Problem):
@@ -117,7 +118,7 @@ class RowData(Problem):
         """Return the problem without some rows, shape (n,) in group order, and without groups left empty."""
         kept = np.flatnonzero(~dropped)
         other = copy(self)
-        for name in DERIVED:
+        for name in OF_ROWS:
             other.__dict__.pop(name, None)
         places, order = kept if self.groups.order is None else self.groups.order[kept], None
         if self.design.on_disk and self.groups.order is not None:

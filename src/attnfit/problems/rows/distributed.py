@@ -23,7 +23,7 @@ from attnfit.designs.base import Rows
 from attnfit.designs.threads import one_blas_thread
 from attnfit.losses.segments import Array, Index, Segments
 from attnfit.problems.evaluation import Drawn, Evaluation
-from attnfit.problems.rows.data import DERIVED
+from attnfit.problems.rows.data import DERIVED, OF_ROWS
 from attnfit.problems.rows.merging import PerPart, merged
 from attnfit.problems.rows.neighbour import neighbouring_targets
 from attnfit.problems.rows.part import Part, Shared
@@ -224,7 +224,7 @@ class Distributed(StoredProblem):
         from dask import compute
 
         other: Any = copy(self)
-        for name in DERIVED:
+        for name in OF_ROWS:
             other.__dict__.pop(name, None)
         parts = [later(_without_separated)(part, at, frame, along) for part in self._parts]
         counts = compute(*[later(_n_rows)(part) for part in parts])
