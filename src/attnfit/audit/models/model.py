@@ -94,7 +94,17 @@ class Model:
         """The longest sequence that its positions allow; the largest integer where there is no limit."""
         config = self.module.config.get_text_config()
         sizes = (getattr(config, name, None) for name in LENGTHS)
-        return next((int(size) for size in sizes if isinstance(size, int) and size > 0), sys.maxsize)
+        size = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+        return sys.maxsize if size is None else int(size) - self.n_reserved
+
+    @property
+    def n_reserved(self) -> int:
+        """Rows of the table of positions before that of the first token: RoBERTa and its kin count from after
+        the number of their padding token.
+        """
+        table = getattr(getattr(self.base, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        return 0 if padding is None else int(padding) + 1
 
     @cached_property
     def embeddings(self) -> Any:
