@@ -26,7 +26,7 @@ READ = {
     "fit mixture": {"signatures", "spectra"},
     "predict": {"model", "data"},
     "invert": {"layer", "output", "embedding", "known"},
-    "audit": {"texts"},
+    "audit": {"texts", "chat", "tokens"},
     "reproduce": {"texts"},
 }
 # What each command is called with here, its inputs first; those without an ending are made below.

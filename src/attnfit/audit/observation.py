@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 from attnfit.audit.defences import apply_defence
 from attnfit.audit.errors import AuditError
 from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.texts import Text
 
 Array = NDArray[np.float32]
 ACCESS = "hidden:LAYER, attention:BLOCK, logits, topk:COUNT"
@@ -84,7 +85,7 @@ def parse_access(access: str) -> Access:
 
 def observe(
     model: Model,
-    text: str,
+    text: Text,
     access: str = "hidden:1",
     defence: str | None = None,
     random_state: int = 0,
@@ -94,7 +95,8 @@ def observe(
     Parameters
     ----------
     model : Model
-    text : str
+    text : str, list of int or list of dict
+        Text, token ids, or the messages of a chat (see `Model.tokenise`).
     access : str
         ``"hidden:LAYER"`` (states after that block, from 1), ``"attention:BLOCK"`` (output of that block's
         self-attention, from 0), ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest

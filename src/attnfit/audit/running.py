@@ -17,6 +17,7 @@ from attnfit.audit.engine.prefix import way_for
 from attnfit.audit.errors import Unsupported
 from attnfit.audit.inverting import layer_of
 from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.models.texts import Text
 from attnfit.audit.observation import parse_access
 from attnfit.audit.report import Report
 from attnfit.audit.settings import Settings, check_request, identity, tokenise_all
@@ -49,7 +50,7 @@ class Step:
 
 def run(
     model: Model,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     access: Sequence[str] | None = None,
     defences: Sequence[str | None] = (None,),
     budget: float = 120.0,
@@ -68,13 +69,15 @@ def run(
     Parameters
     ----------
     model : Model
-    texts : sequence of str
-        What the model is run on: texts like those to be protected.
+    texts : sequence of str, of lists of token ids or of lists of messages
+        What the model is run on: texts like those to be protected. Messages have "role" and "content"; of a
+        chat, shares are those of the contents, as the template is no secret.
     access : sequence of str, optional
         As in `attnfit.audit.observe`, and ``"masked"``: the first two tokens of each text are hidden, and
         guessed from how likely the model finds the rest after them. No defence of outputs changes that, so
-        it is run once. Unless given: states of the first, middle and last layer, the first attention,
-        logits, five log-probabilities and masked; for encoders the first attention.
+        it is run once, and not of chats, which begin with their template. Unless given: states of the first,
+        middle and last layer, the first attention, logits, five log-probabilities and masked; for encoders
+        the first attention.
     defences : sequence of str or None
         As in `attnfit.audit.observe`.
     budget : float

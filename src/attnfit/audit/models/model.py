@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attnfit.audit.errors import AuditError, MalformedModel, NoRoundTrip
+from attnfit.audit.errors import AuditError, MalformedModel
 from attnfit.audit.models.blocks import attention_of, capture, final_norm, find_blocks
+from attnfit.audit.models.texts import Text, tokenised
+from attnfit.audit.models.texts import Tokens as Tokens
 
-Tokens = list[int]
 Array = NDArray[np.float32]
 # A number as in `Model.states`, or "attention:BLOCK".
 Layer = int | str
@@ -215,48 +216,41 @@ class Model:
                 digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
-    def tokenise(self, text: str) -> Tokens:
+    def tokenise(self, text: Text) -> Tokens:
         """Return the tokens of a text, special tokens of the tokenizer included.
+
+        Parameters
+        ----------
+        text : str, list of int or list of dict
+            Text; token ids, which are only checked; or the messages of a chat, each with "role" and
+            "content", which the chat template of the model puts together.
 
         Raises
         ------
         NoRoundTrip
             If the tokens do not stand for the text: an unknown token, or a character no token encodes.
         AuditError
-            If the text is empty.
+            If the text is empty, an id is no token, or the model has no chat template.
         """
-        if not text:
-            raise AuditError("text is empty: there is nothing to observe")
-        try:
-            tokens = [int(token) for token in self.tokenizer(text)["input_ids"]]
-        except (TypeError, UnicodeError) as error:
-            at = f" at character {error.start}" if isinstance(error, UnicodeEncodeError) else ""
-            raise NoRoundTrip(f"text is not valid Unicode{at}") from error
-        unknown = self.tokenizer.unk_token_id
-        # Byte-level tokenizers often name their end-of-text token "unknown" although they have none.
-        if unknown is not None and unknown in tokens and unknown != self.tokenizer.eos_token_id:
-            place = tokens.index(unknown)
-            raise NoRoundTrip(
-                f"token {place} of the text is unknown to the tokenizer of {self.name!r}, after character "
-                f"{len(self.detokenise(tokens[:place]))}; leave those characters out"
-            )
-        back = self.detokenise(tokens)
-        # Encoders often fold case and accents: what they see must at least be stable.
-        stable = self.kind == "encoder" and self.tokenizer(back)["input_ids"] == tokens
-        if back != text and not stable:
-            # Not the text itself: messages get into reports that are passed on.
-            same = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
-            raise NoRoundTrip(
-                f"the tokenizer of {self.name!r} turns the text into another one, from character {same} on"
-            )
-        return tokens
+        return tokenised(self, text).tokens
 
     def detokenise(self, tokens: Sequence[int]) -> str:
-        """Return the text of some tokens without the tokenizer's special tokens."""
-        text = self.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+        """Return the text of some tokens, without the special ones that the tokenizer puts around a text."""
+        before, after = self._around
+        inner = list(tokens)
+        if before and inner[: len(before)] == before:
+            inner = inner[len(before) :]
+        if after and inner[-len(after) :] == after:
+            inner = inner[: -len(after)]
+        return str(self.tokenizer.decode(inner, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def _around(self) -> tuple[Tokens, Tokens]:
+        """The special tokens before and after a text."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        n_before = next((k for k in range(len(whole)) if whole[k : k + len(bare)] == bare), 0)
+        return list(whole[:n_before]), list(whole[n_before + len(bare) :])
 
     def states(self, tokens: Sequence[int], layer: Layer) -> Array:
         """Return the states after block `layer`.
