@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attnfit.audit.engine.prefix import Prefix
-from attnfit.audit.models.blocks import capture
 from attnfit.audit.models.model import Layer, Model
 from attnfit.audit.models.sampling import sample
 from attnfit.audit.probes import Probe, Ranker, fit_probe
@@ -140,7 +139,7 @@ def _states(model: Model, sequences: Any, layers: Sequence[Layer]) -> list[Any]:
     size = max(1, BATCH * LENGTH // sequences.shape[1])
     with torch.no_grad():
         batches = [
-            capture(model.base, parts, "output", input_ids=batch, use_cache=False)
+            model.capture(parts, "output", input_ids=batch, use_cache=False)
             for batch in sequences.split(size)
         ]
     return [torch.cat(states) for states in zip(*batches, strict=True)]
@@ -159,9 +158,9 @@ def _contexts(model: Model, sequences: Any, layers: Sequence[Layer], generator: 
 
 
 def _path(model: Model, layer: Layer, seed: int) -> Path:
-    return (
-        cache_directory() / "calibration" / f"{model.fingerprint}-{layer}-{seed}-v{VERSION}".replace(":", "")
-    )
+    from_where = f"-from{model.first_position}" if model.first_position else ""
+    name = f"{model.fingerprint}-{layer}-{seed}{from_where}-v{VERSION}"
+    return cache_directory() / "calibration" / name.replace(":", "")
 
 
 def _save(calibration: Calibration, directory: Path) -> None:

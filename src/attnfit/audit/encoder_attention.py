@@ -205,7 +205,7 @@ def token_rows(model: Model, position: int, some: Sequence[int] | None = None) -
     """Return what every token, or some, is to the first block at a position, shape (N, width)."""
     embed = model.base.embeddings
     tokens = torch.arange(model.n_vocabulary)[:, None] if some is None else torch.tensor(some)[:, None]
-    place = position + model.n_reserved
+    place = position + model.n_reserved + model.first_position
     with torch.no_grad():
         rows = embed(input_ids=tokens, position_ids=torch.full_like(tokens, place))
         # ELECTRA may keep narrower embeddings.

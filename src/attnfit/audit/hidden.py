@@ -241,4 +241,6 @@ def describe_failure(model: Model, at: int, evaluated: Evaluated) -> str:
     )
     if at == 0:
         told += "; the states may come from another model or layer, or lack their first positions"
+        if model.counts_positions:
+            told += f", or begin at another position than {model.first_position} (first_position)"
     return told

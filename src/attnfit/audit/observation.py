@@ -57,6 +57,8 @@ class Observation:
     defence : str or None
     fingerprint : str
         Of the model it came from; empty where unknown.
+    first_position : int
+        Position of the first token of the text.
     """
 
     access: Access
@@ -67,6 +69,7 @@ class Observation:
     defence: str | None = None
     fingerprint: str = ""
     reach: Array | None = field(default=None, repr=False)
+    first_position: int = 0
 
 
 def parse_access(access: str) -> Access:
@@ -89,6 +92,7 @@ def observe(
     access: str = "hidden:1",
     defence: str | None = None,
     random_state: int = 0,
+    first_position: int | None = None,
 ) -> Observation:
     """Return what the model gives away about a text.
 
@@ -107,6 +111,9 @@ def observe(
         channel's standard deviation), ``"round:DECIMALS"``, ``"drop0"``; several joined by ``"+"``.
     random_state : int
         Seed of the noise.
+    first_position : int, optional
+        Position of the first token, 0 unless given; of no consequence to models whose positions only turn
+        queries and keys, or that count distances.
 
     Returns
     -------
@@ -119,6 +126,8 @@ def observe(
     AuditError
         If the access or the defence is not known, or not available from this model.
     """
+    if first_position is not None:
+        model = model.at(first_position)
     tokens = model.tokenise(text)
     if len(tokens) > model.max_length:
         raise AuditError(f"text has {len(tokens)} tokens; {model.name!r} takes {model.max_length}")
@@ -136,6 +145,7 @@ def observe(
         defence,
         model.fingerprint,
         defended.reach,
+        model.first_position,
     )
 
 

@@ -58,6 +58,7 @@ def run(
     checkpoint: str | PathLike[str] | None = None,
     progress: Callable[[Step], None] | None = None,
     random_state: int = 0,
+    first_position: int = 0,
     client: Any = None,
 ) -> Report:
     """Audit a model: invert what it gives away about some texts, under every form of access and defence.
@@ -88,6 +89,8 @@ def run(
     progress : callable, optional
         Called with a Step before each cell.
     random_state : int
+    first_position : int
+        Position of the first token of every text, for models that count them (see `observe`).
     client : distributed.Client, optional
         The cells of a text run on its workers, each of which gets the model once.
 
@@ -105,7 +108,8 @@ def run(
         or the checkpoint belongs to another audit.
     """
     began = perf_counter()
-    settings = check_request(model, texts, access, defences, budget, random_state)
+    model = model.at(first_position)
+    settings = check_request(model, texts, access, defences, budget, random_state, first_position)
     truths, faults = tokenise_all(model, settings.texts)
     kept = Checkpoint(None if checkpoint is None else Path(checkpoint), identity(model, settings))
     audit = _Run(model, settings, truths, kept, progress, began, client)

@@ -33,6 +33,7 @@ class Settings:
         Those that were asked for.
     budget : float
     random_state : int
+    first_position : int
     """
 
     texts: tuple[Text, ...]
@@ -41,6 +42,7 @@ class Settings:
     judged: tuple[str, ...]
     budget: float
     random_state: int
+    first_position: int = 0
 
 
 def default_access(model: Model, texts: Sequence[Text]) -> list[str]:
@@ -60,6 +62,7 @@ def check_request(
     defences: Sequence[str | None],
     budget: float,
     random_state: int,
+    first_position: int = 0,
 ) -> Settings:
     """Return the settings, after every check that needs no forward pass of a text."""
     if isinstance(texts, str) or not len(texts):
@@ -80,7 +83,13 @@ def check_request(
         apply_defence(np.ones((2, 2), dtype=np.float32), defence)
     every = list(dict.fromkeys([NONE, *chosen]))
     return Settings(
-        tuple(texts), tuple(forms), tuple(every), tuple(chosen or [NONE]), float(budget), random_state
+        tuple(texts),
+        tuple(forms),
+        tuple(every),
+        tuple(chosen or [NONE]),
+        float(budget),
+        random_state,
+        first_position,
     )
 
 
@@ -143,6 +152,7 @@ def identity(model: Model, settings: Settings) -> dict[str, Any]:
         "access": list(settings.access),
         "defences": list(settings.defences),
         "random_state": settings.random_state,
+        **({"first_position": settings.first_position} if settings.first_position else {}),
     }
 
 

@@ -75,7 +75,8 @@ def _resumed(model: Model, tokens: Tokens, start: int, layer: Layer, outputs: An
     def replace(_: Any, __: Any, out: Any) -> Any:
         return (outputs[None], *out[1:]) if isinstance(out, tuple) else outputs[None]
 
-    places = torch.arange(start, start + len(tokens))[None]
+    first = model.first_position + start
+    places = torch.arange(first, first + len(tokens))[None]
     handle = model.part(layer).register_forward_hook(replace)
     try:
         with torch.no_grad():

@@ -119,6 +119,9 @@ def audit(
             help="Exit with 1 if an access with a defence asked for gives away a larger share of tokens.",
         ),
     ] = None,
+    first_position: Annotated[
+        int, typer.Option(min=0, help="Position of the first token of every text, where padding goes before.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of noise and controls.")] = 0,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run any code.")
@@ -157,7 +160,10 @@ def audit(
         progress = AuditProgress()
         with progress:
             progress.say("loading the model")
-            found = _run(model, given, forms, asked, budget, checkpoint, seed, allow_pickle, progress, dask)
+            found = _run(
+                model, given, forms, asked, budget, checkpoint, (seed, first_position), allow_pickle,
+                progress, dask,
+            )  # fmt: skip
         settings = {**sources, "--report": report, "--json": json_path, "--fail-above": fail_above}
         found = found.with_command(_command(model, found.settings, defences, settings, reveal))
         lines = {} if given is None else dict(enumerate(given))
@@ -174,8 +180,8 @@ def audit(
 
 
 def _run(
-    name: str, given: Any, forms: Any, defences: list[str], budget: float, checkpoint: Path | None, seed: int,
-    allow_pickle: bool, progress: AuditProgress, dask: str | None,
+    name: str, given: Any, forms: Any, defences: list[str], budget: float, checkpoint: Path | None,
+    numbers: tuple[int, int], allow_pickle: bool, progress: AuditProgress, dask: str | None,
 ) -> Any:  # fmt: skip
     """Load the model and audit it."""
     # Seconds of imports that --help should not wait for.
@@ -184,7 +190,10 @@ def _run(
 
     if not budget > 0:
         raise InputError(f"--budget must be a positive number of seconds, not {budget:g}")
+    seed, first_position = numbers
     loaded = load(name, allow_pickle=allow_pickle)
+    if first_position and not loaded.counts_positions:
+        note(f"The states of {name} do not depend on the position of the first token.")
     own = dict(enumerate(loaded.private_texts[:N_OWN]))
     lines = own if given is None else given
     if not lines:
@@ -193,7 +202,8 @@ def _run(
         with nullcontext() if dask is None else connected(dask) as client:
             return run(
                 loaded, list(lines.values()), forms, [defence.strip() for defence in defences], budget,
-                checkpoint=checkpoint, progress=progress.step, random_state=seed, client=client,
+                checkpoint=checkpoint, progress=progress.step, random_state=seed,
+                first_position=first_position, client=client,
             )  # fmt: skip
     except AuditError as error:
         raise InputError(_with_lines(str(error), dict(enumerate(lines)))) from error
@@ -329,7 +339,8 @@ def _command(model: str | None, settings: Any, defences: str, others: dict[str, 
     words += ["--budget", f"{settings.budget:g}"]
     for option, value in others.items():
         words += [] if value is None else [option, str(value)]
-    words += ["--seed", str(settings.random_state)] if settings.random_state else []
+    for option, number in (("--seed", settings.random_state), ("--first-position", settings.first_position)):
+        words += [option, str(number)] if number else []
     return shlex.join(words + (["--reveal"] if reveal else []))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -27,6 +29,9 @@ LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "se
 # Embeddings that differ by less than this share of their size may give states that no observation tells
 # apart: so many of them are compared before a token counts as known.
 NEAR, N_NEAR = 0.3, 16
+# Tokens that are moved to find out whether positions count, and how much states may differ by rounding: by
+# 1e-5 with rotary embeddings, by more than 0.1 with learned ones.
+SHIFTED, SAME_STATES = 5, 1e-3
 
 
 @dataclass(eq=False)
@@ -47,6 +52,8 @@ class Model:
         What was learned about its layers so far.
     ways : dict
         How candidates are evaluated at each layer, by name; or why they cannot be.
+    first_position : int
+        Position of the first token of every text; see `at`.
     before_work : callable, optional
         Called before long work on it that is no forward pass; what it raises ends the work.
     """
@@ -59,6 +66,7 @@ class Model:
     calibrations: dict[Layer, Any] = field(default_factory=dict, repr=False)
     ways: dict[Layer, str] = field(default_factory=dict, repr=False)
     before_work: Callable[[], None] | None = field(default=None, repr=False)
+    first_position: int = 0
 
     def __post_init__(self) -> None:
         self._near: dict[int, Tokens] = {}
@@ -96,7 +104,7 @@ class Model:
         config = self.module.config.get_text_config()
         sizes = (getattr(config, name, None) for name in LENGTHS)
         size = next((size for size in sizes if isinstance(size, int) and size > 0), None)
-        return sys.maxsize if size is None else int(size) - self.n_reserved
+        return sys.maxsize if size is None else int(size) - self.n_reserved - self.first_position
 
     @property
     def n_reserved(self) -> int:
@@ -185,12 +193,13 @@ class Model:
     @cached_property
     def predicts(self) -> bool:
         """Whether head, scale and cap give the logits that the model itself returns."""
-        try:
-            last = torch.from_numpy(self.states([0, 1], self.n_layers + 1))
-        except MalformedModel:
-            return False
+        two = torch.tensor([[0, 1]])
         with torch.no_grad():
-            given = self.module(input_ids=torch.tensor([[0, 1]]), use_cache=False).logits[0].float()
+            try:
+                last = capture(self.base, [self.final_norm], "output", input_ids=two, use_cache=False)[0][0]
+            except MalformedModel:
+                return False
+            given = self.module(input_ids=two, use_cache=False).logits[0].float()
             self.__dict__["predicts"] = True
             ours = self.unembed(last)
         return bool(torch.allclose(ours, given, rtol=1e-3, atol=1e-3 * float(given.abs().max())))
@@ -301,4 +310,52 @@ class Model:
             inputs = {"input_ids": torch.tensor([list(tokens)])}
             if self.kind == "causal":
                 inputs["use_cache"] = False
-            return np.asarray(capture(self.base, [module], side, **inputs)[0][0].float().numpy())
+            return np.asarray(self.capture([module], side, **inputs)[0][0].float().numpy())
+
+    def capture(self, parts: Sequence[Any], side: Literal["input", "output"], **inputs: Any) -> list[Any]:
+        """Run texts until all parts are passed, and return what enters or leaves each; see `capture`."""
+        if self.first_position and "position_ids" not in inputs:
+            given = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+            first = self.first_position + self.n_reserved
+            inputs["position_ids"] = torch.arange(first, first + given.shape[1])[None]
+        return capture(self.base, parts, side, **inputs)
+
+    def at(self, first_position: int) -> Model:
+        """Return the model on texts whose first token has another position than 0, as where padding or a part
+        that is masked goes before it; itself where its states do not depend on that.
+
+        Raises
+        ------
+        AuditError
+            If it has no such position.
+        """
+        if isinstance(first_position, bool) or not isinstance(first_position, int) or first_position < 0:
+            raise AuditError(f"first_position must be an integer >= 0, not {first_position!r}")
+        if first_position == self.first_position or not self.counts_positions:
+            return self
+        longest = self.max_length + self.first_position
+        if first_position >= longest:
+            raise AuditError(
+                f"first_position is {first_position}; {self.name!r} has positions 0 to {longest - 1}"
+            )
+        other = copy(self)
+        other.first_position, other.ways, other.calibrations = first_position, {}, {}
+        return other
+
+    @cached_property
+    def counts_positions(self) -> bool:
+        """Whether states depend on the position of the first token: not where positions only turn queries
+        and keys, or only their distances count.
+        """
+        if "position_ids" not in inspect.signature(self.base.forward).parameters:
+            return False
+        count = min(SHIFTED, self.max_length // 2)
+        tokens = torch.arange(1, 1 + count)[None] % self.n_vocabulary
+        first = self.first_position + self.n_reserved
+        with torch.no_grad():
+            here, there = (
+                capture(self.base, [self.blocks[-1]], "output", input_ids=tokens,
+                        position_ids=torch.arange(start, start + count)[None])[0]
+                for start in (first, first + count)
+            )  # fmt: skip
+        return bool((here - there).abs().max() > SAME_STATES * here.std())
