@@ -129,7 +129,7 @@ class _Judge:
 
     def covers(self, defence: str) -> bool:
         """Whether every number is still there, with an error that is known."""
-        return "drop0" not in defence
+        return "drop0" not in defence and not defence.startswith("run:")
 
     def share(self, defence: str) -> float:
         """Return the expected share of tokens recovered."""

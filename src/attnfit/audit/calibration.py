@@ -87,24 +87,20 @@ def calibrate(model: Model, layers: Sequence[Layer], random_state: int = 0) -> d
     """
     known = model.calibrations
     for layer in set(layers) - known.keys():
-        path = _path(model, layer, random_state)
+        path = calibration_path(model, layer, random_state)
         if path.is_dir():
             known[layer] = _load(path, model)
     missing = sorted(set(layers) - known.keys(), key=str)
     if missing:
         for layer, learned in _learn(model, missing, random_state).items():
-            write_atomically(_path(model, layer, random_state), partial(_save, learned))
+            write_atomically(calibration_path(model, layer, random_state), partial(_save, learned))
             known[layer] = learned
     return {layer: known[layer] for layer in layers}
 
 
 def _learn(model: Model, layers: Sequence[Layer], seed: int) -> dict[Layer, Calibration]:
     generator = torch.Generator().manual_seed(seed)
-    length = min(LENGTH, model.max_length)
-    text = sample(model, N_SEQUENCES // 2, length, generator)
-    noise = torch.randint(model.n_vocabulary, (N_SEQUENCES - len(text), length), generator=generator)
-    # Interleaved, so that the held-out samples are of both kinds.
-    sequences = torch.stack([text, noise], 1).reshape(-1, length)
+    sequences = calibration_texts(model, generator)
     alone = torch.randperm(model.n_vocabulary, generator=generator)[:N_FIRST, None]
     running, first = _states(model, sequences, layers), _states(model, alone, layers)
     contexts = _contexts(model, sequences, layers, generator)
@@ -121,6 +117,15 @@ def _learn(model: Model, layers: Sequence[Layer], seed: int) -> dict[Layer, Cali
             fit_probe(_centred(states), _centred(table[candidates]), scale, WITHIN_RIDGE),
         )
     return learned
+
+
+def calibration_texts(model: Model, generator: Any) -> Any:
+    """Return the token sequences that a calibration runs, shape (200, 48) where the model takes so many."""
+    length = min(LENGTH, model.max_length)
+    text = sample(model, N_SEQUENCES // 2, length, generator)
+    noise = torch.randint(model.n_vocabulary, (N_SEQUENCES - len(text), length), generator=generator)
+    # Interleaved, so that the held-out samples are of both kinds.
+    return torch.stack([text, noise], 1).reshape(-1, length)
 
 
 def _scale(states: Any) -> Any:
@@ -157,9 +162,10 @@ def _contexts(model: Model, sequences: Any, layers: Sequence[Layer], generator: 
     return drawn, [torch.stack(states) for states in zip(*seen, strict=True)]
 
 
-def _path(model: Model, layer: Layer, seed: int) -> Path:
+def calibration_path(model: Model, layer: Layer, seed: int, what: str = "") -> Path:
+    """Return where what was learned about a layer is kept."""
     from_where = f"-from{model.first_position}" if model.first_position else ""
-    name = f"{model.fingerprint}-{layer}-{seed}{from_where}-v{VERSION}"
+    name = f"{model.fingerprint}-{layer}-{seed}{from_where}{what}-v{VERSION}"
     return cache_directory() / "calibration" / name.replace(":", "")
 
 

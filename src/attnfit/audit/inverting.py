@@ -93,7 +93,7 @@ def _states(model: Model, observation: Observation) -> tuple[Any, Uncertainty, L
         states, uncertainty = logit_states(model, array, observation.error, observation.reach)
         return states, uncertainty, model.n_layers + 1
     states, uncertainty = check_states(model, array, observation.error, observation.reach)
-    return states, uncertainty, layer_of(model, access)
+    return states, replace(uncertainty, run=observation.run), layer_of(model, access)
 
 
 def layer_of(model: Model, access: Access) -> Layer:

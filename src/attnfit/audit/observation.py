@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 
 from attnfit.audit.defences import apply_defence
 from attnfit.audit.errors import AuditError
+from attnfit.audit.lower_precision import RunError, run_error, split_run
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text
 
@@ -59,6 +60,8 @@ class Observation:
         Of the model it came from; empty where unknown.
     first_position : int
         Position of the first token of the text.
+    run : RunError, optional
+        The run in fewer digits that it comes from.
     """
 
     access: Access
@@ -70,6 +73,7 @@ class Observation:
     fingerprint: str = ""
     reach: Array | None = field(default=None, repr=False)
     first_position: int = 0
+    run: RunError | None = field(default=None, repr=False)
 
 
 def parse_access(access: str) -> Access:
@@ -108,7 +112,8 @@ def observe(
     defence : str, optional
         ``"float16"``, ``"bfloat16"``, ``"int8"``, ``"int4"`` (one scale a row; ``":channel"``: a channel),
         ``"noise:R"`` (Gaussian, R times the root mean square of each row; ``"noise:Rstd"``: times each
-        channel's standard deviation), ``"round:DECIMALS"``, ``"drop0"``; several joined by ``"+"``.
+        channel's standard deviation), ``"round:DECIMALS"``, ``"drop0"``; several joined by ``"+"``. With
+        ``"run:bfloat16"``, which comes first, the model itself is run in bfloat16.
     random_state : int
         Seed of the noise.
     first_position : int, optional
@@ -132,21 +137,34 @@ def observe(
     if len(tokens) > model.max_length:
         raise AuditError(f"text has {len(tokens)} tokens; {model.name!r} takes {model.max_length}")
     form = parse_access(access)
-    array, shown = leak(model, tokens, form)
-    defended = apply_defence(array, defence, random_state)
+    dtype, rest = split_run(defence)
+    run = None if dtype is None else _run_error(model, form, dtype)
+    array, shown = leak(model if dtype is None else model.in_dtype(dtype), tokens, form)
+    defended = apply_defence(array, rest, random_state)
+    error, reach = defended.error, defended.reach
+    if run is not None:
+        own = run.errors(len(defended.array), len(defended.dropped))
+        error, reach = np.hypot(error, own), np.full_like(reach, np.inf)
     if shown is not None:
         shown = shown[len(defended.dropped) :]
     return Observation(
         form,
         defended.array,
-        defended.error,
+        error,
         shown,
         defended.dropped,
         defence,
         model.fingerprint,
-        defended.reach,
+        reach,
         model.first_position,
+        run,
     )
+
+
+def _run_error(model: Model, form: Access, dtype: str) -> RunError:
+    if form.kind not in ("hidden", "attention"):
+        raise AuditError(f"run:{dtype} is measured for states and attention outputs, not for {form}")
+    return run_error(model, form.place if form.kind == "hidden" else str(form), dtype)
 
 
 def leak(model: Model, tokens: Tokens, access: Access) -> tuple[Array, Any]:

@@ -16,6 +16,7 @@ from attnfit.audit.checkpoint import Checkpoint
 from attnfit.audit.engine.prefix import way_for
 from attnfit.audit.errors import Unsupported
 from attnfit.audit.inverting import layer_of
+from attnfit.audit.lower_precision import run_error, split_run
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.models.texts import Text
 from attnfit.audit.observation import parse_access
@@ -223,6 +224,10 @@ class _Run:
         layers += [model.n_layers + 1] if "logits" in forms else []
         layers += [form for form in forms if form.startswith("attention:")]
         calibrate(model, list(dict.fromkeys(layers)))
+        runs = {dtype for defence in self._settings.defences if (dtype := split_run(defence)[0])}
+        for layer in dict.fromkeys(layers):
+            for dtype in runs if layer != model.n_layers + 1 else ():
+                run_error(model, layer, dtype)
 
     def _supported(self, form: str) -> bool:
         """Return whether candidates can be evaluated; where not, every cell says so itself."""

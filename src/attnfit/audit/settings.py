@@ -14,6 +14,7 @@ import numpy as np
 from attnfit.audit.cells import MASKED, NONE
 from attnfit.audit.defences import apply_defence
 from attnfit.audit.errors import AuditError
+from attnfit.audit.lower_precision import split_run
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text, is_chat
 from attnfit.audit.observation import leak, parse_access
@@ -80,7 +81,7 @@ def check_request(
         _check_access(model, form)
     chosen = list(dict.fromkeys(defence or NONE for defence in defences))
     for defence in chosen:
-        apply_defence(np.ones((2, 2), dtype=np.float32), defence)
+        apply_defence(np.ones((2, 2), dtype=np.float32), split_run(defence)[1])
     every = list(dict.fromkeys([NONE, *chosen]))
     return Settings(
         tuple(texts),

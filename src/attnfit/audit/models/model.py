@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -70,6 +70,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self._near: dict[int, Tokens] = {}
+        self._runs: dict[str, Model] = {}
         self.module.eval().requires_grad_(False)
         self.blocks = find_blocks(self.module)
 
@@ -341,6 +342,26 @@ class Model:
         other = copy(self)
         other.first_position, other.ways, other.calibrations = first_position, {}, {}
         return other
+
+    def in_dtype(self, name: str) -> Model:
+        """Return the same model with all weights rounded to another type, in which it then computes.
+
+        What is no weight keeps its type, as where the transformers library loads a model so.
+        """
+        if name not in self._runs:
+            # Hooks belong to this model, and would drag what they know along.
+            hooks = self.base._forward_pre_hooks.copy()
+            self.base._forward_pre_hooks.clear()
+            try:
+                module = deepcopy(self.module)
+            finally:
+                self.base._forward_pre_hooks.update(hooks)
+            for weight in module.parameters():
+                weight.data = weight.data.to(getattr(torch, name))
+            self._runs[name] = Model(self.name, module, self.tokenizer, self.kind)
+        found = self._runs[name]
+        found.first_position = self.first_position
+        return found
 
     @cached_property
     def counts_positions(self) -> bool:
