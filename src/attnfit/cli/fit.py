@@ -154,13 +154,15 @@ def fit(
             rows = rows.with_constant()
         elif rows.here:
             remark(rows, model, outside_good=outside_good)
-        if plot is not None and not rows.here:
-            raise InputError("--plot needs the whole table in memory; leave out --dask and --memory-limit")
+        if plot is not None and group is None and model != "exponential":
+            rows.require_here()
         progress.say("fitting")
         estimator = new_model(model, parameters)
         progress.watch(estimator)
         fit_named(estimator, rows.X, rows.names, rows.inputs | limits)
         end_of_fit(estimator.result_)
+        n_rows, n_groups = estimator.n_rows_, getattr(estimator, "n_groups_", 0)
+        shown = None if plot is None else rows.drawn(roles, n_rows, n_groups)
         progress.say("standard errors and certificate")
         report = make_report(estimator, model, target, rows.repeated, rest_of(estimator, separation))
     report.show(results(save, json_path))
@@ -169,10 +171,10 @@ def fit(
 
         put(save, dumps(estimator))
     put_json(json_path, report.as_json())
-    if plot is not None:
+    if plot is not None and shown is not None:
         from attnfit.cli.figure import draw
 
-        draw(plot, estimator, rows.X, rows.inputs, report)
+        draw(plot, estimator, *shown, report)
     if report.result.status == "precision":
         # As good as float64 allows is not a failure, whatever the tolerance.
         note(report.message)
