@@ -155,7 +155,7 @@ def test_cells_of_an_audit_run_on_the_workers(client):
     from attnfit import audit
 
     model = audit.load("tiny")
-    texts = model.private_texts[:2]
+    texts = model.private_texts[:1]
     request = (["hidden:1", "attention:0"], [None, "float16"])
     here, there = (audit.run(model, texts, *request, budget=600, client=c) for c in (None, client))
 
