@@ -139,7 +139,7 @@ def test_what_is_not_measured_is_refused(model, texts):
 
 def test_an_audit_of_such_a_run(model, texts):
     """An inversion that is cut by the clock leaves the copy in bfloat16 intact."""
-    report = audit.run(model, texts[:2], ["hidden:2", "logits"], [RUN], budget=200)
+    report = audit.run(model, texts[:2], ["hidden:2", "logits"], [RUN], budget=1000)
     pair = report.pair("hidden:2", RUN)
     assert (pair.token_share, pair.verified, pair.false_claims) == (1.0, 2, 0)
     assert not report.pair("logits", RUN).tested

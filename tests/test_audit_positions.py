@@ -112,7 +112,7 @@ def test_texts_that_end_after_the_last_position(build):
 
 def test_an_audit_from_another_position(tiny, tmp_path):  # noqa: F811
     (tmp_path / "texts.txt").write_text(tiny.private_texts[0])
-    words = ["audit", "tiny", "--access", "hidden:1", "--defences", "none", "--budget", 100]
+    words = ["audit", "tiny", "--access", "hidden:1", "--defences", "none", "--budget", 1000]
     words += ["--first-position", 9, "--texts", tmp_path / "texts.txt", "--json", tmp_path / "out.json"]
     done = run(*words)
     assert done.exit_code == 0, done.output

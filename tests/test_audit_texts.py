@@ -114,7 +114,7 @@ def test_token_ids_are_run_as_they_are(tiny):  # noqa: F811
 
 def test_shares_are_of_the_content(model):
     """Tokens of the template come back too, and are no leak."""
-    report = audit.run(model, [CHAT], ["hidden:2"], [None, "noise:0.2"], budget=100)
+    report = audit.run(model, [CHAT], ["hidden:2"], [None, "noise:0.2"], budget=1000)
     counted = tokenised(model, CHAT)
     for pair in report.pairs:
         (cell,) = (c for c in report.cells if c.key == cells.Key("hidden:2", pair.defence, 0))
@@ -140,17 +140,17 @@ def test_masked_hides_no_template(model):
 def test_a_checkpoint_knows_chats(model, tmp_path):
     """Also one that equals a text as JSON; a run goes on from its own only."""
     kept = tmp_path / "kept"
-    audit.run(model, [CHAT], ["hidden:2"], budget=100, checkpoint=kept)
-    again = audit.run(model, [CHAT], ["hidden:2"], budget=100, checkpoint=kept)
+    audit.run(model, [CHAT], ["hidden:2"], budget=1000, checkpoint=kept)
+    again = audit.run(model, [CHAT], ["hidden:2"], budget=1000, checkpoint=kept)
     assert again.pair("hidden:2").tokens == sum(tokenised(model, CHAT).content)
     with pytest.raises(audit.AuditError, match="of another audit: texts differ"):
-        audit.run(model, [json.dumps(CHAT)], ["hidden:2"], budget=100, checkpoint=kept)
+        audit.run(model, [json.dumps(CHAT)], ["hidden:2"], budget=1000, checkpoint=kept)
 
 
 def test_the_command_takes_chats(home, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chats.jsonl").write_text(json.dumps(CHAT) + "\n\n")
-    words = ["audit", home, "--access", "hidden:2", "--defences", "none", "--budget", 100]
+    words = ["audit", home, "--access", "hidden:2", "--defences", "none", "--budget", 1000]
     done = run(*words, "--chat", "chats.jsonl", "--fail-above", 0.5, "--report", "out.html")
     assert done.exit_code == 1, done.output
     assert "the tokens of the chat template are no secret and do not count" in " ".join(done.stdout.split())
@@ -162,7 +162,7 @@ def test_the_command_takes_token_ids(tiny, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     tokens = tiny.tokenise(tiny.private_texts[0])
     (tmp_path / "ids.jsonl").write_text(f"{tokens}\n[]\n")
-    words = ["audit", "tiny", "--access", "hidden:1", "--defences", "none", "--budget", 100]
+    words = ["audit", "tiny", "--access", "hidden:1", "--defences", "none", "--budget", 1000]
     done = run(*words, "--tokens", "ids.jsonl", "--json", "out.json")
     assert done.exit_code == 3, done.output
     assert "line 2: text is empty" in " ".join(done.output.split())
