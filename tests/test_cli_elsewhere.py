@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from attnfit.data import open_source
 from test_cli import messages, one_error, run
-
-from attnfit.designs import open_source
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("distributed")
@@ -190,7 +189,7 @@ def test_predictions_without_rows_that_miss_a_value(stored, tmp_path, frame):
 
 
 def test_columns_are_read_with_a_one_in_front(stored, frame):
-    from attnfit.designs.sources.with_constant import WithConstant
+    from attnfit.data.sources.with_constant import WithConstant
 
     pd.DataFrame({"a": np.arange(20, dtype=np.float32), "b": np.arange(20) % 3}).to_parquet(
         stored / "plain.parquet", row_group_size=6

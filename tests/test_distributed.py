@@ -5,12 +5,12 @@ import signal
 
 import numpy as np
 import pytest
+from attnfit.objectives.leverage import RowSampler
+from attnfit.objectives.part import merged
 from instances import instance, relative
 from scipy import sparse
 
 from attnfit import inversion, minimize, problems
-from attnfit.problems.rows.merging import merged
-from attnfit.sketching import RowSampler
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -205,7 +205,7 @@ def test_indices_in_errors_are_those_of_the_partition():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_scattered_groups_are_drawn_whole_and_never_none(seed):
-    from attnfit.problems.rows.thinning import draw_rows
+    from attnfit.objectives.subsample import draw_rows
 
     rng = np.random.default_rng(3)
     A, labels = rng.standard_normal((30_000, 2)), rng.permutation(np.repeat(np.arange(30), 1000))
@@ -233,7 +233,7 @@ def test_neighbours_of_parts_are_those_of_the_whole(groups, zero):
     given, x = w.copy(), np.array([0.3, -0.2, 0.1])
     whole = problems.Rescaled(A, b, groups=labels, weights=w)
     spread = problems.Rescaled(da.from_array(A, chunks=(100, 3)), b, groups=labels, weights=given)
-    neighbours = whole.convex_neighbour(), spread.convex_neighbour()
+    neighbours = whole.convex_surrogate(), spread.convex_surrogate()
     assert relative(*[p.gradient(x) for p in neighbours]) < 1e-12
     assert (given == w).all()
     assert relative(spread.gradient(x), whole.gradient(x)) < 1e-12
@@ -250,13 +250,13 @@ def test_weights_only_where_targets_are_zero(n):
     w = (b == 0.0).astype(float)
     for data in (A, da.from_array(A, chunks=(n // 4, 3))):
         problem = problems.Softmax(data, b, weights=w, ridge=1e-3)
-        assert problem.convex_neighbour() is None
+        assert problem.convex_surrogate() is None
         assert minimize(problem, random_state=0).status in ("converged", "precision")
 
 
 def test_threads_are_given_back():
     """Also where tasks end in the order in which they began."""
-    from attnfit.designs.threads import available_threads, one_blas_thread
+    from attnfit.data.parallel import available_threads, one_blas_thread
 
     before = available_threads()
     one, other = one_blas_thread(), one_blas_thread()

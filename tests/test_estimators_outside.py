@@ -4,10 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
+from attnfit.data import DenseDesign, Design
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize
-from attnfit.designs import DenseDesign, Design
 from attnfit.estimators import RescaledSoftmaxRegressor, SoftmaxRegressor
 from attnfit.estimators.outside import ZeroRowsBelow
 from attnfit.problems import Softmax
@@ -42,7 +42,7 @@ def test_a_design_that_lacks_something_cannot_be_made():
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_compiled_loops_read_zero_rows(monkeypatch, order, dtype):
-    monkeypatch.setattr("attnfit.designs.dense.COMPILED_ENTRIES", 1)
+    monkeypatch.setattr("attnfit.data.matrix.COMPILED_ENTRIES", 1)
     X = np.asarray(data()[0], dtype=dtype, order=order)
     design = ZeroRowsBelow(DenseDesign(X), N_GROUPS)
     assert design.storage == {"C": "rows", "F": "columns"}[order]
@@ -63,7 +63,7 @@ def test_a_compiled_fit_is_the_fit_of_written_rows(monkeypatch, cls):
     expected = cls().fit(rows, shares, groups=ALL_GROUPS).coef_
     read = []
     plain = ZeroRowsBelow.parts
-    monkeypatch.setattr("attnfit.designs.dense.COMPILED_ENTRIES", 1)
+    monkeypatch.setattr("attnfit.data.matrix.COMPILED_ENTRIES", 1)
     monkeypatch.setattr(ZeroRowsBelow, "parts", lambda self, rows: read.append(1) or plain(self, rows))
     model = cls(outside_good=True).fit(X, y, groups=GROUPS)
     assert read, "the compiled loops were used"

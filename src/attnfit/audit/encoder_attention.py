@@ -16,8 +16,8 @@ from attnfit.audit.errors import AuditError
 from attnfit.audit.found import Found, Position
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.inversion import recover
+from attnfit.objectives.inverse_curvature import heads_of_projections
 from attnfit.problems import LayerInversion
-from attnfit.problems.inversion.projections import heads_of_projections
 
 Array = NDArray[np.float64]
 

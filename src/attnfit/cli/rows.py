@@ -82,7 +82,7 @@ class Rows:
         if self.here:
             X: Any = np.column_stack([np.ones(len(self.X)), self.X])
         elif hasattr(self.X, "read"):
-            from attnfit.designs.sources.with_constant import WithConstant
+            from attnfit.data.sources.with_constant import WithConstant
 
             X = WithConstant(self.X)
         else:
@@ -208,8 +208,8 @@ def _repeated_here(X: Any, inputs: dict[str, Any], table: Table, labels: Sequenc
 def _on_disk(data: Path, roles: Roles, *, drop: bool) -> Rows:
     import pyarrow.dataset as ds
 
-    from attnfit.designs import open_source
-    from attnfit.designs.sources.some_rows import SomeRows
+    from attnfit.data import open_source
+    from attnfit.data.sources.opening import SomeRows
 
     dataset = ds.dataset(data, format="parquet")
     numeric = [f.name for f in dataset.schema if _is_numeric(f.type)]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from attnfit.designs.gram import Gram, group_rows
+from attnfit.data.gram import Gram, group_rows
 
 Array = NDArray[np.float64]
 Rows = slice | NDArray[np.intp]

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.designs import DenseDesign, Design, SparseDesign
-from attnfit.problems.rows.partition import Groups
+from attnfit.data import DenseDesign, Design, SparseDesign
+from attnfit.data.groups import Groups
 
 Array = NDArray[np.float64]
 Rows = slice | NDArray[np.intp]

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems.base import Problem
+from attnfit.objectives.objective import Problem
 from attnfit.solvers.checkpoint_file import read, write
-from attnfit.solvers.fingerprint import fingerprint
-from attnfit.solvers.journal import CheckpointError, Draw, Entry, Journal, digest
+from attnfit.solvers.loop import Callback, StopFit
+from attnfit.solvers.record import CheckpointError, Draw, Entry, Journal, digest
 from attnfit.solvers.result import History, Record, Result
-from attnfit.solvers.tracking import Callback, StopFit
 from attnfit.version import __version__
 from attnfit.writing import clean_up
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from attnfit.solvers.journal import CheckpointError
+from attnfit.solvers.record import CheckpointError
 from attnfit.writing import replace_file
 
 HEADER, DIGEST = "attnfit_checkpoint", "sha256"

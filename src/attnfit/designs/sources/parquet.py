@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.designs.sources.base import require_file, require_plausible, require_rows
-from attnfit.designs.sources.blocks import DenseBlockSource
-from attnfit.designs.sources.checksum import checksum
-from attnfit.designs.sources.errors import FileFormatError
+from attnfit.data.sources.base import FileFormatError, checksum, require_file, require_plausible, require_rows
+from attnfit.data.sources.npy import DenseBlockSource
 
 # Columns are decoded a few at a time: the row group in memory twice, once by column and once by row, would be
 # the largest thing in a fit.

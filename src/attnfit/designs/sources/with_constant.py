@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.designs.sources.base import Source
+from attnfit.data.sources.base import Source
 
 
 class WithConstant(Source):

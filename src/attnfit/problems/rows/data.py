@@ -11,16 +11,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.designs.column import Column, pieces
-from attnfit.designs.read_ahead import read_ahead
-from attnfit.designs.threads import available_threads
-from attnfit.losses.base import Loss
-from attnfit.losses.segments import Array, Index
-from attnfit.problems.base import Problem
-from attnfit.problems.evaluation import Drawn
-from attnfit.problems.inputs import as_column, as_design, as_ridge, negative_target
-from attnfit.problems.rows.partition import Chunk, Groups, parse_groups, partition, runs
-from attnfit.sketching import RowSampler
+from attnfit.data.groups import Chunk, Groups, parse_groups, partition, runs
+from attnfit.data.inputs import as_column, as_design, as_ridge, negative_target
+from attnfit.data.on_disk import Column, pieces
+from attnfit.data.parallel import available_threads, read_ahead
+from attnfit.losses.loss import Loss
+from attnfit.objectives.leverage import RowSampler
+from attnfit.objectives.objective import Drawn, Problem
+from attnfit.segments import Array, Index
 
 COLUMNS = ("b", "weights", "offset", "penalty")
 # What is computed from the loss and the target, and not kept where these are replaced; and where rows are.
@@ -95,13 +93,13 @@ class RowData(Problem):
 
     def _refuse_negative_targets(self) -> None:
         """Refuse negative targets where the loss takes none."""
-        if not self.loss.shares:
+        if not self.loss.nonnegative_target:
             return
         for chunk_rows, b in pieces(self.b):
             if (b < 0).any():
                 row = chunk_rows.start + int(np.flatnonzero(b < 0)[0])
                 k = row if self.groups.order is None else int(self.groups.order[row])
-                raise negative_target(k, self.loss.shares)
+                raise negative_target(k, self.loss.nonnegative_target)
 
     def _row_weights(self, weights: Any, n: int) -> Any:
         n_groups = len(self.groups)

@@ -18,17 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.designs import Design
-from attnfit.designs.base import Rows
-from attnfit.designs.threads import one_blas_thread
-from attnfit.losses.segments import Array, Index, Segments
-from attnfit.problems.evaluation import Drawn, Evaluation
-from attnfit.problems.rows.data import DERIVED, OF_ROWS
-from attnfit.problems.rows.merging import PerPart, merged
-from attnfit.problems.rows.neighbour import neighbouring_targets
-from attnfit.problems.rows.part import Part, Shared
-from attnfit.problems.rows.partition import Chunk
-from attnfit.problems.rows.partitions import (
+from attnfit.data import Design
+from attnfit.data.groups import Chunk
+from attnfit.data.matrix import Rows
+from attnfit.data.parallel import one_blas_thread
+from attnfit.data.store import DERIVED, OF_ROWS
+from attnfit.objectives.dask_parts import (
+    Part,
+    Shared,
     Summary,
     ends_of,
     head_of,
@@ -40,9 +37,12 @@ from attnfit.problems.rows.partitions import (
     summary_of,
     tables_of,
 )
-from attnfit.problems.rows.recession import Frame, separated_rows
-from attnfit.problems.rows.stored import StoredProblem
-from attnfit.sketching import RowSampler
+from attnfit.objectives.leverage import RowSampler
+from attnfit.objectives.objective import Drawn, Evaluation
+from attnfit.objectives.part import Part, PerPart, merged
+from attnfit.objectives.recession import Frame, separated_rows
+from attnfit.objectives.surrogate import surrogate_targets
+from attnfit.segments import Array, Index, Segments
 
 # Sums merged by one task.
 FAN_IN = 8
@@ -88,7 +88,7 @@ class RemoteDesign(Design):
         return np.asarray(weights @ block)
 
 
-class Distributed(StoredProblem):
+class Distributed(Part):
     """Overrides who iterates over the data; mixed into the class of the problem."""
 
     def _store(self, A: Any, b: Any, groups: Any, weights: Any, offset: Any, row_penalty: Any) -> None:
@@ -205,10 +205,10 @@ class Distributed(StoredProblem):
             return PerPart(source.split(n))
         return PerPart(np.random.default_rng(seed) for seed in source.integers(2**63, size=n))
 
-    def convex_neighbour(self) -> Any:
+    def convex_surrogate(self) -> Any:
         """Return the neighbour on the same parts."""
         totals = self.reduce(_group_totals)
-        kind = neighbouring_targets(self.loss, np.ones(1), None, _ONE_ROW, np.ones(1))
+        kind = surrogate_targets(self.loss, np.ones(1), None, _ONE_ROW, np.ones(1))
         if kind is None:
             return None
         other: Any = copy(self)
@@ -308,7 +308,7 @@ def _n_drawn(out: Any) -> int:
     return sum(chunk.matrix.shape[0] for chunk in _drawn(out))
 
 
-def _group_totals(part: StoredProblem, chunks: list[Chunk]) -> dict[int, Array]:
+def _group_totals(part: Part, chunks: list[Chunk]) -> dict[int, Array]:
     """Return size, sum of targets and of weighted targets of each long group."""
     found: dict[int, Array] = {}
     for chunk in chunks:
