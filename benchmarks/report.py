@@ -25,6 +25,7 @@ PACKAGES = (
     "xlogit",
     "numba",
     "torch",
+    "transformers",
     "jax",
 )
 Row = dict[str, Any]

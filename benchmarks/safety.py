@@ -27,9 +27,18 @@ CLASSES = {
     "model files": ["test_model_files", "test_layer_files"],
     "terminal and exit codes": ["test_cli_literal", "test_cli_terminal"],
     "data that are not what they seem": ["test_cli_columns", "test_cli_formats", "test_cli_input"],
-    "forgotten groups": ["test_estimators_groups"],
+    "the same report on disk and on workers": ["test_cli_elsewhere", "test_cli_large"],
+    "forgotten groups, rows that are not written out": ["test_estimators_groups", "test_estimators_outside"],
     "nothing can be written; other processors": ["test_unwritable", "test_processors"],
-    "audited models and false all-clears": ["test_audit_families", "test_audit_loading", "test_audit_models"],
+    "model directories as a gate": ["test_audit_loading", "test_audit_models"],
+    "false all-clears of an audit": [
+        "test_audit_families",
+        "test_audit_encoders",
+        "test_audit_positions",
+        "test_audit_lower_precision",
+        "test_audit_texts",
+    ],
+    "texts that leave an audit unasked": ["test_audit_report"],
 }
 TESTS = Path(__file__).parent.parent / "tests"
 

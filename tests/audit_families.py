@@ -1,5 +1,7 @@
 """Small random models of many families, made offline, with a tokenizer of their own."""
 
+from functools import cache
+
 import numpy as np
 import torch
 import transformers
@@ -108,7 +110,14 @@ def words(seed, count):
 
 
 def trained_tokenizer():
-    """A byte-level BPE of 1,000 tokens."""
+    """A byte-level BPE of 1,000 tokens, trained once; each caller may change its own."""
+    made = Tokenizer.from_str(trained_pairs())
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>")
+
+
+@cache
+def trained_pairs():
+    """The same as JSON."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -118,7 +127,7 @@ def trained_tokenizer():
     )  # fmt: skip
     made = words(0, 3000 * 60)
     tokenizer.train_from_iterator([" ".join(made[at : at + 60]) for at in range(0, len(made), 60)], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    return tokenizer.to_str()
 
 
 def text_of(tokenizer, length):

@@ -14,8 +14,14 @@ from attnfit.audit import calibration, cells
 from attnfit.audit.engine import guard, ways
 from attnfit.audit.engine.prefix import Prefix, check_text, way_for
 
-LENGTHS = (27, 40)
-# Texts of both lengths where a window is shorter than they are; of the shorter one elsewhere.
+# The guard runs random texts of 27 tokens by itself. Texts longer than a window are inverted where there is
+# one, of one length for most; elsewhere few tokens show what many would, as the search is the same for all.
+SHORT, LENGTHS = 9, (27, 40)
+BOTH = ("gemma3, window", "mistral, window", "gpt_neo, window", "recurrent_gemma, window")
+
+
+def lengths_of(name):
+    return LENGTHS if name in BOTH else LENGTHS[:1] if "window" in name else (SHORT,)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def build(tokenizer, audit_cache, tmp_path, quick):  # noqa: F811
     return saved
 
 
-def run_cells(model, *access, lengths=LENGTHS[:1]):
+def run_cells(model, *access, lengths=(SHORT,)):
     """One cell for each form of access and text."""
     texts = [text_of(model.tokenizer, length) for length in lengths]
     truths = [model.tokenise(text) for text in texts]
@@ -57,7 +63,7 @@ def run_cells(model, *access, lengths=LENGTHS[:1]):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_inverted_or_refused_by_name(build, name):
     model = build(name)
-    for cell in run_cells(model, "hidden:2", lengths=LENGTHS if "window" in name else LENGTHS[:1]):
+    for cell in run_cells(model, "hidden:2", lengths=lengths_of(name)):
         assert (cell.status, cell.verified, cell.exact) == ("done", True, True), cell.message
         assert cell.way == FAMILIES[name][2]
 
@@ -67,7 +73,7 @@ def test_every_family_is_inverted_or_refused_by_name(build, name):
 )
 @pytest.mark.parametrize("access", ["logits", "topk:5"])
 def test_logits_of_every_kind_are_inverted(build, name, access):
-    for cell in run_cells(build(name), access):
+    for cell in run_cells(build(name), access, lengths=lengths_of(name)[:1]):
         assert (cell.status, cell.verified, cell.exact) == ("done", True, True), cell.message
 
 
@@ -100,9 +106,15 @@ def same_rows(pairs):
     return change
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("access", ["hidden:2", "topk:5"])
-@pytest.mark.parametrize("nudge", [0.0, 1e-5])
+@pytest.mark.parametrize(
+    ("name", "access", "nudge"),
+    [
+        ("llama", "hidden:2", 0.0),
+        ("llama", "topk:5", 1e-5),
+        ("qwen3", "hidden:2", 1e-5),
+        ("qwen3", "topk:5", 0.0),
+    ],
+)
 def test_tokens_that_are_one_to_the_model_are_not_verified(build, tokenizer, name, access, nudge):
     """Twins of tokens of a text: which one was run, nothing tells."""
     text = text_of(tokenizer, 27)

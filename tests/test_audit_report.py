@@ -29,6 +29,9 @@ PAIR_KEYS = {
     *("verified", "false_claims", "divergence", "agreement", "predicted", "seconds", "message", "tested"),
     *("token_share", "token_interval", "sentence_share", "sentence_interval", "n_unsupported", "n_missing"),
     "tokens_ambiguous",
+    "all_right",
+    "all_tokens",
+    "all_share",
 }
 VOID = {"meta", "input", "br"}
 

@@ -69,13 +69,13 @@ def test_the_gate(found):
 
 
 def test_only_defences_asked_for_are_judged(tiny):  # noqa: F811
-    report = run(tiny, tiny.private_texts[:1], ["hidden:1"], ["noise:4.0"], budget=60)
+    report = run(tiny, tiny.private_texts[:1], ["hidden:1"], ["noise:4.0"], budget=600)
     assert {pair.defence for pair in report.pairs} == {"none", "noise:4.0"}
     assert [pair.defence for pair in report.judged()] == ["noise:4.0"]
 
 
 def test_untested_combinations_fail_the_gate(tiny):  # noqa: F811
-    report = run(tiny, tiny.private_texts[:1], ["topk:5"], ["drop0"], budget=60)
+    report = run(tiny, tiny.private_texts[:1], ["topk:5"], ["drop0"], budget=600)
     pair = report.pair("topk:5", "drop0")
     assert not pair.tested
     assert "the first position was withheld" in pair.message
@@ -113,7 +113,7 @@ def test_what_is_too_slow_does_not_take_the_time_of_the_rest(tiny, monkeypatch):
         return cells.Cell(key, status, "told", 4, [1, 2], [True, slow], seconds=1.0)
 
     monkeypatch.setattr(cells.Attack, "run", run_cell)
-    report = run(tiny, tiny.private_texts[:1], ["logits", "hidden:1"], [None, "int8", "int4"], budget=60)
+    report = run(tiny, tiny.private_texts[:1], ["logits", "hidden:1"], [None, "int8", "int4"], budget=600)
     assert sum(key.access == "logits" for key in begun) < 3
     assert sum(key.access == "hidden:1" for key in begun) == 5
     assert "came back until it was cut" in report.pair("logits").message
@@ -151,12 +151,12 @@ def test_checkpoints_are_resumed(tiny, tmp_path, monkeypatch):  # noqa: F811
 
 def test_checkpoints_of_others_are_refused(tiny, tmp_path):  # noqa: F811
     path = tmp_path / "cells.jsonl"
-    run(tiny, tiny.private_texts[:1], ["hidden:1"], budget=60, checkpoint=path)
+    run(tiny, tiny.private_texts[:1], ["hidden:1"], budget=600, checkpoint=path)
     with pytest.raises(audit.AuditError, match="texts, access differ"):
-        run(tiny, tiny.private_texts[1:2], ["hidden:2"], budget=60, checkpoint=path)
+        run(tiny, tiny.private_texts[1:2], ["hidden:2"], budget=600, checkpoint=path)
     path.write_text("no json\n")
     with pytest.raises(audit.AuditError, match="not one of an audit"):
-        run(tiny, tiny.private_texts[:1], ["hidden:1"], budget=60, checkpoint=path)
+        run(tiny, tiny.private_texts[:1], ["hidden:1"], budget=600, checkpoint=path)
 
 
 def test_ctrl_c_keeps_what_was_done(tiny):  # noqa: F811
@@ -164,7 +164,7 @@ def test_ctrl_c_keeps_what_was_done(tiny):  # noqa: F811
         if step.done == 2:
             raise KeyboardInterrupt
 
-    report = run(tiny, tiny.private_texts[:2], ["hidden:1"], budget=60, progress=stop)
+    report = run(tiny, tiny.private_texts[:2], ["hidden:1"], budget=600, progress=stop)
     assert report.interrupted
     assert len(report.cells) == 2
     assert "stopped" in report.coverage
@@ -193,7 +193,7 @@ def test_bad_requests_are_refused_before_any_work(tiny, change, message):  # noq
 
 def test_one_bad_text_does_not_stop_the_others(tiny):  # noqa: F811
     texts = ["", "A train.", "\udcff", "a" * 300]
-    report = run(tiny, texts, ["hidden:1"], budget=60)
+    report = run(tiny, texts, ["hidden:1"], budget=600)
     assert report.coverage == ""
     pair = report.pair("hidden:1")
     assert (pair.n_texts, pair.n_errors, pair.tested, pair.complete) == (1, 3, True, False)
@@ -223,7 +223,7 @@ def test_what_does_not_apply_to_encoders_is_named(tiny, monkeypatch):  # noqa: F
 
 
 def test_too_short_to_hide_a_beginning(tiny):  # noqa: F811
-    pair = run(tiny, ["A train"], ["masked"], budget=60).pair("masked")
+    pair = run(tiny, ["A train"], ["masked"], budget=600).pair("masked")
     assert not pair.tested
     assert "too few to hide 2" in pair.message
 

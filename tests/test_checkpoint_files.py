@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from attnfit import writing
 from attnfit.solvers import CheckpointError, checkpoint, checkpoint_file
 from benchmarks import faults
 
@@ -151,14 +152,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(call, path, monkeypatch):
             return self
 
         def __exit__(self, *error):
-            checkpoint_file.os.close(self.handle)
+            writing.os.close(self.handle)
 
         write = full
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            checkpoint_file.os, "fdopen" if call == "write" else call, Full if call == "write" else full
-        )
+        patch.setattr(writing.os, "fdopen" if call == "write" else call, Full if call == "write" else full)
         with pytest.raises(OSError, match=r"\[Errno 28\] checkpoint .* the one before is intact; make room"):
             fit("exact", path)
     assert path.read_bytes() == known
@@ -208,7 +207,7 @@ def test_what_killed_processes_left_is_removed(path):
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     )
-    prefix = checkpoint_file._prefix(path)
+    prefix = writing._prefix(path)
     left = path.with_name(f"{prefix}{int(dead.stdout)}-abc")
     of_others = [
         path.with_name(f"{prefix}1-abc"),

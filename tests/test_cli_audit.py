@@ -12,7 +12,7 @@ from test_cli import messages, run
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-FAST = ("--access", "hidden:1,topk:5", "--defences", "none,int8,noise:4.0", "--budget", 60)
+FAST = ("--access", "hidden:1,topk:5", "--defences", "none,int8,noise:4.0", "--budget", 600)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ READ = {
     "fit mixture": {"signatures", "spectra"},
     "predict": {"model", "data"},
     "invert": {"layer", "output", "embedding", "known"},
-    "audit": {"texts"},
+    "audit": {"texts", "chat", "tokens"},
     "reproduce": {"texts"},
 }
 # What each command is called with here, its inputs first; those without an ending are made below.
@@ -266,9 +266,9 @@ def name_of(name, option):
 @pytest.fixture
 def full_disk(monkeypatch):
     """The kernel refuses what is longer than a few bytes, as a full disk does."""
-    from attnfit.solvers import checkpoint_file
+    from attnfit import writing
 
-    real = checkpoint_file.replace_file
+    real = writing.replace_file
 
     def small(path, data):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -278,7 +278,7 @@ def full_disk(monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(checkpoint_file, "replace_file", small)
+    monkeypatch.setattr(writing, "replace_file", small)
 
 
 @pytest.mark.parametrize(("name", "option"), QUICK)

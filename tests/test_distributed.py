@@ -130,7 +130,7 @@ def test_faults_are_named():
         bad[7, 0] = np.nan
         problems.Softmax(da.from_array(bad, chunks=(5, 2)), b)
     with pytest.raises(TypeError, match="on the workers"):
-        _ = problems.Softmax(lazy, b).rows.chunks
+        _ = problems.Softmax(lazy, b).chunks
 
 
 def test_parts_without_rows_are_left_out():
@@ -155,7 +155,7 @@ def test_cells_of_an_audit_run_on_the_workers(client):
     from attnfit import audit
 
     model = audit.load("tiny")
-    texts = model.private_texts[:2]
+    texts = model.private_texts[:1]
     request = (["hidden:1", "attention:0"], [None, "float16"])
     here, there = (audit.run(model, texts, *request, budget=600, client=c) for c in (None, client))
 

@@ -111,7 +111,7 @@ def test_writing_replaces_in_one_step(fitted, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     fitted["exponential"].save(path)
     before = path.read_bytes()
-    monkeypatch.setattr("attnfit.solvers.checkpoint_file.os.replace", _fail)
+    monkeypatch.setattr("attnfit.writing.os.replace", _fail)
     with pytest.raises(OSError, match="disk"):
         fitted["rescaled"].save(path)
     assert path.read_bytes() == before

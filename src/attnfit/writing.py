@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import stat
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["rendered", "write"]
+__all__ = ["clean_up", "rendered", "replace_file", "write"]
 
 
 def write(path: str | PathLike[str], data: bytes | str) -> None:
@@ -41,27 +44,79 @@ def write(path: str | PathLike[str], data: bytes | str) -> None:
     ...     Path(folder, "a.txt").read_text()
     'two'
     """
-    # Numba and SciPy come with it, for which the help of a command should not wait.
-    from attnfit.solvers.checkpoint_file import clean_up, replace_file
-
     content = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     target = Path(os.path.realpath(path))
     try:
-        mode = target.stat().st_mode if target.exists() else None
-        if mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        if target.exists() and not target.is_file() and not target.is_dir():
             with target.open("wb") as stream:
                 stream.write(content)
             return
         clean_up(target)
-        # The new file is created with the permissions that the umask leaves: those of the old one.
-        umask = None if mode is None else os.umask(0o777 & ~mode)
-        try:
-            replace_file(target, content)
-        finally:
-            if umask is not None:
-                os.umask(umask)
+        replace_file(target, content)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a regular file in one step: a reader sees the old one or the new one, never half of one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path) + f"{os.getpid()}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, _permissions(path))
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":
+        # The new name lasts only once the directory is on disk.
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _permissions(path: Path) -> int:
+    """Return those of the file that is there, or those that any other file of the user has."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode) & 0o777
+    except OSError:
+        # A umask can be read only by setting it.
+        umask = os.umask(0o077)
+        os.umask(umask)
+        return 0o666 & ~umask
+
+
+def clean_up(path: Path) -> None:
+    """Remove what processes of this machine that were killed while they wrote the file left behind."""
+    for left in _siblings(path):
+        process = left.name.removeprefix(_prefix(path)).split("-")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            with suppress(OSError):
+                left.unlink()
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.{socket.gethostname()}-"
+
+
+def _siblings(path: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from (p for p in list(path.parent.iterdir()) if p.name.startswith(_prefix(path)))
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def rendered(draw: Callable[[Any], object]) -> bytes:

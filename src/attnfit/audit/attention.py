@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from attnfit.audit.checks import check_budget, check_states
 from attnfit.audit.encoder_attention import encoder_search
 from attnfit.audit.found import Found
 from attnfit.audit.hidden import HiddenSearch
+from attnfit.audit.lower_precision import as_error
 from attnfit.audit.models.model import Model
 
 
@@ -35,8 +37,9 @@ def invert_attention(
         What the attention adds, its output projection included.
     block : int
         Counted from 0; of an encoder only 0.
-    error : array_like, broadcastable to output
-        Standard deviation of the error of each number.
+    error : array_like, broadcastable to output, or "run:bfloat16"
+        Standard deviation of the error of each number; of a causal model also that they are of a run in
+        bfloat16 (see `invert_hidden`).
     reach : array_like, broadcastable to output, optional
         The largest error of each number, of a causal model.
     known_prefix : sequence of int
@@ -57,6 +60,9 @@ def invert_attention(
     """
     if model.kind == "encoder":
         return encoder_search(model, output, block, error).run(list(known_prefix))
+    layer = f"attention:{block}"
+    error, run = as_error(model, layer, error, len(output))
     observed, uncertainty = check_states(model, output, error, reach)
-    search = HiddenSearch(model, f"attention:{block}", observed, uncertainty, check_budget(budget, model))
+    uncertainty = replace(uncertainty, run=run)
+    search = HiddenSearch(model, layer, observed, uncertainty, check_budget(budget, model))
     return search.run(list(known_prefix))

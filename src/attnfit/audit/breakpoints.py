@@ -16,7 +16,7 @@ from scipy.special import log_ndtr
 
 from attnfit.audit.defences import apply_defence
 from attnfit.audit.engine.prefix import Prefix
-from attnfit.audit.models.blocks import attention_of, capture
+from attnfit.audit.models.blocks import attention_of
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.observation import Access, leak, parse_access
 
@@ -129,7 +129,7 @@ class _Judge:
 
     def covers(self, defence: str) -> bool:
         """Whether every number is still there, with an error that is known."""
-        return "drop0" not in defence
+        return "drop0" not in defence and not defence.startswith("run:")
 
     def share(self, defence: str) -> float:
         """Return the expected share of tokens recovered."""
@@ -208,9 +208,7 @@ def _attentions(model: Model, tokens: Tokens, place: int, candidates: Any, block
     sequences[:, place] = candidates
     part = attention_of(model.blocks[block], model.name)
     with torch.no_grad():
-        batches = [
-            capture(model.base, [part], "output", input_ids=batch)[0] for batch in sequences.split(N_RIVALS)
-        ]
+        batches = [model.capture([part], "output", input_ids=batch)[0] for batch in sequences.split(N_RIVALS)]
     outputs = torch.cat(batches)
     return outputs.flatten(1) if model.kind == "encoder" else outputs[:, place]
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attnfit.audit.engine.prefix import Prefix
-from attnfit.audit.models.blocks import capture
 from attnfit.audit.models.model import Layer, Model
 from attnfit.audit.models.sampling import sample
 from attnfit.audit.probes import Probe, Ranker, fit_probe
@@ -88,24 +87,20 @@ def calibrate(model: Model, layers: Sequence[Layer], random_state: int = 0) -> d
     """
     known = model.calibrations
     for layer in set(layers) - known.keys():
-        path = _path(model, layer, random_state)
+        path = calibration_path(model, layer, random_state)
         if path.is_dir():
             known[layer] = _load(path, model)
     missing = sorted(set(layers) - known.keys(), key=str)
     if missing:
         for layer, learned in _learn(model, missing, random_state).items():
-            write_atomically(_path(model, layer, random_state), partial(_save, learned))
+            write_atomically(calibration_path(model, layer, random_state), partial(_save, learned))
             known[layer] = learned
     return {layer: known[layer] for layer in layers}
 
 
 def _learn(model: Model, layers: Sequence[Layer], seed: int) -> dict[Layer, Calibration]:
     generator = torch.Generator().manual_seed(seed)
-    length = min(LENGTH, model.max_length)
-    text = sample(model, N_SEQUENCES // 2, length, generator)
-    noise = torch.randint(model.n_vocabulary, (N_SEQUENCES - len(text), length), generator=generator)
-    # Interleaved, so that the held-out samples are of both kinds.
-    sequences = torch.stack([text, noise], 1).reshape(-1, length)
+    sequences = calibration_texts(model, generator)
     alone = torch.randperm(model.n_vocabulary, generator=generator)[:N_FIRST, None]
     running, first = _states(model, sequences, layers), _states(model, alone, layers)
     contexts = _contexts(model, sequences, layers, generator)
@@ -124,6 +119,15 @@ def _learn(model: Model, layers: Sequence[Layer], seed: int) -> dict[Layer, Cali
     return learned
 
 
+def calibration_texts(model: Model, generator: Any) -> Any:
+    """Return the token sequences that a calibration runs, shape (200, 48) where the model takes so many."""
+    length = min(LENGTH, model.max_length)
+    text = sample(model, N_SEQUENCES // 2, length, generator)
+    noise = torch.randint(model.n_vocabulary, (N_SEQUENCES - len(text), length), generator=generator)
+    # Interleaved, so that the held-out samples are of both kinds.
+    return torch.stack([text, noise], 1).reshape(-1, length)
+
+
 def _scale(states: Any) -> Any:
     """Return the standard deviation of each channel, none of them zero."""
     spread = states.std(0)
@@ -140,7 +144,7 @@ def _states(model: Model, sequences: Any, layers: Sequence[Layer]) -> list[Any]:
     size = max(1, BATCH * LENGTH // sequences.shape[1])
     with torch.no_grad():
         batches = [
-            capture(model.base, parts, "output", input_ids=batch, use_cache=False)
+            model.capture(parts, "output", input_ids=batch, use_cache=False)
             for batch in sequences.split(size)
         ]
     return [torch.cat(states) for states in zip(*batches, strict=True)]
@@ -158,10 +162,11 @@ def _contexts(model: Model, sequences: Any, layers: Sequence[Layer], generator: 
     return drawn, [torch.stack(states) for states in zip(*seen, strict=True)]
 
 
-def _path(model: Model, layer: Layer, seed: int) -> Path:
-    return (
-        cache_directory() / "calibration" / f"{model.fingerprint}-{layer}-{seed}-v{VERSION}".replace(":", "")
-    )
+def calibration_path(model: Model, layer: Layer, seed: int, what: str = "") -> Path:
+    """Return where what was learned about a layer is kept."""
+    from_where = f"-from{model.first_position}" if model.first_position else ""
+    name = f"{model.fingerprint}-{layer}-{seed}{from_where}{what}-v{VERSION}"
+    return cache_directory() / "calibration" / name.replace(":", "")
 
 
 def _save(calibration: Calibration, directory: Path) -> None:

@@ -16,6 +16,7 @@ from attnfit.audit.errors import AuditError, Unsupported
 from attnfit.audit.inverting import layer_of, search_for
 from attnfit.audit.masked import COMMON, MaskedFound, common_words, recover_masked
 from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.texts import Text, is_chat, tokenised
 from attnfit.audit.observation import Access, Observation, observe, parse_access
 from attnfit.audit.utility import utility_lost
 
@@ -73,6 +74,8 @@ class Cell:
         How candidates were evaluated; empty where none were.
     n_ambiguous : int
         Tokens that are wrong, but known up to others with all but the same embedding.
+    n_content, n_content_right : int or None
+        Of a chat: tokens of the contents, and those of them that are right. None where all are content.
     """
 
     key: Key
@@ -89,6 +92,15 @@ class Cell:
     agreement: float | None = None
     way: str = ""
     n_ambiguous: int = 0
+    n_content: int | None = None
+    n_content_right: int | None = None
+
+    @property
+    def content(self) -> tuple[int, int]:
+        """Tokens of the contents that are right, and all of them."""
+        if self.n_content is None or self.n_content_right is None:
+            return sum(self.right), self.n_tokens
+        return self.n_content_right, self.n_content
 
     @property
     def exact(self) -> bool:
@@ -107,7 +119,7 @@ class Attack:
     Parameters
     ----------
     model : Model
-    texts : sequence of str
+    texts : sequence of str, of lists of token ids or of lists of messages
     truths : sequence of list of int
         Their tokens.
     random_state : int
@@ -115,7 +127,7 @@ class Attack:
     """
 
     def __init__(
-        self, model: Model, texts: Sequence[str], truths: Sequence[Tokens], random_state: int
+        self, model: Model, texts: Sequence[Text], truths: Sequence[Tokens], random_state: int
     ) -> None:
         self._model, self._texts, self._truths = model, texts, truths
         self._seed = random_state
@@ -154,7 +166,8 @@ class Attack:
 
     def _invert(self, blank: Cell, truth: Tokens) -> Cell:
         key, model = blank.key, self._model
-        text, budget = self._texts[key.text], None
+        text: Text = self._texts[key.text]
+        budget = None
         if key.control == "other text":
             text, truth = self._nonsense(key.text)
         form = parse_access(key.access)
@@ -167,13 +180,17 @@ class Attack:
         if fault:
             raise Unsupported(f"{model.family}, {key.access} with {key.defence}: {fault}")
         found = search.run([])
+        right = [a == b for a, b in zip(found.tokens, truth, strict=False)]
+        counted = [True] * len(truth)
+        if is_chat(text):
+            counted = tokenised(model, text).content
         cell = replace(
             blank,
             status="done",
             message=found.message,
             n_tokens=len(truth),
             tokens=found.tokens,
-            right=[a == b for a, b in zip(found.tokens, truth, strict=False)],
+            right=right,
             # Noise has no text: with nothing to recover, any claim is false.
             verified=found.verified,
             failed_at=found.failed_at,
@@ -181,10 +198,12 @@ class Attack:
             seconds=found.seconds,
             way=way,
             n_ambiguous=sum(
-                truth[at] in others and found.tokens[at] != truth[at]
+                truth[at] in others and not right[at]
                 for at, others in found.alternatives.items()
-                if at < len(truth)
+                if at < len(truth) and counted[at]
             ),
+            n_content=None if all(counted) else sum(counted),
+            n_content_right=None if all(counted) else sum(map(min, right, counted)),
         )
         if key.control == "noise":
             return replace(cell, n_tokens=max(1, len(found.tokens)), right=[False] * len(found.tokens))
@@ -205,7 +224,11 @@ class Attack:
         if at not in self._masked:
             # Tables of a small vocabulary are shared by all texts; a large one costs by the text.
             small = self._words is None
-            which = [i for i in range(len(self._truths)) if small or i == at]
+            if is_chat(self._texts[at]):
+                raise AuditError(
+                    "masked hides the first tokens of a text: those of a chat are its template's"
+                )
+            which = [i for i, text in enumerate(self._texts) if (small or i == at) and not is_chat(text)]
             which = [i for i in which if len(self._truths[i]) > N_MASKED + 1]
             if at not in which:
                 raise AuditError(f"text {at} has {len(self._truths[at])} tokens: too few to hide {N_MASKED}")

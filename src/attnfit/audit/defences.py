@@ -18,7 +18,8 @@ FLOAT16_DIGITS, BFLOAT16_DIGITS = 11, 8
 
 KINDS = (
     "none, float16, bfloat16, int8, int4, int8:channel, int4:channel, noise:R (times the root mean square of "
-    "each row), noise:Rstd (times each channel's standard deviation), round:DECIMALS, drop0; joined by +"
+    "each row), noise:Rstd (times each channel's standard deviation), round:DECIMALS, drop0; joined by +; "
+    "run:bfloat16 before them"
 )
 
 

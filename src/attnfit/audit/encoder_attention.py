@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 
 from attnfit.audit.checks import check_states
 from attnfit.audit.errors import AuditError
 from attnfit.audit.found import Found, Position
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.inversion import recover
+from attnfit.objectives.inverse_curvature import heads_of_projections
 from attnfit.problems import LayerInversion
 
 Array = NDArray[np.float64]
@@ -72,8 +74,8 @@ class EncoderSearch:
         """Return why the true tokens would not be accepted; empty if they would."""
         model = self._model
         entering = model.states(truth, 0).astype(np.float64)
-        rows = np.stack([token_rows(model, place, [token])[0] for place, token in enumerate(truth)])
-        far = np.abs(rows - entering).max(1) / np.abs(entering).max()
+        rows = np.stack([self._rows(place, [token])[0] for place, token in enumerate(truth)])
+        far = np.abs(rows[:, : model.width] - entering).max(1) / np.abs(entering).max()
         if far.max() > SAME_ROW:
             return (
                 f"at position {far.argmax()} the row of the true token differs from what enters the first "
@@ -87,6 +89,16 @@ class EncoderSearch:
                 f"(allowed {self._precision:.0e})"
             )
         return ""
+
+    def _rows(self, position: int, some: Sequence[int] | None = None) -> Array:
+        """Return what every token, or some, is to the problem at a position."""
+        rows = token_rows(self._model, position, some)
+        n = len(self._output)
+        if relative_biases(self._model, n) is None:
+            return rows
+        place = np.zeros((len(rows), n))
+        place[:, position] = 1.0
+        return np.hstack([rows, place])
 
     def run(self, known: Tokens) -> Found:
         """Return everything that could be recovered."""
@@ -103,7 +115,7 @@ class EncoderSearch:
         interruptible()
         found = recover(
             first_attention(model, self._output),
-            vocabulary=lambda position: token_rows(model, position),
+            vocabulary=self._rows,
             precision=self._precision,
             random_state=0,
             callback=interruptible,
@@ -136,33 +148,69 @@ class EncoderSearch:
 
 
 def first_attention(model: Model, output: Array) -> LayerInversion:
-    """Return the problem of inverting the first attention of an encoder of the BERT family."""
-    attention: Any = getattr(model.blocks[0], "attention", None)
-    inner = getattr(attention, "self", None)
-    if not all(hasattr(inner, name) for name in ("query", "key", "value")):
-        raise AuditError(
-            f"the attention of {model.name!r} is not of the BERT family (query, key, value): its output "
-            "cannot "
-            "be inverted"
-        )
-    (W_Q, b_Q), (W_K, _), (W_V, b_V) = (_linear(getattr(inner, n)) for n in ("query", "key", "value"))
-    W_O, b_O = _linear(attention.output.dense)
+    """Return the problem of inverting the first attention of an encoder of the BERT family.
+
+    Where a bias ``b_ij`` that depends on positions only is added to the logits (MPNet), the tokens of the
+    problem are ``(x_i, e_i)`` with e_i the i-th unit vector: the logits of ``diag(W, b)`` are those wanted.
+    """
+    (W_Q, b_Q), (W_K, _), (W_V, b_V), (W_O, b_O) = _projections(model)
     n_heads = model.module.config.num_attention_heads
-    return LayerInversion.from_projections(
-        W_Q, W_K, W_V, W_O, output, n_heads=n_heads, b_Q=b_Q, b_V=b_V, b_O=b_O
+    W, V, key_bias, shift = heads_of_projections(W_Q, W_K, W_V, W_O, n_heads, b_Q, b_V, b_O)
+    biases = relative_biases(model, len(output))
+    if biases is not None:
+        n = len(output)
+        W = [block_diag(matrix, bias) for matrix, bias in zip(W, biases, strict=True)]
+        V = [np.pad(value, ((0, n), (0, 0))) for value in V]
+        key_bias = np.pad(key_bias, ((0, 0), (0, n)))
+    return LayerInversion(W, V, output - shift, key_bias=key_bias)
+
+
+# Under which names the first block's attention has query, key, value and output projection.
+PROJECTIONS = (
+    ("self.query", "self.key", "self.value", "output.dense"),
+    ("attn.q", "attn.k", "attn.v", "attn.o"),
+)
+
+
+def _projections(model: Model) -> list[tuple[Array, Array]]:
+    """Return weight and bias of query, key, value and output of the first attention."""
+    attention: Any = getattr(model.blocks[0], "attention", None)
+    for names in PROJECTIONS:
+        layers = [_part(attention, name) for name in names]
+        if all(layer is not None for layer in layers):
+            return [_linear(layer) for layer in layers]
+    raise AuditError(
+        f"the attention of {model.name!r} ({model.family}) is not of the BERT family (query, key, value): "
+        "its output cannot be inverted"
     )
+
+
+def _part(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def relative_biases(model: Model, n: int) -> Array | None:
+    """Return what is added to the logits of n positions by their distance, shape (heads, n, n), or None."""
+    encoder: Any = getattr(model.base, "encoder", None)
+    if not hasattr(encoder, "compute_position_bias"):
+        return None
+    with torch.no_grad():
+        biases = encoder.compute_position_bias(torch.zeros(1, n, model.width))[0]
+    return np.asarray(biases.double().numpy())
 
 
 def token_rows(model: Model, position: int, some: Sequence[int] | None = None) -> Array:
     """Return what every token, or some, is to the first block at a position, shape (N, width)."""
     embed = model.base.embeddings
     tokens = torch.arange(model.n_vocabulary)[:, None] if some is None else torch.tensor(some)[:, None]
-    # Encoders of the RoBERTa family count positions from after the one of padding.
-    table = getattr(embed, "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    place = position if padding is None else position + padding + 1
+    place = position + model.n_reserved + model.first_position
     with torch.no_grad():
         rows = embed(input_ids=tokens, position_ids=torch.full_like(tokens, place))
+        # ELECTRA may keep narrower embeddings.
+        project = getattr(model.base, "embeddings_project", None)
+        rows = rows if project is None else project(rows)
     return np.asarray(rows[:, 0].double().numpy())
 
 

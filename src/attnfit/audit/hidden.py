@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from time import perf_counter
 from typing import Any
@@ -16,6 +17,7 @@ from attnfit.audit.engine.prior import Prior
 from attnfit.audit.errors import AuditError, ObservationMismatch
 from attnfit.audit.evaluated import Evaluated
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
+from attnfit.audit.lower_precision import as_error
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.position import Clues, PositionSearch
 from attnfit.audit.target import Target
@@ -52,8 +54,9 @@ def invert_hidden(
         At every position from the first on.
     layer : int
         Block after which they were taken, from 1; ``n_layers + 1`` is after the final norm.
-    error : array_like, broadcastable to states
-        Standard deviation of the error of each number. Where it matters, the best candidate is taken instead
+    error : array_like, broadcastable to states, or "run:bfloat16"
+        Standard deviation of the error of each number, or that they are of a run in bfloat16, whose errors
+        are measured once for each layer. Where it matters, the best candidate is taken instead
         of the first that agrees.
     reach : array_like, broadcastable to states, optional
         The largest error of each number, as half a step where numbers were rounded: a candidate must then lie
@@ -76,7 +79,9 @@ def invert_hidden(
     """
     if model.kind != "causal":
         raise AuditError(f"model {model.name!r} is an encoder: its states depend on all tokens at once")
+    error, run = as_error(model, layer, error, len(states))
     observed, uncertainty = check_states(model, states, error, reach)
+    uncertainty = replace(uncertainty, run=run)
     search = HiddenSearch(model, layer, observed, uncertainty, check_budget(budget, model))
     return search.run(list(known_prefix))
 
@@ -89,7 +94,7 @@ class HiddenSearch:
     ) -> None:
         self._began = perf_counter()
         self._model, self._layer, self._budget = model, layer, budget
-        self._states = states
+        self._states, self._run = states, uncertainty.run
         calibration = calibrate(model, [layer])[layer]
         self._targets = [
             uncertainty.target(place, state, calibration.running.scale if place else calibration.first.scale)
@@ -214,6 +219,13 @@ class HiddenSearch:
     def _reproduced(self, tokens: Tokens) -> bool:
         """Return whether a plain forward pass of the tokens explains every observed state."""
         states = torch.from_numpy(self._model.states(tokens, self._layer))
+        if self._explains(states):
+            return True
+        # The same tokens in the precision that was observed, where that is known and can be run here.
+        lower = self._run and self._model.in_dtype(self._run.dtype).states(tokens, self._layer)
+        return lower is not None and self._explains(torch.from_numpy(lower))
+
+    def _explains(self, states: Any) -> bool:
         return all(
             float(target.misfits(state)) <= target.limit
             for target, state in zip(self._targets, states, strict=True)
@@ -241,4 +253,6 @@ def describe_failure(model: Model, at: int, evaluated: Evaluated) -> str:
     )
     if at == 0:
         told += "; the states may come from another model or layer, or lack their first positions"
+        if model.counts_positions:
+            told += f", or begin at another position than {model.first_position} (first_position)"
     return told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from attnfit.audit.checks import check_budget, check_states
@@ -24,6 +25,7 @@ def invert(
     *,
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
+    first_position: int | None = None,
 ) -> Found:
     """Recover the text behind an observation.
 
@@ -36,6 +38,8 @@ def invert(
         Tokens known to come first.
     budget : int, optional
         Largest number of candidates at a position.
+    first_position : int, optional
+        Position of the first token of the text; that of the observation unless given.
 
     Returns
     -------
@@ -48,6 +52,8 @@ def invert(
     AuditError
         If the first position was withheld, and there is no attack without it.
     """
+    if first_position is not None:
+        observation = replace(observation, first_position=first_position)
     return search_for(model, observation, budget).run(list(known_prefix))
 
 
@@ -68,6 +74,7 @@ def search_for(model: Model, observation: Observation, budget: int | None = None
             f"the observation comes from another model than {model.name!r} (fingerprint "
             f"{observation.fingerprint}, not {model.fingerprint})"
         )
+    model = model.at(observation.first_position)
     access, array, allowed = observation.access, observation.array, check_budget(budget, model)
     if observation.dropped:
         return _without_first(model, observation, allowed)
@@ -86,7 +93,7 @@ def _states(model: Model, observation: Observation) -> tuple[Any, Uncertainty, L
         states, uncertainty = logit_states(model, array, observation.error, observation.reach)
         return states, uncertainty, model.n_layers + 1
     states, uncertainty = check_states(model, array, observation.error, observation.reach)
-    return states, uncertainty, layer_of(model, access)
+    return states, replace(uncertainty, run=observation.run), layer_of(model, access)
 
 
 def layer_of(model: Model, access: Access) -> Layer:

@@ -12,7 +12,9 @@ from scipy.special import log_softmax
 
 from attnfit.audit.defences import apply_defence
 from attnfit.audit.errors import AuditError
+from attnfit.audit.lower_precision import RunError, run_error, split_run
 from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.texts import Text
 
 Array = NDArray[np.float32]
 ACCESS = "hidden:LAYER, attention:BLOCK, logits, topk:COUNT"
@@ -56,6 +58,10 @@ class Observation:
     defence : str or None
     fingerprint : str
         Of the model it came from; empty where unknown.
+    first_position : int
+        Position of the first token of the text.
+    run : RunError, optional
+        The run in fewer digits that it comes from.
     """
 
     access: Access
@@ -66,6 +72,8 @@ class Observation:
     defence: str | None = None
     fingerprint: str = ""
     reach: Array | None = field(default=None, repr=False)
+    first_position: int = 0
+    run: RunError | None = field(default=None, repr=False)
 
 
 def parse_access(access: str) -> Access:
@@ -84,17 +92,19 @@ def parse_access(access: str) -> Access:
 
 def observe(
     model: Model,
-    text: str,
+    text: Text,
     access: str = "hidden:1",
     defence: str | None = None,
     random_state: int = 0,
+    first_position: int | None = None,
 ) -> Observation:
     """Return what the model gives away about a text.
 
     Parameters
     ----------
     model : Model
-    text : str
+    text : str, list of int or list of dict
+        Text, token ids, or the messages of a chat (see `Model.tokenise`).
     access : str
         ``"hidden:LAYER"`` (states after that block, from 1), ``"attention:BLOCK"`` (output of that block's
         self-attention, from 0), ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest
@@ -102,9 +112,13 @@ def observe(
     defence : str, optional
         ``"float16"``, ``"bfloat16"``, ``"int8"``, ``"int4"`` (one scale a row; ``":channel"``: a channel),
         ``"noise:R"`` (Gaussian, R times the root mean square of each row; ``"noise:Rstd"``: times each
-        channel's standard deviation), ``"round:DECIMALS"``, ``"drop0"``; several joined by ``"+"``.
+        channel's standard deviation), ``"round:DECIMALS"``, ``"drop0"``; several joined by ``"+"``. With
+        ``"run:bfloat16"``, which comes first, the model itself is run in bfloat16.
     random_state : int
         Seed of the noise.
+    first_position : int, optional
+        Position of the first token, 0 unless given; of no consequence to models whose positions only turn
+        queries and keys, or that count distances.
 
     Returns
     -------
@@ -117,24 +131,40 @@ def observe(
     AuditError
         If the access or the defence is not known, or not available from this model.
     """
+    if first_position is not None:
+        model = model.at(first_position)
     tokens = model.tokenise(text)
     if len(tokens) > model.max_length:
         raise AuditError(f"text has {len(tokens)} tokens; {model.name!r} takes {model.max_length}")
     form = parse_access(access)
-    array, shown = leak(model, tokens, form)
-    defended = apply_defence(array, defence, random_state)
+    dtype, rest = split_run(defence)
+    run = None if dtype is None else _run_error(model, form, dtype)
+    array, shown = leak(model if dtype is None else model.in_dtype(dtype), tokens, form)
+    defended = apply_defence(array, rest, random_state)
+    error, reach = defended.error, defended.reach
+    if run is not None:
+        own = run.errors(len(defended.array), len(defended.dropped))
+        error, reach = np.hypot(error, own), np.full_like(reach, np.inf)
     if shown is not None:
         shown = shown[len(defended.dropped) :]
     return Observation(
         form,
         defended.array,
-        defended.error,
+        error,
         shown,
         defended.dropped,
         defence,
         model.fingerprint,
-        defended.reach,
+        reach,
+        model.first_position,
+        run,
     )
+
+
+def _run_error(model: Model, form: Access, dtype: str) -> RunError:
+    if form.kind not in ("hidden", "attention"):
+        raise AuditError(f"run:{dtype} is measured for states and attention outputs, not for {form}")
+    return run_error(model, form.place if form.kind == "hidden" else str(form), dtype)
 
 
 def leak(model: Model, tokens: Tokens, access: Access) -> tuple[Array, Any]:

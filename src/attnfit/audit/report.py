@@ -14,7 +14,7 @@ from attnfit.audit.advice import advise, verdict
 from attnfit.audit.breakpoints import BITS, NOISE, Forecast
 from attnfit.audit.cells import MASKED, NONE, Cell, Key, as_record
 from attnfit.audit.models.model import Model, Tokens
-from attnfit.audit.settings import Settings
+from attnfit.audit.settings import Settings, plain_text
 from attnfit.audit.summary import BreakPoint, Control, Pair, measured_bracket, summarise
 from attnfit.audit.versions import versions
 from attnfit.writing import write
@@ -175,7 +175,9 @@ class Report:
         if redact:
             hidden = {"tokens": None, "right": None, "failed_at": None, "message": ""}
             cells = [{**cell, **hidden} for cell in cells]
-        settings = vars(self.settings) | {"texts": None if redact else list(self.settings.texts)}
+        settings = vars(self.settings) | {
+            "texts": None if redact else list(map(plain_text, self.settings.texts))
+        }
         plain: dict[str, Any] = _plain(
             {
                 "schema": SCHEMA,

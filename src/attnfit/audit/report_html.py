@@ -91,6 +91,8 @@ def _pair_row(pair: Pair) -> list[Entry]:
         "tokens known up to their like": pair.tokens_ambiguous,
     }
     remarks = [f"{count} {what}" for what, count in counts.items() if count]
+    if pair.has_template:
+        remarks.append(f"{percent(pair.all_share)} with the tokens of the chat template")
     return [
         word(pair.access),
         word(pair.defence),

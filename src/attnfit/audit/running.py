@@ -16,7 +16,9 @@ from attnfit.audit.checkpoint import Checkpoint
 from attnfit.audit.engine.prefix import way_for
 from attnfit.audit.errors import Unsupported
 from attnfit.audit.inverting import layer_of
+from attnfit.audit.lower_precision import run_error, split_run
 from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.models.texts import Text
 from attnfit.audit.observation import parse_access
 from attnfit.audit.report import Report
 from attnfit.audit.settings import Settings, check_request, identity, tokenise_all
@@ -49,7 +51,7 @@ class Step:
 
 def run(
     model: Model,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     access: Sequence[str] | None = None,
     defences: Sequence[str | None] = (None,),
     budget: float = 120.0,
@@ -57,6 +59,7 @@ def run(
     checkpoint: str | PathLike[str] | None = None,
     progress: Callable[[Step], None] | None = None,
     random_state: int = 0,
+    first_position: int = 0,
     client: Any = None,
 ) -> Report:
     """Audit a model: invert what it gives away about some texts, under every form of access and defence.
@@ -68,13 +71,15 @@ def run(
     Parameters
     ----------
     model : Model
-    texts : sequence of str
-        What the model is run on: texts like those to be protected.
+    texts : sequence of str, of lists of token ids or of lists of messages
+        What the model is run on: texts like those to be protected. Messages have "role" and "content"; of a
+        chat, shares are those of the contents, as the template is no secret.
     access : sequence of str, optional
         As in `attnfit.audit.observe`, and ``"masked"``: the first two tokens of each text are hidden, and
         guessed from how likely the model finds the rest after them. No defence of outputs changes that, so
-        it is run once. Unless given: states of the first, middle and last layer, the first attention,
-        logits, five log-probabilities and masked; for encoders the first attention.
+        it is run once, and not of chats, which begin with their template. Unless given: states of the first,
+        middle and last layer, the first attention, logits, five log-probabilities and masked; for encoders
+        the first attention.
     defences : sequence of str or None
         As in `attnfit.audit.observe`.
     budget : float
@@ -85,6 +90,8 @@ def run(
     progress : callable, optional
         Called with a Step before each cell.
     random_state : int
+    first_position : int
+        Position of the first token of every text, for models that count them (see `observe`).
     client : distributed.Client, optional
         The cells of a text run on its workers, each of which gets the model once.
 
@@ -102,7 +109,8 @@ def run(
         or the checkpoint belongs to another audit.
     """
     began = perf_counter()
-    settings = check_request(model, texts, access, defences, budget, random_state)
+    model = model.at(first_position)
+    settings = check_request(model, texts, access, defences, budget, random_state, first_position)
     truths, faults = tokenise_all(model, settings.texts)
     kept = Checkpoint(None if checkpoint is None else Path(checkpoint), identity(model, settings))
     audit = _Run(model, settings, truths, kept, progress, began, client)
@@ -216,6 +224,10 @@ class _Run:
         layers += [model.n_layers + 1] if "logits" in forms else []
         layers += [form for form in forms if form.startswith("attention:")]
         calibrate(model, list(dict.fromkeys(layers)))
+        runs = {dtype for defence in self._settings.defences if (dtype := split_run(defence)[0])}
+        for layer in dict.fromkeys(layers):
+            for dtype in runs if layer != model.n_layers + 1 else ():
+                run_error(model, layer, dtype)
 
     def _supported(self, form: str) -> bool:
         """Return whether candidates can be evaluated; where not, every cell says so itself."""

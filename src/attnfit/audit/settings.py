@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 from attnfit.audit.cells import MASKED, NONE
 from attnfit.audit.defences import apply_defence
 from attnfit.audit.errors import AuditError
+from attnfit.audit.lower_precision import split_run
 from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.texts import Text, is_chat
 from attnfit.audit.observation import leak, parse_access
 
 
@@ -23,45 +26,54 @@ class Settings:
 
     Attributes
     ----------
-    texts, access : tuple of str
+    texts : tuple of str, of lists of token ids or of lists of messages
+    access : tuple of str
     defences : tuple of str
         All that were run, "none" among them.
     judged : tuple of str
         Those that were asked for.
     budget : float
     random_state : int
+    first_position : int
     """
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     access: tuple[str, ...]
     defences: tuple[str, ...]
     judged: tuple[str, ...]
     budget: float
     random_state: int
+    first_position: int = 0
 
 
-def default_access(model: Model) -> list[str]:
+def default_access(model: Model, texts: Sequence[Text]) -> list[str]:
     """Return the forms of access that a first look at a model should have."""
     if model.kind != "causal":
         return ["attention:0"]
     layers = dict.fromkeys([1, (model.n_layers + 1) // 2, model.n_layers])
-    return [*(f"hidden:{layer}" for layer in layers), "attention:0", "logits", "topk:5", MASKED]
+    forms = [*(f"hidden:{layer}" for layer in layers), "attention:0", "logits", "topk:5"]
+    # What a chat begins with is its template.
+    return forms if any(map(is_chat, texts)) else [*forms, MASKED]
 
 
 def check_request(
     model: Model,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     access: Sequence[str] | None,
     defences: Sequence[str | None],
     budget: float,
     random_state: int,
+    first_position: int = 0,
 ) -> Settings:
     """Return the settings, after every check that needs no forward pass of a text."""
     if isinstance(texts, str) or not len(texts):
         raise AuditError("texts must be a list with at least one text")
+    if isinstance(texts[0], int | np.integer | Mapping):
+        what = "messages of a chat" if isinstance(texts[0], Mapping) else "tokens of a text"
+        raise AuditError(f"texts must be a list of texts: put the {what} in a list of their own")
     if not budget > 0:
         raise AuditError(f"budget must be a positive number of seconds, not {budget!r}")
-    forms = default_access(model) if access is None else list(dict.fromkeys(access))
+    forms = default_access(model, texts) if access is None else list(dict.fromkeys(access))
     if not forms:
         raise AuditError("access is empty; leave it out for the usual forms")
     _check_kind(model, forms)
@@ -69,10 +81,16 @@ def check_request(
         _check_access(model, form)
     chosen = list(dict.fromkeys(defence or NONE for defence in defences))
     for defence in chosen:
-        apply_defence(np.ones((2, 2), dtype=np.float32), defence)
+        apply_defence(np.ones((2, 2), dtype=np.float32), split_run(defence)[1])
     every = list(dict.fromkeys([NONE, *chosen]))
     return Settings(
-        tuple(texts), tuple(forms), tuple(every), tuple(chosen or [NONE]), float(budget), random_state
+        tuple(texts),
+        tuple(forms),
+        tuple(every),
+        tuple(chosen or [NONE]),
+        float(budget),
+        random_state,
+        first_position,
     )
 
 
@@ -96,7 +114,7 @@ def _check_kind(model: Model, forms: Sequence[str]) -> None:
         )
 
 
-def tokenise_all(model: Model, texts: Sequence[str]) -> tuple[list[Tokens], dict[int, str]]:
+def tokenise_all(model: Model, texts: Sequence[Text]) -> tuple[list[Tokens], dict[int, str]]:
     """Return the tokens of every text, and what is wrong with those that have none.
 
     Raises
@@ -117,7 +135,7 @@ def tokenise_all(model: Model, texts: Sequence[str]) -> tuple[list[Tokens], dict
     return truths, {place: str(error) for place, error in faults.items()}
 
 
-def _tokens(model: Model, text: str) -> Tokens:
+def _tokens(model: Model, text: Text) -> Tokens:
     tokens = model.tokenise(text)
     if len(tokens) > model.max_length:
         raise AuditError(f"it has {len(tokens)} tokens; {model.name!r} takes {model.max_length}: shorten it")
@@ -127,11 +145,20 @@ def _tokens(model: Model, text: str) -> Tokens:
 def identity(model: Model, settings: Settings) -> dict[str, Any]:
     """Return what must agree for kept cells to be of use."""
     # Also of texts that are no valid Unicode.
-    texts = hashlib.sha256("\0".join(settings.texts).encode("utf-8", "surrogatepass")).hexdigest()
+    told = [text if isinstance(text, str) else "\1" + json.dumps(plain_text(text)) for text in settings.texts]
+    texts = hashlib.sha256("\0".join(told).encode("utf-8", "surrogatepass")).hexdigest()
     return {
         "model": model.fingerprint,
         "texts": texts,
         "access": list(settings.access),
         "defences": list(settings.defences),
         "random_state": settings.random_state,
+        **({"first_position": settings.first_position} if settings.first_position else {}),
     }
+
+
+def plain_text(text: Text) -> Any:
+    """Return a text as JSON knows it."""
+    if isinstance(text, str):
+        return text
+    return [dict(one) if isinstance(one, Mapping) else int(one) for one in text]

@@ -27,7 +27,10 @@ class Pair:
     n_unsupported, n_missing : int
         Those that the attack cannot be trusted with on this model, and those that were not run.
     tokens_right, tokens_ambiguous, tokens : int
-        Ambiguous ones are wrong, but known up to tokens with all but the same embedding.
+        Of chats those of the contents. Ambiguous ones are wrong, but known up to tokens with all but the same
+        embedding.
+    all_right, all_tokens : int
+        Those of chat templates included.
     sentences_exact : int
     verified, false_claims : int
         Inversions that claim to be right, and those of them that are wrong.
@@ -59,6 +62,18 @@ class Pair:
     n_unsupported: int = 0
     n_missing: int = 0
     tokens_ambiguous: int = 0
+    all_right: int = 0
+    all_tokens: int = 0
+
+    @property
+    def has_template(self) -> bool:
+        """Whether some tokens are those of a chat template."""
+        return self.all_tokens > self.tokens
+
+    @property
+    def all_share(self) -> float:
+        """Share of tokens that are right, those of chat templates included."""
+        return self.all_right / self.all_tokens if self.all_tokens else 0.0
 
     @property
     def tested(self) -> bool:
@@ -101,6 +116,7 @@ class Pair:
             "tested": self.tested,
             "token_share": self.token_share if self.tested else None,
             "token_interval": list(self.token_interval if self.tested else UNKNOWN),
+            "all_share": self.all_share if self.tested else None,
             "sentence_share": self.sentence_share if self.tested else None,
             "sentence_interval": list(self.sentence_interval if self.tested else UNKNOWN),
         }
@@ -132,8 +148,10 @@ def summarise(
         n_texts=len(done),
         n_cut=cut,
         n_errors=len(failed),
-        tokens_right=sum(sum(cell.right) for cell in done),
-        tokens=sum(cell.n_tokens for cell in done),
+        tokens_right=sum(cell.content[0] for cell in done),
+        tokens=sum(cell.content[1] for cell in done),
+        all_right=sum(sum(cell.right) for cell in done),
+        all_tokens=sum(cell.n_tokens for cell in done),
         sentences_exact=sum(cell.exact for cell in done),
         verified=sum(cell.verified for cell in done),
         false_claims=sum(cell.false_claim for cell in done),

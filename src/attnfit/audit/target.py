@@ -34,6 +34,9 @@ class Target:
         Directions in which errors are independent; the channels unless given.
     reach : Tensor, shape (width,), optional
         The largest error that each channel can have.
+    most : float, optional
+        The misfit of the true state at most, where it was measured; errors are correlated then, and count
+        accordingly less.
     """
 
     state: Any
@@ -41,6 +44,7 @@ class Target:
     scale: Any
     basis: Any = None
     reach: Any = None
+    most: float | None = None
 
     def distances(self, states: Any) -> Any:
         """Return the root mean square of the differences in units of the scale."""
@@ -55,16 +59,24 @@ class Target:
         if self.bounded:
             beyond = ((states - self.state).abs() - self.reach).clamp_min(0.0)
             return (beyond / (BEYOND * self.scale)).square().mean(-1).sqrt()
-        return (self.separations(states, self.state) / len(self.error)).sqrt()
+        return (self._squares(states, self.state) / len(self.error)).sqrt()
 
     def separations(self, states: Any, state: Any) -> Any:
         """Return how far states are from another one: the sum of squares in units of the error."""
-        likely = (self.error.square() + (TOLERANCE * self._spread).square()).sqrt()
-        return (self._along(states - state) / likely).square().sum(-1)
+        return self._squares(states, state) / self._unit
 
     def likelihoods(self, states: Any) -> Any:
         """Return the log-likelihood of each state up to a constant, in nats."""
-        return -0.5 * self.n_numbers * self.misfits(states).double().square()
+        return -0.5 * self.n_numbers / self._unit * self.misfits(states).double().square()
+
+    @property
+    def _unit(self) -> float:
+        """The variance that stands for one where errors were measured together."""
+        return 1.0 if self.most is None else max(1.0, self.most) ** 2
+
+    def _squares(self, states: Any, state: Any) -> Any:
+        likely = (self.error.square() + (TOLERANCE * self._spread).square()).sqrt()
+        return (self._along(states - state) / likely).square().sum(-1)
 
     @cached_property
     def noisy(self) -> bool:
@@ -86,7 +98,7 @@ class Target:
         """The misfit that the true state never exceeds, if its errors are as large as was stated."""
         if self.bounded or not self.noisy:
             return 1.0
-        return 1.0 + CONFIDENCE / math.sqrt(2.0 * len(self.error))
+        return max(1.0 + CONFIDENCE / math.sqrt(2.0 * len(self.error)), self.most or 0.0)
 
     @property
     def n_numbers(self) -> int:

@@ -16,7 +16,6 @@ from attnfit.audit.engine.prefix import Prefix, alternatives
 from attnfit.audit.engine.prior import Prior, with_surprises
 from attnfit.audit.errors import ObservationMismatch
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
-from attnfit.audit.models.blocks import capture
 from attnfit.audit.models.model import Model
 from attnfit.audit.ordering import interleaved
 from attnfit.audit.tried import ROUNDING, Tried, likelihoods
@@ -210,7 +209,7 @@ class TopkSearch:
         sequences[:, -2] = rivals[:RIVALS]
         part = self._model.part(self._model.n_layers + 1)
         with torch.no_grad():
-            seen = capture(self._model.base, [part], "output", input_ids=sequences, use_cache=False)[0]
+            seen = self._model.capture([part], "output", input_ids=sequences, use_cache=False)[0]
         self._n_compared += sequences.numel()
         both = torch.maximum(gaps[:RIVALS], self._gaps(at, seen[:, -1]).gaps)
         # Those not compared are at least as far as they are at their own position.

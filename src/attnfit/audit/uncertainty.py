@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnfit.audit.target import Target
+
+if TYPE_CHECKING:
+    from attnfit.audit.lower_precision import RunError
+
+# What is the same for all positions.
+SHARED = ("basis", "model", "run")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,23 +29,28 @@ class Uncertainty:
         was not observed.
     reach : Tensor, shape (n, width), optional
         The largest error that each channel can have; infinite where unknown.
+    run : RunError, optional
+        The run in fewer digits that the errors are, in part at least, those of.
     """
 
     error: Any
     basis: Any = None
     reach: Any = None
+    run: RunError | None = None
 
     def target(self, place: int, state: Any, scale: Any) -> Target:
         """Return what is to be explained at a position."""
         reach = None if self.reach is None else self.reach[place]
-        return Target(state, self.error[place], scale, self.basis, reach)
+        most = None if self.run is None else self.run.limit
+        return Target(state, self.error[place], scale, self.basis, reach, most)
 
     def preceded(self) -> Uncertainty:
         """Return the same with a row before the first that has no error."""
         rows = {
             field.name: torch.cat([torch.zeros_like(value[:1]), value])
             for field in fields(self)
-            if field.name not in ("basis", "model") and (value := getattr(self, field.name)) is not None
+            if field.name not in ("basis", "model", "run")
+            and (value := getattr(self, field.name)) is not None
         }
         return replace(self, **rows)
 

@@ -10,6 +10,7 @@ import torch
 
 from attnfit.audit.errors import AuditError
 from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.models.texts import Text
 from attnfit.audit.observation import Observation
 
 
@@ -29,7 +30,7 @@ class Utility:
     agreement: float
 
 
-def utility_lost(model: Model, text: str, observation: Observation) -> Utility:
+def utility_lost(model: Model, text: Text, observation: Observation) -> Utility:
     """Return what the defence of an observation costs on its text.
 
     Defended states go on through the rest of the model, and so do defended outputs of an attention, in the
@@ -39,7 +40,7 @@ def utility_lost(model: Model, text: str, observation: Observation) -> Utility:
     ----------
     model : Model
         A causal one.
-    text : str
+    text : str, list of int or list of dict
         What was observed.
     observation : Observation
         Of hidden states, of an attention or of logits.
@@ -74,7 +75,8 @@ def _resumed(model: Model, tokens: Tokens, start: int, layer: Layer, outputs: An
     def replace(_: Any, __: Any, out: Any) -> Any:
         return (outputs[None], *out[1:]) if isinstance(out, tuple) else outputs[None]
 
-    places = torch.arange(start, start + len(tokens))[None]
+    first = model.first_position + start
+    places = torch.arange(first, first + len(tokens))[None]
     handle = model.part(layer).register_forward_hook(replace)
     try:
         with torch.no_grad():

@@ -14,7 +14,6 @@ from attnfit.audit.engine.prior import Prior
 from attnfit.audit.errors import AuditError
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
 from attnfit.audit.hidden import HiddenSearch, contradicted
-from attnfit.audit.models.blocks import capture
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.uncertainty import Uncertainty
 
@@ -121,7 +120,7 @@ class WithheldSearch:
         total = []
         for some in sequences.split(BATCH):
             with torch.no_grad():
-                seen = capture(self._model.base, [part], "output", input_ids=some, use_cache=False)[0]
+                seen = self._model.capture([part], "output", input_ids=some, use_cache=False)[0]
             rows = [self._targets[at].likelihoods(seen[:, at + 1]) for at in range(some.shape[1] - 1)]
             total.append(torch.stack(rows).sum(0))
         return torch.cat(total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -79,6 +80,16 @@ def audit(
         typer.Option(help="What is seen: hidden:LAYER, attention:BLOCK, logits, topk:COUNT, masked."),
     ] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts to audit with, one a line (UTF-8).")] = None,
+    chat: Annotated[
+        Path | None,
+        typer.Option(
+            help="Chats to audit with, one a line: a JSON list of messages, each with role and content, put "
+            "together by the model's chat template."
+        ),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Texts to audit with as token ids: one JSON list a line.")
+    ] = None,
     defences: Annotated[
         str, typer.Option(help="What is done to it before; 'all' for every kind.")
     ] = STANDARD,
@@ -108,6 +119,9 @@ def audit(
             help="Exit with 1 if an access with a defence asked for gives away a larger share of tokens.",
         ),
     ] = None,
+    first_position: Annotated[
+        int, typer.Option(min=0, help="Position of the first token of every text, where padding goes before.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of noise and controls.")] = 0,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run any code.")
@@ -129,19 +143,28 @@ def audit(
         if model is None:
             raise InputError("MODEL is missing: tiny, smollm2, minilm, a directory or a .gguf file")
         folder = Path(model)
+        sources = {"--texts": texts, "--chat": chat, "--tokens": tokens}
+        named = [option for option, path in sources.items() if path is not None]
+        if len(named) > 1:
+            raise InputError(f"{named[0]} and {named[1]} both say what to audit with; leave one of them out")
         check_paths(
-            {"MODEL": folder if folder.exists() else None, "--texts": texts},
+            {"MODEL": folder if folder.exists() else None, **sources},
             {"--report": report, "--json": json_path},
             {"--checkpoint": checkpoint},
         )
-        given = None if texts is None else read_texts(texts)
+        lists, given = chat or tokens, None if texts is None else read_texts(texts)
+        if lists is not None:
+            given = read_lists(lists)
         asked = (EVERYTHING if defences == "all" else defences).split(",")
         forms = None if access is None else [form.strip() for form in access.split(",")]
         progress = AuditProgress()
         with progress:
             progress.say("loading the model")
-            found = _run(model, given, forms, asked, budget, checkpoint, seed, allow_pickle, progress, dask)
-        settings = {"--texts": texts, "--report": report, "--json": json_path, "--fail-above": fail_above}
+            found = _run(
+                model, given, forms, asked, budget, checkpoint, (seed, first_position), allow_pickle,
+                progress, dask,
+            )  # fmt: skip
+        settings = {**sources, "--report": report, "--json": json_path, "--fail-above": fail_above}
         found = found.with_command(_command(model, found.settings, defences, settings, reveal))
         lines = {} if given is None else dict(enumerate(given))
         show(results(report, json_path), found, lines)
@@ -157,8 +180,8 @@ def audit(
 
 
 def _run(
-    name: str, given: Any, forms: Any, defences: list[str], budget: float, checkpoint: Path | None, seed: int,
-    allow_pickle: bool, progress: AuditProgress, dask: str | None,
+    name: str, given: Any, forms: Any, defences: list[str], budget: float, checkpoint: Path | None,
+    numbers: tuple[int, int], allow_pickle: bool, progress: AuditProgress, dask: str | None,
 ) -> Any:  # fmt: skip
     """Load the model and audit it."""
     # Seconds of imports that --help should not wait for.
@@ -167,7 +190,10 @@ def _run(
 
     if not budget > 0:
         raise InputError(f"--budget must be a positive number of seconds, not {budget:g}")
+    seed, first_position = numbers
     loaded = load(name, allow_pickle=allow_pickle)
+    if first_position and not loaded.counts_positions:
+        note(f"The states of {name} do not depend on the position of the first token.")
     own = dict(enumerate(loaded.private_texts[:N_OWN]))
     lines = own if given is None else given
     if not lines:
@@ -176,7 +202,8 @@ def _run(
         with nullcontext() if dask is None else connected(dask) as client:
             return run(
                 loaded, list(lines.values()), forms, [defence.strip() for defence in defences], budget,
-                checkpoint=checkpoint, progress=progress.step, random_state=seed, client=client,
+                checkpoint=checkpoint, progress=progress.step, random_state=seed,
+                first_position=first_position, client=client,
             )  # fmt: skip
     except AuditError as error:
         raise InputError(_with_lines(str(error), dict(enumerate(lines)))) from error
@@ -200,7 +227,7 @@ def _how_to_go_on(coverage: str, checkpoint: Path | None) -> str:
     return f"{coverage}. The same command with a larger --budget goes on from {checkpoint}."
 
 
-def read_texts(path: Path) -> dict[int, str]:
+def read_texts(path: Path) -> dict[int, Any]:
     """Return the lines of a file that are not blank, by their numbers.
 
     Raises
@@ -220,6 +247,25 @@ def read_texts(path: Path) -> dict[int, str]:
     found = {number: line for number, line in enumerate(lines, 1) if line.strip()}
     if not found:
         raise InputError(f"{path} holds no text: one text a line is expected")
+    return found
+
+
+def read_lists(path: Path) -> dict[int, Any]:
+    """Return chats or token ids, one JSON list a line, by the numbers of their lines.
+
+    Raises
+    ------
+    InputError
+        If a line is no list; what is in it is checked with the model.
+    """
+    found: dict[int, Any] = {}
+    for number, line in read_texts(path).items():
+        try:
+            found[number] = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}: line {number} is not JSON ({error}); write one list a line") from None
+        if not isinstance(found[number], list):
+            raise InputError(f"{path}: line {number} is no list: [...] is expected")
     return found
 
 
@@ -244,6 +290,8 @@ def show(console: Literal, found: Any, lines: dict[int, int] | None = None) -> N
     legend = "Share of tokens recovered; ?: not tested, =: no defence of outputs changes it"
     if any(pair.tested and not pair.complete for pair in found.pairs):
         legend += ", *: of the texts that could be tested to the end, not all"
+    if any(pair.has_template for pair in found.pairs):
+        legend += "; the tokens of the chat template are no secret and do not count"
     console.say(f"{legend}.", "dim")
     for sentence in found.advice:
         console.gap()
@@ -291,7 +339,8 @@ def _command(model: str | None, settings: Any, defences: str, others: dict[str, 
     words += ["--budget", f"{settings.budget:g}"]
     for option, value in others.items():
         words += [] if value is None else [option, str(value)]
-    words += ["--seed", str(settings.random_state)] if settings.random_state else []
+    for option, number in (("--seed", settings.random_state), ("--first-position", settings.first_position)):
+        words += [option, str(number)] if number else []
     return shlex.join(words + (["--reveal"] if reveal else []))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,25 +153,49 @@ def without_missing(table: Table, names: Sequence[str], group: str | None, missi
     InputError
         If no row is left, or ``missing`` is neither "drop" nor "error".
     """
-    if missing not in ("drop", "error"):
-        raise InputError(f"--missing must be drop or error, not {missing!r}")
+    kept = complete_rows(table, names, group, missing)
+    return table if kept is None else table.rows(kept)
+
+
+def complete_rows(
+    table: Table, names: Sequence[str], group: str | None, missing: str
+) -> NDArray[np.bool_] | None:
+    """Return which rows have a value in all of these columns, and say how many have not; None where all are
+    to be kept.
+    """
+    check_missing(missing)
     if missing == "error":
-        return table
+        return None
     empty: dict[str, NDArray[np.bool_]] = {
         name: np.isnan(table.numbers[name]) for name in dict.fromkeys(names) if name in table.numbers
     }
     if group is not None and group in table.labels:
         empty[group] = np.array([label.lower() in MISSING for label in table.labels[group]])
-    counts = {name: int(there.sum()) for name, there in empty.items() if there.any()}
-    if not counts:
-        return table
-    keep = ~np.logical_or.reduce(list(empty.values()))
-    told = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
-    dropped = table.n_rows - int(keep.sum())
-    if not keep.any():
-        raise InputError(f"No row of {table.path} is complete (missing: {told}); leave a column out")
-    note(f"Dropped {dropped:,} of {table.n_rows:,} rows in which a value is missing ({told}).")
-    return table.rows(keep)
+    counts = {name: int(there.sum()) for name, there in empty.items()}
+    keep = ~np.logical_or.reduce(list(empty.values()), axis=0) if empty else np.ones(table.n_rows, dtype=bool)
+    tell_missing(table.path, counts, int(keep.sum()), table.n_rows)
+    return None if keep.all() else keep
+
+
+def check_missing(missing: str) -> None:
+    """Raise InputError unless rows with a missing value are dropped or an error."""
+    if missing not in ("drop", "error"):
+        raise InputError(f"--missing must be drop or error, not {missing!r}")
+
+
+def tell_missing(path: Any, counts: Mapping[str, int], n_kept: int, n_rows: int) -> None:
+    """Say how many rows have no value in which columns.
+
+    Raises
+    ------
+    InputError
+        If no row is left.
+    """
+    told = ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count)
+    if not n_kept:
+        raise InputError(f"No row of {path} is complete (missing: {told}); leave a column out")
+    if n_kept < n_rows:
+        note(f"Dropped {n_rows - n_kept:,} of {n_rows:,} rows in which a value is missing ({told}).")
 
 
 def numbers(table: Table, name: str, option: str, *, non_negative: bool = False) -> Array:

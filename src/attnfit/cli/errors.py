@@ -90,6 +90,8 @@ def in_options(sentence: str) -> str:
     sentence = sentence.replace(
         "pass groups, or arrays", "name --group, or leave out --dask and --memory-limit"
     )
+    # Of a file that is read in pieces.
+    sentence = sentence.replace("remove or impute it", "remove or impute it, or add --missing drop")
     sentence = sentence.replace("outside_good=True", "--outside-good").replace("sample_weight", "--weight")
     sentence = sentence.replace("memory_limit", "--memory-limit").replace("resume=False", "--afresh")
     return re.sub(r"\b(loss|function|max_iter)(?:='?(\w+)'?)", _option, sentence)

@@ -154,13 +154,15 @@ def fit(
             rows = rows.with_constant()
         elif rows.here:
             remark(rows, model, outside_good=outside_good)
-        if plot is not None and not rows.here:
-            raise InputError("--plot needs the whole table in memory; leave out --dask and --memory-limit")
+        if plot is not None and group is None and model != "exponential":
+            rows.require_here()
         progress.say("fitting")
         estimator = new_model(model, parameters)
         progress.watch(estimator)
         fit_named(estimator, rows.X, rows.names, rows.inputs | limits)
         end_of_fit(estimator.result_)
+        n_rows, n_groups = estimator.n_rows_, getattr(estimator, "n_groups_", 0)
+        shown = None if plot is None else rows.drawn(roles, n_rows, n_groups)
         progress.say("standard errors and certificate")
         report = make_report(estimator, model, target, rows.repeated, rest_of(estimator, separation))
     report.show(results(save, json_path))
@@ -169,10 +171,10 @@ def fit(
 
         put(save, dumps(estimator))
     put_json(json_path, report.as_json())
-    if plot is not None:
+    if plot is not None and shown is not None:
         from attnfit.cli.figure import draw
 
-        draw(plot, estimator, rows.X, rows.inputs, report)
+        draw(plot, estimator, *shown, report)
     if report.result.status == "precision":
         # As good as float64 allows is not a failure, whatever the tolerance.
         note(report.message)
@@ -224,16 +226,20 @@ def make_report(
     """Collect what is said about a fitted estimator; where ``rest`` is given, of the fit of these rows."""
     choice = f"loss {estimator.loss}" if model == "softmax" else f"function {estimator.function}"
     totals = getattr(estimator, "share_totals_", None)
-    dropped = 0 if rest is None else len(estimator.result_.separation.rows)
+    separation, n_rows = estimator.result_.separation, estimator.n_rows_
+    separated = np.zeros(0, dtype=int) if separation is None else np.asarray(separation.rows)
+    # Rows of zeros that the estimator adds stand after those of the data.
+    outside = int((separated >= n_rows).sum())
     return FitReport(
         title=f"{model} regression of {target}, {choice}",
         columns={key: list(values) for key, values in estimator.summary().columns().items()},
         result=estimator.result_ if rest is None else rest,
         certificate=estimator.certificate_ if rest is None else rest.certificate(),
         loss=estimator.loss_value_,
-        n_rows=estimator.n_rows_,
+        n_rows=n_rows,
         n_groups=getattr(estimator, "n_groups_", 0),
         totals=totals,
         n_repeated=repeated([label for label, _ in totals.above]) if totals and totals.n_above else 0,
-        n_dropped=dropped,
+        vanishing=(len(separated) - outside, outside),
+        dropped=rest is not None,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,13 @@ def predict(
     decimal: Annotated[
         str | None, typer.Option(help="Decimal mark of the file: . or , (by default as its entries show).")
     ] = None,
+    missing: Annotated[
+        str,
+        typer.Option(
+            help="Rows with a missing value: error, or drop (they are left out of the output, and the shares "
+            "of a group are those of its other rows)."
+        ),
+    ] = "error",
     debug: Debug = False,
 ) -> None:
     """Add a column of predictions to a file."""
@@ -58,6 +66,8 @@ def predict(
         raise InputError(f"--output: {data} is text, so its copy is too; give a name that ends in .csv")
     if PREDICTED in table.names:
         raise InputError(f"{data} already has a column {PREDICTED!r}; rename it")
+    kept = columns.complete_rows(table, needed(table, estimator, offset), group, missing)
+    table = table if kept is None else table.rows(kept)
     where: dict[str, Any] = {}
     if group is not None:
         where["groups"] = columns.labels(table, group)
@@ -69,20 +79,27 @@ def predict(
     if is_parquet(output):
         put(output, rendered(with_prediction(table, predicted).write_parquet))
     else:
-        text = as_csv(table, predicted) if table.frame is None else frame_as_csv(table, predicted)
+        text = as_csv(table, predicted, kept) if table.frame is None else frame_as_csv(table, predicted)
         put(output, gzip.compress(text.encode(), mtime=0) if output.suffix.lower() == ".gz" else text)
     if output != STREAM:
         note(f"{len(predicted):,} rows with a column {PREDICTED!r} written to {output}.")
 
 
-def as_csv(table: Table, predicted: Array) -> str:
-    """Return a file of text as it stands, with one more column."""
+def needed(table: Table, estimator: Any, offset: str | None) -> list[str]:
+    """Return the columns of numbers that predictions are made of."""
+    names = [*map(str, estimator.feature_names_in_), *([] if offset is None else [offset])]
+    return [name for name in names if name in table.numbers]
+
+
+def as_csv(table: Table, predicted: Array, kept: Any = None) -> str:
+    """Return a file of text as it stands, or the rows of it that are kept, with one more column."""
     assert table.source is not None
     stream = io.StringIO()
     with table.source.rows() as (reader, delimiter):
         writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
         writer.writerow([*(name.strip() for name in next(reader)), PREDICTED])
-        rows = (row for row in reader if row)
+        every = (row for row in reader if row)
+        rows = every if kept is None else compress(every, kept)
         for row, value in zip(rows, predicted, strict=True):
             writer.writerow([*row, repr(float(value)).replace(".", table.decimal)])
     return stream.getvalue()

@@ -52,8 +52,10 @@ class FitReport:
         What the targets of the groups sum to.
     n_repeated : int
         Rows of the groups named as above one that repeat another row.
-    n_dropped : int
-        Rows that were left out since their outputs have no finite logit.
+    vanishing : (int, int)
+        Rows of the data whose outputs go to zero, and groups in which that of the outside good does.
+    dropped : bool
+        Whether they were left out.
     """
 
     title: str
@@ -65,7 +67,13 @@ class FitReport:
     n_groups: int
     totals: Any = None
     n_repeated: int = 0
-    n_dropped: int = 0
+    vanishing: tuple[int, int] = (0, 0)
+    dropped: bool = False
+
+    @property
+    def n_dropped(self) -> int:
+        """Rows of the data that were left out."""
+        return self.vanishing[0] if self.dropped else 0
 
     @property
     def message(self) -> str:
@@ -111,10 +119,12 @@ class FitReport:
         finite = [math.isfinite(value) for value in self.columns["coefficient"]]
         endless = [str(n) for n, known in zip(self.columns["name"], finite, strict=True) if not known]
         if endless:
-            n = self.n_dropped or len(self.result.separation.rows)
-            dropped = f" Dropped {n:,} row{'s'[: n > 1]}." if self.n_dropped else ""
+            n, outside = self.vanishing
+            told = [f"{n:,} row{'s'[: n != 1]}"] if n or not outside else []
+            told += [f"the outside good in {outside:,} group{'s'[: outside != 1]}"] if outside else []
+            dropped = f" Dropped {' and '.join(told)}." if self.dropped else ""
             remarks.append(
-                f"No finite value: {', '.join(endless)}. The outputs of {n:,} row{'s'[: n > 1]} go to "
+                f"No finite value: {', '.join(endless)}. The outputs of {' and '.join(told)} go to "
                 f"zero; the other coefficients are those of the fit without these rows.{dropped}"
             )
         shown = [pair for pair, known in zip(pairs, finite, strict=True) if known]

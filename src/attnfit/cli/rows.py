@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ import numpy as np
 from attnfit.cli import columns
 from attnfit.cli.cluster import connected
 from attnfit.cli.columns import Roles
+from attnfit.cli.console import note
 from attnfit.cli.errors import InputError, suggest
 from attnfit.cli.models import CONSTANT
 from attnfit.cli.output import STREAM, require_input
 from attnfit.cli.sources import is_parquet
 from attnfit.cli.suspects import refuse_codes
-from attnfit.cli.tables import Table, read_table
+from attnfit.cli.tables import MISSING, Table, read_table
 
 # Rows of large data that tell what a column is; rows of one group among which repeated ones are sought.
 SEEN, MOST = 1_000_000, 5_000_000
+# Rows that a picture shows of data that are not in memory.
+SHOWN = 20_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Rows:
         Returns how many rows of some groups repeat another one exactly.
     here : bool
         Whether they are in memory.
+    some : callable, optional
+        Where they are not, returns the rows of some groups, or so many, as a table.
     """
 
     X: Any
@@ -70,13 +75,48 @@ class Rows:
     names: list[str]
     repeated: Callable[[Sequence[Any]], int]
     here: bool = field(default=False)
+    some: Callable[[Any], Any] | None = None
 
     def with_constant(self) -> Rows:
         """Return the rows with a column of ones in front."""
+        if self.here:
+            X: Any = np.column_stack([np.ones(len(self.X)), self.X])
+        elif hasattr(self.X, "read"):
+            from attnfit.data.sources.with_constant import WithConstant
+
+            X = WithConstant(self.X)
+        else:
+            X = self.X.assign(**{CONSTANT: 1.0})[[CONSTANT, *self.names]]
+        return replace(self, X=X, names=[CONSTANT, *self.names])
+
+    def require_here(self) -> None:
+        """Raise InputError where some rows would be shown whose shares depend on all of them."""
         if not self.here:
-            raise InputError("--constant needs the whole table in memory; add a column of ones to the file")
-        X = np.column_stack([np.ones(len(self.X)), self.X])
-        return Rows(X, self.inputs, [CONSTANT, *self.names], self.repeated, here=True)
+            raise InputError(
+                "--plot shows fitted shares, and without --group each depends on all rows: name the column "
+                "of the market, or leave out --dask and --memory-limit"
+            )
+
+    def drawn(self, roles: Roles, n_rows: int, n_groups: int) -> tuple[Any, dict[str, Any]]:
+        """Return the matrix and the other arguments of rows that a picture can show: all, or whole groups."""
+        if self.here:
+            return self.X, self.inputs
+        assert self.some is not None
+        chosen: Any = SHOWN
+        if roles.group is not None:
+            labels = np.asarray(_first(self.inputs["groups"]))
+            _, firsts = np.unique(labels, return_index=True)
+            # As many groups as have so many rows, if all are alike.
+            count = max(1, SHOWN * n_groups // n_rows)
+            chosen = [_plain(label) for label in labels[np.sort(firsts)[:count]]]
+        table = self.some(chosen)
+        columns = {
+            argument: np.asarray(table[name])
+            for argument, name in _arguments(roles).items() if name is not None
+        }  # fmt: skip
+        X = [np.ones(len(columns["y"])) if n == CONSTANT else np.asarray(table[n]) for n in self.names]
+        note(f"The picture shows {len(columns['y']):,} of the rows.")
+        return np.column_stack(X).astype(np.float64), columns
 
 
 def read_rows(
@@ -111,15 +151,14 @@ def read_rows(
     require_input(data)
     stored = data != STREAM and (data.is_dir() or is_parquet(data))
     away = scale.dask is not None or (scale.memory_limit is not None and stored)
-    if away and reading.missing != "error":
-        raise InputError("--missing drop needs the whole table in memory; drop such rows from the file")
+    columns.check_missing(reading.missing)
     if scale.dask is not None:
         if data == STREAM:
             raise InputError("--dask needs a file that all workers can read, not standard input")
         stack.enter_context(connected(scale.dask))
-        rows = _in_dask(data, roles, stored)
+        rows = _in_dask(data, roles, stored, drop=reading.missing == "drop")
     elif away:
-        rows = _on_disk(data, roles)
+        rows = _on_disk(data, roles, drop=reading.missing == "drop")
     else:
         if data != STREAM and data.is_dir():
             raise InputError(
@@ -166,24 +205,42 @@ def _repeated_here(X: Any, inputs: dict[str, Any], table: Table, labels: Sequenc
     return count
 
 
-def _on_disk(data: Path, roles: Roles) -> Rows:
+def _on_disk(data: Path, roles: Roles, *, drop: bool) -> Rows:
     import pyarrow.dataset as ds
 
     from attnfit.data import open_source
+    from attnfit.data.sources.opening import SomeRows
 
     dataset = ds.dataset(data, format="parquet")
     numeric = [f.name for f in dataset.schema if _is_numeric(f.type)]
 
+    def opened(names: Any) -> Any:
+        source: Any = open_source(data, names)
+        return source.filled() if drop else source
+
     def head(name: str) -> Any:
-        return np.asarray(_first(open_source(data, name)), dtype=np.float64)
+        return np.asarray(_first(opened(name)), dtype=np.float64)
 
     groups = None
     if roles.group is not None and roles.group in dataset.schema.names:
-        groups = np.asarray(_first(open_source(data, roles.group)))
+        groups = np.asarray(_first(opened(roles.group)))
     names = _names(data, roles, list(dataset.schema.names), numeric, head, groups)
-    inputs = {
-        argument: open_source(data, name) for argument, name in _arguments(roles).items() if name is not None
-    }
+    used = [*names, *(name for name in roles.taken if name != roles.group)]
+    kept = _complete(opened(names).paths, data, used, roles.group) if drop else None
+
+    def final(columns: Any) -> Any:
+        return open_source(data, columns) if kept is None else SomeRows(opened(columns), kept)
+
+    def some(chosen: Any) -> Any:
+        wanted = [*used, *([] if roles.group is None else [roles.group])]
+        if isinstance(chosen, int):
+            table = dataset.head(chosen, columns=wanted)
+        else:
+            table = dataset.to_table(columns=wanted, filter=ds.field(roles.group).isin(chosen))
+        frame = table.to_pandas()
+        return frame.dropna() if drop else frame
+
+    inputs = {argument: final(name) for argument, name in _arguments(roles).items() if name is not None}
 
     def repeated(labels: Sequence[Any]) -> int:
         if roles.group is None and dataset.count_rows() > MOST:
@@ -195,10 +252,35 @@ def _on_disk(data: Path, roles: Roles) -> Rows:
         table = dataset.to_table(columns=whole, filter=chosen)
         return int(table.num_rows - table.group_by(whole).aggregate([]).num_rows)
 
-    return Rows(open_source(data, names), inputs, names, repeated)
+    return Rows(final(names), inputs, names, repeated, some=some)
 
 
-def _in_dask(data: Path, roles: Roles, parquet: bool) -> Rows:
+def _complete(paths: Sequence[str], data: Path, used: list[str], group: str | None) -> Any:
+    """Return the numbers of the rows with a value in all columns; None where these are all rows."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted = list(dict.fromkeys([*used, *([] if group is None else [group])]))
+    counts, keep = dict.fromkeys(wanted, 0), []
+    for path in paths:
+        with pq.ParquetFile(path, memory_map=False) as file:
+            for batch in file.iter_batches(columns=wanted):
+                empty = {}
+                for name in wanted:
+                    column = batch.column(name)
+                    there = pc.is_null(column, nan_is_null=_is_numeric(column.type))
+                    empty[name] = np.asarray(there.to_numpy(zero_copy_only=False), dtype=bool)
+                    if name == group and not _is_numeric(column.type):
+                        words = column.cast("string").to_pylist()
+                        empty[name] |= [(word or "").strip().lower() in MISSING for word in words]
+                    counts[name] += int(empty[name].sum())
+                keep.append(~np.logical_or.reduce(list(empty.values())))
+    kept = np.concatenate(keep)
+    columns.tell_missing(data, counts, int(kept.sum()), len(kept))
+    return None if kept.all() else np.flatnonzero(kept)
+
+
+def _in_dask(data: Path, roles: Roles, parquet: bool, *, drop: bool) -> Rows:
     import dask.dataframe as dd
 
     path = str(data.absolute())
@@ -214,16 +296,34 @@ def _in_dask(data: Path, roles: Roles, parquet: bool) -> Rows:
     if roles.group is not None and roles.group in frame.columns:
         groups = np.asarray(_first(frame[roles.group]))
     names = _names(data, roles, list(frame.columns), numeric, head, groups)
+    whole = list(dict.fromkeys([*names, *roles.taken]))
+    if drop:
+        frame = _without_missing(frame[whole], data)
     inputs = {argument: frame[name] for argument, name in _arguments(roles).items() if name is not None}
 
-    def repeated(labels: Sequence[Any]) -> int:
-        whole = [*names, roles.target]
-        if roles.group is None:
-            return int(frame[whole].compute().duplicated().sum()) if len(frame) <= MOST else 0
-        rows = frame[frame[roles.group].isin([_plain(label) for label in labels])]
-        return int(rows[[*whole, roles.group]].compute().duplicated().sum())
+    def some(chosen: Any) -> Any:
+        if isinstance(chosen, int):
+            return frame[whole].head(chosen, npartitions=-1)
+        return frame[whole][frame[roles.group].isin(chosen)].compute()
 
-    return Rows(frame[names], inputs, names, repeated)
+    def repeated(labels: Sequence[Any]) -> int:
+        seen = [*names, roles.target]
+        if roles.group is None:
+            return int(frame[seen].compute().duplicated().sum()) if len(frame) <= MOST else 0
+        rows = frame[frame[roles.group].isin([_plain(label) for label in labels])]
+        return int(rows[[*seen, roles.group]].compute().duplicated().sum())
+
+    return Rows(frame[names], inputs, names, repeated, some=some)
+
+
+def _without_missing(frame: Any, data: Path) -> Any:
+    """Return the rows of a Dask data frame with a value in all columns; say how many are left out."""
+    from dask import compute
+
+    kept = frame.dropna()
+    counts, n_kept, n_rows = compute(frame.isna().sum(), kept.shape[0], frame.shape[0])
+    columns.tell_missing(data, dict(counts.items()), int(n_kept), int(n_rows))
+    return kept
 
 
 def _arguments(roles: Roles) -> dict[str, str | None]:

@@ -74,6 +74,7 @@ class Table:
             labels={name: values[keep] for name, values in self.labels.items()},
             lines=lines[keep],
             n_rows=int(keep.sum()),
+            frame=None if self.frame is None else self.frame.filter(keep.tolist()),
         )
 
     def tell(self, used: Collection[str]) -> None:

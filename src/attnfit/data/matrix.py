@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import numpy as np
@@ -25,7 +25,7 @@ GRAM_PAYS = 4.0
 RUN_BLOCKS = 64
 
 
-class Design(LinearOperator):
+class Design(LinearOperator, ABC):
     """An n x d matrix that is read in blocks of rows and counts what is read.
 
     ``rows_read`` is the number of rows fetched so far. Every block is float64 whatever the storage, so that

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data import Design, SparseDesign
+from attnfit.data import DenseDesign, Design, SparseDesign
 from attnfit.data.groups import Groups
 
 Array = NDArray[np.float64]
@@ -40,6 +42,41 @@ class ZeroRowsBelow(Design):
     def combine(self, weights: Array, block: Array) -> Array:
         """Return ``weights @ block``, shape (k, d)."""
         return self._inner.combine(weights, block)
+
+    @property
+    def storage(self) -> str | None:
+        """Name of the compiled loops that read the rows above."""
+        return self._inner.storage
+
+    def parts(self, rows: Rows) -> tuple[Any, int]:
+        """Return what the compiled loops read these rows from, and where the first of them is."""
+        n = int(self._inner.shape[0])
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.shape[0])
+            if stop <= n:
+                return self._inner.parts(slice(start, stop))
+            rows = np.arange(start, stop)
+        outside = rows >= n
+        # A copy, since these rows are not neighbours.
+        block, first = self._inner.parts(np.where(outside, 0, rows))
+        block[outside] = 0.0
+        return block, first
+
+    def column_sizes(self, n_rows: int | None = None) -> Array | None:
+        """Return the largest size of an entry of each column."""
+        return self._inner.column_sizes(n_rows)
+
+    def peek(self, rows: Rows) -> Array | None:
+        """Return some rows; None where they are not in memory."""
+        return None if self._inner.peek(slice(0, 0)) is None else self._fetch(rows)
+
+    def scaled(self, factors: Array) -> ZeroRowsBelow:
+        """Return the matrix with its columns multiplied."""
+        return ZeroRowsBelow(self._inner.scaled(factors), int(self.shape[0] - self._inner.shape[0]))
+
+    def take(self, rows: Rows) -> Design:
+        """Return the matrix of some rows."""
+        return DenseDesign(self._fetch(rows))
 
     def _fetch(self, rows: Rows) -> Array:
         n = int(self._inner.shape[0])

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.objectives.objective import Problem
-from attnfit.solvers.checkpoint_file import clean_up, read, write
+from attnfit.solvers.checkpoint_file import read, write
 from attnfit.solvers.loop import Callback, StopFit
 from attnfit.solvers.record import CheckpointError, Draw, Entry, Recording, digest
 from attnfit.solvers.result import History, Record, Result
 from attnfit.version import __version__
+from attnfit.writing import clean_up
 
 # Rows of an array that are looked at, fewer where they are long.
 ROWS, ENTRIES = 1_000, 1 << 20

@@ -6,11 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
-import tempfile
-from collections.abc import Iterator
-from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from attnfit.solvers.record import CheckpointError
+from attnfit.writing import replace_file
 
 HEADER, DIGEST = "attnfit_checkpoint", "sha256"
 Arrays = dict[str, NDArray[Any]]
@@ -45,60 +41,6 @@ def write(path: Path, arrays: Arrays, header: dict[str, Any]) -> None:
             f"checkpoint {path} cannot be written ({error.strerror or error}) and {left}; make room or allow "
             "writing there, and make the same call again, or name another file",
         ) from error
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file in one step: a reader sees the old one or the new one, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path) + f"{os.getpid()}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        # mkstemp keeps the file to its owner; a file is as readable as any other the user writes.
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":
-        # The new name lasts only once the directory is on disk.
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name}.{socket.gethostname()}-"
-
-
-def clean_up(path: Path) -> None:
-    """Remove what processes of this machine that were killed while they wrote the file left behind."""
-    for left in _siblings(path):
-        process = left.name.removeprefix(_prefix(path)).split("-")[0]
-        if process.isdecimal() and not _runs(int(process)):
-            with suppress(OSError):
-                left.unlink()
-
-
-def _siblings(path: Path) -> Iterator[Path]:
-    with suppress(OSError):
-        yield from (p for p in list(path.parent.iterdir()) if p.name.startswith(_prefix(path)))
-
-
-def _runs(process: int) -> bool:
-    if os.name != "posix":
-        return process == os.getpid()
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
 
 
 def read(path: Path) -> tuple[Arrays, dict[str, Any]]:

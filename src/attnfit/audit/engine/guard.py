@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnfit.audit.models.blocks import capture
 from attnfit.audit.models.model import Layer, Model, Tokens
 
 if TYPE_CHECKING:
@@ -80,8 +79,8 @@ class _Check:
         alone = torch.tensor([tokens])
         pair = torch.tensor([tokens, self._others[: len(tokens)]])
         with torch.no_grad():
-            self._reference = capture(model.base, [part], "output", input_ids=alone, use_cache=False)[0][0]
-            twice = capture(model.base, [part], "output", input_ids=pair, use_cache=False)[0]
+            self._reference = model.capture([part], "output", input_ids=alone, use_cache=False)[0][0]
+            twice = model.capture([part], "output", input_ids=pair, use_cache=False)[0]
         # The other row lends a spread to texts of one token.
         spread = torch.cat([self._reference, twice[1]]).std(0)
         self._spread = spread.clamp_min(1e-3 * float(spread.median()) + 1e-30)

@@ -11,7 +11,6 @@ from transformers import DynamicCache
 
 from attnfit.audit.engine.attention import seeing_only_prefix
 from attnfit.audit.errors import Unsupported
-from attnfit.audit.models.blocks import capture
 from attnfit.audit.models.model import Model
 
 # Copies of a prefix that are held at once, and tokens of whole sequences in one pass.
@@ -152,10 +151,8 @@ class Fast(Way):
 
     def _run(self, inputs: dict[str, Any], places: Any, keys: Any) -> list[Any]:
         if self._places:
-            inputs |= {"position_ids": places[None]}
-        return capture(
-            self._model.base, self._parts, "output", **inputs, past_key_values=keys, use_cache=True
-        )
+            inputs |= {"position_ids": self._model.first_position + places[None]}
+        return self._model.capture(self._parts, "output", **inputs, past_key_values=keys, use_cache=True)
 
 
 class Expanded(Fast):
@@ -216,7 +213,7 @@ class Whole(Way):
         self._ids = torch.cat([self._ids, torch.full((self._copies, 1), token)], 1)
 
     def _run(self, **inputs: Any) -> list[Any]:
-        return capture(self._model.base, self._parts, "output", **inputs, use_cache=False)
+        return self._model.capture(self._parts, "output", **inputs, use_cache=False)
 
 
 WAYS: tuple[type[Way], ...] = (Fast, Expanded, Whole)

@@ -50,7 +50,11 @@ def attention_of(block: Any, family: str) -> Any:
         raise MalformedModel(
             f"the blocks of {family} have no attention under any of the names {', '.join(ATTENTIONS)}"
         )
-    # Encoders of the BERT family and Bloom add the residual inside: the projection alone is ``dense``.
+    # Encoders of the BERT family and Bloom add the residual inside: the projection alone is ``dense``; MPNet
+    # keeps the attention itself in a part of its own.
+    inner = getattr(attention, "attn", None)
+    if inner is not None and hasattr(inner, "o"):
+        return inner.o
     output = getattr(attention, "output", None)
     if output is None:
         adds = "residual" in inspect.signature(attention.forward).parameters

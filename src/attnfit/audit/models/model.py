@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -14,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attnfit.audit.errors import AuditError, MalformedModel, NoRoundTrip
+from attnfit.audit.errors import AuditError, MalformedModel
 from attnfit.audit.models.blocks import attention_of, capture, final_norm, find_blocks
+from attnfit.audit.models.texts import Text, tokenised
+from attnfit.audit.models.texts import Tokens as Tokens
 
-Tokens = list[int]
 Array = NDArray[np.float32]
 # A number as in `Model.states`, or "attention:BLOCK".
 Layer = int | str
@@ -26,6 +29,9 @@ LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "se
 # Embeddings that differ by less than this share of their size may give states that no observation tells
 # apart: so many of them are compared before a token counts as known.
 NEAR, N_NEAR = 0.3, 16
+# Tokens that are moved to find out whether positions count, and how much states may differ by rounding: by
+# 1e-5 with rotary embeddings, by more than 0.1 with learned ones.
+SHIFTED, SAME_STATES = 5, 1e-3
 
 
 @dataclass(eq=False)
@@ -46,6 +52,8 @@ class Model:
         What was learned about its layers so far.
     ways : dict
         How candidates are evaluated at each layer, by name; or why they cannot be.
+    first_position : int
+        Position of the first token of every text; see `at`.
     before_work : callable, optional
         Called before long work on it that is no forward pass; what it raises ends the work.
     """
@@ -58,9 +66,11 @@ class Model:
     calibrations: dict[Layer, Any] = field(default_factory=dict, repr=False)
     ways: dict[Layer, str] = field(default_factory=dict, repr=False)
     before_work: Callable[[], None] | None = field(default=None, repr=False)
+    first_position: int = 0
 
     def __post_init__(self) -> None:
         self._near: dict[int, Tokens] = {}
+        self._runs: dict[str, Model] = {}
         self.module.eval().requires_grad_(False)
         self.blocks = find_blocks(self.module)
 
@@ -94,7 +104,17 @@ class Model:
         """The longest sequence that its positions allow; the largest integer where there is no limit."""
         config = self.module.config.get_text_config()
         sizes = (getattr(config, name, None) for name in LENGTHS)
-        return next((int(size) for size in sizes if isinstance(size, int) and size > 0), sys.maxsize)
+        size = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+        return sys.maxsize if size is None else int(size) - self.n_reserved - self.first_position
+
+    @property
+    def n_reserved(self) -> int:
+        """Rows of the table of positions before that of the first token: RoBERTa and its kin count from after
+        the number of their padding token.
+        """
+        table = getattr(getattr(self.base, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        return 0 if padding is None else int(padding) + 1
 
     @cached_property
     def embeddings(self) -> Any:
@@ -174,12 +194,13 @@ class Model:
     @cached_property
     def predicts(self) -> bool:
         """Whether head, scale and cap give the logits that the model itself returns."""
-        try:
-            last = torch.from_numpy(self.states([0, 1], self.n_layers + 1))
-        except MalformedModel:
-            return False
+        two = torch.tensor([[0, 1]])
         with torch.no_grad():
-            given = self.module(input_ids=torch.tensor([[0, 1]]), use_cache=False).logits[0].float()
+            try:
+                last = capture(self.base, [self.final_norm], "output", input_ids=two, use_cache=False)[0][0]
+            except MalformedModel:
+                return False
+            given = self.module(input_ids=two, use_cache=False).logits[0].float()
             self.__dict__["predicts"] = True
             ours = self.unembed(last)
         return bool(torch.allclose(ours, given, rtol=1e-3, atol=1e-3 * float(given.abs().max())))
@@ -205,48 +226,41 @@ class Model:
                 digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
-    def tokenise(self, text: str) -> Tokens:
+    def tokenise(self, text: Text) -> Tokens:
         """Return the tokens of a text, special tokens of the tokenizer included.
+
+        Parameters
+        ----------
+        text : str, list of int or list of dict
+            Text; token ids, which are only checked; or the messages of a chat, each with "role" and
+            "content", which the chat template of the model puts together.
 
         Raises
         ------
         NoRoundTrip
             If the tokens do not stand for the text: an unknown token, or a character no token encodes.
         AuditError
-            If the text is empty.
+            If the text is empty, an id is no token, or the model has no chat template.
         """
-        if not text:
-            raise AuditError("text is empty: there is nothing to observe")
-        try:
-            tokens = [int(token) for token in self.tokenizer(text)["input_ids"]]
-        except (TypeError, UnicodeError) as error:
-            at = f" at character {error.start}" if isinstance(error, UnicodeEncodeError) else ""
-            raise NoRoundTrip(f"text is not valid Unicode{at}") from error
-        unknown = self.tokenizer.unk_token_id
-        # Byte-level tokenizers often name their end-of-text token "unknown" although they have none.
-        if unknown is not None and unknown in tokens and unknown != self.tokenizer.eos_token_id:
-            place = tokens.index(unknown)
-            raise NoRoundTrip(
-                f"token {place} of the text is unknown to the tokenizer of {self.name!r}, after character "
-                f"{len(self.detokenise(tokens[:place]))}; leave those characters out"
-            )
-        back = self.detokenise(tokens)
-        # Encoders often fold case and accents: what they see must at least be stable.
-        stable = self.kind == "encoder" and self.tokenizer(back)["input_ids"] == tokens
-        if back != text and not stable:
-            # Not the text itself: messages get into reports that are passed on.
-            same = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
-            raise NoRoundTrip(
-                f"the tokenizer of {self.name!r} turns the text into another one, from character {same} on"
-            )
-        return tokens
+        return tokenised(self, text).tokens
 
     def detokenise(self, tokens: Sequence[int]) -> str:
-        """Return the text of some tokens without the tokenizer's special tokens."""
-        text = self.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+        """Return the text of some tokens, without the special ones that the tokenizer puts around a text."""
+        before, after = self._around
+        inner = list(tokens)
+        if before and inner[: len(before)] == before:
+            inner = inner[len(before) :]
+        if after and inner[-len(after) :] == after:
+            inner = inner[: -len(after)]
+        return str(self.tokenizer.decode(inner, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def _around(self) -> tuple[Tokens, Tokens]:
+        """The special tokens before and after a text."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        n_before = next((k for k in range(len(whole)) if whole[k : k + len(bare)] == bare), 0)
+        return list(whole[:n_before]), list(whole[n_before + len(bare) :])
 
     def states(self, tokens: Sequence[int], layer: Layer) -> Array:
         """Return the states after block `layer`.
@@ -297,4 +311,72 @@ class Model:
             inputs = {"input_ids": torch.tensor([list(tokens)])}
             if self.kind == "causal":
                 inputs["use_cache"] = False
-            return np.asarray(capture(self.base, [module], side, **inputs)[0][0].float().numpy())
+            return np.asarray(self.capture([module], side, **inputs)[0][0].float().numpy())
+
+    def capture(self, parts: Sequence[Any], side: Literal["input", "output"], **inputs: Any) -> list[Any]:
+        """Run texts until all parts are passed, and return what enters or leaves each; see `capture`."""
+        if self.first_position and "position_ids" not in inputs:
+            given = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+            first = self.first_position + self.n_reserved
+            inputs["position_ids"] = torch.arange(first, first + given.shape[1])[None]
+        return capture(self.base, parts, side, **inputs)
+
+    def at(self, first_position: int) -> Model:
+        """Return the model on texts whose first token has another position than 0, as where padding or a part
+        that is masked goes before it; itself where its states do not depend on that.
+
+        Raises
+        ------
+        AuditError
+            If it has no such position.
+        """
+        if isinstance(first_position, bool) or not isinstance(first_position, int) or first_position < 0:
+            raise AuditError(f"first_position must be an integer >= 0, not {first_position!r}")
+        if first_position == self.first_position or not self.counts_positions:
+            return self
+        longest = self.max_length + self.first_position
+        if first_position >= longest:
+            raise AuditError(
+                f"first_position is {first_position}; {self.name!r} has positions 0 to {longest - 1}"
+            )
+        other = copy(self)
+        other.first_position, other.ways, other.calibrations = first_position, {}, {}
+        return other
+
+    def in_dtype(self, name: str) -> Model:
+        """Return the same model with all weights rounded to another type, in which it then computes.
+
+        What is no weight keeps its type, as where the transformers library loads a model so.
+        """
+        if name not in self._runs:
+            # Hooks belong to this model, and would drag what they know along.
+            hooks = self.base._forward_pre_hooks.copy()
+            self.base._forward_pre_hooks.clear()
+            try:
+                module = deepcopy(self.module)
+            finally:
+                self.base._forward_pre_hooks.update(hooks)
+            for weight in module.parameters():
+                weight.data = weight.data.to(getattr(torch, name))
+            self._runs[name] = Model(self.name, module, self.tokenizer, self.kind)
+        found = self._runs[name]
+        found.first_position = self.first_position
+        return found
+
+    @cached_property
+    def counts_positions(self) -> bool:
+        """Whether states depend on the position of the first token: not where positions only turn queries
+        and keys, or only their distances count.
+        """
+        if "position_ids" not in inspect.signature(self.base.forward).parameters:
+            return False
+        count = min(SHIFTED, self.max_length // 2)
+        tokens = torch.arange(1, 1 + count)[None] % self.n_vocabulary
+        first = self.first_position + self.n_reserved
+        with torch.no_grad():
+            here, there = (
+                capture(self.base, [self.blocks[-1]], "output", input_ids=tokens,
+                        position_ids=torch.arange(start, start + count)[None])[0]
+                for start in (first, first + count)
+            )  # fmt: skip
+        return bool((here - there).abs().max() > SAME_STATES * here.std())

@@ -28,11 +28,16 @@ class ParquetSource(DenseBlockSource):
         The files, in the order of their rows.
     columns : str, list of str or None
         One column as a vector of numbers or labels, several as a matrix; None: all of them.
+    fill : bool
+        Whether missing values are read as zeros and empty labels, for those who leave such rows out, instead
+        of being errors.
     """
 
     kind = "parquet"
 
-    def __init__(self, name: str, paths: Sequence[str], columns: str | Sequence[str] | None) -> None:
+    def __init__(
+        self, name: str, paths: Sequence[str], columns: str | Sequence[str] | None, fill: bool = False
+    ) -> None:
         single = isinstance(columns, str)
         wanted = [columns] if isinstance(columns, str) else None if columns is None else list(columns)
         dtypes, blocks, counts = [], [], []
@@ -62,7 +67,13 @@ class ParquetSource(DenseBlockSource):
         self._opened = -1
         edges = np.cumsum([0, *counts], dtype=np.intp)
         files = np.array([index for index, _ in blocks], dtype=np.intp)
-        super().__init__((name, paths, columns), name, shape, dtype, edges, tuple(paths), files)
+        self._fill_missing = fill
+        super().__init__((name, paths, columns, fill), name, shape, dtype, edges, tuple(paths), files)
+
+    def filled(self) -> ParquetSource:
+        """Return the same columns with zeros and empty labels in place of missing values."""
+        name, paths, columns, _ = self._given
+        return ParquetSource(name, paths, columns, fill=True)
 
     def _decode(self, first: int, last: int, rows: NDArray[Any]) -> None:
         matrix = rows.reshape(len(rows), -1)
@@ -85,13 +96,15 @@ class ParquetSource(DenseBlockSource):
                 )
             start = 0
             for chunk in column.chunks:
-                if chunk.null_count:
+                if chunk.null_count and not self._fill_missing:
                     row = int(self.edges[block]) + start + int(np.argmax(chunk.is_null()))
                     raise FileFormatError(
                         f"{self.locate(row)} contains a missing value at row {row}, column {name!r}; remove "
                         f"or impute it"
                     )
                 decoded = chunk.dictionary_decode() if hasattr(chunk, "dictionary") else chunk
+                if decoded.null_count:
+                    decoded = decoded.fill_null("" if self.dtype.hasobject else 0)
                 into[start : start + len(chunk), j] = decoded.to_numpy(zero_copy_only=False)
                 start += len(chunk)
 
