@@ -149,7 +149,7 @@ def test_nothing_breaks_without_the_callback_protocol(monkeypatch):
     import importlib
     import sys
 
-    from attnfit.estimators import callbacks
+    from attnfit.estimators import base as callbacks
 
     monkeypatch.setitem(sys.modules, "sklearn.callback", None)
     old = importlib.reload(callbacks)

@@ -1,8 +1,9 @@
-"""What all estimators share: the fit of a problem, and the report on it."""
+"""scikit-learn's callback protocol, where the installed version has one."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -14,16 +15,75 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import r2_score
 
-from attnfit.estimators.callbacks import CallbackSupportMixin, Listeners
-from attnfit.estimators.elsewhere import is_elsewhere, read_elsewhere
 from attnfit.estimators.formula import ATTRIBUTES
 from attnfit.estimators.inferring import InferenceMixin
+from attnfit.estimators.reading import is_elsewhere, read_elsewhere
 from attnfit.inference.scenario import library_and_index
 from attnfit.objectives.rows import RowProblem
-from attnfit.solvers import Result, minimize
+from attnfit.solvers import Record, Result, minimize
 
 if TYPE_CHECKING:
     from attnfit.certificates import Certificate
+
+__all__ = ["CallbackSupportMixin", "Listeners", "with_callbacks"]
+
+try:
+    from sklearn.callback import CallbackSupportMixin, with_callbacks
+except ImportError:  # scikit-learn < 1.9
+
+    class CallbackSupportMixin:  # type: ignore[no-redef]
+        """Stands in for scikit-learn's mixin."""
+
+    def with_callbacks(method: Any) -> Any:
+        """Return the method unchanged."""
+        return method
+
+
+class Listeners:
+    """Tell an estimator's callbacks about the fit, every evaluation of the loss being one task.
+
+    Parameters
+    ----------
+    estimator : estimator
+    X, y : array_like
+        The training data as the user passed them.
+    metadata : dict
+        Further arguments of ``fit``; those that are None are left out.
+    """
+
+    def __init__(self, estimator: Any, X: Any, y: Any, metadata: dict[str, Any]) -> None:
+        self._estimator = estimator
+        self._data = {
+            "X": X,
+            "y": y,
+            "metadata": {name: value for name, value in metadata.items() if value is not None},
+        }
+        self._context: Any = None
+        if getattr(estimator, "_skl_callbacks", None) or hasattr(estimator, "_parent_callback_ctx"):
+            self._context = estimator._init_callback_context(max_subtasks=None)
+            self._context.call_on_fit_task_begin(estimator=estimator, **self._data)
+
+    def on_record(self) -> Callable[[Record], bool] | None:
+        """Return what `attnfit.minimize` should call: true when a callback asks to stop."""
+        context, estimator = self._context, self._estimator
+        if context is None:
+            return None
+
+        def tell(record: Record) -> bool:
+            task = context.subcontext(task_name="evaluation")
+            task.call_on_fit_task_begin(estimator=estimator)
+            return bool(task.call_on_fit_task_end(estimator=estimator, metadata={"record": record}))
+
+        return tell
+
+    def finish(self) -> None:
+        """Tell that the estimator is fitted."""
+        if self._context is not None:
+            # Nothing is missing: the estimator itself can predict by now.
+            self._context.call_on_fit_task_end(
+                estimator=self._estimator, reconstruction_attributes={}, **self._data
+            )
+
 
 Array = NDArray[np.float64]
 LAZY = (

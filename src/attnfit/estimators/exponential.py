@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import d2_tweedie_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.estimators.base import BaseRegressor, Limits, with_options
-from attnfit.estimators.callbacks import with_callbacks
-from attnfit.estimators.elsewhere import Rows
+from attnfit.estimators.base import BaseRegressor, Limits, with_callbacks, with_options
 from attnfit.estimators.formula import OutcomeFormulaMixin
 from attnfit.estimators.outcome_effects import OutcomeEffectsMixin
 from attnfit.estimators.reading import (
+    Rows,
     linear_predictor,
     read_features,
     read_groups,

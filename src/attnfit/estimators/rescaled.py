@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from attnfit.data.inputs import choose
 from attnfit.estimators.base import with_options
 from attnfit.estimators.choices import Choices
-from attnfit.estimators.elsewhere import Rows
+from attnfit.estimators.reading import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.losses.loss import Loss

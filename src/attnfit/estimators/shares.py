@@ -13,16 +13,15 @@ from sklearn.utils.validation import check_is_fitted
 
 from attnfit.data.groups import parse_groups
 from attnfit.estimators import reading
-from attnfit.estimators.base import BaseRegressor, Limits
-from attnfit.estimators.callbacks import with_callbacks
+from attnfit.estimators.base import BaseRegressor, Limits, with_callbacks
 from attnfit.estimators.choices import Choices, read_choices
-from attnfit.estimators.elsewhere import (
+from attnfit.estimators.formula import ChoiceFormulaMixin
+from attnfit.estimators.reading import (
     Rows,
+    ShareTotals,
     normaliser_elsewhere,
     totals_elsewhere,
 )
-from attnfit.estimators.formula import ChoiceFormulaMixin
-from attnfit.estimators.totals import ShareTotals
 from attnfit.losses.loss import Loss
 from attnfit.objectives.rows import RowProblem
 from attnfit.segments import Segments

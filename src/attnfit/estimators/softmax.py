@@ -13,7 +13,7 @@ from attnfit.data.inputs import choose
 from attnfit.estimators.base import with_options
 from attnfit.estimators.choice_effects import ChoiceEffectsMixin
 from attnfit.estimators.choices import Choices
-from attnfit.estimators.elsewhere import Rows
+from attnfit.estimators.reading import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.inference.exact_ties import ExactTies
 from attnfit.losses.loss import Loss

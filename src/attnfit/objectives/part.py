@@ -14,6 +14,7 @@ from attnfit.data.groups import Chunk
 from attnfit.data.inputs import negative_target, pieces
 from attnfit.data.store import RowStore, Table
 from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
+from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.objectives.objective import Drawn, Evaluation
 from attnfit.segments import Array, Index
 
@@ -286,6 +287,35 @@ def row_values(part: Part, chunks: list[Chunk], at: Evaluation, formula: Any) ->
         _, z = part.logits(chunk, at.x)
         out[chunk.rows] = formula(part, chunk, z, part.row_state(chunk, z, at))
     return part.groups.unsort(out)
+
+
+def fitted_rows(part: Part, chunk: Chunk, z: Array, state: list[Array]) -> Array:
+    """Return the outputs of a chunk: see `RowProblem.predict`."""
+    if isinstance(part.loss, SquaredRescaled) and (state[0] == 0.0).any():
+        row = int(np.flatnonzero(np.broadcast_to(state[0], z.shape) == 0.0)[0])
+        group = int(np.searchsorted(chunk.segments.starts, row, side="right")) - 1
+        label = part.groups.labels[chunk.groups][group]
+        raise ValueError(f"the normaliser of group {label!r} is zero at this x: its shares are not defined")
+    return part.loss.fitted(z, state)
+
+
+def slope_rows(part: Part, chunk: Chunk, z: Array, state: list[Array]) -> Array:
+    """Return the gradient in the logits of a chunk, row penalties included."""
+    b, w, _ = part.targets(chunk)
+    s = part.loss.slope(z, b, w, state)
+    penalty = part.row_penalties(chunk)
+    return s if penalty is None else s + penalty * (z - part.shift(chunk))
+
+
+def largest_product(part: Part, chunks: list[Chunk], x: Array) -> float:
+    """Return the largest ``|A x|``."""
+    return max(float(np.abs(part.design.product(part.fetch(c), x)).max()) for c in part.prefetch(chunks))
+
+
+def squares_of_some(part: Part, chunks: list[Chunk]) -> tuple[Array, int]:
+    """Return the sum of squares of a thousand rows at equal distances, shape (d,), and their number."""
+    rows = part.design.block(np.arange(0, part.n_rows, max(1, part.n_rows // 1000)))
+    return np.asarray((rows * rows).sum(axis=0)).reshape(-1), rows.shape[0]
 
 
 def target_pieces(part: Part, first: int, last: int) -> Iterator[tuple[int, Array]]:

@@ -20,7 +20,7 @@ from attnfit.objectives.first_order import guess_normalisers, normaliser_sums, r
 from attnfit.objectives.leverage import RowSampler
 from attnfit.objectives.moves import Moves, move_sum
 from attnfit.objectives.objective import Drawn, Evaluation, MemoryEstimate, Moved, Problem, Reduction
-from attnfit.objectives.part import Part
+from attnfit.objectives.part import Part, fitted_rows, largest_product, slope_rows, squares_of_some
 from attnfit.objectives.passes import (
     chunk_product,
     diagonal_sum,
@@ -100,19 +100,17 @@ class RowProblem(Problem):
     @property
     def loss(self) -> Loss:
         """The loss of the logits."""
-        loss: Loss = self.rows.loss
-        return loss
+        return self.rows.loss  # type: ignore[no-any-return]
 
     @property
     def design(self) -> Any:
-        """The matrix A, a `Design`."""
+        """The matrix A."""
         return self.rows.design
 
     @property
     def groups(self) -> Groups:
         """The groups of the rows that are here."""
-        groups: Groups = self.rows.groups
-        return groups
+        return self.rows.groups  # type: ignore[no-any-return]
 
     @property
     def b(self) -> Any:
@@ -191,16 +189,16 @@ class RowProblem(Problem):
         ValueError
             If the normaliser alpha of a group is zero, which can happen for sinh.
         """
-        found: Array = self.rows.by_row(self._evaluate_checked(x), _fitted)
+        found: Array = self.rows.by_row(self._evaluate_checked(x), fitted_rows)
         return found
 
     def data_gradient(self, x: Any) -> tuple[Any, Any]:
         """Return the factors s, shape (n,), and x, shape (d,), of ``dL/dA = s x^T``."""
         at = self._evaluate_checked(x)
-        return self.rows.by_row(at, _slope), at.x
+        return self.rows.by_row(at, slope_rows), at.x
 
     def _overflow_message(self, at: Evaluation) -> str:
-        top = max(self.rows.collect(_largest_product, at.x))
+        top = max(self.rows.collect(largest_product, at.x))
         return (
             f"the loss or a derivative overflows float64 at this x: the largest |Ax| is {top:.4g}, while "
             "squares of exp, cosh and sinh overflow beyond 354; scale the columns of A or move x towards zero"
@@ -367,7 +365,7 @@ class RowProblem(Problem):
         """
         if not self.zero_is_stationary:
             return np.zeros(self.n_unknowns)
-        total, n = self.rows.reduce(_squares_of_some)
+        total, n = self.rows.reduce(squares_of_some)
         squares = total / n
         rng = np.random.default_rng(random_state)
         direction = rng.standard_normal(self.n_unknowns)
@@ -449,29 +447,3 @@ class RowProblem(Problem):
     def reduction(self) -> Reduction | None:
         """Return the problem in better units: see `attnfit.objectives.units`."""
         return better_units(self)
-
-
-def _fitted(part: Part, chunk: Chunk, z: Array, state: list[Array]) -> Array:
-    if isinstance(part.loss, SquaredRescaled) and (state[0] == 0.0).any():
-        row = int(np.flatnonzero(np.broadcast_to(state[0], z.shape) == 0.0)[0])
-        group = int(np.searchsorted(chunk.segments.starts, row, side="right")) - 1
-        label = part.groups.labels[chunk.groups][group]
-        raise ValueError(f"the normaliser of group {label!r} is zero at this x: its shares are not defined")
-    return part.loss.fitted(z, state)
-
-
-def _slope(part: Part, chunk: Chunk, z: Array, state: list[Array]) -> Array:
-    b, w, _ = part.targets(chunk)
-    s = part.loss.slope(z, b, w, state)
-    penalty = part.row_penalties(chunk)
-    return s if penalty is None else s + penalty * (z - part.shift(chunk))
-
-
-def _largest_product(part: Part, chunks: list[Chunk], x: Array) -> float:
-    return max(float(np.abs(part.design.product(part.fetch(c), x)).max()) for c in part.prefetch(chunks))
-
-
-def _squares_of_some(part: Part, chunks: list[Chunk]) -> tuple[Array, int]:
-    """Return the sum of squares of a thousand rows at equal distances, shape (d,), and their number."""
-    rows = part.design.block(np.arange(0, part.n_rows, max(1, part.n_rows // 1000)))
-    return np.asarray((rows * rows).sum(axis=0)).reshape(-1), rows.shape[0]
