@@ -277,3 +277,17 @@ def test_what_needs_rows_here_says_so():
     problem = problems.Softmax(da.from_array(A, chunks=(10, 3)), np.full(40, 1 / 40))
     with pytest.raises(TypeError, match="on the workers of a Dask cluster"):
         incontext.shift(problem, np.zeros(3), np.ones(3))
+
+
+def test_the_data_term_alone_is_that_of_one_machine():
+    rng = np.random.default_rng(0)
+    A, b, groups = rng.standard_normal((60, 3)), rng.random(60), np.repeat(np.arange(12), 5)
+    options = {"loss": "cross_entropy", "row_penalty": 0.4, "ridge": 0.3}
+    here = problems.Softmax(A, b, groups, **options)
+    there = problems.Softmax(da.from_array(A, chunks=(20, 3)), b, groups, **options)
+    x = rng.standard_normal(3)
+    bare = problems.Softmax(A, b, groups, loss="cross_entropy").value(x)
+    assert here.without_penalties().value(x) == pytest.approx(bare, rel=1e-13)
+    assert there.without_penalties().value(x) == pytest.approx(bare, rel=1e-13)
+    assert there.value(x) == pytest.approx(here.value(x), rel=1e-13)
+    assert there.value(x) > bare
