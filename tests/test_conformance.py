@@ -53,7 +53,6 @@ def everything(problem, x):
     yield "hvp", problem.hvp(x, v)
     yield "operator", problem.hessian_operator(at)(v)
     yield "diagonal", problem.diagonal_at(at)
-    yield "scores", problem.score_gram(x)
     yield "slopes", problem.data_gradient(x)[0]
     moved, exact, along = problem.look_along(at, v, np.diag(v))
     yield "moves", np.append(problem.moves(at, np.diag(v)).largest, moved.largest)

@@ -184,31 +184,6 @@ def test_the_natural_scale_does_not_see_what_rows_have_in_common(loss):
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
-def test_score_gram(family, loss, grouped):
-    """One score a group, else one a row: the definition, by autodiff of each part of the loss."""
-    inst, x = instance(family, loss, sizes=(5, 3, 4) if grouped else (12,))
-    exact, n = inst.objective(), len(inst.b)
-    parts = inst.ids if grouped and family != "Exponential" else np.arange(n)
-    scores = [exact_part(exact, parts == k, x) for k in range(parts.max() + 1)]
-    if family != "Exponential" and not grouped:
-        scores = row_scores(inst, x)
-    assert relative(inst.problem().score_gram(x), sum(np.outer(s, s) for s in scores)) < TOLERANCE
-
-
-def exact_part(exact, mask, x):
-    return type(exact)(
-        exact.family, exact.loss, exact.A, exact.b, exact.ids, mask * np.ones(len(mask))
-    ).gradient(x)
-
-
-def row_scores(inst, x):
-    """The row's own term of the loss, differentiated: ``p_i f_i (a_i - A^T f)`` for a softmax."""
-    exact = inst.objective()
-    return [exact_part(exact, np.arange(len(inst.b)) == i, x) for i in range(len(inst.b))]
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
 def test_gauss_newton_is_the_jacobian_of_the_residuals_squared(family, loss, grouped):
     inst, x = instance(family, loss, sizes=(5, 3, 4) if grouped else (12,))
     weights = np.random.default_rng(1).random(12) + 0.1

@@ -208,23 +208,6 @@ def test_the_gauss_newton_matrix(name):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_scores_of_rows(name):
-    """The gradients of what each row adds to the loss, in all logits."""
-    block = Block(name)
-    state = block.state()
-
-    def rows(z):
-        return torch.cat(
-            [block.rows(z[g], as_tensor(block.b)[g], as_tensor(block.w)[g]) for g in block.groups()]
-        )
-
-    J = torch.autograd.functional.jacobian(rows, as_tensor(block.z)).numpy()
-    term = block.loss.score_term(block.z, block.b, block.w, state)
-    weights = block.loss.gram_terms(block.z, block.b, block.w, state)[1]
-    assert relative(block.matrix([term], weights), J.T @ J) <= 1e-10
-
-
-@pytest.mark.parametrize("name", PLAIN)
 def test_importance_majorises_the_weights_of_rows(name):
     """And is them where all parts of a weight have one sign."""
     for seed in range(5):

@@ -54,9 +54,6 @@ class ElementwiseLoss(Loss):
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         return self.accumulate(*self.transform(z, 0.0), b, w, 0.0, 0.0)[0][0]
 
-    def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
-        return GramTerm(self.slope(z, b, w, state) ** 2, None, None)
-
     @staticmethod
     def finalize(
         columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array

@@ -204,10 +204,6 @@ class Loss(ABC):
         return False
 
     @abstractmethod
-    def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
-        """Return the term whose Gram is the sum of outer products of each row's own part of the gradient."""
-
-    @abstractmethod
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         """Return a positive majorant of the Hessian's row weights, from which rows are sampled."""
 

@@ -78,10 +78,6 @@ class SquaredRescaled(Loss):
     def gauss_newton_terms(self, z: Array, b: Array, w: Array, state: list[Array]) -> list[GramTerm]:
         return self.gram_terms(z, b, w, state)[0][:1]
 
-    def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
-        u, v = self.transform(z, 0.0)
-        return GramTerm((w * (u - state[0] * b)) ** 2, v, b)
-
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         u, v = self.transform(z, 0.0)
         alpha, beta = state

@@ -79,11 +79,6 @@ class SoftmaxLoss(Loss):
         f = np.exp(h)
         return [GramTerm(f * (self.g2(f, h, b, w) - state[1]), None, 1.0)], f
 
-    def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
-        # f p: the slope without gamma f, whose part in the centred rows is zero over a group.
-        own = self.slope(z, b, w, state) + state[1] * np.exp(z - state[0])
-        return GramTerm(own * own, None, 1.0)
-
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         h = z - state[0]
         f = np.exp(h)
@@ -324,9 +319,6 @@ class LogRatio(Loss):
     ) -> tuple[list[GramTerm], Array | None]:
         weight = w + 0.0 * z
         return [GramTerm(weight, None, 1.0)], weight / state[1]
-
-    def score_term(self, z: Array, b: Array, w: Array, state: list[Array]) -> GramTerm:
-        return GramTerm(self.slope(z, b, w, state) ** 2, None, 1.0)
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         return w + 0.0 * z

@@ -78,29 +78,6 @@ def parts_sum(
     return moves, parts
 
 
-def score_sum(part: Part, chunks: list[Chunk], at: Evaluation, by_group: bool) -> tuple[Any, Array]:
-    """Return the Gram of the scores of rows, or of whole groups, and the scores of long groups, shape
-    (n_long, d).
-    """
-    gram = part.design.gram()
-    long_scores = np.zeros((part.n_long, part.n_unknowns))
-    for chunk in part.prefetch(chunks):
-        block, z = part.logits(chunk, at.x)
-        b, w, _ = part.targets(chunk)
-        state = part.row_state(chunk, z, at)
-        if not by_group:
-            weights = part.loss.gram_terms(z, b, w, state)[1]
-            part.add_term(gram, chunk, block, part.loss.score_term(z, b, w, state), weights, at.centre)
-            continue
-        slope = part.loss.slope(z, b, w, state)
-        if chunk.long >= 0:
-            long_scores[chunk.long] += part.design.combine(slope[None, :], block)[0]
-        else:
-            scores = part.design.group_rows(block, slope, chunk.segments.starts)
-            gram.add(scores, np.ones(scores.shape[0]))
-    return gram, long_scores
-
-
 def varying_columns(part: Part, chunks: list[Chunk]) -> Array:
     """Return by a positive number which columns the first rows show to matter, shape (d,)."""
     seen = np.zeros(part.n_unknowns)

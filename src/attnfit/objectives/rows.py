@@ -28,7 +28,6 @@ from attnfit.objectives.passes import (
     null_directions,
     parts_sum,
     product_sum,
-    score_sum,
     structure_sum,
     varying_columns,
 )
@@ -344,20 +343,6 @@ class RowProblem(Problem):
             # matter.
             second = np.where(inside > 1e-10 * second, inside, second)
         return np.asarray(second + uncentred + self.ridge)
-
-    def score_gram(self, x: Any) -> Array:
-        """Return the sum of outer products of scores at x, shape (d, d): the middle of the sandwich
-        covariance.
-
-        One score a group, ``A_g^T s_g`` (cluster-robust), where there are several groups; else one a row:
-        the gradient of the row's own term of the loss.
-        """
-        at = self._evaluate_checked(x)
-        by_group = self.loss.coupled and self.n_groups > 1
-        gram, long_scores = self.rows.reduce(score_sum, at.bare(), by_group)
-        return np.asarray(gram.result() + long_scores.T @ long_scores)
-
-    # ---- where a fit begins
 
     def initial_point(self, random_state: Any = None) -> Array:
         """Return a point to start from, shape (d,): zero, or logits of size 0.1 where zero is stationary by
