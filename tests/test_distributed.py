@@ -130,7 +130,7 @@ def test_faults_are_named():
         bad[7, 0] = np.nan
         problems.Softmax(da.from_array(bad, chunks=(5, 2)), b)
     with pytest.raises(TypeError, match="on the workers"):
-        _ = problems.Softmax(lazy, b).chunks
+        _ = problems.Softmax(lazy, b).rows.chunks
 
 
 def test_parts_without_rows_are_left_out():

@@ -42,7 +42,7 @@ def test_a_design_that_lacks_something_cannot_be_made():
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_compiled_loops_read_zero_rows(monkeypatch, order, dtype):
-    monkeypatch.setattr("attnfit.data.matrix.COMPILED_ENTRIES", 1)
+    monkeypatch.setattr("attnfit.data.matrix.DENSE_ENTRIES", 1)
     X = np.asarray(data()[0], dtype=dtype, order=order)
     design = ZeroRowsBelow(DenseDesign(X), N_GROUPS)
     assert design.storage == {"C": "rows", "F": "columns"}[order]
@@ -63,7 +63,7 @@ def test_a_compiled_fit_is_the_fit_of_written_rows(monkeypatch, cls):
     expected = cls().fit(rows, shares, groups=ALL_GROUPS).coef_
     read = []
     plain = ZeroRowsBelow.parts
-    monkeypatch.setattr("attnfit.data.matrix.COMPILED_ENTRIES", 1)
+    monkeypatch.setattr("attnfit.data.matrix.DENSE_ENTRIES", 1)
     monkeypatch.setattr(ZeroRowsBelow, "parts", lambda self, rows: read.append(1) or plain(self, rows))
     model = cls(outside_good=True).fit(X, y, groups=GROUPS)
     assert read, "the compiled loops were used"

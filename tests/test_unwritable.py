@@ -14,7 +14,7 @@ import warnings
 import numpy as np
 from scipy import sparse
 import attnfit.data.matrix, attnfit.data.matrix
-attnfit.data.matrix.COMPILED_ENTRIES = attnfit.data.matrix.COMPILED_ENTRIES = 0
+attnfit.data.matrix.DENSE_ENTRIES = attnfit.data.matrix.SPARSE_ENTRIES = 0
 from attnfit import minimize, problems
 from attnfit.data import open_source
 

@@ -63,8 +63,8 @@ class ZeroRowsBelow(Design):
         return block, first
 
     def column_sizes(self, n_rows: int | None = None) -> Array | None:
-        """Return the largest size of an entry of each column."""
-        return self._inner.column_sizes(n_rows)
+        """Return the largest size of an entry of each column; None where the rows are not in memory."""
+        return None if self._inner.on_disk else self._inner.column_sizes(n_rows)
 
     def peek(self, rows: Rows) -> Array | None:
         """Return some rows; None where they are not in memory."""
