@@ -77,7 +77,7 @@ def test_every_derivative(activation, case, monkeypatch):
     assert np.linalg.eigvalsh(gauss_newton / both)[0] > -1e-9
     for name, reference in zip(("A1", "A2"), inst.data_gradient(x), strict=True):
         assert relative(problem.data_gradient(x)[name], reference) < TOLERANCE
-    at = problem.evaluate(x.reshape(-1), origin=True)
+    at = problem.evaluate(x.reshape(-1), at_zero=True)
     assert relative(at.gradient_at_zero, inst.gradient(0 * x).reshape(-1)) < TOLERANCE
     majorant = problem.hessian_at(at, absolute=True) / both
     assert np.linalg.eigvalsh(majorant)[0] > -1e-9

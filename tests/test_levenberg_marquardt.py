@@ -110,7 +110,7 @@ def test_second_derivative_along_a_direction():
 
     zero = torch.zeros((), dtype=torch.float64)
     exact = torch.func.jvp(first, (zero,), (torch.ones((), dtype=torch.float64),))[1].numpy()
-    ours = problem.bend(problem.layer.forward(problem.rows(x)), v)
+    ours = problem.bend(problem.layer.forward(problem.token_rows(x)), v)
     assert relative(ours, problem.jacobian_transpose_product(x, exact).reshape(-1)) < 1e-12
 
 

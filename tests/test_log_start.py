@@ -72,7 +72,7 @@ def test_shares(loss, storage, way):
     )
     assert (problem.rows.n_long == 1) == ("pieces" in way)
     z, t = softmax_targets(loss, data)
-    start = log_start(problem)
+    start = log_start(problem.rows)
     expected = weighted(data.A, z - data.offset, t, data.ids)
     np.testing.assert_allclose(start.x, expected, rtol=1e-7)
     assert start.share == 1.0
@@ -91,7 +91,7 @@ def test_outcomes(storage, way):
             "sinh": (np.arcsinh(b), data.w * (1.0 + b**2)),
             "cosh": (np.arccosh(np.maximum(b, 1.0)), data.w * np.maximum(b**2 - 1.0, 1e-3)),
         }[function]
-        np.testing.assert_allclose(log_start(problem).x, weighted(data.A, z - data.offset, t), rtol=1e-7)
+        np.testing.assert_allclose(log_start(problem.rows).x, weighted(data.A, z - data.offset, t), rtol=1e-7)
 
 
 @pytest.mark.parametrize("function", ["exp", "sinh", "cosh"])
@@ -102,7 +102,7 @@ def test_rescaled_outputs(function, way):
     if function == "exp":
         f = data.b / data.spread(data.b)
         np.testing.assert_allclose(
-            log_start(problem).x, weighted(data.A, np.log(f), data.w * f**2, data.ids), rtol=1e-7
+            log_start(problem.rows).x, weighted(data.A, np.log(f), data.w * f**2, data.ids), rtol=1e-7
         )
         return
     for normaliser in (1.0, 2.5):
@@ -111,7 +111,7 @@ def test_rescaled_outputs(function, way):
             "sinh": (np.arcsinh(b), data.w * (1.0 + b**2)),
             "cosh": (np.arccosh(np.maximum(b, 1.0)), data.w * np.maximum(b**2 - 1.0, 1e-3)),
         }[function]
-        np.testing.assert_allclose(log_start(problem, normaliser).x, weighted(data.A, z, t), rtol=1e-7)
+        np.testing.assert_allclose(log_start(problem.rows, normaliser).x, weighted(data.A, z, t), rtol=1e-7)
 
 
 @pytest.mark.parametrize("loss", ["squared", "cross_entropy", "linear_cross_entropy", "exponential"])
@@ -149,7 +149,7 @@ def test_targets_without_a_logarithm(loss, way):
             "linear_cross_entropy": data.w * data.spread(target) * f,
         }[loss]
     t = np.where(counts, t, 0.0)
-    start = log_start(problem)
+    start = log_start(problem.rows)
     np.testing.assert_allclose(start.x, weighted(data.A, z - data.offset, t, ids), rtol=1e-6)
     assert np.isclose(start.share, (data.b > 0)[t > 0].mean())
 
@@ -161,9 +161,9 @@ def test_an_exact_target_is_its_own_start(loss):
     z = data.A @ x
     e = np.exp(z)
     problem = problems.Softmax(data.A, 1e-9 * e / data.spread(e), data.ids, loss=loss, weights=data.w)
-    np.testing.assert_allclose(log_start(problem).x, x, rtol=1e-8)
+    np.testing.assert_allclose(log_start(problem.rows).x, x, rtol=1e-8)
     problem = problems.Exponential(data.A, e)
-    np.testing.assert_allclose(log_start(problem).x, x, rtol=1e-8)
+    np.testing.assert_allclose(log_start(problem.rows).x, x, rtol=1e-8)
 
 
 def test_columns_that_tell_nothing_have_no_part():
@@ -175,7 +175,7 @@ def test_columns_that_tell_nothing_have_no_part():
     z, t = np.log(data.b), (data.b / data.spread(data.b)) ** 2
     expected = weighted(own[:, None], z, t, data.ids)
     np.testing.assert_allclose(
-        log_start(problem).x, [expected[0] / 2, 0.0, expected[0] / 2], rtol=1e-7, atol=1e-12
+        log_start(problem.rows).x, [expected[0] / 2, 0.0, expected[0] / 2], rtol=1e-7, atol=1e-12
     )
 
 
@@ -185,7 +185,7 @@ def test_losses_without_a_logarithm_have_no_start():
         problems.Softmax(data.A, data.b, data.ids, loss="entropy"),
         problems.Softmax(data.A, 0.0 * data.b, data.ids, loss="squared"),
     ):
-        assert log_start(problem) is None
+        assert log_start(problem.rows) is None
 
 
 def test_conjugate_gradients_go_as_far_as_a_start_needs(monkeypatch):
@@ -194,6 +194,6 @@ def test_conjugate_gradients_go_as_far_as_a_start_needs(monkeypatch):
     z, t = softmax_targets("squared", data)
     exact = weighted(data.A, z, t, data.ids)
     monkeypatch.setattr("attnfit.objectives.surrogate.MAX_DENSE", 0)
-    error = np.linalg.norm((log_start(problem).x - exact) * np.abs(data.A).max(axis=0))
+    error = np.linalg.norm((log_start(problem.rows).x - exact) * np.abs(data.A).max(axis=0))
     size = np.linalg.norm(exact * np.abs(data.A).max(axis=0))
     assert 1e-6 * size < error < 0.05 * size

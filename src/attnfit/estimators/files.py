@@ -23,7 +23,7 @@ from attnfit.inference import Covariance, FitStatistics
 from attnfit.solvers import History, Result, Status
 from attnfit.writing import write as write_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER, DIGEST = "attnfit", "sha256"
 
 
@@ -112,11 +112,14 @@ def load(path: str | PathLike[str]) -> Any:
     if not isinstance(header, dict):
         raise ModelFileError(f"{path}: the header is not a JSON object")
     version = header.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
         raise ModelFileError(
-            f"{path}: format version {version!r}, this attnfit reads version {FORMAT_VERSION}; "
+            f"{path}: format version {version!r}, this attnfit reads versions 1 to {FORMAT_VERSION}; "
             "save the model again with this version, or install the one that wrote it"
         )
+    if version == 1:
+        # Its covariance does not say of what kind it is: errors of shares were those of choices.
+        arrays = {name: a for name, a in arrays.items() if name not in ("covariance", "identified")}
     try:
         model = model_header.new_model(header, arrays)
         model_header.check_arrays(arrays, header["n_features_in"], header["result"]["status"])
