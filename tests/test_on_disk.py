@@ -114,7 +114,7 @@ def test_a_file_that_vanishes_is_named(tmp_path):
 
 
 def test_paths_are_no_data():
-    with pytest.raises(ValueError, match=r"A is a path; pass attnfit\.designs\.open_source\('a\.npy'\)"):
+    with pytest.raises(ValueError, match=r"A is a path; pass attnfit\.data\.open_source\('a\.npy'\)"):
         problems.Softmax("a.npy", np.ones(2))
 
 
@@ -273,8 +273,8 @@ def test_as_many_threads_read_as_there_is_memory_for(compiled, tmp_path, monkeyp
 
 
 def test_many_threads_do_not_work_on_memory_that_is_read_into(compiled, tmp_path, monkeypatch):
-    for module in ("compiled", "store"):
-        monkeypatch.setattr(f"attnfit.objectives.{module}.available_threads", lambda: 16)
+    for module in ("objectives.compiled", "data.store"):
+        monkeypatch.setattr(f"attnfit.{module}.available_threads", lambda: 16)
     monkeypatch.setattr("attnfit.data.on_disk.RUN_BYTES", 1 << 15)
     monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 18)
     rng = np.random.default_rng(0)
