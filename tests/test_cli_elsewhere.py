@@ -46,8 +46,8 @@ def stored(frame, tmp_path_factory):
 
 
 PLACES = {
-    "disk": ("d.parquet", ["--memory-limit", "1GB"]),
-    "folder": ("parts", ["--memory-limit", "1GB"]),
+    "disk": ("d.parquet", ["--memory-limit", "100GB"]),
+    "folder": ("parts", ["--memory-limit", "100GB"]),
     "workers": ("d.parquet", ["--dask", "{address}"]),
     "workers, CSV": ("d.csv", ["--dask", "{address}"]),
 }
@@ -101,7 +101,7 @@ def test_missing_values_are_errors_otherwise(place, stored, address):
 def test_nothing_is_left(stored, tmp_path):
     pd.DataFrame({"x": [1.0, None], "y": [None, 1.0]}).to_parquet(tmp_path / "d.parquet")
     command = ["fit", "exponential", tmp_path / "d.parquet", "--target", "y", "--features", "x"]
-    sentence = one_error(run(*command, "--memory-limit", "1GB", "--missing", "drop"))
+    sentence = one_error(run(*command, "--memory-limit", "100GB", "--missing", "drop"))
     assert "is complete (missing: x: 1, y: 1); leave a column out" in sentence
 
 
@@ -125,7 +125,7 @@ def test_a_constant_is_stored_nowhere(place, stored, address, tmp_path, frame):
 
 def test_a_fit_with_a_constant_goes_on_from_its_checkpoint(stored, tmp_path):
     """It is another fit than that without one, and than that of all rows."""
-    command = [*EXPONENTIAL, stored / "d.parquet", "--memory-limit", "1GB", "--missing", "drop"]
+    command = [*EXPONENTIAL, stored / "d.parquet", "--memory-limit", "100GB", "--missing", "drop"]
     command += ["--checkpoint", tmp_path / "fit.ckpt"]
     assert run(*command, "--constant").exit_code == 0
     again = run(*command, "--constant")
@@ -160,7 +160,7 @@ def test_a_picture_of_some_rows(place, command, stored, address, tmp_path, monke
 
 def test_a_picture_that_needs_all_rows_is_refused_before_any_work(stored, tmp_path):
     command = ["fit", "softmax", stored / "d.parquet", "--target", "share", "--features", "price"]
-    options = ["--missing", "drop", "--memory-limit", "1GB", "--plot", tmp_path / "p.png"]
+    options = ["--missing", "drop", "--memory-limit", "100GB", "--plot", tmp_path / "p.png"]
     sentence = one_error(run(*command, *options))
     assert "name the column of the market, or leave out --dask and --memory-limit" in sentence
 

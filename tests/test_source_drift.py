@@ -179,7 +179,7 @@ def test_threads_compare_with_what_others_read(name, tmp_path):
     apart = source.thread_copy()
     apart.read(0, N)
     rewrite(name, tmp_path, a, 507)
-    for make in (lambda: source, source.apart, lambda: apart):
+    for make in (lambda: source, source.thread_copy, lambda: apart):
         with pytest.raises(DriftError, match=PLACES[name]):
             each = make()
             for low in range(0, N, 100):
