@@ -7,6 +7,7 @@ from scipy import sparse
 
 from attnfit import losses, minimize, problems
 from attnfit.losses import LOSSES, PointwiseLoss, SeparableLoss, check_loss, elementwise, find_loss, rescaled
+from attnfit.solvers import CheckpointError
 
 OURS = [
     *LOSSES.values(),
@@ -161,6 +162,17 @@ def test_a_pointwise_loss_is_fitted_and_certified():
     assert result.converged and certificate.valid
     assert np.linalg.norm(result.x - [0.0, np.log(2.0)]) <= certificate.radius + 1e-15
     assert np.allclose(problem.predict(result.x), [0.5, 0.5, 2 / 3, 2 / 3, 2 / 3])
+
+
+def test_a_checkpoint_knows_the_fields_of_a_loss(tmp_path):
+    """Not only its class: the data are the same, the fit is another one."""
+    A, b, groups, _ = shares((5,) * 10, 3)
+    kept = {"checkpoint": tmp_path / "fit.ckpt", "random_state": 0}
+    minimize(problems.Softmax(A, b, groups, loss=Huber(0.5)), **kept)
+    with pytest.raises(CheckpointError, match="it differs in loss"):
+        minimize(problems.Softmax(A, b, groups, loss=Huber(0.4)), **kept)
+    assert "resumed" in minimize(problems.Softmax(A, b, groups, loss=Huber(0.5)), **kept).message
+    assert repr(Huber(0.5)) == "Huber(delta=0.5)"
 
 
 def test_outliers_pull_less():

@@ -107,6 +107,10 @@ class Loss(ABC):
     # exponential for a softmax, u(z) and its derivative for a hyperbolic function.
     transform: Callable[[Array, Array | float], tuple[Array, Array]]
 
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not callable(v))
+        return f"{type(self).__name__}({fields})"
+
     def constants(self, b: Array, w: Array, segments: Segments) -> Array:
         """Return group sums that depend on the data alone, shape (n_groups,); zeros where the loss needs
         none.

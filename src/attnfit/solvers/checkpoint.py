@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from attnfit.losses.loss import Loss
 from attnfit.objectives.objective import Problem
 from attnfit.solvers.checkpoint_file import read, write
 from attnfit.solvers.loop import Callback, StopFit
@@ -87,7 +88,7 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
             _add(digest, part, seen)
     elif hasattr(value, "__qualname__"):
         digest.update(value.__qualname__.encode())
-    elif type(value).__module__.startswith("attnfit."):
+    elif isinstance(value, Loss) or type(value).__module__.startswith("attnfit."):
         for name, part in _attributes(value).items():
             digest.update(name.encode())
             _add(digest, part, seen | {id(value)})
