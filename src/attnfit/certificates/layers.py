@@ -1,4 +1,6 @@
-"""Newton-Kantorovich certificates of layered problems, with a local constant in whitened variables."""
+"""Newton-Kantorovich certificates of layered problems, and of the inversion of an attention layer, with a
+local constant in whitened variables.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""What is known of every row on a ball around x: whitened row norms and intervals of the model's outputs.
+"""Local Lipschitz constants of the Hessian on a ball, one formula a family.
 
-A formula goes over the rows of one chunk. Where it needs sums over whole groups it yields those over its own
-rows, and is sent those over the groups: at once where the groups are in the chunk, after a read of the data
-where they are longer. So nothing is kept of a row, and the rows may be anywhere.
+The constants bound the third derivative on ``{x + T y : |y| <= r}`` in the variables y. Row penalty and ridge
+are quadratic and drop out. A formula goes over the rows of one chunk: whitened row norms and intervals of the
+model's outputs. Where it needs sums over whole groups it yields those over its own rows, and is sent those
+over the groups: at once where the groups are in the chunk, after a pass over the data where they are longer.
+So nothing is kept of a row, and the rows may be anywhere.
 """
 
 from __future__ import annotations

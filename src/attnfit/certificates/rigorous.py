@@ -1,10 +1,17 @@
-"""Arrays known to within a radius, with rounding included: midpoint-radius arithmetic.
+"""A ball around x that is proven, given IEEE double arithmetic and exp to 2 units in the last place.
 
-Every operation returns an enclosure of the exact result for all numbers within the operands' radii,
-provided that sums and products round to nearest in IEEE double precision, in any order of summation and
-with or without fused multiplication, and that the computed exponential is within 2 units in the last place.
-Rump, "Fast and parallel interval arithmetic" (1999), doi:10.1023/A:1022374804152; Higham, "Accuracy and
-Stability of Numerical Algorithms" (2002), Section 3.1 for ``gamma_n = n u / (1 - n u)``.
+Everything is an `Enclosure`, an array known to within a radius, rounding included: every operation encloses
+the exact result for all numbers within the operands' radii, provided that sums and products round to nearest,
+in any order of summation and with or without fused multiplication. Rump, "Fast and parallel interval
+arithmetic" (1999), doi:10.1023/A:1022374804152; Higham, "Accuracy and Stability of Numerical Algorithms"
+(2002), Section 3.1 for ``gamma_n = n u / (1 - n u)``.
+
+Enclosed are the rows less the first of their group, logits, outputs, gradient and the whitened Hessian. With
+any T, here an approximate whitener, let ``eta >= |T^T grad|`` and ``beta >= ||1 - T^T H T||_F``: if ``beta <
+1/2`` then H is positive definite, ``eta' = eta / (1 - beta)`` bounds the Newton step, and with M a Lipschitz
+constant of ``T^T H(x + T y) T`` on ``|y| <= 2 eta'`` and ``h = M eta' / (1 - beta) <= 1/2`` the stationary
+point is within ``2 eta' / (1 + sqrt(1 - 2 h)) ||T||``. No eigenvalue is trusted. Rump, "Verification methods"
+(2010), doi:10.1017/S096249291000005X.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One number a row, stored on disk: a target, weights, an offset."""
+"""Matrices and columns on disk, dense or sparse: read in runs of rows, a run ahead of their use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""scikit-learn's callback protocol, where the installed version has one."""
+"""What all estimators share: the fit of a problem, and the report on it; scikit-learn's callback protocol,
+where the installed version has one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The outside good: one row of zeros a group that the user need not add."""
+"""The rows of a share model as the problem wants them: groups, repeated rows, and the outside goods, one row
+of zeros a group that the user need not add.
+"""
 
 from __future__ import annotations
 

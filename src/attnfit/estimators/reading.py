@@ -1,4 +1,4 @@
-"""What `fit` is given, checked: in memory, on disk, or on the workers of a cluster."""
+"""What ``fit`` and ``predict`` are given, checked: in memory, on disk, or on the workers of a cluster."""
 
 from __future__ import annotations
 

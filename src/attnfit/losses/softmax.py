@@ -5,8 +5,13 @@ and the Hessian is the Gram of the centred rows with weights ``t = f (Phi'' f + 
 ``g2 = Phi'' f + p`` differs between the losses. ``g3 = Phi''' f^2 + 3 Phi'' f + p`` enters the third
 derivative in the same way (see ``attnfit.certificates``).
 
+`LogRatio` is least squares on logarithms of shares, each group centred, and quadratic in the logits: an exact
+softmax is fitted exactly, whatever constant a row of logits has, and a share known to a relative error gets a
+weight that does not depend on its size.
+
 References: "In-Context Learning for Attention Scheme", Section 5; "The Closeness of In-Context Learning and
-Weight Shifting for Softmax Regression", Lemma 4.5 (sign corrected).
+Weight Shifting for Softmax Regression", Lemma 4.5 (sign corrected); Aitchison, "The Statistical Analysis of
+Compositional Data" (1986), Chapter 4.
 """
 
 from __future__ import annotations

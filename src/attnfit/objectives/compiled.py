@@ -1,6 +1,10 @@
-"""An exponential that the compiler turns into vector instructions, to within one unit in the last place.
+"""The first-order pass in compiled loops: value and gradient, nothing else. Importing this imports Numba.
 
-Numba's ``np.exp`` calls the C library for each number: 3 to 11 ns, against 1 ns here (measured, AVX-512).
+The loops multiply each row, apply the loss to it and add it up while it is in cache. The formulas are the
+loss's own: `compile_loop` puts them, and the loops that know the storage, in the place of the names below.
+
+Numba's ``np.exp`` calls the C library for each number: 3 to 11 ns. The one here becomes vector instructions,
+right to within one unit in the last place: 1 ns (measured, AVX-512).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of one partition, and what is known there of the groups of all."""
+"""From Dask's arrays and data frames to parts: what belongs to a row is together, and most groups are."""
 
 from __future__ import annotations
 

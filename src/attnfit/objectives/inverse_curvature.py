@@ -1,4 +1,5 @@
-"""The dense curvature of an attention layer, from matrix products and never from a loop over residuals.
+"""The dense curvature of an attention layer, from matrix products and never from a loop over residuals; its
+projections as a bilinear map and a value map a head; a start from the first two moments of the output.
 
 All arrays have the unknown in C order of X (d, u): index (l, a) is coordinate l of unknown token a. Functions
 return F with ``F + F^T`` the symmetric matrix: what enters with its transpose is then formed once.

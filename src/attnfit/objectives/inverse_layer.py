@@ -1,4 +1,6 @@
-"""One attention layer as a function of its tokens: output, derivatives and their products."""
+"""One attention layer as a function of its tokens: output, derivatives and their products; its weights,
+output and known tokens, checked.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""What the layers of a problem hold at a point."""
+"""What the layers of a problem hold at a point, and Hessians, all columns of a chunk at once.
+
+With ``f`` the softmax, ``C = A - 1 (A^T f)^T`` the centred rows and ``K = A_out diag(f) C``, the Hessian of a
+column is ``C^T diag(a) C + K^T diag(delta) K`` plus the penalties: centring makes every rank-one correction
+vanish, and the cancellation with it. A sparse A cannot be centred: there the Hessian is a diagonal plus rank
+m + 2.
+"""
 
 from __future__ import annotations
 

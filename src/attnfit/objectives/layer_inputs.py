@@ -1,4 +1,6 @@
-"""What comes before the softmax: a linear map, or a linear map of a ReLU."""
+"""What comes before the softmax of a layered problem: a linear map, or a linear map of a ReLU; and the checks
+of its matrices and targets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two-layer regression: an activation of a linear map of a softmax."""
+"""Layered regression: an activation of a linear map of a softmax, with a ReLU layer before it or without."""
 
 from __future__ import annotations
 

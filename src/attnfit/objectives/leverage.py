@@ -1,4 +1,4 @@
-"""Row sampling by approximate leverage scores, on the fly while the data stream past."""
+"""Row sampling by curvature and approximate leverage, on the fly while the data stream past."""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Which rows play a part in a loss, which of them it holds where they are, and which it lets fall."""
+"""By how much steps change the fitted logits: the measure of every stopping rule; and which rows play a part
+in a loss, which of them it holds where they are, and which it lets fall.
+
+Exponential and rescaled losses: ``max_i |a_i p|``, the relative change of ``exp(z_i)``. Losses of a softmax:
+``max_g (max_i a_i p - min_i a_i p) / 2``, half the largest change of a log-odds. Rows of weight zero do not
+count, unless their group has others, whose normaliser they share; nor do groups without a target where the
+loss needs one. The measure does not depend on the units of the target, of the weights or of the unknowns.
+"""
 
 from __future__ import annotations
 

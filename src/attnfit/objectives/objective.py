@@ -1,4 +1,6 @@
-"""How much memory a fit takes, and what to do where that is too much."""
+"""What every problem offers its users, and what it must offer the solvers for that; what is known after one
+pass; the memory that a fit takes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the entries of target maps tell about how they were stored."""
+"""Check and arrange what a user passes as queries, keys and maps: one sequence, or a list of several; and
+what the entries of maps tell about how they were stored.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other reads than the first-order one sum up: curvature, products, scales, scores.
+"""What passes other than the first-order one add up: curvature, products, scales, structure.
 
 Each function goes over chunks of one part of the data and returns what `merged` adds up over the parts.
 """

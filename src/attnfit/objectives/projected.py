@@ -1,4 +1,4 @@
-"""Queries, keys, values and outputs of the texts of a `FullAttention` problem."""
+"""Variable projection: attention outputs as a function of the bilinear form alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""How far the proportions of a mixture are from optimal."""
+"""Points without gradient that are no minima, as the softmax has left out what would lower the loss; and how
+far the proportions of a mixture are from optimal.
+
+Where an output f_i of a softmax underflows, so does its part ``f_i (q_i - <f, q>)`` of the gradient, although
+``q_i < <f, q>`` says that more of it would help. Whether it would is decided by trying.
+"""
 
 from __future__ import annotations
 

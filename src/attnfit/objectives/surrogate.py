@@ -1,4 +1,10 @@
-"""Where a fit begins: the same data under a convex loss, and least squares on the logarithm of the target."""
+"""Where a fit begins: the same data under a convex loss, and least squares on the logarithm of the target.
+
+The second is a start for every scale of the target: one pass and a Gram, or conjugate gradients where there
+are too many unknowns for one. Rows count as much as the curvature of the loss at an exact fit would make
+them; targets that have no logarithm get that of half the smallest positive one of their group. Logarithms of
+the target occur nowhere else on the way to an answer.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a fit of many right-hand sides, each with a status of its own."""
+"""Newton's method for many right-hand sides at once, each with a trust region and a status of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which data a fit is made on: a digest of each argument of a problem, from a thousand of its rows."""
+"""A fit that survives its process: what it has read is kept in a file, from which the same call goes on; and
+which data a fit is made on, told by a digest of each argument from a thousand of its rows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Levenberg-Marquardt from several points at once."""
+"""Levenberg-Marquardt from several points at once, for residuals that can vanish: the inversion of attention
+layers.
+"""
 
 from __future__ import annotations
 

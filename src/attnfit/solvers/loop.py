@@ -1,4 +1,6 @@
-"""Clock, reads and history of a running fit."""
+"""One descent: evaluate, model the curvature, take the trust-region step, judge, record. What a solver is,
+what it returns, and the clock and history of a running fit.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Newton's method with a trust region on the full centred Hessian."""
+"""Newton's method with a trust region on the full centred Hessian; for layered problems it goes on from false
+optima.
+"""
 
 from __future__ import annotations
 

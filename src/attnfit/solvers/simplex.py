@@ -1,4 +1,6 @@
-"""Convex quadratics over the simplex, many at once: the active-set method on the faces of the simplex."""
+"""Mixtures solved exactly, for all right-hand sides at once: convex quadratics over the simplex by the
+active-set method on its faces.
+"""
 
 from __future__ import annotations
 

@@ -180,9 +180,9 @@ class Start:
                 if other is not None:
                     points[f"logarithms, {factor:g} x"] = other.x
         if self.pilot.convex is not None and (logs is None or logs.share < MOST):
-            neighbour = self.pilot.convex
-            zero = np.zeros(neighbour.n_unknowns)
-            found = _on_sample(neighbour, zero, "convex surrogate", tracker).at.x
+            convex = self.pilot.convex
+            zero = np.zeros(convex.n_unknowns)
+            found = _on_sample(convex, zero, "convex surrogate", tracker).at.x
             points["convex"] = self.full.adopt(found)
         return points if self.full.zero_is_trivial and points else {**points, **others}
 

@@ -1,4 +1,10 @@
-"""What can be wrong with data on disk: files that are malformed, and files that change."""
+"""Rows of numbers that stay where they are stored, and the watch over them.
+
+A source is divided into blocks of rows: what its format stores together, or some 256 KiB where it stores
+single rows. The first read of a whole block keeps its checksum (64 bits at memory speed: a guard against
+accidents, not against forgery), every later one is compared with it: each pass over data that do not fit in
+memory sees the same numbers, or an error that names the block.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Storage that decodes many rows at once: each block is decoded once a pass, and the last one is kept."""
+"""Rows in blocks that are decoded once a pass, and rows of .npy files, read with plain system calls.
+
+Mapped pages count as memory of the process, and a file that shrinks beneath a map kills it: neither holds for
+reads into memory of our own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Sparse rows: CSR matrices, each in an .npz file as ``scipy.sparse.save_npz`` writes it."""
+"""From what a user names to a source: files, directories, objects of other libraries; shards of CSR matrices;
+some rows of a source.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What the metadata of a zarr array say, before zarr is asked to believe them."""
+"""Arrays in chunks: zarr 3, and zarr's older format 2.
+
+Metadata are checked before zarr is asked to believe them. A decompressor believes what it is given: a
+kilobyte can say that it holds a terabyte, or be one. Compressed chunks tell their size in front, which is
+compared before anything is allocated for it, or are decompressed here and no further than that.
+"""
 
 from __future__ import annotations
 
