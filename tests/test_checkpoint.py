@@ -1,5 +1,6 @@
 """A fit that is resumed ends where it would have ended, bit for bit, and goes on with the same data only."""
 
+import pickle
 import re
 import sys
 from contextlib import suppress
@@ -24,11 +25,14 @@ from instances import instance
 from scipy import sparse
 
 from attnfit import minimize, problems
+from attnfit.objectives.leverage import RowSampler, leverage_sketch
 from attnfit.solvers import (
     CheckpointError,
     GradientDescent,
     Newton,
 )
+from attnfit.solvers.record import Recording
+from attnfit.solvers.recorded import Recorded
 
 
 @pytest.fixture(autouse=True)
@@ -298,3 +302,44 @@ def test_overflows_are_part_of_the_journal(path, monkeypatch):
     with pytest.raises(Crash):
         fit(case, path, crashing(len(reference.history) - 1))
     assert_same(fit(case, path), reference)
+
+
+def test_a_recorded_problem_travels():
+    """To another process in the middle of a fit: what it owes to this one, it does before it leaves."""
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((2000, 3)), rng.random(2000)
+    points = [np.zeros(3), 0.1 * np.ones(3), -0.1 * np.ones(3)]
+
+    def begin(entries):
+        problem = problems.Poisson(A, b)
+        sketch = leverage_sketch(problem.hessian(points[0]), 8, np.random.default_rng(1))
+        sampler = RowSampler(2000, 200.0, sketch, 4.0, np.random.default_rng(2))
+        # It comes from np.empty, which may well hold the leverages of the sampler before.
+        sampler.leverage[:] = np.nan
+        return Recorded(problem, Recording(list(entries), "a fit")), sampler
+
+    def go_on(recorded, sampler, some):
+        found = []
+        for x in some:
+            at = recorded.evaluate(x, None, sampler)
+            found.append((at.value, recorded.hessian_at(at, at.sample)))
+        return found
+
+    first, sampler = begin([])
+    expected = go_on(first, sampler, points)
+    # All of it is known, then the first two points: the third needs the leverages of the first read.
+    for n, sealed in ((len(first.recording.entries), False), (4, False), (4, True)):
+        resumed = begin(first.recording.entries[:n])
+        found = go_on(*resumed, points[:1])
+        if sealed:
+            resumed[0].recording.seal()
+        found += go_on(*pickle.loads(pickle.dumps(resumed)), points[1:])
+        for (value, hessian), (known, exact) in zip(found, expected, strict=True):
+            assert value == known
+            assert np.array_equal(hessian, exact)
+            assert hessian.any(), "no row was drawn, nothing is tested"
+    b[0] += 1.0
+    changed = begin(first.recording.entries)
+    go_on(*changed, points[:1])
+    with pytest.raises(CheckpointError, match="the data are not those of a fit"):
+        pickle.dumps(changed)

@@ -14,6 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# Sums may be reordered and multiply-adds contracted; unlike with full fast-math, NaN and infinity survive.
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+# Numba does not ask of an unsigned index whether it counts from the end; asking makes vector loads gathers.
+U = np.uintp
+
 
 class Compiled:
     """A compiled function that is kept on disk between processes, or compiled anew where nothing can be kept.
@@ -68,14 +73,6 @@ class Compiled:
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-# Sums may be reordered and multiply-adds contracted; unlike with full fast-math, NaN and infinity survive.
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-
-
-# Numba does not ask of an unsigned index whether it counts from the end; asking makes vector loads gathers.
-U = np.uintp
 
 
 class RowKernels(NamedTuple):

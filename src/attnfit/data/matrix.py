@@ -23,6 +23,12 @@ BLOCK_BYTES = 1 << 20
 GRAM_PAYS = 4.0
 # Blocks that one call runs over: few enough that Ctrl-C is heard.
 RUN_BLOCKS = 64
+# From this many entries on the compiled products repay their loading.
+DENSE_ENTRIES = 1 << 24
+# Large enough that the fixed cost of a scipy call vanishes, small enough to stay in the shared cache.
+BLOCK_ENTRIES = 1 << 18
+# From this many entries on the compiled loops repay their loading: they save a second read in scipy.
+SPARSE_ENTRIES = 1 << 22
 
 
 class Design(LinearOperator, ABC):
@@ -162,10 +168,6 @@ class Design(LinearOperator, ABC):
         return self._rmatmat(y.reshape(-1, 1))
 
 
-# From this many entries on the compiled products repay their loading.
-DENSE_ENTRIES = 1 << 24
-
-
 class DenseDesign(Design):
     """Rows of a two-dimensional array: C or Fortran order, any real dtype, read-only, memory-mapped."""
 
@@ -231,12 +233,6 @@ class DenseDesign(Design):
             # np.take would copy the whole of an array in another order.
             return np.asarray(self.array[rows], dtype=np.float64)
         return np.asarray(np.take(self.array, rows, axis=0), dtype=np.float64)
-
-
-# Large enough that the fixed cost of a scipy call vanishes, small enough to stay in the shared cache.
-BLOCK_ENTRIES = 1 << 18
-# From this many entries on the compiled loops repay their loading: they save a second read in scipy.
-SPARSE_ENTRIES = 1 << 22
 
 
 def row_view(matrix: Any, start: int, stop: int) -> Any:

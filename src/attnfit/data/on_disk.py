@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from attnfit.data.sources.base import Source
 
 PIECE_ROWS = 1 << 20
+# Large enough that a disk reads at full speed and threads seldom hand over, small enough that three of them
+# are nothing.
+RUN_BYTES = 1 << 25
+# A thread that computes with what it reads finds so small a part of a run still in its cache.
+PARTS_OF_A_RUN = 8
+# Objects of other libraries that are no more than a place on disk.
+STORED = {("zarr", "Array"), ("pyarrow", "FileSystemDataset")}
+# Rows from which the number of entries a row is estimated.
+PROBED_ROWS = 1000
+D = TypeVar("D", "DenseOnDisk", "SparseOnDisk")
 
 
 class Column:
@@ -97,17 +107,6 @@ class Column:
         return numbers if self._function is None else self._function(numbers)
 
 
-# Large enough that a disk reads at full speed and threads seldom hand over, small enough that three of them
-# are nothing.
-RUN_BYTES = 1 << 25
-# A thread that computes with what it reads finds so small a part of a run still in its cache.
-PARTS_OF_A_RUN = 8
-# Objects of other libraries that are no more than a place on disk.
-STORED = {("zarr", "Array"), ("pyarrow", "FileSystemDataset")}
-# Rows from which the number of entries a row is estimated.
-PROBED_ROWS = 1000
-
-
 def open_design(source: Source) -> Design:
     """Return the design of a source of shape (n, d)."""
     return SparseOnDisk(source) if source.sparse else DenseOnDisk(source)
@@ -134,9 +133,6 @@ def stored_source(values: Any, name: str) -> Source | None:
 def _rows_of(design: DenseOnDisk | SparseOnDisk, size: int) -> int:
     """Return the number of rows, in whole blocks, that take so many bytes."""
     return max(1, size // (design.row_bytes * design.block_rows)) * design.block_rows
-
-
-D = TypeVar("D", "DenseOnDisk", "SparseOnDisk")
 
 
 def _some_rows(design: D, rows: Rows) -> D:

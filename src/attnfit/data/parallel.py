@@ -15,6 +15,8 @@ from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
 R = TypeVar("R")
+# The piece in use, the one being read, and one that a caller may not have let go of yet.
+KEPT = 3
 
 
 def available_threads() -> int:
@@ -76,10 +78,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-# The piece in use, the one being read, and one that a caller may not have let go of yet.
-KEPT = 3
 
 
 def read_ahead(load: Callable[[T], Any], items: Iterable[T]) -> Iterator[T]:

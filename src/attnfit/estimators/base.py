@@ -41,6 +41,29 @@ except ImportError:  # scikit-learn < 1.9
         return method
 
 
+LAZY = (
+    *("_covariance", "r2_", "certificate_", "certified_radius_"),
+    *("_statistics",),
+)
+OPTIONS = """solver : attnfit.solvers.Newton or GradientDescent, optional
+    tol : float
+        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
+    max_iter : int
+    random_state : int, optional
+        Seed of the row samples on large data.
+    n_starts : int or "auto"
+        Descents of a loss that is not convex, see `attnfit.minimize`.
+    separation : {"warn", "drop", "keep"}
+        What becomes of data without a finite minimum, see `attnfit.minimize`.
+    covariance : {"auto", "classic", "robust", "row", "cluster"}
+        Kind of the standard errors, see `covariance` below.
+    weight_type : {"sampling", "frequency"}
+        What weights are: inverse probabilities (also importance or decay), or numbers of copies. Coefficients
+        do not depend on it."""
+T = TypeVar("T")
+Array = NDArray[np.float64]
+
+
 class Listeners:
     """Tell an estimator's callbacks about the fit, every evaluation of the loss being one task.
 
@@ -87,13 +110,6 @@ class Listeners:
             )
 
 
-Array = NDArray[np.float64]
-LAZY = (
-    *("_covariance", "r2_", "certificate_", "certified_radius_"),
-    *("_statistics",),
-)
-
-
 @dataclass(frozen=True)
 class Limits:
     """The options of a fit that are the same for every estimator; see `attnfit.minimize`."""
@@ -101,24 +117,6 @@ class Limits:
     checkpoint: str | PathLike[str] | None = None
     resume: bool = True
     memory_limit: str | int | None = None
-
-
-OPTIONS = """solver : attnfit.solvers.Newton or GradientDescent, optional
-    tol : float
-        Largest change of a fitted logit that the next Newton step may still make, see `attnfit.minimize`.
-    max_iter : int
-    random_state : int, optional
-        Seed of the row samples on large data.
-    n_starts : int or "auto"
-        Descents of a loss that is not convex, see `attnfit.minimize`.
-    separation : {"warn", "drop", "keep"}
-        What becomes of data without a finite minimum, see `attnfit.minimize`.
-    covariance : {"auto", "classic", "robust", "row", "cluster"}
-        Kind of the standard errors, see `covariance` below.
-    weight_type : {"sampling", "frequency"}
-        What weights are: inverse probabilities (also importance or decay), or numbers of copies. Coefficients
-        do not depend on it."""
-T = TypeVar("T")
 
 
 def with_options(cls: type[T]) -> type[T]:

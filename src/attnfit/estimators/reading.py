@@ -26,6 +26,9 @@ EXAMPLES = 3
 
 # Shares that were rounded or added up in single precision miss one by about this much.
 ROUNDING = 1e-6
+# Rows whose targets are added up at a time.
+PIECE = 1 << 20
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,6 @@ class ShareTotals:
     def n_unbalanced(self) -> int:
         """How many there are."""
         return self.n_above + self.n_below
-
-
-Array = NDArray[np.float64]
 
 
 def read_features(estimator: Any, X: Any, *, reset: bool) -> Design:
@@ -201,10 +201,6 @@ def _spelling() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(str(error).replace(" nan at ", " NaN at ")) from None
-
-
-# Rows whose targets are added up at a time.
-PIECE = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ Function = Callable[[Array], Array]
 # Where the derivatives a user passes are compared with differences of the function.
 PROBES = np.array([-1.7, -0.6, 0.3, 0.9, 2.1])
 STEP = 1e-5
+_SIGMOID_CURVATURE = 1.0 / (6.0 * np.sqrt(3.0))
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,6 @@ def _softplus_third(y: Array) -> Array:
 def _gelu_third(y: Array) -> Array:
     return np.asarray(_normal_density(y) * np.where(np.abs(y) < 50.0, y * (y * y - 4.0), 0.0))
 
-
-_SIGMOID_CURVATURE = 1.0 / (6.0 * np.sqrt(3.0))
 
 ACTIVATIONS = {
     "identity": Activation("identity", _identity, np.zeros_like, 1.0, 0.0, 0.0, np.inf),

@@ -29,6 +29,22 @@ import numpy as np
 
 from attnfit.segments import Array, Segments
 
+# What makes a loss: a class that overrides one of these is another loss.
+FORMULAS = frozenset(
+    (
+        "transform",
+        "normalise",
+        "accumulate",
+        "finalize",
+        "slope",
+        "gram_terms",
+        "p",
+        "g2",
+        "g3",
+        "third_derivative_bound",
+    )
+)
+
 
 class GramTerm(NamedTuple):
     """Rows ``r_i a_i - q_i mu_g`` with signed weights ``t_i``; ``q = None`` means not centred."""
@@ -51,23 +67,6 @@ class GroupStatistics(NamedTuple):
     coefficients: tuple[Array | float, ...]
     state: tuple[Array, ...]
     centre: Array | float
-
-
-# What makes a loss: a class that overrides one of these is another loss.
-FORMULAS = frozenset(
-    (
-        "transform",
-        "normalise",
-        "accumulate",
-        "finalize",
-        "slope",
-        "gram_terms",
-        "p",
-        "g2",
-        "g3",
-        "third_derivative_bound",
-    )
-)
 
 
 class Loss(ABC):

@@ -26,6 +26,9 @@ import numpy as np
 from attnfit.losses.loss import Accumulated, GramTerm, GroupStatistics, Loss
 from attnfit.segments import Array, Segments
 
+# Entry points of this group name a loss, or a function that returns one.
+GROUP = "attnfit.losses"
+
 
 class SoftmaxLoss(Loss):
     """Shared by all losses of a softmax: the reference is the log normaliser, the state (log normaliser,
@@ -330,10 +333,6 @@ class LogRatio(Loss):
 
     def fitted(self, z: Array, state: list[Array]) -> Array:
         return np.exp(z - state[0])
-
-
-# Entry points of this group name a loss, or a function that returns one.
-GROUP = "attnfit.losses"
 
 
 def find_loss(loss: Any, name: str = "loss") -> Loss:

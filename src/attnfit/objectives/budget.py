@@ -24,6 +24,10 @@ MAX_SHARE = 0.1
 # For the curvature at a point: a share of the rows, and no fewer than this many an unknown.
 DRAWN_SHARE = 0.05
 DRAWN_RATIO = 100.0
+# Row weights for products with the Hessian are kept up to this many rows, else computed in each product.
+KEPT_ROWS = 1 << 25
+# Arrays the size of drawn rows at a time: as fetched, as kept, and what the formulas make of them.
+COPIES = 3
 
 
 def sample_sizes(n: int, d: int) -> tuple[int, int]:
@@ -38,12 +42,6 @@ def sample_sizes(n: int, d: int) -> tuple[int, int]:
 def rows_to_draw(n: int, d: int, ratio: float = DRAWN_RATIO) -> float:
     """Return how many rows drawn by leverage stand for the curvature of all."""
     return max(DRAWN_SHARE * n, ratio * d)
-
-
-# Row weights for products with the Hessian are kept up to this many rows, else computed in each product.
-KEPT_ROWS = 1 << 25
-# Arrays the size of drawn rows at a time: as fetched, as kept, and what the formulas make of them.
-COPIES = 3
 
 
 def memory_of_rows(problem: RowProblem, parts: dict[str, int]) -> MemoryEstimate:

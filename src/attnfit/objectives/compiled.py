@@ -42,6 +42,7 @@ _LOG_2_HIGH, _LOG_2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _C2, _C3, _C4, _C5 = 0.5000000000000019, 0.1666666666666668, 0.04166666666648795, 0.008333333333319589
 _C6, _C7, _C8 = 0.0013888888952352863, 0.00019841269890076403, 2.4801485441561313e-05
 _C9, _C10, _C11 = 2.755724088722987e-06, 2.763265472252779e-07, 2.5110049204818658e-08
+NONE = np.zeros(0)
 
 
 # Sums in another order would undo the two parts of log 2: the loops around this allow it, this does not.
@@ -235,9 +236,6 @@ def whole_groups(  # type: ignore[no-untyped-def]
                 value += 0.5 * penalty[U(start + r)] * z[r] * z[r]
         rmatvec(data, first_row + start, count, weights, out)
     sums[-2], sums[-1] = value, check
-
-
-NONE = np.zeros(0)
 
 
 def sum_up(

@@ -45,6 +45,7 @@ from attnfit.segments import Array, Index, Segments
 
 # Sums merged by one task.
 FAN_IN = 8
+_ONE_ROW = Segments(np.zeros(1, dtype=np.intp), 1)
 
 
 class RemoteDesign(Design):
@@ -277,7 +278,6 @@ class _Elsewhere:
 
 
 ELSEWHERE: Any = _Elsewhere()
-_ONE_ROW = Segments(np.zeros(1, dtype=np.intp), 1)
 
 
 def _where(values: Any) -> Any:

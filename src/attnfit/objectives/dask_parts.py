@@ -23,6 +23,9 @@ from attnfit.objectives.part import Part, target_sums
 from attnfit.objectives.surrogate import surrogate_targets
 from attnfit.segments import Array, Index, Segments
 
+# The end of a group with more rows than this is not moved to another partition.
+MOVED_ROWS = 10_000
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -137,10 +140,6 @@ def _size(values: Any) -> int:
     if sparse.issparse(values):
         return int(values.data.nbytes + values.indices.nbytes + values.indptr.nbytes)
     return int(getattr(values, "nbytes", 0))
-
-
-# The end of a group with more rows than this is not moved to another partition.
-MOVED_ROWS = 10_000
 
 
 def later(function: Callable[..., Any]) -> Any:

@@ -29,6 +29,10 @@ Index = NDArray[np.intp]
 
 # Two blocks of this size fit in cache.
 BLOCK = 256
+# The fixed point halves its distance in every round.
+ROUNDS = 60
+# Share of the mean variance that is added in every direction, so that few tokens leave no direction empty.
+FLOOR = 1e-9
 
 
 @dataclass
@@ -216,12 +220,6 @@ def _split(bias: Any, widths: list[int], name: str) -> list[Array]:
         return [np.zeros(width) for width in widths]
     flat = as_vector(np.reshape(bias, -1), size, name, rows_of="the projection")
     return np.split(flat, np.cumsum(widths)[:-1])
-
-
-# The fixed point halves its distance in every round.
-ROUNDS = 60
-# Share of the mean variance that is added in every direction, so that few tokens leave no direction empty.
-FLOOR = 1e-9
 
 
 def moment_tokens(layer: AttentionLayer, B: Array) -> Array | None:

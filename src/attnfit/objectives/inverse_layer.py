@@ -19,6 +19,7 @@ Mask = NDArray[np.bool_]
 
 # Heads whose logits differ by less than this share are one.
 SAME_ATTENTION = 1e-10
+CONVENTIONS = ("rows", "columns")
 
 
 @dataclass(frozen=True)
@@ -277,9 +278,6 @@ def _row_dots(left: Array, right: Array) -> Array:
 
 def _t(matrix: Array) -> Array:
     return np.swapaxes(matrix, -1, -2)
-
-
-CONVENTIONS = ("rows", "columns")
 
 
 def read_matrix(values: Any, name: str) -> Array:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from attnfit.objectives.layered import LayeredProblem
 
 Array = NDArray[np.float64]
+# Rows are centred in blocks of this many numbers.
+BLOCK_ENTRIES = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,6 @@ class Escape(NamedTuple):
 
     output: int
     x: Array
-
-
-# Rows are centred in blocks of this many numbers.
-BLOCK_ENTRIES = 2**20
 
 
 def column_hessians(problem: LayeredProblem, layers: Layers, kind: str) -> Array:

@@ -27,6 +27,9 @@ Array = NDArray[np.float64]
 
 # A factor whose pivots differ by more is no basis for a low-rank correction.
 PIVOTS = 1e-7
+# Random starts give logits of this size: outputs near uniform, yet away from the kink at zero.
+START_SIZE = 0.3
+N_STARTS = 4
 
 
 class NewtonStep(NamedTuple):
@@ -239,11 +242,6 @@ class TwoLayer(LayeredProblem):
     def point(self, x: Any) -> Array:
         """Return unknowns as columns, shape (d, k)."""
         return self._matrix(as_point(x, self.shape))
-
-
-# Random starts give logits of this size: outputs near uniform, yet away from the kink at zero.
-START_SIZE = 0.3
-N_STARTS = 4
 
 
 class ReluProblem(LayeredProblem):

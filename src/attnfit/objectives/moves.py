@@ -32,6 +32,8 @@ SHARE = 1e-4
 # The logarithm of a share that is zero in float64.
 LOG_OF_NOTHING = -800.0
 ROUNDING = 8.0 * float(np.finfo(np.float64).eps)
+# Rows that are kept to look at steps between the reads.
+PROBE_ROWS = 2_000
 
 
 def counting_rows(part: Part, chunk: Chunk) -> Mask:
@@ -116,10 +118,6 @@ def wants_to_fall(loss: Any, chunk: Chunk, z: Array, b: Array, w: Any, state: li
     terms = chunk.segments.spread(chunk.segments.sum(f * np.abs(loss.p(f, h, b, w))))
     p = loss.p(zero, zero + LOG_OF_NOTHING, b, w)
     return np.asarray(p - gamma >= -ROUNDING * terms - 1e-9 * (np.abs(gamma) + np.abs(p)))
-
-
-# Rows that are kept to look at steps between the reads.
-PROBE_ROWS = 2_000
 
 
 @dataclass

@@ -20,6 +20,25 @@ from attnfit.segments import Array
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+HELD = "in memory already"
+CURVATURE = "Hessian and its factors"
+SAMPLES = "rows drawn for the start"
+DRAWN = "rows drawn for the curvature"
+READING = "blocks being read"
+WORKING = "blocks being worked on"
+STORED = "stored blocks being decoded"
+REMEDIES = {
+    HELD: "pass data on disk, opened by attnfit.data.open_source, or raise memory_limit",
+    CURVATURE: "use solver=Newton(hessian='matrix_free'), or raise memory_limit",
+    STORED: "store the data in smaller chunks or row groups, or raise memory_limit",
+}
+T = TypeVar("T", float, Array)
+# d x d arrays beyond this size cost more than the products that replace them.
+MAX_DENSE = 3_000
+# Arrays of that size at a time: the Hessian, scaled, its factors or eigenvectors, and what LAPACK works in.
+DENSE_COPIES = 6
+# Blocks that are worked on, and the code that is compiled for it.
+WORK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -64,21 +83,6 @@ class MemoryEstimate:
             f"the fit takes about {self.total / 1e6:,.0f} MB; memory_limit is {limit / 1e6:,.0f} MB; "
             f"{name} is the largest part, {size / 1e6:,.0f} MB: {remedy}"
         )
-
-
-HELD = "in memory already"
-CURVATURE = "Hessian and its factors"
-SAMPLES = "rows drawn for the start"
-DRAWN = "rows drawn for the curvature"
-READING = "blocks being read"
-WORKING = "blocks being worked on"
-STORED = "stored blocks being decoded"
-
-REMEDIES = {
-    HELD: "pass data on disk, opened by attnfit.data.open_source, or raise memory_limit",
-    CURVATURE: "use solver=Newton(hessian='matrix_free'), or raise memory_limit",
-    STORED: "store the data in smaller chunks or row groups, or raise memory_limit",
-}
 
 
 def parse_size(size: Any) -> int:
@@ -161,16 +165,6 @@ class Evaluation:
     def predict_reference(self, x: Array) -> Array:
         """Return the normalisers of the long groups at a nearby x, to first order."""
         return np.asarray(self.state[0] + self.centre @ (x - self.x))
-
-
-T = TypeVar("T", float, Array)
-
-# d x d arrays beyond this size cost more than the products that replace them.
-MAX_DENSE = 3_000
-# Arrays of that size at a time: the Hessian, scaled, its factors or eigenvectors, and what LAPACK works in.
-DENSE_COPIES = 6
-# Blocks that are worked on, and the code that is compiled for it.
-WORK_BYTES = 1 << 26
 
 
 class Moved(NamedTuple):

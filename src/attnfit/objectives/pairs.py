@@ -16,6 +16,10 @@ from attnfit.data.on_disk import Column, stored_source
 from attnfit.data.pairs import Block, KroneckerDesign, PairColumn
 from attnfit.data.sources import Source
 
+# Entries of a map on disk that are checked at a time.
+CHECKED = 1 << 22
+Array = NDArray[np.float64]
+
 
 def smallest_normal(b: NDArray[Any] | Column) -> float:
     """Return the smallest normal number of the narrowest format that holds every entry."""
@@ -53,12 +57,6 @@ def first_negative(b: NDArray[Any] | Column) -> tuple[int, float]:
             k = int(np.argmax(values < 0))
             return rows.start + k, float(values[k])
     return -1, 0.0
-
-
-Array = NDArray[np.float64]
-
-# Entries of a map on disk that are checked at a time.
-CHECKED = 1 << 22
 
 
 def per_sequence(values: Any, n: int | None, name: str) -> list[Any]:

@@ -20,6 +20,7 @@ from attnfit.segments import Array, Index
 
 # Rows that are read at a time; those worked on at a time, so that what is made of them stays in cache.
 PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13
+_NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))
 
 
 class PerPart(list[Any]):
@@ -334,6 +335,3 @@ def target_sums(part: Part, first: int, last: int) -> Array:
     for _, target in target_pieces(part, first, last):
         total += target.sum(), target @ target
     return np.array([last - first, *total])
-
-
-_NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))

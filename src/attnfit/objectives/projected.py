@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from attnfit.objectives.full_attention import FullAttention
 
 Array = NDArray[np.float64]
+# Where all queries attend alike, Z has rank one: this share of its size keeps the equations for Y regular.
+# Two steps of refinement take off what it adds in directions that Z has.
+FLOOR = 1e-13
+REFINEMENTS = 2
+# Starts of `minimize`: logits of this size, drawn anew each.
+START_SIZE, N_STARTS = 0.5, 5
 
 
 @dataclass(frozen=True)
@@ -156,14 +162,6 @@ def _weights(weights: Any, texts: list[Text], n: int) -> Array:
             for s, (w, text) in pairs
         ]
     )
-
-
-# Where all queries attend alike, Z has rank one: this share of its size keeps the equations for Y regular.
-# Two steps of refinement take off what it adds in directions that Z has.
-FLOOR = 1e-13
-REFINEMENTS = 2
-# Starts of `minimize`: logits of this size, drawn anew each.
-START_SIZE, N_STARTS = 0.5, 5
 
 
 class ProjectedAttention(Problem):

@@ -21,6 +21,17 @@ Array = NDArray[np.float64]
 
 # Relative to 0.5 sum w b^2: what a right-hand side is certified to.
 GAP_TOLERANCE = 1e-9
+# Outputs below this count as left out; of many outputs, below a tenth of the equal share.
+LEFT_OUT = 1e-5
+# A direction is sought that raises an output against so many others, the largest: more than that costs more
+# than a read of the data, and the mean of all is tried besides.
+N_AGAINST = 256
+# Shares to which one that is left out is raised on trial.
+SHARES = np.array([1e-4, 1e-3, 1e-2, 0.1, 0.5])
+N_CANDIDATES = 8
+# A fall of the loss counts from this share of ``max(value, 0.5 sum w b^2)``.
+FALL = 1e-9
+Index = NDArray[np.intp]
 
 
 def column_norms(problem: LayeredProblem) -> Array:
@@ -48,20 +59,6 @@ def duality_gaps(problem: LayeredProblem, layers: Layers) -> Array:
     terms = len(problem.b) + len(layers.f) + 4
     rounding = 0.5 * np.finfo(np.float64).eps * terms * norms.max(axis=0) * fitted
     return np.asarray(np.maximum(gaps, 0.0) + rounding)
-
-
-Index = NDArray[np.intp]
-
-# Outputs below this count as left out; of many outputs, below a tenth of the equal share.
-LEFT_OUT = 1e-5
-# A direction is sought that raises an output against so many others, the largest: more than that costs more
-# than a read of the data, and the mean of all is tried besides.
-N_AGAINST = 256
-# Shares to which one that is left out is raised on trial.
-SHARES = np.array([1e-4, 1e-3, 1e-2, 0.1, 0.5])
-N_CANDIDATES = 8
-# A fall of the loss counts from this share of ``max(value, 0.5 sum w b^2)``.
-FALL = 1e-9
 
 
 def false_optima(problem: LayeredProblem, X: Array, values: Array, layers: Layers) -> dict[int, Escape]:

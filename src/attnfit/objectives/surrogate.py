@@ -26,6 +26,11 @@ from attnfit.objectives.objective import MAX_DENSE
 from attnfit.objectives.part import Part
 from attnfit.segments import Array, Index, Segments
 
+# Directions with less than this share of the largest curvature are left alone.
+RANK = 1e-13
+# Beyond MAX_DENSE unknowns: conjugate gradients as far as a start needs, and reads of the rows for them.
+FORCING, MAX_PRODUCTS = 1e-2, 30
+
 
 def surrogate_rows(rows: Part) -> Part | None:
     """Return the same rows under a convex loss whose minimiser is a good start; None where there is none."""
@@ -89,12 +94,6 @@ def _positive_part(b: Array) -> Array:
 
 def _mapped(function: Callable[[Array], Array], values: Any) -> Any:
     return values.mapped(function) if isinstance(values, Column) else function(values)
-
-
-# Directions with less than this share of the largest curvature are left alone.
-RANK = 1e-13
-# Beyond MAX_DENSE unknowns: conjugate gradients as far as a start needs, and reads of the rows for them.
-FORCING, MAX_PRODUCTS = 1e-2, 30
 
 
 class LogStart(NamedTuple):

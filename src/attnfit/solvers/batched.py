@@ -37,6 +37,10 @@ REMEDIES = {
     "max_iter": "raise max_iter, or loosen tol",
     "precision": "no further decrease is possible in float64; loosen tol, or add ridge",
 }
+# How often a fit goes on from a false optimum.
+MAX_ESCAPES = 5
+Mask = NDArray[np.bool_]
+Index = NDArray[np.intp]
 
 
 def overall(status: NDArray[Any]) -> str:
@@ -61,9 +65,6 @@ def describe(status: NDArray[Any], reached: str, remedies: dict[str, str] = REME
         f"{len(bad):,} of {k:,} right-hand sides did not converge ({listed}), the first at index {bad[0]}: "
         f"{remedies[first]} ({reached})"
     )
-
-
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,6 @@ def _to_boundary(values: Array, along: Array, radius: Array, floor: Array) -> Ar
             step = shift + (norm - radius) / (radius * slope)
             shift = np.where((low < step) & (step < high), step, 0.5 * (low + high))
         return np.asarray(np.where(along == 0.0, 0.0, -along / (values + shift[:, None])))
-
-
-Index = NDArray[np.intp]
-
-# How often a fit goes on from a false optimum.
-MAX_ESCAPES = 5
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,12 @@ DERIVED = (
 )  # fmt: skip
 # Attributes as the user knows them.
 ARGUMENTS = {"design": "A", "penalty": "row_penalty"}
+FORMAT_VERSION = 1
+# The status of a fit that has not ended.
+RUNNING = "running"
+# The file is written again after this many times the last writing: it takes a tenth of the time at most.
+PAUSE = 9.0
+GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 
 def fingerprint(problem: Any) -> dict[str, str]:
@@ -103,14 +109,6 @@ def _add_array(digest: Any, array: np.ndarray[Any, Any]) -> None:
     looked_at = rows[:: max(1, len(rows) // max(16, min(ROWS, ENTRIES // row_size)))]
     text = repr(looked_at.tolist()).encode() if array.dtype.hasobject else None
     digest.update(np.ascontiguousarray(looked_at).tobytes() if text is None else text)
-
-
-FORMAT_VERSION = 1
-# The status of a fit that has not ended.
-RUNNING = "running"
-# The file is written again after this many times the last writing: it takes a tenth of the time at most.
-PAUSE = 9.0
-GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 
 class Checkpoint:

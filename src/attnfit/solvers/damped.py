@@ -37,6 +37,10 @@ MAX_POLISH = 30
 
 
 Solve = Callable[[Array], Array]
+# Starts that are descended from together: as many as keep their Jacobians in cache.
+BATCH_ENTRIES = 1 << 21
+# Steps with each gamma of a continuation.
+STEPS = 20
 
 
 class Normal(Protocol):
@@ -256,12 +260,6 @@ class DampedFits:
         phase = self.phase if len(self.x) == 1 else f"{self.phase}, {left} left"
         value = float(self.values[best])
         self.tracker.record(phase, self.n_iter, value, relative, step_norm=step_norm, accepted=accepted)
-
-
-# Starts that are descended from together: as many as keep their Jacobians in cache.
-BATCH_ENTRIES = 1 << 21
-# Steps with each gamma of a continuation.
-STEPS = 20
 
 
 @dataclass(frozen=True)

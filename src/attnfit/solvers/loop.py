@@ -22,6 +22,22 @@ from attnfit.solvers.subproblem import Step
 from attnfit.solvers.verdicts import STAY, Judge, Next, Status, Verdict
 
 Callback = Callable[[Record], Any]
+# Differences of the value below this share of it are rounding; the gradients at both ends then tell the
+# decrease.
+NOISE = 1e-13
+MAX_REJECTIONS = 40
+# The move of the first step off a saddle.
+SADDLE_STEP = 0.1
+# Without a radius yet no step moves a logit further than this: beyond, an exponential is another one.
+FIRST_MOVE = 4.0
+# A step that the model predicted worse than this tells that its curvature does not serve.
+POOR = 0.25
+# Ends whose logits differ by more than this are different minima.
+DISTINCT = 1e-3
+# Ends that are on their way.
+UNFINISHED = (Status.MAX_ITER, Status.PRECISION)
+TINY = float(np.finfo(np.float64).tiny)
+Array = NDArray[np.float64]
 
 
 class StopFit(Exception):
@@ -101,25 +117,6 @@ class Tracker:
     def seconds(self) -> float:
         """Return the time since the fit began."""
         return self.clock() - self.began
-
-
-Array = NDArray[np.float64]
-
-# Differences of the value below this share of it are rounding; the gradients at both ends then tell the
-# decrease.
-NOISE = 1e-13
-MAX_REJECTIONS = 40
-# The move of the first step off a saddle.
-SADDLE_STEP = 0.1
-# Without a radius yet no step moves a logit further than this: beyond, an exponential is another one.
-FIRST_MOVE = 4.0
-# A step that the model predicted worse than this tells that its curvature does not serve.
-POOR = 0.25
-# Ends whose logits differ by more than this are different minima.
-DISTINCT = 1e-3
-# Ends that are on their way.
-UNFINISHED = (Status.MAX_ITER, Status.PRECISION)
-TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass

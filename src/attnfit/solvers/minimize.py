@@ -23,6 +23,10 @@ from attnfit.solvers.result import Result
 from attnfit.solvers.starts import Start
 from attnfit.solvers.verdicts import MAX_TOL, Status, Verdict, assess
 
+# Ends that need no second look.
+ENDED = (Status.INTERRUPTED, Status.OVERFLOW)
+Array = NDArray[np.float64]
+
 
 def default_solver(problem: Problem) -> Any:
     """Return the exact solver for mixtures, all columns at once where there are several, restarts for the
@@ -47,12 +51,6 @@ def default_solver(problem: Problem) -> Any:
 
         return BatchedNewton()
     return EscapingNewton() if Offer.COLUMNS in offers else Newton()
-
-
-Array = NDArray[np.float64]
-
-# Ends that need no second look.
-ENDED = (Status.INTERRUPTED, Status.OVERFLOW)
 
 
 def minimize(

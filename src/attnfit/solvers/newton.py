@@ -40,6 +40,8 @@ N_PROBES = 8
 LOOSE, CLOSE, MAX_LOOSE = 1e-2, 0.1, 50
 # A loss of squares below this share of one seen elsewhere is zero but for rounding.
 EXACT = 1e-22
+# How often a fit goes on from a false optimum.
+MAX_ESCAPES = 5
 
 
 @dataclass(frozen=True)
@@ -218,10 +220,6 @@ def require_starts(n_starts: Any) -> None:
     whole = isinstance(n_starts, int | np.integer) and not isinstance(n_starts, bool)
     if n_starts != "auto" and not (whole and n_starts >= 1):
         raise ValueError(f'n_starts must be an integer >= 1 or "auto", not {n_starts!r}')
-
-
-# How often a fit goes on from a false optimum.
-MAX_ESCAPES = 5
 
 
 @dataclass(frozen=True)

@@ -94,13 +94,21 @@ class Recording:
         self.entries = entries
         self.reads_saved, self.seconds_saved = 0.0, 0.0
         self.at: Evaluation | None = None
-        self.on_add: Callable[[], None] = lambda: None
+        self.on_add: Callable[[], None] = _nothing
         self._name, self._may_differ = name, may_differ
         self._position = 0
         self._unchecked: tuple[Evaluation, Callable[[], Evaluation]] | None = None
         self._leverages: dict[int, Callable[[], Any]] = {}
         self._depth = 0
         self._sealed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this run: what it still owed is done first."""
+        self.check()
+        for again in list(self._leverages.values()):
+            again()
+        at = None if self.at is None else self.at.bare()
+        return vars(self) | {"at": at, "on_add": _nothing, "_unchecked": None, "_leverages": {}}
 
     @property
     def silent(self) -> bool:
@@ -198,4 +206,5 @@ class Recording:
         self._leverages.pop(id(sampler.leverage), lambda: None)()
 
 
-Array = NDArray[np.float64]
+def _nothing() -> None:
+    """Do nothing."""

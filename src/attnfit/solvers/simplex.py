@@ -28,6 +28,15 @@ RIDGE = 1e-12
 N_REFINEMENTS = 2
 # Factors of distinct faces held at once, in numbers.
 FACTOR_ENTRIES = 2**22
+# Right-hand sides that are solved together; more share factors of a face, fewer fit into the cache.
+CHUNK = 2**14
+# Logits of proportions that are zero lie this far below the largest: exp gives an exact zero.
+DEPTH = 800.0
+UNCERTIFIED = (
+    "the duality gap cannot be brought below its tolerance in float64; bring the signatures to similar "
+    "scales, "
+    "or raise gap_tolerance of ActiveSet"
+)
 
 
 class Faces:
@@ -201,17 +210,6 @@ def _descend_to_face(faces: Faces, c: Array, f: Array, passive: Mask, rows: Inde
         leaving = blocking & (room <= step)
         passive[rows] &= ~leaving
         f[rows] = np.where(leaving, 0.0, np.maximum(here + step * (goal - here), 0.0))
-
-
-# Right-hand sides that are solved together; more share factors of a face, fewer fit into the cache.
-CHUNK = 2**14
-# Logits of proportions that are zero lie this far below the largest: exp gives an exact zero.
-DEPTH = 800.0
-UNCERTIFIED = (
-    "the duality gap cannot be brought below its tolerance in float64; bring the signatures to similar "
-    "scales, "
-    "or raise gap_tolerance of ActiveSet"
-)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ SAID = {
 # Logits of a smaller deviation show X C Y of one text and little else.
 WEAK = 0.5
 TINY = float(np.finfo(np.float64).tiny)
+DESCRIPTION = "variable projection, Levenberg-Marquardt"
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,6 @@ class VariableProjection(Solver):
             late = alike and search.tracker.seconds() > self.seconds
             if search.is_exact or search.n_reached >= (REACHED_ONE_TEXT if alike else REACHED) or late:
                 return
-
-
-DESCRIPTION = "variable projection, Levenberg-Marquardt"
 
 
 class Search:

@@ -24,6 +24,11 @@ from numpy.typing import NDArray
 
 from attnfit.data.kernels import Compiled
 
+# A header can claim any size: these bound what is believed before anything is allocated for it.
+LARGEST_ROW = 1 << 30
+LARGEST_BLOCK = 1 << 30
+MOST_COMPRESSION = 64
+
 
 class FileFormatError(ValueError):
     """A data file that is malformed, damaged, or holds what cannot be read as rows of numbers."""
@@ -100,12 +105,6 @@ def checksum(*arrays: NDArray[Any]) -> int:
         data = array.reshape(-1).view(np.uint8)
         _compiled()(data, np.array([0, len(data)]), 0, 1, key, found)
     return int(found[0])
-
-
-# A header can claim any size: these bound what is believed before anything is allocated for it.
-LARGEST_ROW = 1 << 30
-LARGEST_BLOCK = 1 << 30
-MOST_COMPRESSION = 64
 
 
 class Source(ABC):

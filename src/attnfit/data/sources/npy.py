@@ -29,6 +29,11 @@ from attnfit.data.sources.base import (
     require_rows,
 )
 
+BLOCK_BYTES = 1 << 18
+MOST_BLOCKS = 1 << 24
+# Rows of a sample that lie closer are fetched together: skipping less than a page saves no disk.
+PAGE_BYTES = 1 << 12
+
 
 class BlockSource(Source):
     """A source that keeps the block it decoded last, so that small reads in a row decode it once."""
@@ -117,12 +122,6 @@ class DenseBlockSource(BlockSource):
         for block, places in self._by_block(rows):
             found[places] = self._kept(block)[rows[places] - self.edges[block]]
         return found
-
-
-BLOCK_BYTES = 1 << 18
-MOST_BLOCKS = 1 << 24
-# Rows of a sample that lie closer are fetched together: skipping less than a page saves no disk.
-PAGE_BYTES = 1 << 12
 
 
 class Layout(NamedTuple):

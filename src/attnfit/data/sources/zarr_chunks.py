@@ -22,6 +22,9 @@ from zarr.codecs import ShardingCodec
 
 from attnfit.data.sources.zarr_store import most_bytes
 
+# Where the first bytes tell the size that their decoder makes room for.
+CLAIMED = {"blosc": slice(4, 8), "lz4": slice(0, 4)}
+
 
 def bounded(array: Array[Any]) -> Array[Any]:
     """Return a zarr array that decodes nothing to more than `most_bytes`."""
@@ -113,8 +116,6 @@ def _zstd(data: memoryview, most: int) -> bytes:
         return bytes(stream.read(most))
 
 
-# Where the first bytes tell the size that their decoder makes room for.
-CLAIMED = {"blosc": slice(4, 8), "lz4": slice(0, 4)}
 # The first ``most`` bytes of what they hold. A zstd frame need not tell its size, and others may follow.
 STREAMS: dict[str, Callable[[memoryview, int], bytes]] = {
     "bz2": lambda data, most: bz2.BZ2File(io.BytesIO(data)).read(most),

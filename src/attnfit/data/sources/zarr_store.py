@@ -35,6 +35,8 @@ CODECS = frozenset(
         *("adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3"),
     }
 )
+LARGEST_CHUNK = 1 << 31
+MOST_BLOCKS = 1 << 24
 
 
 def is_zarr(path: str) -> bool:
@@ -122,10 +124,6 @@ def _codecs(specifications: Any) -> list[str]:
         within = {} if isinstance(codec, str) else codec.get("configuration") or {}
         names += _codecs([*within.get("codecs", ()), *within.get("index_codecs", ())])
     return names
-
-
-LARGEST_CHUNK = 1 << 31
-MOST_BLOCKS = 1 << 24
 
 
 class ZarrSource(DenseBlockSource):
