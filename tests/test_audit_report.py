@@ -16,7 +16,7 @@ import audit_reports
 from audit_reports import TEXTS, report
 
 from attnfit.audit.advice import percent
-from attnfit.audit.page import Column, Entry, assemble, number, table
+from attnfit.audit.page import Column, Entry, number, templates
 from attnfit.audit.page.chart import Chart, Line
 from attnfit.audit.report_html import render
 
@@ -188,8 +188,11 @@ def test_the_policy_allows_this_style_and_script_only():
 
 
 def test_numbers_that_are_none_are_dashes_that_sort_last():
-    assert number(None).markup == number(float("nan")).markup == "–"
-    page = assemble("t", table("t", [Column("a")], [[number(1.5)], [number(None)], [Entry("x", 0.25)]]))
+    assert number(None).text == number(float("nan")).text == "–"
+    rows = [[number(1.5)], [number(None)], [Entry("<x>", 0.25)]]
+    alone = templates().from_string('{% from "parts.html" import table %}{{ table("t", columns, rows) }}')
+    page = alone.render(columns=[Column("a")], rows=rows)
+    assert "&lt;x&gt;" in page
     assert checked(page)
     assert re.findall(r'data-value="([^"]*)"', page) == ["1.5", "nan", "0.25"]
 

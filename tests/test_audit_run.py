@@ -179,7 +179,7 @@ def test_ctrl_c_keeps_what_was_done(tiny):  # noqa: F811
         ({"texts": ["a" * 300]}, "takes 128: shorten it"),
         ({"budget": 0}, "budget must be a positive"),
         ({"access": []}, "access is empty"),
-        ({"access": ["weights"]}, "or 'masked'"),
+        ({"access": ["weights"]}, "topk:COUNT, masked"),
         ({"access": ["hidden:15"]}, "layer must be 1 to 5"),
         ({"access": ["attention:4"]}, "block must be 0 to 3"),
         ({"defences": ["rot13"]}, "'rot13' is not known"),

@@ -14,9 +14,11 @@ from attnfit.audit.errors import (
 )
 
 if TYPE_CHECKING:
-    from attnfit.audit.attention import invert_attention
+    from attnfit.audit.access import Access
+    from attnfit.audit.check import check_access, check_defence
+    from attnfit.audit.checks import check_states
+    from attnfit.audit.defences import Defence, Defended
     from attnfit.audit.found import Found, Position
-    from attnfit.audit.hidden import invert_hidden
     from attnfit.audit.inverting import invert
     from attnfit.audit.logits import invert_logits
     from attnfit.audit.masked import MaskedFound, recover_masked
@@ -25,10 +27,14 @@ if TYPE_CHECKING:
     from attnfit.audit.relaxation import Relaxation, masked_relaxation
     from attnfit.audit.report import Report
     from attnfit.audit.running import run
+    from attnfit.audit.states import StatesAccess, invert_attention, invert_hidden
     from attnfit.audit.topk import invert_topk
     from attnfit.audit.utility import Utility, utility_lost
 
 _HOMES = {
+    "Access": "access",
+    "Defence": "defences",
+    "Defended": "defences",
     "Found": "found",
     "MaskedFound": "masked",
     "Model": "models",
@@ -36,10 +42,14 @@ _HOMES = {
     "Position": "found",
     "Relaxation": "relaxation",
     "Report": "report",
+    "StatesAccess": "states",
     "Utility": "utility",
+    "check_access": "check",
+    "check_defence": "check",
+    "check_states": "checks",
     "invert": "inverting",
-    "invert_attention": "attention",
-    "invert_hidden": "hidden",
+    "invert_attention": "states",
+    "invert_hidden": "states",
     "invert_logits": "logits",
     "invert_topk": "topk",
     "load": "models",
@@ -51,7 +61,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Access",
     "AuditError",
+    "Defence",
+    "Defended",
     "Found",
     "MalformedModel",
     "MaskedFound",
@@ -64,8 +77,12 @@ __all__ = [
     "Position",
     "Relaxation",
     "Report",
+    "StatesAccess",
     "Unsupported",
     "Utility",
+    "check_access",
+    "check_defence",
+    "check_states",
     "invert",
     "invert_attention",
     "invert_hidden",

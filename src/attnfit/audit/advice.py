@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from attnfit.audit.cells import MASKED, NONE
+from attnfit.audit.cells import NONE
+from attnfit.audit.defences import Chain
+from attnfit.audit.forms import parse_access
+from attnfit.audit.lower_precision import split_run
 
 if TYPE_CHECKING:
     from attnfit.audit.report import Report
@@ -23,18 +26,6 @@ def percent(share: float) -> str:
         if share in (0.0, 1.0) or float(told) not in (0.0, 100.0):
             return f"{told} %"
     return "< 0.01 %" if share < 0.5 else "> 99.99 %"
-
-
-def describe_access(access: str) -> str:
-    """Return a form of access in words."""
-    kind, _, place = access.partition(":")
-    return {
-        "hidden": f"the hidden states after layer {place}",
-        "attention": f"the attention output of block {place}",
-        "logits": "all next-token scores (logits)",
-        "topk": f"the {place} largest log-probabilities at every position",
-        "masked": "the model itself",
-    }[kind]
 
 
 def verdict(report: Report) -> str:
@@ -110,17 +101,17 @@ def advise(report: Report, limit: float) -> list[str]:
 
 def _of_access(report: Report, access: str, limit: float) -> str:
     bare = report.pair(access)
-    what = describe_access(access)
+    form = parse_access(access)
     if bare is None or not bare.tested:
         return ""
     if bare.token_share <= limit and not bare.complete:
         return f"{access}: too few texts were tested to their end to say that it gives nothing away."
     share = percent(bare.token_share)
-    if access == MASKED:
+    if not form.observed:
         return _of_masked(bare, limit)
     if bare.token_share <= limit:
-        return f"{access}: {share} of the tokens come back from {what} even without a defence."
-    told = [f"{access}: whoever sees {what} reads {share} of the tokens."]
+        return f"{access}: {share} of the tokens come back from {form.description} even without a defence."
+    told = [f"{access}: whoever sees {form.description} reads {share} of the tokens."]
     defended = [p for p in report.pairs if p.access == access and p.defence != NONE]
     weak = [pair for pair in defended if pair.tested and pair.token_share > limit]
     enough = [p for p in defended if p.tested and p.complete and p.token_share <= limit]
@@ -132,7 +123,7 @@ def _of_access(report: Report, access: str, limit: float) -> str:
         told.append(
             f"{best.defence} does, on these texts: {percent(best.token_share)} come back{_cost(best)}."
         )
-        if "drop0" in best.defence.split("+"):
+        if Chain.parse(split_run(best.defence)[1]).withholds:
             told.append(
                 "The token withheld is searched for among likely pairs, not all: a better attack may find "
                 "it, and the rest with it."

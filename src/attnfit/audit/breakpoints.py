@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-from attnfit.audit.defences import apply_defence
-from attnfit.audit.engine.prefix import Prefix
-from attnfit.audit.models.blocks import attention_of
+from attnfit.audit.access import Access
+from attnfit.audit.defences import Chain, apply_defence
+from attnfit.audit.forms import parse_access
+from attnfit.audit.lower_precision import split_run
 from attnfit.audit.models.model import Model, Tokens
-from attnfit.audit.observation import Access, leak, parse_access
 
 Array = NDArray[np.float64]
 
@@ -102,16 +102,15 @@ def forecast(
     rng = np.random.default_rng(random_state)
     began = perf_counter()
     positions: list[_Position] = []
-    arrays = {}
+    arrays, metric = {}, form.metric(model)
     for text, tokens in enumerate(truths):
-        arrays[text] = leak(model, tokens, form)[0]
+        arrays[text] = form.leak(model, tokens).array
         for place in range(len(tokens)):
             if positions and (perf_counter() - began > seconds or len(positions) >= MAX_POSITIONS):
                 break
-            positions.append(_position(model, tokens, place, text, form, rng))
+            positions.append(_position(model, tokens, place, text, form, metric, rng))
     used = {position.text for position in positions}
-    whitener = _logit_size(model) if form.kind == "logits" else None
-    judge = _Judge(positions, {text: arrays[text] for text in used}, whitener)
+    judge = _Judge(positions, {text: arrays[text] for text in used}, metric)
     return Forecast(
         shares={defence: judge.share(defence) for defence in defences if judge.covers(defence)},
         noise={unit: judge.half(name) for unit, name in NOISE.items()},
@@ -124,12 +123,13 @@ def forecast(
 class _Judge:
     """Shares of some positions under any error."""
 
-    def __init__(self, positions: list[_Position], arrays: dict[int, Any], whitener: Any) -> None:
-        self._positions, self._arrays, self._whitener = positions, arrays, whitener
+    def __init__(self, positions: list[_Position], arrays: dict[int, Any], metric: Array | None) -> None:
+        self._positions, self._arrays, self._metric = positions, arrays, metric
 
     def covers(self, defence: str) -> bool:
         """Whether every number is still there, with an error that is known."""
-        return "drop0" not in defence and not defence.startswith("run:")
+        dtype, rest = split_run(defence)
+        return dtype is None and not Chain.parse(rest).withholds
 
     def share(self, defence: str) -> float:
         """Return the expected share of tokens recovered."""
@@ -171,7 +171,7 @@ class _Judge:
 
     def _right(self, position: _Position, errors: dict[int, Any], ratio: float) -> float:
         error = errors[position.text][position.rows].reshape(-1).astype(np.float64)
-        if self._whitener is not None:
+        if self._metric is not None:
             error = np.full(position.differences.shape[1], np.sqrt(np.mean(error**2)))
         if not error.any():
             return 1.0
@@ -181,36 +181,19 @@ class _Judge:
 
 
 def _position(
-    model: Model, tokens: Tokens, place: int, text: int, form: Access, rng: np.random.Generator
+    model: Model,
+    tokens: Tokens,
+    place: int,
+    text: int,
+    form: Access,
+    metric: Array | None,
+    rng: np.random.Generator,
 ) -> _Position:
     """Return what rivals of one token would have given."""
     rivals, counts = _rivals(model, tokens[place], rng)
-    every = torch.tensor([tokens[place], *rivals])
-    if form.kind == "attention":
-        outputs = _attentions(model, tokens, place, every, form.place)
-        rows: Any = slice(None) if model.kind == "encoder" else slice(place, place + 1)
-    else:
-        prefix = Prefix(model, form.place if form.kind == "hidden" else model.n_layers + 1)
-        if place:
-            prefix.extend(tokens[:place])
-        outputs = prefix.candidates(every)
-        rows = slice(place, place + 1)
+    outputs, rows = form.rivals(model, tokens, place, torch.tensor([tokens[place], *rivals]))
     differences = (outputs[1:] - outputs[0]).double().numpy()
-    if form.kind == "logits":
-        differences = differences @ _logit_size(model)
-    return _Position(differences, counts, text, rows)
-
-
-def _attentions(model: Model, tokens: Tokens, place: int, candidates: Any, block: int) -> Any:
-    """Return the attention outputs with each candidate at one place; an encoder's at all positions."""
-    length = len(tokens) if model.kind == "encoder" else place + 1
-    sequences = torch.tensor(tokens[:length]).repeat(len(candidates), 1)
-    sequences[:, place] = candidates
-    part = attention_of(model.blocks[block], model.name)
-    with torch.no_grad():
-        batches = [model.capture([part], "output", input_ids=batch)[0] for batch in sequences.split(N_RIVALS)]
-    outputs = torch.cat(batches)
-    return outputs.flatten(1) if model.kind == "encoder" else outputs[:, place]
+    return _Position(differences if metric is None else differences @ metric, counts, text, rows)
 
 
 def _rivals(model: Model, token: int, rng: np.random.Generator) -> tuple[list[int], Array]:
@@ -225,9 +208,3 @@ def _rivals(model: Model, token: int, rng: np.random.Generator) -> tuple[list[in
     drawn = rng.choice(rest, N_RIVALS, replace=False)
     counts = np.concatenate([np.ones(len(near)), np.full(N_RIVALS, len(rest) / N_RIVALS)])
     return [*near.tolist(), *drawn.tolist()], counts
-
-
-def _logit_size(model: Model) -> Array:
-    """Return L with |centred logits of y| = |y L|."""
-    values, vectors = model.head_directions
-    return np.asarray((vectors * values.clamp_min(0).sqrt()).numpy())

@@ -10,17 +10,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from attnfit.audit.access import Access
 from attnfit.audit.deadline import Deadline
 from attnfit.audit.engine.prefix import check_text
 from attnfit.audit.errors import AuditError, Unsupported
-from attnfit.audit.inverting import layer_of, search_for
+from attnfit.audit.forms import parse_access
+from attnfit.audit.inverting import search_for
 from attnfit.audit.masked import COMMON, MaskedFound, common_words, recover_masked
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text, is_chat, tokenised
-from attnfit.audit.observation import Access, Observation, observe, parse_access
-from attnfit.audit.utility import utility_lost
+from attnfit.audit.observation import Observation, observe
+from attnfit.audit.utility import cost_of
 
-NONE, MASKED = "none", "masked"
+NONE = "none"
 N_MASKED = 2
 # Candidates a position for noise that no text explains: the vocabulary to its end would say no more.
 NOISE_CANDIDATES = 512
@@ -142,14 +144,14 @@ class Attack:
         KeyboardInterrupt
             If it was not the clock.
         """
-        hidden = key.access == MASKED
-        truth = self._truths[key.text][: N_MASKED if hidden else None]
+        observed = parse_access(key.access).observed
+        truth = self._truths[key.text][: None if observed else N_MASKED]
         blank = Cell(key, "cut", CUT, len(truth), [], [])
         deadline, began = Deadline(self._model, seconds), perf_counter()
         cell = blank
         try:
             with deadline:
-                cell = self._hide(blank, truth) if hidden else self._invert(blank, truth)
+                cell = self._invert(blank, truth) if observed else self._hide(blank, truth)
         except Unsupported as error:
             cell = replace(blank, status="unsupported", message=str(error))
         except AuditError as error:
@@ -207,16 +209,18 @@ class Attack:
         )
         if key.control == "noise":
             return replace(cell, n_tokens=max(1, len(found.tokens)), right=[False] * len(found.tokens))
-        if key.control or model.kind != "causal" or seen.access.kind == "topk" or not model.predicts:
+        if key.control or model.kind != "causal" or not model.predicts:
             return cell
-        lost = utility_lost(model, text, seen)
+        lost = cost_of(model, text, seen)
+        if lost is None:
+            return cell
         return replace(cell, divergence=lost.divergence, agreement=lost.agreement)
 
     def _way(self, form: Access, text: int, tokens: Tokens, control: str) -> str:
         """Return how candidates are evaluated, after that was compared with the model itself on this text."""
         told = (str(form), text, control == "other text")
         if told not in self._ways:
-            self._ways[told] = check_text(self._model, layer_of(self._model, form), tokens)
+            self._ways[told] = check_text(self._model, form.layer(self._model), tokens)
         return self._ways[told]
 
     def _hide(self, blank: Cell, truth: Tokens) -> Cell:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +18,10 @@ Array = NDArray[np.float32]
 # Half a unit in the last place of the significand, as a standard deviation: uniform errors.
 UNIFORM = 12.0**-0.5
 FLOAT16_DIGITS, BFLOAT16_DIGITS = 11, 8
-
-KINDS = (
-    "none, float16, bfloat16, int8, int4, int8:channel, int4:channel, noise:R (times the root mean square of "
-    "each row), noise:Rstd (times each channel's standard deviation), round:DECIMALS, drop0; joined by +; "
-    "run:bfloat16 before them"
-)
+NUMBER = r"[0-9.]+(?:e-?[0-9]+)?"
+# Entry points of this group name subclasses of `Defence`.
+GROUP = "attnfit.defences"
+DEFENCES: dict[str, type[Defence]] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,194 @@ class Defended:
     reach: Array
     dropped: tuple[int, ...] = ()
 
+    @classmethod
+    def rounded(cls, array: Array, error: Array) -> Defended:
+        """Return what rounding of any kind gives: it errs by half a step at most, and uniformly within it."""
+        return cls(array, error, np.asarray(error / UNIFORM / 2, dtype=np.float32))
 
-Step = Callable[[Array, np.random.Generator], tuple[Array, Array]]
+
+class Defence(ABC):
+    """A defence, known to every audit by its name from the definition of its class on.
+
+    `attnfit.audit.check_defence` tests one.
+
+    Attributes
+    ----------
+    pattern : str
+        Regular expression of its names; the groups are the arguments of the constructor, as text or None.
+    written : str
+        How its names are written, in messages.
+    """
+
+    pattern: ClassVar[str] = ""
+    written: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **more: object) -> None:
+        super().__init_subclass__(**more)
+        if "pattern" in vars(cls):
+            known = DEFENCES.get(cls.pattern)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise TypeError(f"defence {cls.pattern!r} is {known.__qualname__} already")
+            DEFENCES[cls.pattern] = cls
+
+    @abstractmethod
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Return an array, shape (n, width), after the defence.
+
+        Raises
+        ------
+        AuditError
+            If it cannot be applied to these numbers.
+        """
+
+
+class Nothing(Defence):
+    """The outputs as they are."""
+
+    pattern = written = "none"
+
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Return the array."""
+        return Defended.rounded(array, np.zeros_like(array))
+
+
+class Float16(Defence):
+    """The nearest numbers of 11 binary digits."""
+
+    pattern = written = "float16"
+
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Return the nearest half-precision numbers."""
+        if np.abs(array).max() > np.finfo(np.float16).max:
+            raise AuditError("float16 overflows: the largest number is beyond 65,504; use bfloat16")
+        return Defended.rounded(
+            array.astype(np.float16).astype(np.float32), _last_place(array, FLOAT16_DIGITS)
+        )
+
+
+class Bfloat16(Defence):
+    """The nearest numbers of 8 binary digits."""
+
+    pattern = written = "bfloat16"
+
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Return the nearest numbers, ties to even."""
+        bits = array.view(np.uint32)
+        kept = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+        return Defended.rounded(kept.astype(np.uint32).view(np.float32), _last_place(array, BFLOAT16_DIGITS))
+
+
+class Integers(Defence):
+    """A symmetric grid of so many bits, whose step follows the largest number of each row or channel."""
+
+    pattern = r"int([2-8])(:channel)?"
+    written = "int8, int4, int8:channel, int4:channel"
+
+    def __init__(self, bits: str, channel: str | None = None) -> None:
+        self.levels, self.axis = 2 ** (int(bits) - 1) - 1, 0 if channel else 1
+
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Return the nearest points of the grid."""
+        largest = np.abs(array).max(axis=self.axis, keepdims=True)
+        step = np.maximum(largest / self.levels, np.finfo(np.float32).tiny)
+        error = np.broadcast_to(UNIFORM * step, array.shape).astype(np.float32)
+        return Defended.rounded((np.rint(array / step) * step).astype(np.float32), error)
+
+
+class Noise(Defence):
+    """Gaussian noise in proportion to the root mean square of each row, or to each channel's deviation."""
+
+    pattern = rf"noise:({NUMBER})(std)?"
+    written = (
+        "noise:R (times the root mean square of each row), "
+        "noise:Rstd (times each channel's standard deviation)"
+    )
+
+    def __init__(self, ratio: str, std: str | None = None) -> None:
+        self.ratio, self.by_channel = float(ratio), bool(std)
+
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Add the noise."""
+        if self.by_channel:
+            size = array.std(axis=0, keepdims=True)
+        else:
+            size = np.sqrt(np.mean(array**2, axis=1, keepdims=True))
+        error = np.broadcast_to(self.ratio * size, array.shape).astype(np.float32)
+        noisy = (array + error * rng.standard_normal(array.shape)).astype(np.float32)
+        return Defended(noisy, error, np.full_like(array, np.inf))
+
+
+class Decimals(Defence):
+    """So many digits after the point."""
+
+    pattern, written = "round:([0-9]+)", "round:DECIMALS"
+
+    def __init__(self, digits: str) -> None:
+        self.digits = int(digits)
+
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Round."""
+        error = np.full_like(array, UNIFORM * 10.0**-self.digits)
+        return Defended.rounded(np.round(array, self.digits), error)
+
+
+class WithheldFirst(Defence):
+    """All but the first position."""
+
+    pattern = written = "drop0"
+
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Withhold the first position."""
+        if len(array) < 2:
+            raise AuditError("drop0 leaves nothing of one position")
+        left = array[1:]
+        return Defended(left, np.zeros_like(left), np.zeros_like(left), (0,))
+
+
+def _last_place(array: Array, digits: int) -> Array:
+    """Return the error of rounding to so many binary digits, as a standard deviation."""
+    _, exponent = np.frexp(array)
+    return np.asarray(np.ldexp(UNIFORM, exponent - digits), dtype=np.float32)
+
+
+class Chain:
+    """Several defences, one after the other.
+
+    Parameters
+    ----------
+    parts : list of Defence
+    """
+
+    def __init__(self, parts: list[Defence]) -> None:
+        self.parts = parts
+
+    @classmethod
+    def parse(cls, defence: str | None) -> Self:
+        """Return the defences of a name such as "float16+noise:0.1std".
+
+        Raises
+        ------
+        AuditError
+            If a part is not known.
+        """
+        return cls([_named(name.strip()) for name in (defence or "none").split("+")])
+
+    @property
+    def withholds(self) -> bool:
+        """Whether a position is withheld."""
+        return any(isinstance(part, WithheldFirst) for part in self.parts)
+
+    def apply(self, array: Array, rng: np.random.Generator) -> Defended:
+        """Return what leaves; variances and largest errors add up."""
+        squares, reach = np.zeros_like(array), np.zeros_like(array)
+        dropped: tuple[int, ...] = ()
+        for part in self.parts:
+            found = part.apply(array, rng)
+            n = len(found.dropped)
+            dropped += tuple(len(dropped) + place for place in found.dropped)
+            array = found.array
+            squares, reach = squares[n:] + np.square(found.error), reach[n:] + found.reach
+        return Defended(array, np.sqrt(squares), reach.astype(np.float32), dropped)
 
 
 def apply_defence(array: Array, defence: str | None, random_state: int = 0) -> Defended:
@@ -65,80 +252,23 @@ def apply_defence(array: Array, defence: str | None, random_state: int = 0) -> D
         If a part is not known.
     """
     rng = np.random.default_rng(random_state)
-    array = np.asarray(array, dtype=np.float32)
-    squares, reach = np.zeros_like(array), np.zeros_like(array)
-    dropped: tuple[int, ...] = ()
-    for name in map(str.strip, (defence or "none").split("+")):
-        if name == "drop0":
-            if len(array) < 2:
-                raise AuditError("drop0 leaves nothing of one position")
-            array, squares, reach, dropped = array[1:], squares[1:], reach[1:], (0,)
-            continue
-        array, error = _step(name)(array, rng)
-        squares = squares + np.square(error)
-        # Rounding of every kind errs by half a step at most, and uniformly within it.
-        reach = reach + (np.inf if name.startswith("noise:") else error / UNIFORM / 2)
-    return Defended(array, np.sqrt(squares), reach.astype(np.float32), dropped)
+    return Chain.parse(defence).apply(np.asarray(array, dtype=np.float32), rng)
 
 
-def _step(name: str) -> Step:
-    """Return what a defence of this name does."""
-    if name == "none":
-        return lambda array, _: (array, np.zeros_like(array))
-    if name == "float16":
-        return lambda array, _: _to_float16(array)
-    if name == "bfloat16":
-        return lambda array, _: _to_bfloat16(array)
-    quantised = re.fullmatch(r"int([2-8])(:channel)?", name)
-    if quantised:
-        bits, axis = int(quantised[1]), 0 if quantised[2] else 1
-        return lambda array, _: _quantised(array, bits, axis)
-    noisy = re.fullmatch(r"noise:([0-9.]+(?:e-?[0-9]+)?)(std)?", name)
-    if noisy:
-        ratio, by_channel = float(noisy[1]), bool(noisy[2])
-        return lambda array, rng: _noisy(array, ratio, by_channel, rng)
-    rounded = re.fullmatch(r"round:([0-9]+)", name)
-    if rounded:
-        digits = int(rounded[1])
-        return lambda array, _: _rounded(array, digits)
-    raise AuditError(f"defence {name!r} is not known; there are {KINDS}")
+@cache
+def _load_others() -> None:
+    """Load what other packages add: its classes are known once they are defined."""
+    for point in entry_points(group=GROUP):
+        point.load()
 
 
-def _to_float16(array: Array) -> tuple[Array, Array]:
-    if np.abs(array).max() > np.finfo(np.float16).max:
-        raise AuditError("float16 overflows: the largest number is beyond 65,504; use bfloat16")
-    return array.astype(np.float16).astype(np.float32), _last_place(array, FLOAT16_DIGITS)
-
-
-def _to_bfloat16(array: Array) -> tuple[Array, Array]:
-    bits = array.view(np.uint32)
-    # To nearest, ties to even.
-    kept = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return kept.astype(np.uint32).view(np.float32), _last_place(array, BFLOAT16_DIGITS)
-
-
-def _last_place(array: Array, digits: int) -> Array:
-    """Return the error of rounding to so many binary digits, as a standard deviation."""
-    _, exponent = np.frexp(array)
-    return np.asarray(np.ldexp(UNIFORM, exponent - digits), dtype=np.float32)
-
-
-def _quantised(array: Array, bits: int, axis: int) -> tuple[Array, Array]:
-    """Round to a symmetric grid whose step follows the largest number of each row (axis 1) or channel (0)."""
-    largest = np.abs(array).max(axis=axis, keepdims=True)
-    step = np.maximum(largest / (2 ** (bits - 1) - 1), np.finfo(np.float32).tiny)
-    error = np.broadcast_to(UNIFORM * step, array.shape)
-    return (np.rint(array / step) * step).astype(np.float32), error.astype(np.float32)
-
-
-def _noisy(array: Array, ratio: float, by_channel: bool, rng: np.random.Generator) -> tuple[Array, Array]:
-    if by_channel:
-        size = array.std(axis=0, keepdims=True)
-    else:
-        size = np.sqrt(np.mean(array**2, axis=1, keepdims=True))
-    error = np.broadcast_to(ratio * size, array.shape).astype(np.float32)
-    return (array + error * rng.standard_normal(array.shape)).astype(np.float32), error
-
-
-def _rounded(array: Array, digits: int) -> tuple[Array, Array]:
-    return np.round(array, digits), np.full_like(array, UNIFORM * 10.0**-digits)
+def _named(name: str) -> Defence:
+    _load_others()
+    for pattern, kind in DEFENCES.items():
+        found = re.fullmatch(pattern, name)
+        if found:
+            return kind(*found.groups())
+    known = ", ".join(kind.written for kind in DEFENCES.values())
+    raise AuditError(
+        f"defence {name!r} is not known; there are {known}; joined by +; run:bfloat16 before them"
+    )

@@ -28,18 +28,6 @@ SLACK = 1.5
 SAME_ROW = 1e-6
 
 
-def encoder_search(
-    model: Model, output: Any, block: int, error: Any, kind: str = "attention"
-) -> EncoderSearch:
-    """Return the inversion of the output of an encoder's attention."""
-    if kind != "attention" or block != 0:
-        raise AuditError(
-            f"{kind}:{block} of an encoder cannot be inverted: what enters a block after the first is no row "
-            "of a table, and its states depend on all tokens at once; observe attention:0"
-        )
-    return EncoderSearch(model, output, error)
-
-
 class EncoderSearch:
     """The inversion of one output of the first attention of an encoder of the BERT family.
 

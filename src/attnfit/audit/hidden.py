@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 from time import perf_counter
 from typing import Any
@@ -11,13 +10,12 @@ from typing import Any
 import torch
 
 from attnfit.audit.calibration import calibrate
-from attnfit.audit.checks import check_budget, check_prefix, check_states
+from attnfit.audit.checks import check_prefix
 from attnfit.audit.engine.prefix import Prefix, alternatives
 from attnfit.audit.engine.prior import Prior
-from attnfit.audit.errors import AuditError, ObservationMismatch
+from attnfit.audit.errors import ObservationMismatch
 from attnfit.audit.evaluated import Evaluated
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
-from attnfit.audit.lower_precision import as_error
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.position import Clues, PositionSearch
 from attnfit.audit.target import Target
@@ -31,63 +29,20 @@ CHEAP = 1 << 16
 SAME = 1e-4
 
 
-def invert_hidden(
-    model: Model,
-    states: Any,
-    layer: int,
-    *,
-    error: Any = 0.0,
-    reach: Any = None,
-    known_prefix: Sequence[int] = (),
-    budget: int | None = None,
-) -> Found:
-    """Recover the tokens from the states after one block.
-
-    A linear probe drafts all tokens, one forward pass verifies the draft, and the first wrong token is
-    searched for until its state agrees with the observation; then the rest is verified again.
+class HiddenSearch:
+    """The inversion of states of one layer.
 
     Parameters
     ----------
     model : Model
-        A causal one, the one that produced the states.
-    states : array_like, shape (n, width)
-        At every position from the first on.
-    layer : int
-        Block after which they were taken, from 1; ``n_layers + 1`` is after the final norm.
-    error : array_like, broadcastable to states, or "run:bfloat16"
-        Standard deviation of the error of each number, or that they are of a run in bfloat16, whose errors
-        are measured once for each layer. Where it matters, the best candidate is taken instead
-        of the first that agrees.
-    reach : array_like, broadcastable to states, optional
-        The largest error of each number, as half a step where numbers were rounded: a candidate must then lie
-        within it.
-    known_prefix : sequence of int
-        Tokens known to come first.
-    budget : int, optional
-        Largest number of candidates at a position; the size of the vocabulary and more unless given.
-
-    Returns
-    -------
-    Found
-
-    Raises
-    ------
-    AuditError
-        If the model is an encoder, or the budget is not positive.
-    ObservationMismatch
-        If the states have another width, are not finite, or are unlike any of this model and layer.
+        A causal one.
+    layer : int or str
+    states : Tensor, shape (n, width)
+        Of positions 0 to n - 1.
+    uncertainty : Uncertainty
+    budget : int
+        Largest number of candidates at a position.
     """
-    if model.kind != "causal":
-        raise AuditError(f"model {model.name!r} is an encoder: its states depend on all tokens at once")
-    error, run = as_error(model, layer, error, len(states))
-    observed, uncertainty = check_states(model, states, error, reach)
-    uncertainty = replace(uncertainty, run=run)
-    search = HiddenSearch(model, layer, observed, uncertainty, check_budget(budget, model))
-    return search.run(list(known_prefix))
-
-
-class HiddenSearch:
-    """The inversion of one observation."""
 
     def __init__(
         self, model: Model, layer: Layer, states: Any, uncertainty: Uncertainty, budget: int
@@ -104,8 +59,7 @@ class HiddenSearch:
         self._rankers = calibration.rankers_under(uncertainty) if noisy else calibration.rankers
         self._prefix = Prefix(model, layer)
         self._prior = Prior(model, self._prefix)
-        depth = 1 + int(layer.removeprefix("attention:")) if isinstance(layer, str) else layer
-        self._cheap = depth * model.n_vocabulary <= CHEAP
+        self._cheap = model.depth(layer) * model.n_vocabulary <= CHEAP
         self._positions: list[Position] = []
         self._n_drafted = 0
 

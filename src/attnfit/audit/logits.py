@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from attnfit.audit.access import Leak
 from attnfit.audit.checks import check_budget
 from attnfit.audit.errors import ObservationMismatch
 from attnfit.audit.found import Found
 from attnfit.audit.hidden import HiddenSearch
 from attnfit.audit.logit_target import LogitUncertainty
-from attnfit.audit.models.model import Model
+from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.states import StatesAccess
 from attnfit.audit.target import SLACK
 from attnfit.audit.uncertainty import Uncertainty
+
+if TYPE_CHECKING:
+    from attnfit.audit.observation import Observation
 
 # Share of the logits, beyond their error, that no state may explain: above it, another model wrote them.
 MAX_UNEXPLAINED = 0.3
@@ -23,6 +29,38 @@ MAX_UNEXPLAINED = 0.3
 RANK = 1e-12
 # Shares of a cap on logits beyond this tell no more.
 SATURATED = 0.9999
+
+
+class Logits(StatesAccess):
+    """The scores of all next tokens at every position."""
+
+    kind = "logits"
+
+    @property
+    def description(self) -> str:
+        """What leaves, in words."""
+        return "all next-token scores (logits)"
+
+    def layer(self, model: Model) -> Layer:
+        """Return the last states, after the final norm."""
+        return model.n_layers + 1
+
+    def leak(self, model: Model, tokens: Tokens) -> Leak:
+        """Return the logits."""
+        return Leak(model.logits(tokens))
+
+    def states(self, model: Model, observation: Observation) -> tuple[Any, Uncertainty]:
+        """Return the normed last states behind them."""
+        return logit_states(model, observation.array, observation.error, observation.reach)
+
+    def metric(self, model: Model) -> NDArray[np.float64]:
+        """Return L with |centred logits of y| = |y L|."""
+        values, vectors = model.head_directions
+        return np.asarray((vectors * values.clamp_min(0).sqrt()).numpy())
+
+    def continued(self, model: Model, tokens: Tokens, observation: Observation) -> Any:
+        """Return them: nothing comes after."""
+        return torch.from_numpy(np.asarray(observation.array, dtype=np.float32))
 
 
 def invert_logits(

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from attnfit.audit.access import Access, Leak, Search
 from attnfit.audit.errors import AuditError
 from attnfit.audit.likelihood import Likelihood
-from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.model import Layer, Model, Tokens
+
+if TYPE_CHECKING:
+    from attnfit.audit.observation import Observation
 
 Ranks = NDArray[np.float32]
 
@@ -29,10 +33,35 @@ LEADERS, LOOK_AHEAD, LENGTH, IN_FULL = 5000, 340, 6, 32
 # A vocabulary with more beginnings than this is searched from the known part backwards.
 TABLE = 1 << 14
 GENERIC, LASTS, LASTS_KEPT, FIRSTS, PAIRS = 2, 64, 8, 64, 12
-
-
 # Tokens that a masked one may be where the vocabulary is too large to try all pairs.
 COMMON = 2048
+
+
+class Masked(Access):
+    """The model itself, and the rest of a text whose beginning is hidden."""
+
+    kind, observed, forecasts = "masked", False, False
+
+    @property
+    def description(self) -> str:
+        """What is seen, in words."""
+        return "the model itself"
+
+    def layer(self, model: Model) -> Layer:
+        """Return the last states, from which tokens are predicted."""
+        return model.n_layers + 1
+
+    def leak(self, model: Model, tokens: Tokens) -> Leak:
+        """Raise AuditError: no outputs leave."""
+        raise AuditError(
+            "with access 'masked' no outputs leave that could be observed: attnfit.audit.run tries it, and "
+            "attnfit.audit.recover_masked finds hidden tokens"
+        )
+
+    def search(self, model: Model, observation: Observation, budget: int) -> Search:
+        """Raise AuditError: there is no observation."""
+        self.leak(model, [])
+        raise AssertionError
 
 
 @dataclass(frozen=True)

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
+from attnfit.audit.access import Access
 from attnfit.audit.defences import apply_defence
 from attnfit.audit.errors import AuditError
+from attnfit.audit.forms import parse_access
 from attnfit.audit.lower_precision import RunError, run_error, split_run
-from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.model import Model
 from attnfit.audit.models.texts import Text
 
 Array = NDArray[np.float32]
-ACCESS = "hidden:LAYER, attention:BLOCK, logits, topk:COUNT"
-
-
-@dataclass(frozen=True)
-class Access:
-    """A form of access.
-
-    Attributes
-    ----------
-    kind : {"hidden", "attention", "logits", "topk"}
-    place : int
-        Layer of the states (from 1), block of the attention (from 0), count of the log-probabilities shown.
-    """
-
-    kind: str
-    place: int = 0
-
-    def __str__(self) -> str:
-        return self.kind if self.kind == "logits" else f"{self.kind}:{self.place}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,24 +56,10 @@ class Observation:
     run: RunError | None = field(default=None, repr=False)
 
 
-def parse_access(access: str) -> Access:
-    """Read a form of access, for example "hidden:15".
-
-    Raises
-    ------
-    AuditError
-        If it is none of hidden:LAYER, attention:BLOCK, logits, topk:COUNT.
-    """
-    found = re.fullmatch(r"(hidden|attention|topk):([0-9]+)|(logits)", access)
-    if not found or access == "topk:0":
-        raise AuditError(f"access must be one of {ACCESS}, not {access!r}")
-    return Access(found[3]) if found[3] else Access(found[1], int(found[2]))
-
-
 def observe(
     model: Model,
     text: Text,
-    access: str = "hidden:1",
+    access: str | Access = "hidden:1",
     defence: str | None = None,
     random_state: int = 0,
     first_position: int | None = None,
@@ -105,10 +71,11 @@ def observe(
     model : Model
     text : str, list of int or list of dict
         Text, token ids, or the messages of a chat (see `Model.tokenise`).
-    access : str
+    access : str or Access
         ``"hidden:LAYER"`` (states after that block, from 1), ``"attention:BLOCK"`` (output of that block's
         self-attention, from 0), ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest
-        log-probabilities at every position, and their tokens).
+        log-probabilities at every position, and their tokens), or a form of one's own, a subclass of
+        `attnfit.audit.Access`.
     defence : str, optional
         ``"float16"``, ``"bfloat16"``, ``"int8"``, ``"int4"`` (one scale a row; ``":channel"``: a channel),
         ``"noise:R"`` (Gaussian, R times the root mean square of each row; ``"noise:Rstd"``: times each
@@ -138,8 +105,13 @@ def observe(
         raise AuditError(f"text has {len(tokens)} tokens; {model.name!r} takes {model.max_length}")
     form = parse_access(access)
     dtype, rest = split_run(defence)
-    run = None if dtype is None else _run_error(model, form, dtype)
-    array, shown = leak(model if dtype is None else model.in_dtype(dtype), tokens, form)
+    run = None
+    if dtype is not None:
+        layer = form.run_layer(model)
+        if layer is None:
+            raise AuditError(f"run:{dtype} is measured for states and attention outputs, not for {form}")
+        run = run_error(model, layer, dtype)
+    array, shown = form.leak(model if dtype is None else model.in_dtype(dtype), tokens)
     defended = apply_defence(array, rest, random_state)
     error, reach = defended.error, defended.reach
     if run is not None:
@@ -159,25 +131,3 @@ def observe(
         model.first_position,
         run,
     )
-
-
-def _run_error(model: Model, form: Access, dtype: str) -> RunError:
-    if form.kind not in ("hidden", "attention"):
-        raise AuditError(f"run:{dtype} is measured for states and attention outputs, not for {form}")
-    return run_error(model, form.place if form.kind == "hidden" else str(form), dtype)
-
-
-def leak(model: Model, tokens: Tokens, access: Access) -> tuple[Array, Any]:
-    """Return the undefended array, and the tokens shown where only some are."""
-    if access.kind == "hidden":
-        return model.states(tokens, access.place), None
-    if access.kind == "attention":
-        return model.states(tokens, str(access)), None
-    logits = model.logits(tokens)
-    if access.kind == "logits":
-        return logits, None
-    if access.place > model.n_vocabulary:
-        raise AuditError(f"topk:{access.place} exceeds the vocabulary of {model.n_vocabulary}")
-    chances = log_softmax(logits.astype(np.float64), axis=1)
-    shown = np.argsort(-chances, axis=1, kind="stable")[:, : access.place]
-    return np.take_along_axis(chances, shown, axis=1).astype(np.float32), shown

@@ -12,7 +12,8 @@ from typing import Any
 
 from attnfit.audit.advice import advise, verdict
 from attnfit.audit.breakpoints import BITS, NOISE, Forecast
-from attnfit.audit.cells import MASKED, NONE, Cell, Key, as_record
+from attnfit.audit.cells import NONE, Cell, Key, as_record
+from attnfit.audit.forms import parse_access
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.settings import Settings, plain_text
 from attnfit.audit.summary import BreakPoint, Control, Pair, measured_bracket, summarise
@@ -78,7 +79,7 @@ class Report:
             summarise(form, defence, some, forecasts.get(form), len(settings.texts))
             for form in settings.access
             for defence in settings.defences
-            if form != MASKED or defence == NONE
+            if parse_access(form).observed or defence == NONE
         ]
         known = {
             "name": model.name,
@@ -93,7 +94,7 @@ class Report:
             settings,
             tuple(pairs),
             tuple(_breakpoints(forecasts, pairs)),
-            tuple(Control.of(form, some) for form in settings.access if form != MASKED),
+            tuple(Control.of(form, some) for form in settings.access if parse_access(form).observed),
             tuple(some),
             tuple(_pieces(model, tokens) for tokens in truths),
             n_planned,
@@ -127,7 +128,8 @@ class Report:
 
     def judged(self) -> list[Pair]:
         """Return the combinations asked for; masked access always, since no defence of outputs changes it."""
-        return [pair for pair in self.pairs if pair.access == MASKED or pair.defence in self.settings.judged]
+        judged = self.settings.judged
+        return [p for p in self.pairs if p.defence in judged or not parse_access(p.access).observed]
 
     def leaks(self, limit: float) -> list[Pair]:
         """Return the combinations asked for that are known to let more than this share of tokens through.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
-
-from attnfit.audit.page import Column, Entry, assemble, items, number, paragraph, table, word
+from attnfit.audit.page import Column, number, page, word
 from attnfit.audit.page.chart import Chart, Line
 from attnfit.audit.reproduction import Reproduction
 from attnfit.audit.versions import versions
@@ -43,25 +41,20 @@ def render(found: Reproduction) -> str:
         f"steps of size {found.step_size:g}, {found.forwards:,.0f} passes each, {found.seconds:.0f} s",
         ", ".join(f"{name} {value}" for name, value in versions().items()),
     ]
-    parts = [
-        "<h1>Data recovery, reproduced</h1>",
-        paragraph(
-            "Unmasking Transformers: A Theoretical Approach to Data Recovery via Attention Weights. The "
-            "first two tokens of memorised texts are hidden, and Adam looks for soft tokens under which the "
-            "model finds the rest likely."
+    return page(
+        "reproduction.html",
+        claims=(
+            claims,
+            [
+                [word(text, "long") for text in (c.what, c.claimed, c.measured)]
+                + [word("yes" if c.held else "no")]
+                for c in found.claims
+            ],
         ),
-        "<h2>What was claimed and what was measured</h2>",
-        table("claims", claims, [
-            [Entry(escape(text), style="long") for text in (c.what, c.claimed, c.measured)]
-            + [word("yes" if c.held else "no")] for c in found.claims
-        ]),
-        "<h2>Table 1: the best run on its way</h2>",
-        table("looks", looks, [
-            [number(step, ",d"), word(text), number(loss, ".2f")] for step, text, loss in found.table
-        ]),
-        "<h2>Figure 3: all runs</h2>",
-        f'<div class="panels">{"".join(chart.svg() for chart in figures(found))}</div>',
-        "<h2>How</h2>",
-        items(about, "soft"),
-    ]  # fmt: skip
-    return assemble("attnfit reproduce data-recovery", "\n".join(parts))
+        looks=(
+            looks,
+            [[number(step, ",d"), word(text), number(loss, ".2f")] for step, text, loss in found.table],
+        ),
+        charts=figures(found),
+        about=about,
+    )

@@ -9,17 +9,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from attnfit.audit.access import Access
 from attnfit.audit.breakpoints import Forecast, forecast
 from attnfit.audit.calibration import calibrate
-from attnfit.audit.cells import MASKED, NONE, Attack, Cell, Key
+from attnfit.audit.cells import NONE, Attack, Cell, Key
 from attnfit.audit.checkpoint import Checkpoint
 from attnfit.audit.engine.prefix import way_for
 from attnfit.audit.errors import Unsupported
-from attnfit.audit.inverting import layer_of
+from attnfit.audit.forms import parse_access
 from attnfit.audit.lower_precision import run_error, split_run
-from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text
-from attnfit.audit.observation import parse_access
 from attnfit.audit.report import Report
 from attnfit.audit.settings import Settings, check_request, identity, tokenise_all
 
@@ -52,7 +52,7 @@ class Step:
 def run(
     model: Model,
     texts: Sequence[Text],
-    access: Sequence[str] | None = None,
+    access: Sequence[str | Access] | None = None,
     defences: Sequence[str | None] = (None,),
     budget: float = 120.0,
     *,
@@ -216,23 +216,21 @@ class _Run:
         self._n_run += 1
 
     def _calibrate(self) -> None:
-        model, forms = self._model, self._settings.access
+        model = self._model
         if model.kind != "causal":
             return
-        forms = tuple(form for form in forms if form == MASKED or self._supported(form))
-        layers: list[Layer] = [int(form.partition(":")[2]) for form in forms if form.startswith("hidden:")]
-        layers += [model.n_layers + 1] if "logits" in forms else []
-        layers += [form for form in forms if form.startswith("attention:")]
-        calibrate(model, list(dict.fromkeys(layers)))
-        runs = {dtype for defence in self._settings.defences if (dtype := split_run(defence)[0])}
-        for layer in dict.fromkeys(layers):
-            for dtype in runs if layer != model.n_layers + 1 else ():
-                run_error(model, layer, dtype)
+        seen = [form for form in map(parse_access, self._settings.access) if self._supported(form)]
+        calibrate(model, list(dict.fromkeys(form.layer(model) for form in seen if form.probed)))
+        for dtype in {dtype for defence in self._settings.defences if (dtype := split_run(defence)[0])}:
+            for layer in dict.fromkeys(form.run_layer(model) for form in seen):
+                # Where nothing is measured the cells say so.
+                if layer is not None:
+                    run_error(model, layer, dtype)
 
-    def _supported(self, form: str) -> bool:
+    def _supported(self, form: Access) -> bool:
         """Return whether candidates can be evaluated; where not, every cell says so itself."""
         try:
-            way_for(self._model, layer_of(self._model, parse_access(form)))
+            way_for(self._model, form.layer(self._model))
         except Unsupported:
             return False
         return True
@@ -241,9 +239,8 @@ class _Run:
         """Predict what defences should do; a twentieth of the budget is enough for that."""
         for form in self._settings.access:
             seconds = self._settings.budget / 20 / len(self._settings.access)
-            if form == MASKED or form.startswith("topk"):
-                continue
-            if self._model.kind == "encoder" or self._supported(form):
+            known = parse_access(form)
+            if known.forecasts and (self._model.kind == "encoder" or self._supported(known)):
                 self.forecasts[form] = forecast(
                     self._model, [tokens for tokens in self._truths if tokens], form,
                     self._settings.defences, seconds, self._settings.random_state,
@@ -269,14 +266,14 @@ def _plan(settings: Settings) -> list[list[Key]]:
             Key(form, defence, text)
             for defence in settings.defences
             for form in settings.access
-            if form != MASKED or defence == NONE
+            if parse_access(form).observed or defence == NONE
         ]
         if text < N_CONTROLS:
             keys += [
                 Key(form, NONE, text, control)
                 for form in settings.access
                 for control in ("other text", "noise")
-                if form != MASKED
+                if parse_access(form).observed
             ]
         rounds.append(keys)
     return rounds

@@ -10,13 +10,13 @@ from time import perf_counter
 import numpy as np
 
 from attnfit.audit.errors import AuditError, NoRoundTrip, ObservationMismatch
-from attnfit.audit.hidden import invert_hidden
 from attnfit.audit.inverting import invert
 from attnfit.audit.masked import recover_masked
 from attnfit.audit.models import load
 from attnfit.audit.models.model import Model
 from attnfit.audit.observation import observe
 from attnfit.audit.running import run
+from attnfit.audit.states import invert_hidden
 
 ROUND_TRIPS = (
     ("hidden:1", None),

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from attnfit.audit.cells import MASKED, NONE
+from attnfit.audit.access import Access
+from attnfit.audit.cells import NONE
 from attnfit.audit.defences import apply_defence
 from attnfit.audit.errors import AuditError
+from attnfit.audit.forms import parse_access
 from attnfit.audit.lower_precision import split_run
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text, is_chat
-from attnfit.audit.observation import leak, parse_access
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ def default_access(model: Model, texts: Sequence[Text]) -> list[str]:
     layers = dict.fromkeys([1, (model.n_layers + 1) // 2, model.n_layers])
     forms = [*(f"hidden:{layer}" for layer in layers), "attention:0", "logits", "topk:5"]
     # What a chat begins with is its template.
-    return forms if any(map(is_chat, texts)) else [*forms, MASKED]
+    return forms if any(map(is_chat, texts)) else [*forms, "masked"]
 
 
 def check_request(
     model: Model,
     texts: Sequence[Text],
-    access: Sequence[str] | None,
+    access: Sequence[str | Access] | None,
     defences: Sequence[str | None],
     budget: float,
     random_state: int,
@@ -73,12 +73,14 @@ def check_request(
         raise AuditError(f"texts must be a list of texts: put the {what} in a list of their own")
     if not budget > 0:
         raise AuditError(f"budget must be a positive number of seconds, not {budget!r}")
-    forms = default_access(model, texts) if access is None else list(dict.fromkeys(access))
+    forms = default_access(model, texts) if access is None else list(dict.fromkeys(map(str, access)))
     if not forms:
         raise AuditError("access is empty; leave it out for the usual forms")
-    _check_kind(model, forms)
-    for form in forms:
-        _check_access(model, form)
+    known = [parse_access(form) for form in forms]
+    _check_kind(model, known)
+    for form in known:
+        if form.observed:
+            form.leak(model, [0, 1])
     chosen = list(dict.fromkeys(defence or NONE for defence in defences))
     for defence in chosen:
         apply_defence(np.ones((2, 2), dtype=np.float32), split_run(defence)[1])
@@ -94,19 +96,9 @@ def check_request(
     )
 
 
-def _check_access(model: Model, form: str) -> None:
-    if form == MASKED:
-        return
-    try:
-        parsed = parse_access(form)
-    except AuditError as error:
-        raise AuditError(f"{error}; or 'masked'") from None
-    leak(model, [0, 1], parsed)
-
-
-def _check_kind(model: Model, forms: Sequence[str]) -> None:
+def _check_kind(model: Model, forms: Sequence[Access]) -> None:
     """Raise AuditError naming every form of access that does not apply to an encoder."""
-    unfit = [repr(form) for form in forms if re.match("masked$|logits$|hidden:|topk:", form)]
+    unfit = [repr(str(form)) for form in forms if not form.reads_encoders]
     if model.kind != "causal" and unfit:
         raise AuditError(
             f"access {', '.join(unfit)} does not apply: {model.name!r} is an encoder, which predicts no next "

@@ -6,19 +6,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, log
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 
+from attnfit.audit.access import Access, Leak, Search, no_attack_without_first
 from attnfit.audit.checks import check_budget, check_prefix
 from attnfit.audit.engine.prefix import Prefix, alternatives
 from attnfit.audit.engine.prior import Prior, with_surprises
-from attnfit.audit.errors import ObservationMismatch
+from attnfit.audit.errors import AuditError, ObservationMismatch
 from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
-from attnfit.audit.models.model import Model
+from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.ordering import interleaved
 from attnfit.audit.tried import ROUNDING, Tried, likelihoods
+
+if TYPE_CHECKING:
+    from attnfit.audit.observation import Observation
 
 # A uniform error never exceeds this many of its standard deviations; a few more for Gaussian ones.
 WIDTHS = 4.0
@@ -32,6 +37,38 @@ BRANCHES, RETURNED = 16, 1 << 14
 # With more tokens than this to go back to it is likelier that one of them was taken wrongly than that the
 # next token is a rare one: the vocabulary is not tried to its end then.
 FEW, COMMON = 4, 4096
+
+
+class TopLogProbabilities(Access):
+    """The largest log-probabilities at every position, and their tokens."""
+
+    kind, number, first, forecasts = "topk", "COUNT", 1, False
+
+    @property
+    def description(self) -> str:
+        """What leaves, in words."""
+        return f"the {self.place} largest log-probabilities at every position"
+
+    def layer(self, model: Model) -> Layer:
+        """Return the last states, after the final norm."""
+        return model.n_layers + 1
+
+    def leak(self, model: Model, tokens: Tokens) -> Leak:
+        """Return the log-probabilities, largest first."""
+        logits = model.logits(tokens)
+        if self.place > model.n_vocabulary:
+            raise AuditError(f"{self} exceeds the vocabulary of {model.n_vocabulary}")
+        chances = log_softmax(logits.astype(np.float64), axis=1)
+        shown = np.argsort(-chances, axis=1, kind="stable")[:, : self.place]
+        return Leak(np.take_along_axis(chances, shown, axis=1).astype(np.float32), shown)
+
+    def search(self, model: Model, observation: Observation, budget: int) -> Search:
+        """Return the search through the model's own next-token distribution."""
+        if observation.dropped:
+            raise no_attack_without_first(f"access {str(self)!r}")
+        return topk_search(
+            model, observation.shown, observation.array, observation.error, observation.reach, budget
+        )
 
 
 def invert_topk(

@@ -286,7 +286,7 @@ class Model:
             If the model has no such layer.
         """
         if isinstance(layer, str):
-            block = int(layer.removeprefix("attention:"))
+            block = self.depth(layer) - 1
             if not 0 <= block < self.n_layers:
                 raise AuditError(f"block must be 0 to {self.n_layers - 1} for {self.name!r}, not {block}")
             return attention_of(self.blocks[block], self.family)
@@ -294,6 +294,10 @@ class Model:
         if not 1 <= layer <= top:
             raise AuditError(f"layer must be 1 to {top} for {self.name!r}, not {layer}")
         return self.final_norm if layer > self.n_layers else self.blocks[layer - 1]
+
+    def depth(self, layer: Layer) -> int:
+        """Return how many blocks are run up to a layer."""
+        return 1 + int(layer.removeprefix("attention:")) if isinstance(layer, str) else layer
 
     def logits(self, tokens: Sequence[int]) -> Array:
         """Return the logits of the next token at every position.
