@@ -154,24 +154,38 @@ class Moves:
 
     def add(self, part: Part, chunk: Chunk, block: Any, at: Evaluation, steps: Array) -> None:
         """Add the rows of a chunk."""
+        along, counts = np.asarray(block @ steps), counting_rows(part, chunk)
         if kind_of(part.loss) is Kind.EXACT and part.penalty is None:
-            rows = rows_of(part, chunk, block, at)
-            self.least = min(self.least, float(rows.size[rows.free].min(initial=np.inf)))
-        along = np.asarray(block @ steps)
-        counts = counting_rows(part, chunk)
+            self.least = min(self.least, _least_free(part, chunk, block, at, counts))
         if not (part.loss.shift_invariant and part.penalty is None):
             size = np.abs(along[counts]).max(axis=0, initial=0.0)
             self.largest = np.maximum(self.largest, size)
             return
-        starts = chunk.segments.starts
-        extents = [
-            np.maximum.reduceat(np.where(counts[:, None], sign * along, -np.inf), starts) for sign in (1, -1)
-        ]
+        starts, every = chunk.segments.starts, bool(counts.all())
+        high = along if every else np.where(counts[:, None], along, -np.inf)
+        low = along if every else np.where(counts[:, None], along, np.inf)
+        extents = [np.maximum.reduceat(high, starts), -np.minimum.reduceat(low, starts)]
         if chunk.long >= 0:
             self.long = self.merge(Moves(self.largest, long={chunk.long: np.concatenate(extents)})).long
         else:
             half_ranges = 0.5 * (extents[0] + extents[1])
             self.largest = np.maximum(self.largest, half_ranges.max(axis=0, initial=0.0))
+
+
+def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Mask) -> float:
+    """Return the smallest output, relative to the largest of its group, of a row that the loss lets fall:
+    as `rows_of` does, without the normalisers.
+    """
+    b, w, _ = part.targets(chunk)
+    z = part.design.product(block, at.x) + part.shift(chunk)
+    if part.loss.coupled:
+        fixed, top = np.broadcast_to(np.asarray(w), b.shape) * b > 0.0, chunk.segments.max(z)
+        z = z - chunk.segments.spread(top)
+    else:
+        has_target = part.loss.has_target and not isinstance(part.loss, Total)
+        fixed = b > 0.0 if has_target else np.zeros(b.shape, dtype=bool)
+        z = z - z.max()
+    return float(np.exp(z[counts & ~fixed].min(initial=np.inf)))
 
 
 def move_sum(part: Part, chunks: list[Chunk], at: Evaluation, steps: Array) -> Moves:

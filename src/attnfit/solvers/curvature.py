@@ -228,7 +228,7 @@ class QuasiNewtonCorrected:
     def _exactly(self, contraction: float | None, exact: bool) -> dict[str, Any] | None:
         """Return the request of the exact Hessian once it has been asked for."""
         if exact and self._exact is None:
-            self._exact, contraction = Exact(), None
+            self._exact, contraction = Exact(patient=True), None
         return None if self._exact is None else self._exact.request(contraction, exact=exact)
 
     def _corrected(self, at: Evaluation, last: Model | None, learn: bool) -> Model | None:

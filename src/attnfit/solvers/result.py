@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from attnfit.certificates import Certificate
     from attnfit.solvers.separation import Separation
+    from attnfit.solvers.verdicts import Status
 
 Array = NDArray[np.float64]
 
@@ -140,7 +141,7 @@ class Result:
     gradient: Array
     gradient_norm: float
     converged: bool
-    status: str
+    status: Status
     message: str
     n_iter: int
     n_passes: float

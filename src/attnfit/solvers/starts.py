@@ -28,6 +28,9 @@ AUTO_STARTS, AUTO_ENTRIES, AUTO_UNKNOWNS = 10, 10_000, 16
 LOGIT_SIZES = (1.0, 3.0, 10.0, 30.0)
 # Where the sum of the outputs is not known: guesses of it besides one a row.
 NORMALISERS = (0.3, 3.0, 0.1, 10.0, 0.03, 30.0, 100.0)
+# Starts of large data of which no sample can be drawn: of 60 rescaled problems the lowest minimum was reached
+# from the best two in all.
+MOST_DESCENTS = 2
 # From this share of positive targets on their logarithms tell as much as the convex surrogate.
 MOST = 0.95
 
@@ -144,7 +147,8 @@ class Start:
         if n_starts != "auto":
             points = dict(list(points.items())[:n_starts])
         if self.sample.is_full:
-            return points
+            many = n_starts == "auto" and self.full.rows_can_be_drawn and not self._is_small
+            return _lowest(points, self.full) if many else points
         ends = {
             name: _on_sample(self.pilot.problem, x, f"pilot: {name}", tracker) for name, x in points.items()
         }
@@ -157,6 +161,14 @@ class Start:
             }
             distinct = _distinct(polished, self.sample.problem, 0.01)
         return {name: end.at.x for name, end in distinct.items()}
+
+    @property
+    def _is_small(self) -> bool:
+        """Whether descents cost next to nothing."""
+        full = self.full
+        if not full.rows_can_be_drawn:
+            return False
+        return bool(full.n_rows * full.n_unknowns <= AUTO_ENTRIES and full.n_unknowns <= AUTO_UNKNOWNS)
 
     def _convex(self, rng: np.random.Generator) -> dict[str, Array]:
         """Return the start of a convex problem: the logarithms' if it is below the problem's own."""
@@ -195,9 +207,7 @@ class Start:
             return {}
         d = problem.n_unknowns
         if n_starts == "auto":
-            small = self.sample.is_full and problem.rows_can_be_drawn
-            small = small and problem.n_rows * d <= AUTO_ENTRIES and d <= AUTO_UNKNOWNS
-            n_starts = AUTO_STARTS if small else 1
+            n_starts = AUTO_STARTS if self.sample.is_full and self._is_small else 1
         if n_starts <= n_known:
             return {}
         sizes = Probe(problem.rows).column_sizes()
@@ -220,6 +230,14 @@ class Start:
         at = small.evaluate(x)
         states, centres = zip(*(small.rows.group_summary(int(g), at) for g in numbers), strict=True)
         return Evaluation(x, at.value, at.gradient, np.array(states).T, np.array(centres))
+
+
+def _lowest(points: dict[str, Array], problem: Problem) -> dict[str, Array]:
+    """Return the best points to descend from where each descent reads all the data: a read tells a value."""
+    if len(points) <= MOST_DESCENTS:
+        return points
+    values = {name: _value(problem, x) for name, x in points.items()}
+    return {name: points[name] for name in sorted(points, key=lambda name: values[name])[:MOST_DESCENTS]}
 
 
 def _logarithms(problem: Any) -> LogStart | None:
