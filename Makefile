@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help demo audit-demo test test-lowest test-newest fuzz mutants bench lint docs clean
+.PHONY: help demo audit-demo test test-lowest test-newest fuzz mutants bench bench-check coverage lint docs clean
 
 help:
 	@echo "make demo   see what attnfit does"
@@ -19,6 +19,8 @@ help:
 	@echo "make fuzz   damage files at random, a minute for every reader"
 	@echo "make mutants   how many faults put in on purpose the tests notice (MODULE="verdicts moves" SHARE=0.1)"
 	@echo "make bench  time attnfit against its peers (TABLE="softmax" for one table at full size)"
+	@echo "make bench-check  ten small benchmarks as ratios against the last tag (BASE=COMMIT for another)"
+	@echo "make coverage  how much of the code behind verdicts and certificates their own tests run"
 	@echo "make lint   check style and types"
 	@echo "make docs   run every example of the documentation"
 	@echo "make clean  remove the environment and all build products"
@@ -57,9 +59,23 @@ bench: $(VENV)/.bench
 		&& $(BIN)/python -m benchmarks.verdicts --quick \
 		&& $(BIN)/python -m benchmarks.verdicts_large --quick)
 
+bench-check: $(VENV)/.cli,plot
+	$(BIN)/python -m benchmarks.regress $(BASE)
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --project tests/typing
+
+# The tests that guard it, of which none takes long.
+GUARDS = losses open_losses activations certificate_constants certificate_intervals certificate_statements \
+	certificates_centred certificates_rigorous good_start layer_bounds layer_constants mixture_uniqueness evidence \
+	separation recession trust_region verdict_rules verdict_messages log_start
+
+coverage: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/coverage run -m pytest -q -n 2 $(GUARDS:%=tests/test_%.py)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 docs: $(VENV)/.test $(VENV)/.examples
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py

@@ -8,6 +8,7 @@ import torch
 from autodiff import as_tensor
 
 from attnfit import certificates, minimize, problems, theory
+from attnfit.objectives.attention import Attention
 from attnfit.theory import instances
 
 RNG = np.random.default_rng(0)
@@ -74,7 +75,7 @@ def test_local_constants_bound_the_change_of_the_hessian(fitted, seed):
     problem, x = fitted
     rng = np.random.default_rng(seed)
     flat = x.reshape(-1)
-    if len(problem.shape) == 2 and not isinstance(problem, problems.Attention | problems.LayerInversion):
+    if len(problem.shape) == 2 and not isinstance(problem, Attention | problems.LayerInversion):
         return
     move = rng.standard_normal(flat.size)
     move *= 0.3 / np.linalg.norm(move)

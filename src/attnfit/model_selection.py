@@ -100,7 +100,7 @@ class SoftmaxRegressorCV(SoftmaxRegressor):
     def ties(self) -> None:
         """Several ones in a group are counts."""
 
-    def fit(
+    def fit(  # type: ignore[override]  # folds are made of rows in memory
         self,
         X: Any,
         y: Any,
@@ -174,7 +174,8 @@ class SoftmaxRegressorCV(SoftmaxRegressor):
             raise ValueError(f"cv puts rows of group {split[0]} into training and test; split by groups")
         share = len(np.unique(numbers[train])) / len(np.unique(numbers))
         inside, outside = (
-            {name: None if of is None else of[rows] for name, of in data.items()} for rows in (train, test)
+            dict[str, Any]({name: None if of is None else of[rows] for name, of in data.items()})
+            for rows in (train, test)
         )
         found, start = [], None
         for ridge in ridges:

@@ -1,9 +1,16 @@
 """The problems that `attnfit.minimize` takes."""
 
-from attnfit.objectives.attention import Attention
+from __future__ import annotations
+
+from typing import Any, overload
+
+from attnfit.losses.elementwise import FunctionName
+from attnfit.objectives.attention import Attention as _FullRank
+from attnfit.objectives.attention import AttentionLoss
 from attnfit.objectives.full_attention import FullAttention
 from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layers import ReluSoftmax, ThreeLayer, TwoLayer
+from attnfit.objectives.low_rank import LowRankAttention
 from attnfit.objectives.models import Exponential, Poisson, Rescaled, Softmax
 from attnfit.objectives.rows import RowProblem
 
@@ -20,3 +27,146 @@ __all__ = [
     "ThreeLayer",
     "TwoLayer",
 ]
+
+
+@overload
+def Attention(
+    A1: Any,
+    A2: Any,
+    B: Any = None,
+    loss: AttentionLoss = "squared",
+    mask: Any = None,
+    rank: None = None,
+    *,
+    function: FunctionName = "exp",
+    weights: Any = None,
+    offset: Any = None,
+    pair_features: Any = None,
+    row_penalty: Any = 0.0,
+    ridge: float = 0.0,
+) -> _FullRank: ...
+
+
+@overload
+def Attention(
+    A1: Any,
+    A2: Any,
+    B: Any = None,
+    loss: AttentionLoss = "squared",
+    mask: Any = None,
+    rank: int = ...,
+    *,
+    function: FunctionName = "exp",
+    weights: Any = None,
+    offset: Any = None,
+    pair_features: Any = None,
+    row_penalty: Any = 0.0,
+    ridge: float = 0.0,
+) -> LowRankAttention: ...
+
+
+def Attention(
+    A1: Any,
+    A2: Any,
+    B: Any = None,
+    loss: AttentionLoss = "squared",
+    mask: Any = None,
+    rank: int | None = None,
+    *,
+    function: FunctionName = "exp",
+    weights: Any = None,
+    offset: Any = None,
+    pair_features: Any = None,
+    row_penalty: Any = 0.0,
+    ridge: float = 0.0,
+) -> _FullRank | LowRankAttention:
+    """Fit X so that ``softmax(A1 X A2^T)``, row by row, is a given map:
+    ``sum_i Phi(softmax(z_i)) + penalties``.
+
+    The logits are ``Z = A1 X A2^T + sum_p c_p F_p + offset``. Losses, with f_i the softmax of row i over its
+    unmasked keys:
+
+    ======================= ========================================================================
+    loss                    the sum over the rows i, with weights w
+    ======================= ========================================================================
+    "squared"               ``0.5 w |f_i - b_i|^2``
+    "cross_entropy"         ``-w <b_i, log f_i>``
+    "kl"                    ``w <b_i, log b_i - log f_i>``
+    "linear_cross_entropy"  ``-w <b_i, f_i>`` (printed as cross entropy in the paper: the log is missing)
+    "entropy"               ``-w <f_i, log f_i>`` (B does not enter)
+    "log_ratio"             ``0.5 sum_k w v_ik (z_ik - log b_ik - mean_i)^2``, see below
+    "rescaled"              ``0.5 w |u(z_i) - <u(z_i), 1> b_i|^2``
+    "exponential"           ``0.5 w |u(z_i) - b_i|^2``
+    "sparse"                ``w <exp(z_i), 1>`` (B does not enter)
+    ======================= ========================================================================
+
+    "log_ratio" is least squares on logarithms up to a constant a row, and quadratic in X. It is the loss for
+    maps that were rounded, whose relative error is the same for large and small entries: the weight v is 1
+    for numbers that the format holds in full precision, ``(b / smallest normal number)^2`` below, and 0 for
+    zeros. The format is the narrowest of half, single and double precision that holds all of B.
+
+    The penalties are ``0.5 ||row_penalty o (Z - offset)||_F^2 + 0.5 ridge (||X||_F^2 + |c|^2)``.
+
+    Parameters
+    ----------
+    A1 : array_like, shape (n1, d1), or a list of them
+        Queries. A list means several sequences, of any lengths, that share X.
+    A2 : array_like, shape (n2, d2), or a list of them
+        Keys. May be A1 itself.
+    B : array_like or source on disk, shape (n1, n2), or a list of them
+        Maps, in any precision, which is kept; zeros are data, and negative entries too where the loss takes
+        no logarithm of them ("squared", "linear_cross_entropy", "rescaled", "exponential"). On disk (a
+        memory map, a zarr array, what `attnfit.data.open_source` returns) they are read by blocks of
+        queries. None where the loss has no target.
+    loss : str
+    mask : "causal", or array_like of bool, shape (n1, n2), or a list, optional
+        True where a query attends to a key. A causal mask lets the last query see every key.
+    rank : int, optional
+        Fit ``X = U V^T`` of this rank: the unknown is then that of
+        `attnfit.objectives.low_rank.LowRankAttention`.
+    function : {"exp", "cosh", "sinh"}
+        The function u of the losses "rescaled" and "exponential".
+    weights : array_like, shape (n1,) or (n1, n2), or a list, optional
+    offset : array_like, shape (n1, n2), or a list, optional
+    pair_features : list of array_like, shape (n1, n2), optional
+        Features of the pairs beside the bilinear part, such as a distance; for several sequences a list of
+        such lists. The unknown is then the vector (X in C order, c): see `split`.
+    row_penalty : float or array_like, shape (n1, n2)
+    ridge : float
+
+    Raises
+    ------
+    ValueError
+        If anything is not finite, of the wrong shape or sign, a mask empties a row, or the rank exceeds
+        min(d1, d2); the message names the argument and the index.
+
+    Notes
+    -----
+    The matrix ``A1 (x) A2`` of shape (n1 n2, d1 d2) is never formed: with S the gradient in the logits,
+    ``dL/dX = A1^T (S A2)``; the Hessian is a row-wise Khatri-Rao product on either side (see
+    `attnfit.data.pairs`). Work arrays hold one block of queries. Constants in a row of logits, and
+    directions that no query or key has, are not identified: `identified` names the rest, and `minimize`
+    returns the X of least norm. Source: "In-Context Learning for Attention Scheme: from Single Softmax
+    Regression to Multiple Softmax Regression via a Tensor Trick", Sections 5 and 6 (signs corrected).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from attnfit import minimize, problems
+    >>> A = np.random.default_rng(0).standard_normal((30, 4))
+    >>> X = np.diag([1.0, 0.5, -1.0, 0.0])
+    >>> maps = np.exp(A @ X @ A.T)
+    >>> maps /= maps.sum(axis=1, keepdims=True)
+    >>> bool(abs(minimize(problems.Attention(A, A, maps)).x - X).max() < 1e-12)
+    True
+    """
+    options: dict[str, Any] = {
+        "function": function,
+        "weights": weights,
+        "offset": offset,
+        "pair_features": pair_features,
+        "row_penalty": row_penalty,
+    }
+    if rank is None:
+        return _FullRank(A1, A2, B, loss, mask, ridge=ridge, **options)
+    return LowRankAttention(_FullRank(A1, A2, B, loss, mask, **options), rank, ridge)

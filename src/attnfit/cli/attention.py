@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -73,7 +73,13 @@ def fit_attention(
 
         progress.say("fitting")
         model = AttentionRegressor(
-            rank, loss, "causal" if causal else None, ridge, tol=tol, max_iter=max_iter, random_state=seed
+            rank,
+            cast(Any, loss),
+            "causal" if causal else None,
+            ridge,
+            tol=tol,
+            max_iter=max_iter,
+            random_state=seed,
         )
         with warnings.catch_warnings():
             # The report says it.

@@ -17,6 +17,7 @@ from attnfit.cli.console import Grid, Literal, problem, stdout
 from attnfit.cli.errors import Debug, Exit, one_sentence
 from attnfit.cli.report import certificate_radius, print_whole, width_of
 from attnfit.datasets import Dataset, Reference, load_austrian_flows, load_car_shares, load_travel_mode
+from attnfit.losses.softmax import LossName
 
 LOSSES = {"cross_entropy": "cross entropy", "squared": "squared"}
 DUMMIES = "dummies: "
@@ -83,7 +84,7 @@ class Fit:
         return [Text(f"{len(known)} numbers"), Text(""), worst.cells()[2]]
 
 
-def fit(data: Dataset, loss: str) -> Fit:
+def fit(data: Dataset, loss: LossName) -> Fit:
     """Fit a data set and line it up with its reference."""
     # A second of imports that --help should not wait for.
     from attnfit.estimators import SoftmaxRegressor
@@ -113,7 +114,9 @@ def _compare_all(labels: Sequence[str], ours: Any, theirs: Any) -> list[Comparis
     return [_compare(*row) for row in zip(labels, ours, theirs, strict=True)]
 
 
-def _values(data: Dataset, reference: Reference, fitted: Any, loss: str, value: float) -> list[Comparison]:
+def _values(
+    data: Dataset, reference: Reference, fitted: Any, loss: LossName, value: float
+) -> list[Comparison]:
     squared = ((fitted - data.b) ** 2).sum()
     values = [_compare("squared error", squared, reference.squared_error)]
     if loss == "cross_entropy" and reference.log_likelihood is not None:
@@ -126,7 +129,7 @@ def _compare(label: str, ours: Any, reference: float | None) -> Comparison:
     return Comparison(label, float(ours), float(reference) if known and reference is not None else None)
 
 
-def table(data: Dataset, fits: dict[str, Fit], gap: int) -> Grid:
+def table(data: Dataset, fits: dict[LossName, Fit], gap: int) -> Grid:
     """Lay out the fits of a data set side by side."""
     view = Grid(padding=(0, gap, 0, 0))
     view.add_column("", no_wrap=True)
@@ -146,7 +149,7 @@ def table(data: Dataset, fits: dict[str, Fit], gap: int) -> Grid:
     return view
 
 
-def show(console: Literal, data: Dataset, fits: dict[str, Fit]) -> None:
+def show(console: Literal, data: Dataset, fits: dict[LossName, Fit]) -> None:
     """Print a data set's table, one loss below the other where the terminal is narrow."""
     size = f"{len(data.b):,} rows in {len(set(data.groups.tolist()))} groups"
     console.gap()

@@ -11,6 +11,8 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.losses.softmax import LossName
+
 __all__ = ["Dataset", "Reference", "load_austrian_flows", "load_car_shares", "load_travel_mode"]
 
 FloatArray = NDArray[np.float64]
@@ -76,7 +78,7 @@ class Dataset:
     description: str
     source: str
     licence: str
-    references: Mapping[str, Reference]
+    references: Mapping[LossName, Reference]
 
 
 def load_car_shares() -> Dataset:
@@ -153,7 +155,7 @@ def load_austrian_flows(dummies: bool = False) -> Dataset:
     outflow = np.bincount(origin, weights=flow).astype(np.float64)[origin]
     A = np.column_stack([np.log(_floats(table["destination_mass"])), _floats(table["distance"])])
     names: tuple[str, ...] = ("log_mass", "distance")
-    references = {
+    references: dict[LossName, Reference] = {
         "cross_entropy": Reference(
             np.array([0.89278717, -0.00727113]),
             source="spint 1.0.7, production-constrained gravity model",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.problems import Attention
+from attnfit import problems
+from attnfit.objectives.attention import Attention, AttentionLoss
 from attnfit.solvers import Result, minimize
 
 Array = NDArray[np.float64]
@@ -75,7 +76,7 @@ class AttentionRegressor(BaseEstimator):
     def __init__(
         self,
         rank: int | None = None,
-        loss: str = "auto",
+        loss: AttentionLoss | Literal["auto"] = "auto",
         mask: str | None = None,
         ridge: float = 0.0,
         solver: Any = None,
@@ -136,12 +137,13 @@ class AttentionRegressor(BaseEstimator):
         keys = queries if keys is None else keys
         mask = self.mask if mask is None else mask
         options = {"weights": sample_weight, "offset": offset, "pair_features": pair_features}
-        auto = self.loss == "auto"
-        loss = "cross_entropy" if auto else self.loss
+        loss: AttentionLoss = "cross_entropy" if self.loss == "auto" else self.loss
         full: Attention = Attention(queries, keys, maps, loss, mask, **options)
-        if auto and full.zeros_are_rounded():
+        if self.loss == "auto" and full.zeros_are_rounded():
             loss = "log_ratio"
-        problem: Any = Attention(queries, keys, maps, loss, mask, self.rank, ridge=self.ridge, **options)
+        problem: Any = problems.Attention(
+            queries, keys, maps, loss, mask, self.rank, ridge=self.ridge, **options
+        )
         self.loss_ = loss
         self.result_ = minimize(
             problem,
@@ -170,13 +172,14 @@ class AttentionRegressor(BaseEstimator):
         mask: Any = None,
         offset: Any = None,
         pair_features: Any = None,
-    ) -> Any:
+    ) -> NDArray[np.float64] | list[NDArray[np.float64]]:
         """Return the maps, shape (n1, n2), zero where masked; a list for several sequences.
 
         Parameters are those of `fit`. Raises ValueError where features are not those of the fit.
         """
         problem = self._held_out(queries, None, keys, mask, offset, pair_features)
-        return problem.predict(self._point())
+        maps: NDArray[np.float64] | list[NDArray[np.float64]] = problem.predict(self._point())
+        return maps
 
     def relative_error(
         self,
@@ -203,7 +206,7 @@ class AttentionRegressor(BaseEstimator):
         check_is_fitted(self)
         keys = queries if keys is None else keys
         mask = self.mask if mask is None else mask
-        loss = "entropy" if maps is None else "cross_entropy"
+        loss: AttentionLoss = "entropy" if maps is None else "cross_entropy"
         problem: Attention = Attention(
             queries, keys, maps, loss, mask, offset=offset, pair_features=pair_features
         )

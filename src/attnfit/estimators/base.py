@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +30,26 @@ if TYPE_CHECKING:
 __all__ = ["CallbackSupportMixin", "Listeners", "with_callbacks"]
 
 try:
-    from sklearn.callback import CallbackSupportMixin, with_callbacks
+    from sklearn.callback import CallbackSupportMixin
+    from sklearn.callback import with_callbacks as _with_callbacks
 except ImportError:  # scikit-learn < 1.9
 
     class CallbackSupportMixin:  # type: ignore[no-redef]
         """Stands in for scikit-learn's mixin."""
 
-    def with_callbacks(method: Any) -> Any:
+    def _with_callbacks(method: Any) -> Any:
         """Return the method unchanged."""
         return method
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def with_callbacks(method: Callable[P, R]) -> Callable[P, R]:
+    """Return a method that tells the estimator's callbacks where scikit-learn has them, with its own type."""
+    managed: Callable[P, R] = _with_callbacks(method)
+    return managed
 
 
 LAZY = (

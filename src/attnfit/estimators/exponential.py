@@ -23,7 +23,7 @@ from attnfit.estimators.reading import (
     read_target,
     read_weights,
 )
-from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS, FunctionName
 from attnfit.problems import Exponential, Poisson
 
 Array = NDArray[np.float64]
@@ -166,7 +166,7 @@ class ExponentialRegressor(OutcomeRegressor):
 
     def __init__(
         self,
-        function: str = "exp",
+        function: FunctionName = "exp",
         ridge: float = 0.0,
         row_penalty: Any = 0.0,
         solver: Any = None,

@@ -17,6 +17,7 @@ from safetensors.numpy import save as to_bytes
 
 from attnfit import solvers
 from attnfit.estimators import model_header
+from attnfit.estimators.base import BaseRegressor
 from attnfit.estimators.model_header import ModelFileError
 from attnfit.formulas import FormulaDesign
 from attnfit.inference import Covariance, FitStatistics
@@ -86,7 +87,7 @@ def _packed(arrays: dict[str, NDArray[Any]], header: str) -> bytes:
     return packed
 
 
-def load(path: str | PathLike[str]) -> Any:
+def load(path: str | PathLike[str]) -> BaseRegressor:
     """Read a model written by ``save``.
 
     Parameters

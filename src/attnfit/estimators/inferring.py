@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from types import MethodType
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,29 +15,35 @@ from attnfit.data.inputs import choose
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.summary import Summary, at_hand, summarise
 from attnfit.inference import Covariance, Fitted
-from attnfit.inference.covariance import KINDS
+from attnfit.inference.covariance import KINDS, Kind
 from attnfit.inference.exact_ties import ExactFitted, ExactTies
 from attnfit.inference.hypotheses import LikelihoodRatio, WaldTest, likelihood_ratio, wald
 from attnfit.inference.statistics import FitStatistics, statistics_of
 from attnfit.objectives.rows import RowProblem
+from attnfit.solvers import Result
 
 Array = NDArray[np.float64]
 WEIGHT_TYPES = ("sampling", "frequency")
 
 
-class ParameterAndMethod:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ParameterAndMethod(Generic[P, R]):
     """A parameter of the constructor and a method of the same name: `get_params` gives the parameter, the
     attribute is the method.
     """
 
-    def __init__(self, method: Any) -> None:
+    def __init__(self, method: Callable[Concatenate[Any, P], R]) -> None:
         self.method, self.__doc__ = method, method.__doc__
 
     def __set_name__(self, owner: Any, name: str) -> None:
         self.name = name
 
-    def __get__(self, model: Any, owner: Any = None) -> Any:
-        return self.method if model is None else MethodType(self.method, model)
+    def __get__(self, model: Any, owner: Any = None) -> Callable[P, R]:
+        method = self.method if model is None else MethodType(self.method, model)
+        return cast("Callable[P, R]", method)
 
     def __set__(self, model: Any, value: Any) -> None:
         model.__dict__[self.name] = value
@@ -46,7 +53,7 @@ class InferenceMixin:
     """What a fit says beyond its coefficients."""
 
     coef_: Array
-    result_: Any
+    result_: Result
     weight_type: str
     _fitted: Fitted
 
@@ -86,7 +93,7 @@ class InferenceMixin:
 
     @ParameterAndMethod
     def covariance(
-        self, kind: str = "auto", clusters: Any = None, correction: Any = True, posterior: bool = True
+        self, kind: Kind = "auto", clusters: Any = None, correction: Any = True, posterior: bool = True
     ) -> Array:
         """Return the covariance of the coefficients, shape (d, d); another kind never refits.
 
@@ -125,7 +132,7 @@ class InferenceMixin:
 
     def _find_covariance(
         self,
-        kind: str | None = None,
+        kind: Kind | None = None,
         clusters: Any = None,
         correction: Any = True,
         df: float | str = "units",
@@ -175,7 +182,7 @@ class InferenceMixin:
     def conf_int(
         self,
         level: float = 0.95,
-        kind: str | None = None,
+        kind: Kind | None = None,
         clusters: Any = None,
         correction: Any = True,
         df: float | str = "units",
@@ -197,7 +204,7 @@ class InferenceMixin:
 
     def summary(
         self,
-        kind: str | None = None,
+        kind: Kind | None = None,
         clusters: Any = None,
         level: float = 0.95,
         df: float | str = "units",
@@ -243,7 +250,7 @@ class InferenceMixin:
         self,
         R: Any,
         r: Any = None,
-        kind: str | None = None,
+        kind: Kind | None = None,
         clusters: Any = None,
         correction: Any = True,
         df: float | str = "units",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from attnfit.inference.covariance import KINDS
 from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.losses.softmax import LOSSES
 from attnfit.solvers import Status
+
+if TYPE_CHECKING:
+    from attnfit.estimators.base import BaseRegressor
 
 # Attributes of a fitted estimator; `_check_fit` knows which of them a class has.
 FIT: dict[str, type] = {
@@ -71,7 +74,7 @@ class ModelFileError(ValueError):
     """A model file that is malformed, damaged, of another version, or contradicts itself."""
 
 
-def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
+def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> BaseRegressor:
     """Return an unfitted estimator of the class and parameters in the header, and check the rest of it."""
     from attnfit import estimators
 
@@ -110,7 +113,8 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> Any:
     _check_covariance(header.get("covariance"), arrays)
     _check_statistics(header.get("statistics"))
     _check_formula(header.get("formula"), header["feature_names_in"])
-    return cls(**params)
+    model: BaseRegressor = cls(**params)
+    return model
 
 
 def check_arrays(arrays: dict[str, NDArray[Any]], d: int, status: str) -> None:

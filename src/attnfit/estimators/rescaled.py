@@ -12,7 +12,7 @@ from attnfit.estimators.base import with_options
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.reading import Rows
 from attnfit.estimators.shares import ShareRegressor
-from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS, FunctionName
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.problems import Rescaled
@@ -77,7 +77,7 @@ class RescaledSoftmaxRegressor(ShareRegressor):
 
     def __init__(
         self,
-        function: str = "exp",
+        function: FunctionName = "exp",
         ridge: float = 0.0,
         row_penalty: Any = 0.0,
         outside_good: bool = False,

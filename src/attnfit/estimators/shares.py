@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,7 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = True,
         memory_limit: str | int | None = None,
-    ) -> Any:
+    ) -> Self:
         """Fit the coefficients.
 
         Parameters

@@ -17,7 +17,7 @@ from attnfit.estimators.reading import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.inference.exact_ties import ExactTies
 from attnfit.losses.loss import Loss
-from attnfit.losses.softmax import find_loss
+from attnfit.losses.softmax import LossName, find_loss
 from attnfit.problems import Softmax
 
 Array = NDArray[np.float64]
@@ -100,7 +100,7 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
 
     def __init__(
         self,
-        loss: str = "squared",
+        loss: LossName | Loss = "squared",
         ridge: float = 0.0,
         row_penalty: Any = 0.0,
         outside_good: bool = False,

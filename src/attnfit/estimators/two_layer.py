@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from attnfit.estimators.reading import read_weights
 from attnfit.losses.activations import as_activation
 from attnfit.problems import TwoLayer
 from attnfit.solvers import Result, minimize
+
+if TYPE_CHECKING:
+    from attnfit.certificates import Certificate, MixtureCertificate
 
 Array = NDArray[np.float64]
 
@@ -156,7 +159,7 @@ class TwoLayerRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return as_activation(self.activation)(np.asarray(X @ self.proportions_))
 
     @cached_property
-    def certificate_(self) -> Any:
+    def certificate_(self) -> Certificate | MixtureCertificate:
         """What is certified of the fit; reads the data when first asked for."""
         check_is_fitted(self)
         if self.result_.problem is None:
@@ -173,7 +176,7 @@ class TwoLayerRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 "ridge); see "
                 "certificate_"
             )
-        gap: Array = self.certificate_.gap
+        gap: Array = self.certificate_.gap  # type: ignore[attr-defined]
         return gap
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,8 @@ from scipy import linalg, stats
 from attnfit.inference.bread import leaves_open
 from attnfit.segments import Array
 
-KINDS = ("auto", "classic", "robust", "row", "cluster")
+Kind = Literal["auto", "classic", "robust", "row", "cluster"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 # Below so many units intervals cover less than they say, whatever the reference distribution.
 FEW = 30
 

@@ -8,6 +8,7 @@ Definition 7.5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -29,10 +30,11 @@ def _sinh(z: Array, reference: Array | float) -> tuple[Array, Array]:
 
 
 # u and its derivative.
+FunctionName = Literal["exp", "cosh", "sinh"]
 FUNCTIONS = {"exp": _exp, "cosh": _cosh, "sinh": _sinh}
 
 
-def output_range(function: str, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
+def output_range(function: FunctionName, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
     """Return the smallest and the largest u, then those of u', for logits in ``[low, high]``, entrywise."""
     if function == "exp":
         u = np.exp(low), np.exp(high)
@@ -66,7 +68,7 @@ class SquaredExponential(ElementwiseLoss):
 
     certifiable = True
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: FunctionName) -> None:
         self.function = function
         self.transform = FUNCTIONS[function]
 

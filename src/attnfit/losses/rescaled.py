@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.losses.elementwise import FUNCTIONS, FunctionName
 from attnfit.losses.loss import Accumulated, GramTerm, GroupStatistics, Loss
 from attnfit.segments import Array, Segments
 
@@ -24,7 +24,7 @@ class SquaredRescaled(Loss):
 
     certifiable = True
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: FunctionName) -> None:
         self.function = function
         self.transform = FUNCTIONS[function]
 

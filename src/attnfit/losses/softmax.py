@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -270,6 +270,7 @@ class Entropy(SoftmaxLoss):
         return b, w
 
 
+LossName = Literal["squared", "cross_entropy", "kl", "linear_cross_entropy", "entropy"]
 LOSSES: dict[str, SoftmaxLoss] = {
     "squared": Squared(),
     "cross_entropy": CrossEntropy(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,10 @@ from attnfit.data.groups import Chunk, Groups
 from attnfit.data.inputs import as_point, as_ridge, choose
 from attnfit.data.pairs import KroneckerDesign
 from attnfit.data.store import Table
-from attnfit.losses.elementwise import FUNCTIONS, SquaredExponential, Total
+from attnfit.losses.elementwise import FUNCTIONS, FunctionName, SquaredExponential, Total
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.softmax import LOSSES, Entropy, LogRatio, SoftmaxLoss
+from attnfit.losses.softmax import LOSSES, Entropy, LogRatio, LossName, SoftmaxLoss
 from attnfit.objectives.objective import Evaluation, Reduction
 from attnfit.objectives.pairs import first_negative, read_pairs, signs, smallest_normal
 from attnfit.objectives.part import Part
@@ -24,6 +24,7 @@ from attnfit.segments import Array, Segments
 
 # Singular values below this share of the largest are rounding.
 RANK = 1e-12
+AttentionLoss = LossName | Literal["log_ratio", "rescaled", "exponential", "sparse"]
 NAMES = (*LOSSES, "log_ratio", "rescaled", "exponential", "sparse")
 
 
@@ -75,110 +76,26 @@ class PairPart(Part):
 
 
 class Attention(RowProblem):
-    """Fit X so that ``softmax(A1 X A2^T)``, row by row, is a given map:
-    ``sum_i Phi(softmax(z_i)) + penalties``.
+    """Attention maps over all X: what `attnfit.problems.Attention` makes where no rank is given, and
+    documents.
 
-    The logits are ``Z = A1 X A2^T + sum_p c_p F_p + offset``. Losses, with f_i the softmax of row i over its
-    unmasked keys:
-
-    ======================= ========================================================================
-    loss                    the sum over the rows i, with weights w
-    ======================= ========================================================================
-    "squared"               ``0.5 w |f_i - b_i|^2``
-    "cross_entropy"         ``-w <b_i, log f_i>``
-    "kl"                    ``w <b_i, log b_i - log f_i>``
-    "linear_cross_entropy"  ``-w <b_i, f_i>`` (printed as cross entropy in the paper: the log is missing)
-    "entropy"               ``-w <f_i, log f_i>`` (B does not enter)
-    "log_ratio"             ``0.5 sum_k w v_ik (z_ik - log b_ik - mean_i)^2``, see below
-    "rescaled"              ``0.5 w |u(z_i) - <u(z_i), 1> b_i|^2``
-    "exponential"           ``0.5 w |u(z_i) - b_i|^2``
-    "sparse"                ``w <exp(z_i), 1>`` (B does not enter)
-    ======================= ========================================================================
-
-    "log_ratio" is least squares on logarithms up to a constant a row, and quadratic in X. It is the loss for
-    maps that were rounded, whose relative error is the same for large and small entries: the weight v is 1
-    for numbers that the format holds in full precision, ``(b / smallest normal number)^2`` below, and 0 for
-    zeros. The format is the narrowest of half, single and double precision that holds all of B.
-
-    The penalties are ``0.5 ||row_penalty o (Z - offset)||_F^2 + 0.5 ridge (||X||_F^2 + |c|^2)``.
-
-    Parameters
-    ----------
-    A1 : array_like, shape (n1, d1), or a list of them
-        Queries. A list means several sequences, of any lengths, that share X.
-    A2 : array_like, shape (n2, d2), or a list of them
-        Keys. May be A1 itself.
-    B : array_like or source on disk, shape (n1, n2), or a list of them
-        Maps, in any precision, which is kept; zeros are data, and negative entries too where the loss takes
-        no logarithm of them ("squared", "linear_cross_entropy", "rescaled", "exponential"). On disk (a
-        memory map, a zarr array, what `attnfit.data.open_source` returns) they are read by blocks of
-        queries. None where the loss has no target.
-    loss : str
-    mask : "causal", or array_like of bool, shape (n1, n2), or a list, optional
-        True where a query attends to a key. A causal mask lets the last query see every key.
-    rank : int, optional
-        Fit ``X = U V^T`` of this rank: the unknown is then that of
-        `attnfit.objectives.low_rank.LowRankAttention`.
-    function : {"exp", "cosh", "sinh"}
-        The function u of the losses "rescaled" and "exponential".
-    weights : array_like, shape (n1,) or (n1, n2), or a list, optional
-    offset : array_like, shape (n1, n2), or a list, optional
-    pair_features : list of array_like, shape (n1, n2), optional
-        Features of the pairs beside the bilinear part, such as a distance; for several sequences a list of
-        such lists. The unknown is then the vector (X in C order, c): see `split`.
-    row_penalty : float or array_like, shape (n1, n2)
-    ridge : float
-
-    Raises
-    ------
-    ValueError
-        If anything is not finite, of the wrong shape or sign, a mask empties a row, or the rank exceeds
-        min(d1, d2); the message names the argument and the index.
-
-    Notes
-    -----
     The matrix ``A1 (x) A2`` of shape (n1 n2, d1 d2) is never formed: with S the gradient in the logits,
     ``dL/dX = A1^T (S A2)``; the Hessian is a row-wise Khatri-Rao product on either side (see
-    `attnfit.data.pairs`). Work arrays hold one block of queries. Constants in a row of logits, and
-    directions that no query or key has, are not identified: `identified` names the rest, and `minimize`
-    returns the X of least norm. Source: "In-Context Learning for Attention Scheme: from Single Softmax
-    Regression to Multiple Softmax Regression via a Tensor Trick", Sections 5 and 6 (signs corrected).
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from attnfit import minimize, problems
-    >>> A = np.random.default_rng(0).standard_normal((30, 4))
-    >>> X = np.diag([1.0, 0.5, -1.0, 0.0])
-    >>> maps = np.exp(A @ X @ A.T)
-    >>> maps /= maps.sum(axis=1, keepdims=True)
-    >>> bool(abs(minimize(problems.Attention(A, A, maps)).x - X).max() < 1e-12)
-    True
+    `attnfit.data.pairs`). Work arrays hold one block of queries.
     """
 
     rows_can_be_drawn = False
     best_hessian = "kept"
-
-    def __new__(cls, *args: Any, rank: int | None = None, ridge: float = 0.0, **options: Any) -> Any:
-        """Return a problem in the factors of X where a rank is given."""
-        # Copies are made without arguments; rank is the sixth.
-        rank = args[5] if len(args) > 5 else rank
-        if rank is None:
-            return super().__new__(cls)
-        from attnfit.objectives.low_rank import LowRankAttention
-
-        return LowRankAttention(cls(*args[:5], **options), rank, ridge)
 
     def __init__(
         self,
         A1: Any,
         A2: Any,
         B: Any = None,
-        loss: str = "squared",
+        loss: AttentionLoss = "squared",
         mask: Any = None,
-        rank: int | None = None,
         *,
-        function: str = "exp",
+        function: FunctionName = "exp",
         weights: Any = None,
         offset: Any = None,
         pair_features: Any = None,
@@ -216,7 +133,7 @@ class Attention(RowProblem):
         size = self.design.d1 * self.design.d2
         return flat[:size].reshape(self.design.d1, self.design.d2), flat[size:]
 
-    def as_maps(self, values: Array) -> Any:
+    def as_maps(self, values: Array) -> Array | list[Array]:
         """Arrange one value a pair, shape (n_rows,), as a matrix a sequence, zero where masked."""
         out = []
         for s, block in enumerate(self.design.sequences):
@@ -402,7 +319,7 @@ class Attention(RowProblem):
         return Reduction(other, whitening.lift, whitening.restrict, whitening.note)
 
 
-def _loss(name: str, function: str) -> Loss:
+def _loss(name: str, function: FunctionName) -> Loss:
     if name == "rescaled":
         return SquaredRescaled(function)
     if name == "exponential":

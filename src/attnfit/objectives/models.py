@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from attnfit.data.inputs import choose
-from attnfit.losses.elementwise import FUNCTIONS, PoissonDeviance, SquaredExponential
+from attnfit.losses.elementwise import FUNCTIONS, FunctionName, PoissonDeviance, SquaredExponential
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.softmax import LOSSES, find_loss
+from attnfit.losses.softmax import LOSSES, LossName, find_loss
 from attnfit.objectives.rows import RowProblem
 
 
@@ -44,7 +44,7 @@ class Exponential(RowProblem):
         self,
         A: Any,
         b: Any,
-        function: str = "exp",
+        function: FunctionName = "exp",
         *,
         weights: Any = None,
         offset: Any = None,
@@ -193,7 +193,7 @@ class Softmax(RowProblem):
         A: Any,
         b: Any,
         groups: Any = None,
-        loss: str | Loss = "squared",
+        loss: LossName | Loss = "squared",
         *,
         weights: Any = None,
         offset: Any = None,
@@ -257,7 +257,7 @@ class Rescaled(RowProblem):
         self,
         A: Any,
         b: Any,
-        function: str = "exp",
+        function: FunctionName = "exp",
         groups: Any = None,
         *,
         weights: Any = None,

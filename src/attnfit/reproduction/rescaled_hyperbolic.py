@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from attnfit.losses.elementwise import FunctionName
 from attnfit.problems import Rescaled
 from attnfit.reproduction.fitting import fitted, one_step
 from attnfit.reproduction.page import Claim, Curve, Page, Table
@@ -17,7 +18,7 @@ from attnfit.theory import PAPERS, search
 
 Array = NDArray[np.float64]
 
-FUNCTIONS = ("exp", "cosh", "sinh")
+FUNCTIONS: tuple[FunctionName, ...] = get_args(FunctionName)
 
 
 def run(quick: bool) -> Page:
@@ -82,7 +83,7 @@ def run(quick: bool) -> Page:
     return Page("rescaled-hyperbolic", PAPERS["RH"], summary, claims, parts)
 
 
-def instance(function: str, n: int, d: int, rng: np.random.Generator) -> tuple[Rescaled, Array]:
+def instance(function: FunctionName, n: int, d: int, rng: np.random.Generator) -> tuple[Rescaled, Array]:
     """Return a problem of known solution, conditioned like 1e2, and the solution."""
     A = rng.standard_normal((n, d)) * np.logspace(0, -2, d) + 1.0
     A /= np.linalg.norm(A, axis=1, keepdims=True)
@@ -92,7 +93,7 @@ def instance(function: str, n: int, d: int, rng: np.random.Generator) -> tuple[R
     return Rescaled(A, b, function), x
 
 
-def contraction(function: str, n: int, d: int) -> dict[str, list[float]]:
+def contraction(function: FunctionName, n: int, d: int) -> dict[str, list[float]]:
     """Take sampled steps one by one from near the minimum, and compare with it."""
     rng = np.random.default_rng(0)
     problem, x0 = instance(function, n, d, rng)
