@@ -241,6 +241,26 @@ def test_rounding_is_bounded_by_the_worst_combination(family, loss, size):
     assert worst * (1 - 1e-9) <= bound <= worst * (1 + 1e-9 if family == "Exponential" else 10.0)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("b", [0.1, 30.0, -30.0])
+def test_errors_that_might_cancel_are_added(function, b):
+    """Two outputs of which one grows as the other falls, and what both add to a sum that targets multiply."""
+    A, target, x = np.array([[1.0], [-1.0]]), np.array([b, 2.0 * b]), np.array([1.3])
+    problem = problems.Rescaled(A, target, function)
+    reference = Objective("Rescaled", function, A, target, np.zeros(2, dtype=int))
+
+    def gradient(shift):
+        point = as_tensor(x).requires_grad_()
+        value = reference.rows(as_tensor(A) @ point + shift).sum()
+        return torch.autograd.grad(value, point, create_graph=True)[0]
+
+    by_logit = torch.autograd.functional.jacobian(gradient, as_tensor(np.zeros(2))).numpy()
+    worst = 4.0 * EPS * float((np.abs(by_logit) @ (1.0 + np.abs(A) @ np.abs(x)))[0])
+    bound = RowBall(problem, problem.evaluate(x), np.eye(1)).rounding()
+    # Of sinh the sum is zero, and nothing of the worst is left in the gradient.
+    assert worst <= bound <= (np.inf if function == "sinh" else 20.0 * worst)
+
+
 @pytest.mark.parametrize("loss", ["squared", "linear_cross_entropy"])
 @pytest.mark.parametrize("common", [-1e6, 1e6])
 def test_slopes_that_cancel_are_known_to_the_rounding_of_their_terms(loss, common):

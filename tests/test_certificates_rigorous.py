@@ -222,6 +222,24 @@ def test_a_tie_is_covered_in_full():
         assert mpmath.mpf(float(Enclosure(np.array([1.0]), np.array([half])).size[0])) >= 1 + mpmath.mpf(half)
 
 
+def test_any_order_of_summation_is_covered():
+    """From the first term to the last: each of the others is a tie, and lost."""
+    n, half = 1000, 2.0**-53
+    terms = np.concatenate([[1.0], np.full(n - 1, half)])
+    in_order = 0.0
+    for term in terms:
+        in_order += term
+    total = Enclosure.exact(terms).sums(Segments(np.array([0]), n))
+    product = Enclosure.exact(terms[None, :]) @ Enclosure.exact(np.ones((n, 2)))
+    with mpmath.workdps(40):
+        exact = 1 + (n - 1) * mpmath.mpf(half)
+        lost = exact - mpmath.mpf(in_order)
+        assert lost > 0.9 * n * half
+        for found, index in ((total, 0), (product, (0, 1))):
+            assert holds(found, exact, index)
+            assert lost <= found.rad[index] <= 3 * n * half
+
+
 @pytest.mark.parametrize("size", [1e-300, 1e-170, 1.0, 1e100])
 def test_norms_are_bounds_whatever_is_rounded_or_underflows(size):
     rng = np.random.default_rng(0)
