@@ -36,10 +36,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.mutant_table import write
+from benchmarks.mutant_table import is_equivalent, write
 from benchmarks.mutation import Changes, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
+TRIED = ROOT / ".mutants" / "tried.tsv"
 
 # The tests that guard each module, without those that take long.
 LOSSES = ["losses", "certificate_constants"]
@@ -67,7 +68,7 @@ GUARDS = {
         "certificate_statements",
         "certificates_centred",
     ],
-    "certificates/mixture": ["mixture_uniqueness", "mixtures"],
+    "certificates/mixture": ["mixture_uniqueness", "mixtures", "certificate_constants"],
     "solvers/evidence": ["evidence"],
     "solvers/separation": SEPARATION,
     "solvers/subproblem": ["trust_region"],
@@ -337,8 +338,8 @@ def main() -> None:
     parser.add_argument("--module", nargs="*", default=[""], help="modules whose name holds one of these")
     parser.add_argument("--share", type=float, default=1.0, help="share of the mutants to try, by chance")
     parser.add_argument("--number", type=int, help="so many mutants of each module, instead of a share")
-    parser.add_argument("--skip", type=int, default=0, help="leave out so many that come first by chance")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unseen", action="store_true", help="leave out what earlier seeds have drawn")
     parser.add_argument("--lines", help="only these lines, as in 10-20; the table stays as it is")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -351,38 +352,52 @@ def main() -> None:
                 try_module(name, options)
 
 
-def sample(name: str, options: argparse.Namespace) -> tuple[int, list[Mutant]]:
-    """Return about how many mutants a module has, and those to try."""
+def sample(name: str, options: argparse.Namespace) -> tuple[int, list[Mutant], list[int]]:
+    """Return about how many mutants a module has, those to try, and the other seeds that have drawn some."""
     changes = Changes(path_of(name).read_text())
     places = changes.places
     if options.lines:
         first, last = map(int, options.lines.split("-"))
         places = [place for place in places if first <= place[0] <= last]
+    before = [(seed, text) for seed, module, text in tried() if module == name and seed != options.seed]
+    seen = {text for _, text in before} if options.unseen else set()
     random.Random(f"{name} {options.seed}").shuffle(places)
-    n = options.skip + (options.number or max(1, round(options.share * len(places))))
+    n = options.number or max(1, round(options.share * len(places)))
     found: list[Mutant] = []
-    looked = 0
+    looked = real = 0
     while looked < len(places) and len(found) < n:
         mutant = changes.mutant(places[looked])
-        found += [] if mutant is None else [mutant]
+        real += mutant is not None
+        found += [] if mutant is None or mutant.text in seen else [mutant]
         looked += 1
-    n_all = round(len(places) * len(found) / looked)
-    return n_all, sorted(found[options.skip :], key=lambda m: m.line)
+    n_all = round(len(places) * real / looked)
+    return n_all, sorted(found, key=lambda m: m.line), sorted({seed for seed, _ in before})
+
+
+def tried() -> list[tuple[int, str, str]]:
+    """Return the seed, the module and the text of every mutant that was ever tried here."""
+    lines = TRIED.read_text().splitlines() if TRIED.exists() else []
+    return [(int(seed), module, text) for seed, module, text in (line.split("\t") for line in lines)]
 
 
 def try_module(name: str, options: argparse.Namespace) -> None:
-    n_all, chosen = sample(name, options)
+    n_all, chosen, before = sample(name, options)
     print(f"{name}: {n_all} mutants, {len(chosen)} to try", flush=True)
     start = perf_counter()
     found = survive(name, chosen)
     survivors = [m for m, (survived, _) in zip(chosen, found, strict=True) if survived]
     for mutant in survivors:
-        print(f"  survived: {mutant}", flush=True)
+        print(f"  survived: {mutant}{' (equivalent)' * is_equivalent(name, mutant)}", flush=True)
     n_late, n_killed = sum(late for _, late in found), len(chosen) - len(survivors)
     seconds = perf_counter() - start
     print(f"  {n_killed} of {len(chosen)} killed, {n_late} timed out, {seconds:.0f} s", flush=True)
-    if not options.lines:
-        write(list(GUARDS), __doc__ or "", name, [n_all, len(chosen), n_late], survivors)
+    if options.lines:
+        return
+    TRIED.parent.mkdir(exist_ok=True)
+    with TRIED.open("a") as file:
+        file.writelines(f"{options.seed}\t{name}\t{mutant.text}\n" for mutant in chosen)
+    seeds = f"{options.seed}", ", ".join(map(str, before)) if options.unseen else ""
+    write(list(GUARDS), __doc__ or "", name, [n_all, len(chosen), n_late], survivors, seeds)
 
 
 if __name__ == "__main__":
