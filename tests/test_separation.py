@@ -322,6 +322,50 @@ def test_standard_errors_have_the_unit_of_their_column(size):
         np.testing.assert_allclose(model.predict(X * units, groups=groups), plain.predict(X, groups=groups))
 
 
+def test_pairs_of_maps_are_not_left_out():
+    """Keys that no query attends to: nothing is fitted without them, and no entry has a value."""
+    maps = np.array([[0.6, 0.4, 0.0], [0.3, 0.7, 0.0]])
+    problem = problems.Attention(np.eye(2, 3), np.eye(3), maps, "cross_entropy")
+    x = np.linspace(0.1, 0.9, 9)
+    found = find_separation(problem, problem.evaluate(x))
+    assert found.rows.tolist() == [2, 5]
+    assert found.exact
+    assert not found.has_rest
+    assert np.isnan(found.value)
+    with pytest.raises(ValueError, match="pairs of queries and keys cannot be left out"):
+        found.fit()
+    assert (problem.predict(found.point)[:, 2] == 0.0).all()
+    moves = found.direction != 0.0
+    assert moves.tolist() == [True] * 6 + [False] * 3
+    np.testing.assert_array_equal(found.coefficients(x), np.where(moves, np.nan, x))
+    np.testing.assert_array_equal(found.unit, np.ones(9))
+
+
+def test_a_direction_in_the_users_unknowns():
+    """Scaled to a largest entry of one, entries in the order of their size, those of rounding left out."""
+    A = np.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.5, 0.5, 1.0]])
+    problem = problems.Exponential(A, np.zeros(3))
+    x = np.array([0.1, 0.2, 0.3])
+    found = find_separation(problem, problem.evaluate(x))
+    assert found.value == 0.0
+    np.testing.assert_array_equal(found.point, x)
+    v, scales = found.direction, np.array([0.5, 0.25, 4.0])
+    np.testing.assert_allclose(v, [-1.0, -0.5, -0.25], rtol=1e-9)
+    for size in (1.0, 1e-200, 1e200):
+        lifted = found.lifted(problem, lambda u, size=size: u * scales * size, 0.0)
+        largest = np.abs(v * scales).max()
+        np.testing.assert_allclose(lifted.direction, v * scales / largest, rtol=1e-12)
+        order = np.argsort(-np.abs(v * scales))
+        assert [j for j, _ in lifted.columns] == order.tolist()
+        np.testing.assert_allclose([c for _, c in lifted.columns], lifted.direction[order])
+        np.testing.assert_allclose(lifted.unit, size * scales)
+        np.testing.assert_allclose(lifted.point, size * scales * x)
+        middle = np.sort(np.abs(lifted.direction))[1]
+        for least, n in ((0.99 * middle, 2), (1.01 * middle, 1)):
+            assert len(found.lifted(problem, lambda u: u * scales, least).columns) == n
+    assert found.lifted(problem, np.zeros_like, 0.0).columns == []
+
+
 @pytest.mark.parametrize("separable", [False, True, "in part"])
 def test_large_data_need_no_programme(separable, monkeypatch):
     def refuse(*args, **options):

@@ -111,8 +111,8 @@ class Separation:
 
     @property
     def point(self) -> Array:
-        """A finite point, shape (d,), where the outputs of all separated rows are zero in float64; the last
-        one of the fit where no rows can be left out, or none would remain.
+        """A finite point, shape (d,), where the outputs of all separated rows are zero in float64, on from
+        the last one of the fit where no rows can be left out; that one itself where none would remain.
         """
         x = self._at.x
         if self.remaining.any():
