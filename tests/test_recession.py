@@ -277,6 +277,22 @@ def test_rows_that_share_a_column_fall_on_balance(c):
             assert found.rows.tolist() == [2, 5]
 
 
+@pytest.mark.parametrize(("other", "falls"), [(-0.03, True), (0.03, False)])
+def test_each_of_two_columns_must_fall_by_itself(other, falls):
+    """On balance the loss falls along both together; along the second alone it would rise."""
+    A = np.tile([[0.0, 0, 0], [1.0, 0, 0], [0.0, 1, 0], [0.0, 0, 1]], (2, 1))
+    b = np.array([0.6, 0.4, -0.3, other, 0.6, 0.4, 0.1, -0.3 * other])
+    problem = problems.Softmax(A, b, np.arange(8) // 4, loss="squared")
+    at = problem.evaluate(np.array([np.log(2 / 3), -12.0, -12.0]))
+    found = find_separation(problem, at)
+    assert (found is not None) == falls
+    # The truth: how the loss changes along each.
+    slopes = Objective("Softmax", "squared", A, b, np.arange(8) // 4).gradient(at.x)[1:]
+    assert slopes[0] > 0.0
+    assert (slopes[1] > 0.0) == falls
+    assert slopes.sum() > 0.0
+
+
 # ---- what rows are
 
 

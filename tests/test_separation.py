@@ -308,6 +308,19 @@ def test_the_unit_of_a_column_changes_nothing_of_a_separation(size):
     )
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e3, 1e30])
+def test_no_direction_hides_in_a_small_unit(size):
+    """Of a column that tells fixed rows apart, whatever its size."""
+    _, A, b, groups = separable()
+    problem = problems.Softmax(A * [size, 1.0, 1.0], b, groups, loss="cross_entropy")
+    found = find_separation(problem, problem.evaluate(np.zeros(3)))
+    assert found.direction.tolist() == [0.0, 0.0, -1.0]
+    assert found.rows.tolist() == np.flatnonzero(A[:, 2]).tolist()
+    held = np.where(A[:, 2] > 0.0, 1.0, b)
+    problem = problems.Softmax(A * [size, 1.0, 1.0], held, groups, loss="cross_entropy")
+    assert find_separation(problem, problem.evaluate(np.zeros(3))) is None
+
+
 @pytest.mark.parametrize("size", [1e-120, 1e100])
 def test_standard_errors_have_the_unit_of_their_column(size):
     _, A, b, groups = separable()
@@ -445,4 +458,18 @@ def test_projections_agree_with_the_programme(seed, sizes):
 def test_most_is_decided_by_projections():
     rng = np.random.default_rng(1)
     rows = [rng.integers(-2, 3, (12, 3)).astype(float) for _ in range(200)]
-    assert sum(_by_projection(F[F.any(axis=1)])[0] for F in rows) > 150
+    assert sum(_by_projection(F[F.any(axis=1)])[0] for F in rows) >= 195
+    # Few rows are often separated in part: those that stay, and those that fall once these are held.
+    few = [rng.integers(-2, 3, (6, 3)).astype(float) for _ in range(200)]
+    assert sum(_by_projection(F[F.any(axis=1)])[0] for F in few) >= 190
+
+
+def test_rows_that_stay_are_held_where_others_fall():
+    """Two opposite rows; a third falls, and a fourth as much as one likes once it does."""
+    F = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [3.0, -1.0, 0.0], [0.0, 2.0, -1.0]])
+    for rows in (F[:3], F):
+        decided, y = _by_projection(rows)
+        assert decided
+        falls = rows @ y
+        np.testing.assert_allclose(falls[:2], 0.0, atol=1e-9)
+        assert (falls[2:] <= -1.0 + 1e-9).all()

@@ -353,8 +353,9 @@ def _by_projection(F: Array) -> tuple[bool, Array | None]:
         u = np.maximum(along, 0.0)
         if float(u.max()) < 1.0 - CLEARLY:
             return True, None
+    # One at least: else the last projection would have been clearly positive.
     stay = u <= CLEARLY * float(u.max())
-    null = linalg.null_space(F[stay], rcond=RANK) if stay.any() else np.zeros((F.shape[1], 0))
+    null = linalg.null_space(F[stay], rcond=RANK)
     if not null.shape[1]:
         return False, None
     decided, y = _by_projection(F[~stay] @ null)
