@@ -265,6 +265,41 @@ def test_what_a_certificate_shows_of_itself_is_short():
     assert certificates.Certificate(True, 1.0, 1.0, 1.0, "", 0.1, 1.0, 1.0, 0).radii.tolist() == [np.inf]
 
 
+# ---- what has none
+
+
+def test_maps_are_certified_up_to_a_size(monkeypatch):
+    """Of the matrix of pairs, which is otherwise never formed: 30 pairs by 6 unknowns."""
+    rng = np.random.default_rng(0)
+    maps = rng.dirichlet(np.ones(6), 5)
+    problem = problems.Attention(
+        rng.standard_normal((5, 2)), rng.standard_normal((6, 3)), maps, "cross_entropy", ridge=0.1
+    )
+    x = quietly(problem, tol=1e-12).x
+    for most, told in ((180, None), (179, "the 30 x 6 matrix of all pairs, more than 179 numbers")):
+        monkeypatch.setattr("attnfit.certificates.certification.DENSE_ENTRIES", most)
+        proof = certificates.certify(problem, x)
+        assert proof.valid == (told is None)
+        assert told is None or told in proof.reason
+    dense = certificates.certify(problem.dense(), x.reshape(-1))
+    monkeypatch.setattr("attnfit.certificates.certification.DENSE_ENTRIES", 180)
+    assert certificates.certify(problem, x).radius == dense.radius
+
+
+def test_factors_that_are_not_unique_have_no_certificate():
+    rng = np.random.default_rng(0)
+    maps = rng.dirichlet(np.ones(6), 5)
+    low = problems.Attention(
+        rng.standard_normal((5, 3)), rng.standard_normal((6, 3)), maps, "cross_entropy", rank=1
+    )
+    for rigorous in (False, True):
+        proof = certificates.certify(low, np.zeros(low.shape), rigorous=rigorous)
+        assert not proof.valid
+        assert ("factors are not unique" in proof.reason) == (not rigorous)
+        assert ("no rigorous certificate" in proof.reason) == rigorous
+        assert proof.coefficient_radius.shape == low.shape
+
+
 # ---- losses and activations of one's own
 
 
