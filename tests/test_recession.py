@@ -12,7 +12,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from attnfit import problems
-from attnfit.losses.elementwise import PoissonDeviance
+from attnfit.losses.elementwise import PoissonDeviance, Total
 from attnfit.objectives.moves import PROBE_ROWS, Kind, Probe, kind_of, rows_of
 from attnfit.solvers.separation import find_separation
 
@@ -329,6 +329,27 @@ def test_a_small_share_may_fall_and_a_large_one_is_held(share, free):
     assert rows.free.tolist() == [False, free]
 
 
+@pytest.mark.parametrize("target", [1.5, 0.5])
+@pytest.mark.parametrize(("off", "free"), [(0.5e-9, True), (2e-9, False), (-1e-9, True)])
+def test_a_billionth_of_the_pull_is_rounding(target, off, free):
+    """One outcome has all but everything, and pulls by ``1 - b``, up or down; the other by as much, but for a
+    share of both.
+    """
+    pull = 1.0 - target
+    problem = problems.Softmax(np.eye(2), [target, -pull + off], loss="squared")
+    chunk, at = problem.rows.chunks[0], problem.evaluate(np.array([0.0, -60.0]))
+    assert rows_of(problem.rows, chunk, problem.rows.fetch(chunk), at).free.tolist() == [False, free]
+
+
+def test_totals_hold_no_row():
+    """They ask for no outcome: every row may fall, but one without weight."""
+    problem = problems.RowProblem(np.eye(3), np.ones(3), loss=Total(), weights=[1.0, 0.0, 2.0])
+    chunk, at = problem.rows.chunks[0], problem.evaluate(np.zeros(3))
+    rows = rows_of(problem.rows, chunk, problem.rows.fetch(chunk), at)
+    assert not rows.fixed.any()
+    assert rows.free.tolist() == [True, False, True]
+
+
 def test_what_a_direction_proves():
     A, b = np.eye(2), [0.5, 0.5]
     expected = {
@@ -437,6 +458,30 @@ def test_a_probe_keeps_some_rows():
     at = problem.evaluate(np.zeros(2))
     np.testing.assert_allclose(probe.moves(at, steps).largest, some, rtol=1e-12)
     assert (probe.moves(at, steps).largest <= problem.moves(at, steps).largest).all()
+
+
+@pytest.mark.parametrize("most", [1, 70, 150, 400, 1000])
+def test_a_probe_keeps_as_many_blocks_as_it_may(most, monkeypatch):
+    """The first ones, one at least."""
+    shrink_blocks(monkeypatch)
+    monkeypatch.setattr("attnfit.objectives.moves.PROBE_ROWS", most)
+    problem = problems.Exponential(np.ones((640, 1)), np.ones(640))
+    sizes = np.array([chunk.segments.n_rows for chunk in problem.rows.chunks])
+    assert len(sizes) > 3
+    probe = Probe(problem.rows)
+    kept = max(1, int((np.cumsum(sizes) <= most).sum()))
+    assert [chunk.segments.n_rows for chunk, _ in probe._kept] == sizes[:kept].tolist()
+    assert probe.exact == (most >= 640)
+
+
+def test_constants_of_groups_have_no_size():
+    """What is left of them when they are centred is rounding."""
+    rng = np.random.default_rng(0)
+    A = np.column_stack([rng.standard_normal(50), 1e3 * rng.random(10).repeat(5), 1e-6 * rng.random(50)])
+    problem = problems.Softmax(A, rng.random(50), np.arange(50) // 5, loss="squared")
+    sizes = Probe(problem.rows).column_sizes()
+    assert sizes[1] == 0.0
+    assert (sizes[[0, 2]] > 0.0).all()
 
 
 @pytest.mark.parametrize(("family", "named"), [("Softmax", {"loss": "squared"}), ("Exponential", {})])
