@@ -50,6 +50,8 @@ EQUIVALENT = [
     ("solvers/subproblem", r"became .*sum\(axis=\(1\)\)"),
     ("solvers/separation", r"became `scale = np\.sqrt\(np\.where\(sizes > 0\.0, sizes, \(10\.0\)\)\)`"),
     ("losses/softmax", r"became `weight = np\.where\(columns\[1\] > 0, columns\[1\], \(10\.0\)\)`"),
+    ("objectives/recession", r"np\.where\(total > (\(1\.0\), total, 1\.0|0\.0, total, \(10\.0\))\)"),
+    ("objectives/recession", r"became `found = Free\(.*, np\.ones\(0\), limit\)`"),
     ("objectives/surrogate", r"became `scale = np\.sqrt\(np\.where\(seen, diagonal, \(10\.0\)\)\)`"),
     ("objectives/surrogate", r"became `scale = np\.sqrt\(np\.where\(sizes > 0\.0, sizes, \(10\.0\)\)\)`"),
     ("objectives/surrogate", r"became .*multiplicity: Array \| float = \(10\.0\)"),

@@ -230,14 +230,14 @@ def test_a_direction_keeps_fixed_rows_together(apart, is_one):
     problem = problems.Softmax([[0.0], [apart], [-1.0]], [0.5, 0.5, 0.0], loss="cross_entropy")
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
-    assert problem.rows.reduce(verify, at, frame, np.ones(1), False).confirm(frame) is is_one
+    assert problem.rows.reduce(verify, at, frame, np.ones(1)).confirm(frame) is is_one
 
 
 def test_a_direction_lets_no_free_row_rise():
     problem = problems.Softmax([[0.0], [0.5], [-1.0]], [1.0, 0.0, 0.0], loss="cross_entropy")
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
-    assert not problem.rows.reduce(verify, at, frame, np.ones(1), False).confirm(frame)
+    assert not problem.rows.reduce(verify, at, frame, np.ones(1)).confirm(frame)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
@@ -247,7 +247,7 @@ def test_which_rows_fall_along_a_direction(size, fall, falls):
     A = size * np.array([[0.0], [-fall], [-1.0]])
     problem = problems.Softmax(A, [1.0, 0.0, 0.0], loss="cross_entropy")
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
-    signs = problem.rows.reduce(verify, problem.evaluate(np.zeros(1)), frame, np.ones(1), False)
+    signs = problem.rows.reduce(verify, problem.evaluate(np.zeros(1)), frame, np.ones(1))
     assert signs.confirm(frame)
     assert (signs.drop, signs.most) == (size * (fall if falls else 1.0), size)
 
@@ -377,6 +377,19 @@ def test_a_direction_in_the_users_unknowns():
         for least, n in ((0.99 * middle, 2), (1.01 * middle, 1)):
             assert len(found.lifted(problem, lambda u: u * scales, least).columns) == n
     assert found.lifted(problem, np.zeros_like, 0.0).columns == []
+
+
+def test_the_direction_is_the_shortest_along_which_all_rows_fall_alike():
+    """However often a row occurs; where they cannot fall alike it is one along which they all fall."""
+    A = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, -4.0]])
+    for times in (1, [1, 5, 2]):
+        problem = problems.Exponential(A.repeat(times, axis=0), np.zeros(np.sum(times * np.ones(3, int))))
+        found = find_separation(problem, problem.evaluate(np.zeros(2)))
+        np.testing.assert_allclose(found.direction, [-1.0, -0.5], rtol=1e-9)
+    A = np.array([[1.0, 0.0], [3.0, 0.0], [3.0, -4.0]])
+    problem = problems.Exponential(A, np.zeros(3))
+    found = find_separation(problem, problem.evaluate(np.zeros(2)))
+    assert (A @ found.direction < 0.0).all()
 
 
 @pytest.mark.parametrize("separable", [False, True, "in part"])

@@ -230,7 +230,7 @@ def _along(problem: Any, at: Evaluation, kind: Kind, *, each: bool) -> Separatio
         scaled = np.where(np.abs(scaled) > ENTRY * np.abs(scaled).max(), scaled, 0.0)
         v = scaled / frame.scale
         v /= max(float(np.abs(v).max()), np.finfo(float).tiny)
-        signs: Signs = problem.rows.reduce(verify, at, frame, v, kind is Kind.LOCAL)
+        signs: Signs = problem.rows.reduce(verify, at, frame, v)
         if signs.confirm(frame) and _is_strict(signs, direction is y):
             break
     else:
@@ -261,7 +261,7 @@ def _falls_apart(problem: Any, at: Evaluation, frame: Frame, y: Array) -> bool:
         return False
     for j, size in enumerate(y):
         v = frame.basis[:, j] * size / frame.scale
-        signs: Signs = problem.rows.reduce(verify, at, frame, v, True)
+        signs: Signs = problem.rows.reduce(verify, at, frame, v)
         if not signs.pull > 0.0:
             return False
     return True
@@ -273,7 +273,7 @@ def _holds_at_the_limit(problem: Any, found: Separation, signs: Signs, frame: Fr
         return False
     far = np.asarray(found.rest.x).reshape(-1) + (FAR / signs.drop) * found.direction
     limit = problem.evaluate(far)
-    agreed: Signs = problem.rows.reduce(verify, limit.bare(), frame, found.direction, True)
+    agreed: Signs = problem.rows.reduce(verify, limit.bare(), frame, found.direction)
     return agreed.confirm(frame)
 
 
