@@ -382,6 +382,9 @@ def tried() -> list[tuple[int, str, str]]:
 
 def try_module(name: str, options: argparse.Namespace) -> None:
     n_all, chosen, before = sample(name, options)
+    if not chosen:
+        print(f"{name}: all mutants were tried before")
+        return
     print(f"{name}: {n_all} mutants, {len(chosen)} to try", flush=True)
     start = perf_counter()
     found = survive(name, chosen)

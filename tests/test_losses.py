@@ -312,6 +312,8 @@ def test_what_is_said_of_a_loss_is_true(name):
     assert loss.states_third_derivative
     # Numba compiles the library's own formulas, which use no fields.
     assert loss.compiled == (name not in ("quartic", "sine"))
+    # One's own takes the normaliser for exact; the others correct it, as `finalize` is tested to do.
+    assert loss.one_pass == (name != "quartic")
     others = [Block(name, seed=seed) for seed in range(12)]
     for other in others[::2]:
         other.b *= 6.0
