@@ -360,10 +360,10 @@ def test_a_hessian_must_be_known_to_half_its_least_curvature(least, known):
     proof = Given(H).certificate(g)
     assert proof.valid == known
     assert proof.n_unidentified == 0
-    assert np.isclose(proof.lambda_min, least, rtol=0.05)
+    assert np.isclose(proof.lambda_min, least, rtol=0.05, atol=0.0)
     if known:
         lost = 4.0 * d * 2.0**-52 * d / least
-        assert np.isclose(proof.eta, np.sqrt(2e-18 / least) / (1.0 - lost), rtol=0.05)
+        assert np.isclose(proof.eta, np.sqrt(2e-18 / least) / (1.0 - lost), rtol=0.05, atol=0.0)
     else:
         assert "least curvature only" in proof.reason
 
@@ -392,6 +392,12 @@ def test_what_rows_see_of_an_open_direction(seen, unseen):
     for share, is_rounding in ((32 * 3 * 2.0**-52, True), (33 * 3 * 2.0**-52, False)):
         found = Given(H, seen_by_rows=0.999 * share).certificate(np.zeros(3))
         assert found.valid_for_predictions == is_rounding
+        # x itself is not certified, whether rows see the direction or not.
+        assert not found.valid
+        assert found.radii.tolist() == [found.radius] == [np.inf]
+        assert found.scaled_radii.tolist() == [found.scaled_radius]
+        assert found.value_gaps.tolist() == [found.value_gap]
+        assert np.isfinite([found.scaled_radius, found.value_gap]).all() == is_rounding
 
 
 def test_refusals_say_what_is_known():

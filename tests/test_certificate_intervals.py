@@ -242,11 +242,15 @@ def test_rounding_is_bounded_by_the_worst_combination(family, loss, size):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("b", [0.1, 30.0, -30.0])
-def test_errors_that_might_cancel_are_added(function, b):
-    """Two outputs of which one grows as the other falls, and what both add to a sum that targets multiply."""
-    A, target, x = np.array([[1.0], [-1.0]]), np.array([b, 2.0 * b]), np.array([1.3])
-    problem = problems.Rescaled(A, target, function)
+@pytest.mark.parametrize("b", [0.1, 0.25, -0.25, 0.5, -0.5, 30.0, -30.0])
+@pytest.mark.parametrize("far", [0.0, 100.0])
+def test_errors_that_might_cancel_are_added(function, b, far):
+    """Two outputs of which one grows as the other falls, and what both add to a sum that targets multiply;
+    logits that are the small difference of a column and an offset.
+    """
+    A, target = np.array([[1.0, 1.0], [-1.0, 1.0]]), np.array([b, 2.0 * b])
+    x, offset, T = np.array([1.3, far]), np.full(2, -far), np.array([[1.0], [0.0]])
+    problem = problems.Rescaled(A, target, function, offset=offset)
     reference = Objective("Rescaled", function, A, target, np.zeros(2, dtype=int))
 
     def gradient(shift):
@@ -254,11 +258,34 @@ def test_errors_that_might_cancel_are_added(function, b):
         value = reference.rows(as_tensor(A) @ point + shift).sum()
         return torch.autograd.grad(value, point, create_graph=True)[0]
 
-    by_logit = torch.autograd.functional.jacobian(gradient, as_tensor(np.zeros(2))).numpy()
-    worst = 4.0 * EPS * float((np.abs(by_logit) @ (1.0 + np.abs(A) @ np.abs(x)))[0])
-    bound = RowBall(problem, problem.evaluate(x), np.eye(1)).rounding()
+    by_logit = torch.autograd.functional.jacobian(gradient, as_tensor(offset)).numpy()
+    errors = 1.0 + np.sqrt(2.0) * np.abs(A) @ np.abs(x) + np.abs(offset)
+    worst = 4.0 * EPS * float((np.abs(T.T @ by_logit) @ errors)[0])
+    bound = RowBall(problem, problem.evaluate(x), T).rounding()
     # Of sinh the sum is zero, and nothing of the worst is left in the gradient.
     assert worst <= bound <= (np.inf if function == "sinh" else 20.0 * worst)
+
+
+@pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
+def test_rounding_has_the_unit_of_the_weights(family, loss):
+    """Without a penalty: of weights a million times as large it is a million times as large."""
+    inst, x = instance(family, loss, sizes=(6, 4), d=2, noise=0.3)
+    one, other = (
+        RowBall(problem, problem.evaluate(x), np.eye(2)).rounding()
+        for problem in (inst.problem(weights=np.full(10, w)) for w in (1.0, 1e-6))
+    )
+    assert np.isclose(other, 1e-6 * one, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-3, 1.0, 1e200])
+def test_what_rows_see_has_no_unit(size):
+    """Of a logit whose terms cancel to a share, and of rows of zeros."""
+    A = size * np.array([[1.0, -1.0 + 1e-6], [0.0, 0.0], [0.5, -0.5]])
+    problem = problems.Exponential(A, np.zeros(3))
+    ball = RowBall(problem, problem.evaluate(np.zeros(2)), np.eye(2))
+    assert np.isclose(ball.seen(np.ones((2, 1))), 5e-7, rtol=1e-5)
+    assert np.isclose(ball.seen(np.array([[1.0, 1.0], [1.0, 3.0]])), 0.5, rtol=1e-5)
+    assert ball.seen(np.array([[0.0], [0.0]])) == 0.0
 
 
 @pytest.mark.parametrize("loss", ["squared", "linear_cross_entropy"])
