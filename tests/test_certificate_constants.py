@@ -185,6 +185,24 @@ def test_a_row_that_is_gone_leaves_the_constant_as_it_is(loss):
         assert np.isclose(lipschitz_constant(more, more.evaluate(point), np.eye(2), radius), constant)
 
 
+@pytest.mark.parametrize("groups", [[0, 0, 0], [0, 1, 1]])
+def test_rows_that_add_nothing_leave_a_rescaled_constant_as_it_is(groups):
+    """However many rows a group has: what belongs to it is shared out among them, and added up again."""
+    A, b = np.array([[1.0], [0.5], [-0.3]]), np.array([-2.0, 1.0, 0.7])
+    less = problems.Rescaled(A, b, "exp", groups)
+    some = np.concatenate([groups, [0] * 4, [groups[-1]] * 2])
+    more = problems.Rescaled(
+        np.vstack([A, np.zeros((6, 1))]), np.append(b, np.zeros(6)), "exp", some,
+        offset=np.append(np.zeros(3), np.full(6, -800.0)),
+    )  # fmt: skip
+    for x in (0.0, 0.4):
+        for radius in (0.0, 0.3):
+            one, other = (
+                lipschitz_constant(p, p.evaluate(np.array([x])), np.eye(1), radius) for p in (less, more)
+            )
+            assert np.isclose(one, other, rtol=1e-12)
+
+
 @pytest.mark.parametrize("share", [1e-4, 0.01, 0.3])
 def test_outputs_on_the_ball_are_enclosed_and_the_ends_are_near(share):
     """Two outcomes of which one grows at the cost of the other."""
