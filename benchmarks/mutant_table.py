@@ -35,6 +35,7 @@ EQUIVALENT = [
     ("losses/elementwise", r"became .*b, w, (\(1\.0\), 0\.0|0\.0, \(1\.0\))\)\[0\]\[0\]"),
     ("losses/elementwise", r"became `return np\.(ones\(1\)|zeros\(\(2\)\)), \*self\.transform"),
     ("certificates/mixture", r"became .*default_factory=lambda: np\.ones\(0\)"),
+    ("certificates/good_start", r"became `return \(-1\.0\)`"),
     ("certificates/good_start", r"became .*sums_on_ball\(.*, _data, \(1\.0\)\)"),
     ("certificates/certification", r"became .*sums_on_ball\(.*, _rounding, \(1\.0\)\)"),
     ("solvers/evidence", r"became `SHRUNK = \(-0\.5\)`"),

@@ -5,6 +5,7 @@ below and from above.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import mpmath
 import numpy as np
@@ -21,7 +22,14 @@ from test_certificate_constants import TIGHT, third_along
 from attnfit import certificates, minimize, problems
 from attnfit.certificates.certification import RowBall
 from attnfit.certificates.lipschitz import Interval, lipschitz_constant
-from attnfit.certificates.rigorous import Enclosure, _lipschitz, _rows_of, _third_of_exponential
+from attnfit.certificates.rigorous import (
+    Enclosure,
+    _ball,
+    _lipschitz,
+    _rows_of,
+    _third_of_exponential,
+    _whitening,
+)
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")
@@ -147,6 +155,27 @@ def test_far_from_the_answer_the_ball_still_holds_it(loss, rigorous):
             gap = float(fall(exact, x, answer))
         assert gap <= proof.value_gap <= 8.0 * gap
         assert 0.1 < proof.lipschitz * proof.eta <= 0.5
+
+
+@pytest.mark.parametrize("loss", [*SOFTMAX, *FUNCTIONS])
+@pytest.mark.parametrize("c", [0.9, 0.75])
+def test_a_whitener_that_is_too_short_proves_the_same(loss, c):
+    """Of c times the whitener ``|1 - T^T H T|`` is ``1 - c^2``: the step grows by ``1 / c``, the constant
+    falls by ``c^3``, and nothing changes of the ball.
+    """
+    problem, _, best = one_unknown(loss)
+    x = best + 1e-3
+    rows, white = _rows_of(problem, x), _whitening(problem, problem.evaluate(x))
+    whole = _ball(rows, Enclosure.exact(white.T), white)
+    short = _ball(rows, Enclosure.exact(c * white.T), replace(white, T=c * white.T))
+    assert whole.valid
+    assert short.valid
+    assert np.isclose(short.eta, whole.eta / c, rtol=1e-4)
+    assert np.isclose(short.lipschitz, c**3 * whole.lipschitz, rtol=1e-4)
+    assert np.isclose(short.radius, whole.radius, rtol=1e-4)
+    # In the norm of H, and in the loss, what is not known of H is added.
+    assert np.isclose(short.scaled_radius, whole.scaled_radius * np.sqrt(2.0 - c**2) / c, rtol=1e-4)
+    assert whole.value_gap <= short.value_gap <= 2.0 * whole.value_gap / c**2
 
 
 ROWS = [name for name, case in TIGHT.items() if case.family != "Rescaled"]

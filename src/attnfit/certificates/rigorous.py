@@ -379,7 +379,7 @@ def _third_of_exponential(function: str, z: Enclosure, reach: Array, b: Array) -
         # The ends are rounded as the logits are.
         wide = z.rad + reach + WIDEN * (1.0 + np.abs(z.mid))
         low, high = np.exp(z.mid - wide), np.exp(z.mid + wide)
-        return np.asarray(high * (np.maximum(np.abs(4.0 * low - b), np.abs(4.0 * high - b))) * OUTWARD)
+        return np.asarray(high * np.maximum(b - 4.0 * low, 4.0 * high - b) * OUTWARD)
     largest = np.exp((z.size + reach) * OUTWARD) * OUTWARD
     return np.asarray(largest * (4.0 * largest + np.abs(b)))
 
