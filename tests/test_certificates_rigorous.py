@@ -15,7 +15,7 @@ from scipy import sparse
 
 from attnfit import certificates, minimize, problems
 from attnfit.certificates.lipschitz import Interval
-from attnfit.certificates.rigorous import Enclosure, _range, _sums
+from attnfit.certificates.rigorous import Enclosure, _range, _sums, gamma
 from attnfit.losses.softmax import LOSSES
 from attnfit.segments import Segments
 
@@ -312,6 +312,29 @@ def test_sums_of_ranges_hold_the_sums_of_their_ends():
             bottom, top = (mpmath.fsum(map(mpmath.mpf, ends[run].tolist())) for ends in (low, high))
             assert bottom - 1e-5 <= found.low[k] <= bottom
             assert top <= found.high[k] <= top + 1e-5
+
+
+def test_enclosures_of_exact_numbers_are_no_wider_than_roundings():
+    """One of a sum or a product, four of an exponential, two of a reciprocal, n of a sum of n products."""
+    rng = np.random.default_rng(0)
+    a, b = (Enclosure.exact(1.0 + rng.random((6, 5))) for _ in range(2))
+    U = 2.0**-53
+    for found, units in ((a + b, 1), (a - b, 1), (a * b, 1), (a.exp(), 4), (a.reciprocal(), 2)):
+        assert (found.rad <= 1.001 * units * U * np.abs(found.mid) + 1e-300).all()
+    # The exponential that checks a logarithm, its product and the last rounding; of the logarithm, not of it.
+    assert (a.log().rad <= 8.0 * U).all()
+    product = a @ b.T
+    assert (product.rad <= 6.001 * U * product.mid).all()
+    total = Enclosure.exact(a.mid[:, 0]).sums(Segments(np.array([0, 2]), 6))
+    assert (total.rad <= 5.001 * U * total.mid).all()
+
+
+@pytest.mark.parametrize("n", [1, 1000, 10_000_000])
+def test_the_error_of_many_roundings(n):
+    """``(1 + u)^n - 1``, and nearly no more."""
+    with mpmath.workdps(40):
+        exact = (1 + mpmath.mpf(2) ** -53) ** n - 1
+        assert exact <= gamma(n) <= exact * (1 + 2 * n * mpmath.mpf(2) ** -53)
 
 
 def test_sums_that_cancel_are_known_to_the_rounding_of_their_terms():
