@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "mutants.md"
 EQUIVALENT = [
     # Bounds of cost, one larger, doubled or ten times as large.
     ("", r"became `(WHITENED_ROWS|LOOKED_AT|DENSE_ENTRIES|MAX_ROUNDS|PROBE_ROWS|KEPT_NUMBERS|MOST_TERMS) = "),
-    ("", r"became `(N_WEAK|N_PROGRAMMES) = "),
+    ("", r"became `(N_WEAK|N_PROGRAMMES|PROGRAMME_ENTRIES) = "),
     ("solvers/separation", r"became `FIRST_ROWS, MORE_ROWS = (\(5001\), 2_000|5_000, \(2001\))`"),
     ("solvers/separation", r"became `MAX_PROJECTIONS, CLEARLY, RANK = \(101\), 1e-3, 1e-10`"),
     ("solvers/separation", r"became `MAX_SECONDS = \(200\.0\)`"),
