@@ -277,6 +277,24 @@ def test_rows_that_share_a_column_fall_on_balance(c):
             assert found.rows.tolist() == [2, 5]
 
 
+@pytest.mark.parametrize(
+    "M", [[[1.0, 5.0], [0.0, 1e3]], [[1e-3, 0.5], [2.0, 1.0]], [[1.0, 0.0], [-3.0, 0.1]]]
+)
+def test_what_falls_on_balance_does_so_in_any_unknowns(M):
+    A = np.array([[0.0, 0], [1.0, 0], [0.0, 1], [0.0, 0], [1.0, 0], [0.0, 1]])
+    ids, x, M = np.array([0, 0, 0, 1, 1, 1]), np.array([np.log(2 / 3), -12.0]), np.array(M)
+    for target, falls in [(-0.3, True), (0.3, False)]:
+        b = np.array([0.6, 0.4, target, 0.6, 0.4, -0.1 * np.sign(target)])
+        problem = problems.Softmax(A @ M, b, ids, loss="squared")
+        found = find_separation(problem, problem.evaluate(np.linalg.solve(M, x)))
+        assert (found is not None) == falls
+        if found is not None:
+            assert found.rows.tolist() == [2, 5]
+            moved = M @ found.direction
+            assert abs(moved[0]) < 1e-6 * abs(moved[1])
+            assert moved[1] < 0.0
+
+
 @pytest.mark.parametrize(("other", "falls"), [(-0.03, True), (0.03, False)])
 def test_each_of_two_columns_must_fall_by_itself(other, falls):
     """On balance the loss falls along both together; along the second alone it would rise."""

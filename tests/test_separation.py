@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 import attnfit
 from attnfit import SoftmaxRegressor, minimize, problems
 from attnfit.objectives.recession import Frame, Signs, verify
-from attnfit.solvers.separation import _by_projection, _is_strict, find_separation
+from attnfit.solvers.separation import _by_projection, _is_strict, _solve, find_separation
 
 
 def fit(problem, **options):
@@ -486,3 +486,41 @@ def test_rows_that_stay_are_held_where_others_fall():
         falls = rows @ y
         np.testing.assert_allclose(falls[:2], 0.0, atol=1e-9)
         assert (falls[2:] <= -1.0 + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("F", "falls"),
+    [
+        # A row so short that projections take it for one that stays.
+        ([[-1.0], [-5e-4]], [True, True]),
+        ([[1.0], [-5e-4]], None),
+        ([[-1.0, 0.0], [0.0, 5e-4], [0.0, -5e-4]], [True, False, False]),
+    ],
+)
+def test_the_programme_decides_what_projections_do_not(F, falls, monkeypatch):
+    """Within its time; one that runs out of it decides nothing."""
+    F, asked = np.array(F), []
+    solve = scipy.optimize.linprog
+
+    def limited(*args, options, **named):
+        asked.append(options["time_limit"])
+        return solve(*args, options=options, **named)
+
+    monkeypatch.setattr(scipy.optimize, "linprog", limited)
+    y = _solve(F)
+    assert (y is None) == (falls is None)
+    if falls is not None:
+        along = F @ y
+        assert (along[falls] < 0.0).all()
+        np.testing.assert_allclose(along[~np.array(falls)], 0.0, atol=1e-9)
+    assert all(1.0 <= limit <= 1000.0 for limit in asked)
+    assert asked or len(F) > 2
+    monkeypatch.setattr(scipy.optimize, "linprog", lambda *a, **k: scipy.optimize.OptimizeResult(x=None))
+    assert _solve(np.array([[-1.0], [-5e-4]])) is None
+
+
+def test_what_a_separation_shows_of_itself_is_short():
+    problem = separable()[0]
+    shown = repr(find_separation(problem, problem.evaluate(np.zeros(3))))
+    assert "direction=" in shown and "exact=True" in shown
+    assert " _" not in shown
