@@ -58,6 +58,7 @@ EQUIVALENT = [
     ("objectives/recession", r"became `found = Free\(.*, np\.ones\(0\), limit\)`"),
     ("objectives/surrogate", r"became `scale = np\.sqrt\(np\.where\(seen, diagonal, \(10\.0\)\)\)`"),
     ("objectives/surrogate", r"became `scale = np\.sqrt\(np\.where\(sizes > 0\.0, sizes, \(10\.0\)\)\)`"),
+    ("objectives/surrogate", r"became .* / np\.where\(mass > 0, mass, \((-1|10)\.0\)\)`"),
     ("objectives/surrogate", r"became .*multiplicity: Array \| float = \(10\.0\)"),
     ("objectives/surrogate", r"became .*known\.mass\[chunk\.groups\], \(10\.0\)"),
     # The iteration arrives at the same root; the answer is the same one way or the other.

@@ -349,12 +349,13 @@ def test_a_small_share_may_fall_and_a_large_one_is_held(share, free):
 
 @pytest.mark.parametrize("target", [1.5, 0.5])
 @pytest.mark.parametrize(("off", "free"), [(0.5e-9, True), (2e-9, False), (-1e-9, True)])
-def test_a_billionth_of_the_pull_is_rounding(target, off, free):
+@pytest.mark.parametrize("common", [0.0, 50.0, -50.0])
+def test_a_billionth_of_the_pull_is_rounding(target, off, free, common):
     """One outcome has all but everything, and pulls by ``1 - b``, up or down; the other by as much, but for a
-    share of both.
+    share of both. What both logits have in common is no part of it.
     """
     pull = 1.0 - target
-    problem = problems.Softmax(np.eye(2), [target, -pull + off], loss="squared")
+    problem = problems.Softmax(np.eye(2), [target, -pull + off], loss="squared", offset=np.full(2, common))
     chunk, at = problem.rows.chunks[0], problem.evaluate(np.array([0.0, -60.0]))
     assert rows_of(problem.rows, chunk, problem.rows.fetch(chunk), at).free.tolist() == [False, free]
 
