@@ -128,8 +128,9 @@ def write(
         "Killed includes those that ran out of time. The interval (95 %) is of the share among all mutants\n"
         "that are not equivalent, where only some were tried. Why some are equivalent: `docs/design.md`.\n"
         "\n"
-        "Tests were written for the kinds of mutants that survived under the seeds of the last column. A\n"
-        "row with such seeds is a sample of mutants that none of them had drawn: nobody had looked at these.",
+        "Tests were written for the kinds of mutants that survived under the seeds of the last column.\n"
+        "A row with such seeds is a sample of mutants that none of them had drawn, that nobody had seen;\n"
+        "a row without is the first look at a module.",
         "\n".join([HEAD, *(rows[key] for key in names if key in rows), f"| all | {' | '.join(last)} |"]),
         *([f"Not tried: {', '.join(missing)}."] if missing else []),
         "## Survivors",
