@@ -14,6 +14,7 @@ from scipy.optimize import linprog
 from attnfit import problems
 from attnfit.losses.elementwise import PoissonDeviance, Total
 from attnfit.objectives.moves import PROBE_ROWS, Kind, Probe, kind_of, rows_of
+from attnfit.objectives.recession import Frame, Free, Signs, free_rows
 from attnfit.solvers.separation import find_separation
 
 STORAGES = {"dense": np.asarray, "csr": sparse.csr_array}
@@ -309,6 +310,57 @@ def test_each_of_two_columns_must_fall_by_itself(other, falls):
     assert slopes[0] > 0.0
     assert (slopes[1] > 0.0) == falls
     assert slopes.sum() > 0.0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e30])
+def test_what_fixed_rows_hold_in_a_small_unit_stays_held(size):
+    """One free row would fall if the first column could move, which two fixed rows tell; another falls. What
+    rounding leaves of the first column in a direction moves no row.
+    """
+    A = np.array([[0.0, 0, 0], [size, 0, 0], [0, 0, 1.0], [-size, 0, 0], [0, 1.0, 0]])
+    problem = problems.Softmax(A, [1.0, 2.0, 3.0, 0.0, 0.0], loss="cross_entropy")
+    found = find_separation(problem, problem.evaluate(np.zeros(3)))
+    assert found.rows.tolist() == [4]
+    assert found.direction.tolist() == [0.0, -1.0, 0.0]
+
+
+def test_rows_of_every_block_hold(monkeypatch):
+    """Of an exponential: an outcome in the last block, without which a column would be free."""
+    shrink_blocks(monkeypatch)
+    A = np.column_stack([np.ones(640), np.zeros(640)])
+    A[-1, 1], A[5, 1] = 1.0, 1.0
+    for last, falls in ((2.0, False), (0.0, True)):
+        b = np.append(np.ones(639), last)
+        b[5] = 0.0
+        problem = problems.Exponential(A, b)
+        assert len(problem.rows.chunks) > 2
+        found = find_separation(problem, problem.evaluate(np.zeros(2)))
+        assert (found is not None) == falls
+        assert found is None or found.rows.tolist() == [5, 639]
+
+
+@pytest.mark.parametrize(("part", "moves"), [(3e-10, False), (3e-9, True)])
+def test_what_is_left_of_a_row_is_no_rounding_from_a_billionth_on(part, moves):
+    """A free row that differs from the fixed one by so much of what both have in common."""
+    problem = problems.Softmax([[1.0], [1.0 - part]], [1.0, 0.0], loss="cross_entropy")
+    at = problem.evaluate(np.zeros(1))
+    frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
+    found = problem.rows.reduce(free_rows, at, frame, None, 10)
+    assert found.n_all == moves
+    assert found.rows.tolist() == [[-1.0]] * moves
+
+
+def test_what_two_parts_of_the_data_say_together():
+    one, other = Signs(1.0, 0.1, 5.0, 2.0, 3.0), Signs(-3.0, 0.4, 1.0, 0.5, 7.0)
+    for both in (one.merge(other), other.merge(one)):
+        assert vars(both) == {"pull": -2.0, "parting": 0.4, "size": 5.0, "drop": 0.5, "most": 7.0}
+    rows, sizes = np.arange(4.0)[:, None], np.array([0.5, 0.1, 0.3, 0.2])
+    first, last = Free(rows[:2], sizes[:2], 3, 20), Free(rows[2:], sizes[2:], 3, 30)
+    merged = first.merge(last)
+    # Those that run away first, as many as are wanted.
+    assert merged.rows[:, 0].tolist() == [1.0, 3.0, 2.0]
+    assert merged.sizes.tolist() == [0.1, 0.2, 0.3]
+    assert (merged.limit, merged.n_all) == (3, 50)
 
 
 # ---- what rows are

@@ -55,6 +55,8 @@ FAR = 60.0
 NOTHING, NEXT_TO_NOTHING = 800.0, 40.0
 # Entries of a direction below this share of the largest, in scaled variables, are rounding.
 ENTRY = 1e-7
+# Entries of a basis of directions, orthonormal in scaled variables, that are rounding of its eigenvectors.
+NULL_ENTRY = 1e-13
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,9 @@ def _frame(problem: Any, at: Evaluation, each: bool) -> Frame | None:
     if kind_of(problem.loss) is Kind.SCALING:
         # Whole groups fall: not relative to rows of their own.
         means = np.zeros_like(means)
-    return Frame(vectors[:, null], scale, means, each)
+    # What rounding leaves of a column that fixed rows hold would take any row that has it for one that moves.
+    basis = np.where(np.abs(vectors[:, null]) > NULL_ENTRY, vectors[:, null], 0.0)
+    return Frame(basis, scale, means, each)
 
 
 def _programme(problem: Any, at: Evaluation, frame: Frame) -> Array | None:
