@@ -418,6 +418,13 @@ def test_what_rows_see_of_an_open_direction(seen, unseen):
         assert np.isfinite([found.scaled_radius, found.value_gap]).all() == is_rounding
 
 
+@pytest.mark.parametrize(("units", "along"), [((1.0, 10.0), 0), ((10.0, 1.0), 1), ((-10.0, 1.0), 1)])
+def test_a_direction_of_negative_curvature_is_named_in_the_users_units(units, along):
+    """``(1, -1)`` where both columns have curvature one: the larger entry is that of the smaller column."""
+    H = np.array([[1.0, 2.0], [2.0, 1.0]]) * np.multiply.outer(units, units)
+    assert f"dominated by column {along};" in Given(H).certificate([0.0, 0.0]).reason
+
+
 def test_refusals_say_what_is_known():
     """Curvatures in the user's units, the direction, how many are open and how long the step is."""
     cases = {

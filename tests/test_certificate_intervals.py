@@ -306,6 +306,23 @@ def test_rounding_has_the_unit_of_the_weights(family, loss):
     assert np.isclose(other, 1e-6 * one, rtol=1e-9, atol=0.0)
 
 
+@pytest.mark.parametrize("family", ["Exponential", "Rescaled"])
+@pytest.mark.parametrize("function", ["cosh", "sinh"])
+def test_rounding_is_the_same_on_both_sides(family, function):
+    """Cosh is even, and so is the loss; sinh is odd: so is the loss of shares, or with the other targets."""
+    A, x = np.array([[1.0], [0.5], [2.0]]), np.array([1.1])
+    b = np.array([3.0, -1.0, 0.4])
+    flipped = -b if (family, function) == ("Exponential", "sinh") else b
+    one, other = (
+        RowBall(problem, problem.evaluate(point), np.eye(1)).rounding()
+        for problem, point in (
+            (getattr(problems, family)(A, b, function), x),
+            (getattr(problems, family)(A, flipped, function), -x),
+        )
+    )
+    assert np.isclose(one, other, rtol=1e-9, atol=0.0)
+
+
 @pytest.mark.parametrize("size", [1e-200, 1e-3, 1.0, 1e200])
 def test_what_rows_see_has_no_unit(size):
     """Of a logit whose terms cancel to a share, and of rows of zeros."""
