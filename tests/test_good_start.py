@@ -267,3 +267,11 @@ def test_no_curvature_is_no_good_start():
     found = certificates.good_start(flat, np.zeros(2), np.zeros(2))
     assert not (found.printed or found.local or found.scaled)
     assert found.distance == 0.0
+
+
+@pytest.mark.parametrize("x", [0.034885, 0.2])
+def test_where_the_loss_overflows_no_condition_is_judged(x):
+    """Or an entry of its Hessian alone."""
+    problem = problems.Exponential(np.array([[1e4, 0.0], [0.5e4, 1.0]]), np.ones(2))
+    with pytest.raises((ValueError, OverflowError), match="overflow"):
+        certificates.good_start(problem, np.zeros(2), np.array([x, 0.0]))
