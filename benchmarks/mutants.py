@@ -36,10 +36,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.mutant_table import write
+from benchmarks.mutant_table import is_equivalent, write
 from benchmarks.mutation import Changes, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
+TRIED = ROOT / ".mutants" / "tried.tsv"
 
 # The tests that guard each module, without those that take long.
 LOSSES = ["losses", "certificate_constants"]
@@ -52,7 +53,7 @@ GUARDS = {
     "losses/softmax": [*LOSSES, "open_losses"],
     "losses/elementwise": LOSSES,
     "losses/rescaled": LOSSES,
-    "losses/separable": ["open_losses"],
+    "losses/separable": ["losses", "open_losses"],
     "losses/activations": ["activations"],
     "objectives/units": ["certificates_centred"],
     "certificates/certification": [*BALLS, "certificates_rigorous"],
@@ -65,8 +66,9 @@ GUARDS = {
         "layer_constants",
         "inversion_certificates",
         "certificate_statements",
+        "certificates_centred",
     ],
-    "certificates/mixture": ["mixture_uniqueness", "mixtures"],
+    "certificates/mixture": ["mixture_uniqueness", "mixtures", "certificate_constants"],
     "solvers/evidence": ["evidence"],
     "solvers/separation": SEPARATION,
     "solvers/subproblem": ["trust_region"],
@@ -241,19 +243,28 @@ def run_tests(files: list[str], plugin: object) -> bool:
 
 @cache
 def learn(files: tuple[str, ...]) -> Watch:
-    """Return what tests do on the modules as they are, and load what they load; known from the last time
-    where neither has changed.
-    """
-    known = ROOT / ".mutants" / f"{fingerprint(files)}.pickle"
+    """Return what tests do on the modules as they are, and load what they load."""
+    watch = Watch()
+    for file in files:
+        found = learn_file(file)
+        watch.calls |= found.calls
+        watch.seconds |= found.seconds
+    return watch
+
+
+@cache
+def learn_file(file: str) -> Watch:
+    """Return the same of one file; known from the last time where neither it nor a module has changed."""
+    known = ROOT / ".mutants" / f"{fingerprint(file)}.pickle"
 
     def work() -> Any:
         watch = Watch()
-        passed = run_tests(list(files), watch)
+        passed = run_tests([file], watch)
         return passed, watch, [n for n in sys.modules if n.split(".")[0] not in ours()]
 
     found = pickle.loads(known.read_bytes()) if known.exists() else apart(work, LEARNING)[0]
     if found is None or not found[0]:
-        raise SystemExit(f"tests fail on the modules as they are: {' '.join(files)}")
+        raise SystemExit(f"tests fail on the modules as they are: {file}")
     known.parent.mkdir(exist_ok=True)
     known.write_bytes(pickle.dumps(found))
     for name in found[2]:
@@ -264,10 +275,10 @@ def learn(files: tuple[str, ...]) -> Watch:
     return watch
 
 
-def fingerprint(files: tuple[str, ...]) -> str:
+def fingerprint(file: str) -> str:
     """Return a digest of some tests, of what they share and of the modules."""
     shared = [p for p in ROOT.glob("tests/*.py") if not p.name.startswith("test_")]
-    paths = [*(ROOT / f for f in files), *sorted(shared), *sorted(ROOT.glob("src/**/*.py"))]
+    paths = [ROOT / file, *sorted(shared), *sorted(ROOT.glob("src/**/*.py"))]
     return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:16]
 
 
@@ -327,8 +338,8 @@ def main() -> None:
     parser.add_argument("--module", nargs="*", default=[""], help="modules whose name holds one of these")
     parser.add_argument("--share", type=float, default=1.0, help="share of the mutants to try, by chance")
     parser.add_argument("--number", type=int, help="so many mutants of each module, instead of a share")
-    parser.add_argument("--skip", type=int, default=0, help="leave out so many that come first by chance")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unseen", action="store_true", help="leave out what earlier seeds have drawn")
     parser.add_argument("--lines", help="only these lines, as in 10-20; the table stays as it is")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -341,38 +352,55 @@ def main() -> None:
                 try_module(name, options)
 
 
-def sample(name: str, options: argparse.Namespace) -> tuple[int, list[Mutant]]:
-    """Return about how many mutants a module has, and those to try."""
+def sample(name: str, options: argparse.Namespace) -> tuple[int, list[Mutant], list[int]]:
+    """Return about how many mutants a module has, those to try, and the other seeds that have drawn some."""
     changes = Changes(path_of(name).read_text())
     places = changes.places
     if options.lines:
         first, last = map(int, options.lines.split("-"))
         places = [place for place in places if first <= place[0] <= last]
+    before = [(seed, text) for seed, module, text in tried() if module == name and seed != options.seed]
+    seen = {text for _, text in before} if options.unseen else set()
     random.Random(f"{name} {options.seed}").shuffle(places)
-    n = options.skip + (options.number or max(1, round(options.share * len(places))))
+    n = options.number or max(1, round(options.share * len(places)))
     found: list[Mutant] = []
-    looked = 0
+    looked = real = 0
     while looked < len(places) and len(found) < n:
         mutant = changes.mutant(places[looked])
-        found += [] if mutant is None else [mutant]
+        real += mutant is not None
+        found += [] if mutant is None or mutant.text in seen else [mutant]
         looked += 1
-    n_all = round(len(places) * len(found) / looked)
-    return n_all, sorted(found[options.skip :], key=lambda m: m.line)
+    n_all = round(len(places) * real / looked)
+    return n_all, sorted(found, key=lambda m: m.line), sorted({seed for seed, _ in before})
+
+
+def tried() -> list[tuple[int, str, str]]:
+    """Return the seed, the module and the text of every mutant that was ever tried here."""
+    lines = TRIED.read_text().splitlines() if TRIED.exists() else []
+    return [(int(seed), module, text) for seed, module, text in (line.split("\t") for line in lines)]
 
 
 def try_module(name: str, options: argparse.Namespace) -> None:
-    n_all, chosen = sample(name, options)
+    n_all, chosen, before = sample(name, options)
+    if not chosen:
+        print(f"{name}: all mutants were tried before")
+        return
     print(f"{name}: {n_all} mutants, {len(chosen)} to try", flush=True)
     start = perf_counter()
     found = survive(name, chosen)
     survivors = [m for m, (survived, _) in zip(chosen, found, strict=True) if survived]
     for mutant in survivors:
-        print(f"  survived: {mutant}", flush=True)
+        print(f"  survived: {mutant}{' (equivalent)' * is_equivalent(name, mutant)}", flush=True)
     n_late, n_killed = sum(late for _, late in found), len(chosen) - len(survivors)
     seconds = perf_counter() - start
     print(f"  {n_killed} of {len(chosen)} killed, {n_late} timed out, {seconds:.0f} s", flush=True)
-    if not options.lines:
-        write(list(GUARDS), __doc__ or "", name, [n_all, len(chosen), n_late], survivors)
+    if options.lines:
+        return
+    TRIED.parent.mkdir(exist_ok=True)
+    with TRIED.open("a") as file:
+        file.writelines(f"{options.seed}\t{name}\t{mutant.text}\n" for mutant in chosen)
+    seeds = f"{options.seed}", ", ".join(map(str, before)) if options.unseen else ""
+    write(list(GUARDS), __doc__ or "", name, [n_all, len(chosen), n_late], survivors, seeds)
 
 
 if __name__ == "__main__":

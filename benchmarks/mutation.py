@@ -87,9 +87,14 @@ class Mutant:
     was: str
     source: str
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """What is changed, wherever that stands."""
         now = self.source.splitlines()[self.line - 1].strip()
-        return f"line {self.line}: `{self.was.strip()}` became `{now}`"
+        return f"`{self.was.strip()}` became `{now}`"
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.text}"
 
 
 def operators() -> Iterator[Operator]:

@@ -42,7 +42,7 @@ def test_an_activation_its_derivatives_and_their_bounds(name):
             assert np.abs(activation(np.array([1e3])))[0] > 100 * (largest > 0)
     assert activation.bounds_known
     assert activation.name == name
-    far = np.array([-1e5, -800.0, -60.0, 60.0, 800.0, 1e5])
+    far = np.array([-1e200, -1e120, -1e5, -800.0, -60.0, 60.0, 800.0, 1e5, 1e120, 1e200])
     for values in (*activation.jet(far), activation.third(far)):
         assert np.isfinite(values).all()
     slopes = activation.jet(far)[1]
@@ -81,6 +81,9 @@ def test_an_activation_of_ones_own():
             "h' of activation is not the derivative",
         ),
         ((np.exp, lambda y: 0.999 * np.exp(y), np.exp), "h' of activation is not the derivative"),
+        # Where only one of the points that are looked at tells.
+        ((np.sin, lambda y: np.cos(y) + 0.1 * (y > 2.0), lambda y: -np.sin(y)), "h' of activation is not"),
+        ((np.sin, lambda y: np.cos(y) + 0.1 * (y < -1.0), lambda y: -np.sin(y)), "h' of activation is not"),
         ((np.sin, np.cos, np.sin), "h'' of activation is not the derivative"),
         ((lambda y: y[:2], np.cos, np.sin), "h of activation must map"),
         ((np.sin, lambda y: np.nan * y, np.sin), "h' of activation must map"),

@@ -173,6 +173,36 @@ def test_no_third_derivative_on_the_ball_exceeds_its_constant(family, loss, size
                     assert reached <= constant * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("loss", ["squared", "entropy", "linear_cross_entropy", "kl"])
+def test_a_row_that_is_gone_leaves_the_constant_as_it_is(loss):
+    """Its output is zero in float64, and every term that it could add with it."""
+    inst, x = instance("Softmax", loss, sizes=(6,), d=2)
+    A, b = np.vstack([inst.A, [-800.0, 0.0]]), np.append(inst.b, 0.1 * (loss != "kl"))
+    point = np.array([1.0, x[1]])
+    more, less = problems.Softmax(A, b, loss=loss), problems.Softmax(inst.A, inst.b, loss=loss)
+    for radius in (0.0, 1e-3):
+        constant = lipschitz_constant(less, less.evaluate(point), np.eye(2), radius)
+        assert np.isclose(lipschitz_constant(more, more.evaluate(point), np.eye(2), radius), constant)
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 0], [0, 1, 1]])
+def test_rows_that_add_nothing_leave_a_rescaled_constant_as_it_is(groups):
+    """However many rows a group has: what belongs to it is shared out among them, and added up again."""
+    A, b = np.array([[1.0], [0.5], [-0.3]]), np.array([-2.0, 1.0, 0.7])
+    less = problems.Rescaled(A, b, "exp", groups)
+    some = np.concatenate([groups, [0] * 4, [groups[-1]] * 2])
+    more = problems.Rescaled(
+        np.vstack([A, np.zeros((6, 1))]), np.append(b, np.zeros(6)), "exp", some,
+        offset=np.append(np.zeros(3), np.full(6, -800.0)),
+    )  # fmt: skip
+    for x in (0.0, 0.4):
+        for radius in (0.0, 0.3):
+            one, other = (
+                lipschitz_constant(p, p.evaluate(np.array([x])), np.eye(1), radius) for p in (less, more)
+            )
+            assert np.isclose(one, other, rtol=1e-12)
+
+
 @pytest.mark.parametrize("share", [1e-4, 0.01, 0.3])
 def test_outputs_on_the_ball_are_enclosed_and_the_ends_are_near(share):
     """Two outcomes of which one grows at the cost of the other."""
@@ -294,3 +324,130 @@ def test_what_lies_off_a_face_is_in_the_radius():
         gap = 0.5 * np.sum((A @ (f - other)) ** 2)
         radius = _on_face(A, face, np.array([gap]), np.array([other[2:].sum()]))[0][0]
         assert np.linalg.norm(f - other) <= radius * (1 + 1e-12)
+
+
+# ---- what a ball rests on
+
+
+@dataclass
+class Given:
+    """A problem known by its Hessian, and what a ball says of it."""
+
+    H: np.ndarray
+    M: float = 0.0
+    seen_by_rows: float = 0.0
+    obstacle_is: str | None = None
+
+    @property
+    def n_unknowns(self):
+        return len(self.H)
+
+    def hessian_at(self, at):
+        return self.H
+
+    def diagonal_at(self, at):
+        return np.diag(self.H)
+
+    def rounding(self):
+        return 0.0
+
+    def obstacle(self, radius):
+        return self.obstacle_is
+
+    def lipschitz(self, radius):
+        return self.M
+
+    def seen(self, directions):
+        return self.seen_by_rows
+
+    def certificate(self, gradient, value=0.0):
+        d = len(self.H)
+        at = Evaluation(np.zeros(d), value, np.array(gradient), np.zeros((0, 0)), np.zeros((0, d)))
+        return newton_kantorovich(self, at, lambda whitener: self)
+
+
+@pytest.mark.parametrize(("least", "known"), [(1.5e-11, False), (3e-11, True), (1e-6, True)])
+def test_a_hessian_must_be_known_to_half_its_least_curvature(least, known):
+    """A hundred equal correlations: eigenvalues ``1 - c`` and ``1 + 99 c``, known to ``4 d eps`` of the
+    largest, which is 59 and 30 % of the least, and next to nothing.
+    """
+    d = 100
+    H = np.full((d, d), 1.0 - least) + least * np.eye(d)
+    g = np.zeros(d)
+    g[:2] = 1e-9, -1e-9
+    proof = Given(H).certificate(g)
+    assert proof.valid == known
+    assert proof.n_unidentified == 0
+    assert np.isclose(proof.lambda_min, least, rtol=0.05, atol=0.0)
+    if known:
+        lost = 4.0 * d * 2.0**-52 * d / least
+        assert np.isclose(proof.eta, np.sqrt(2e-18 / least) / (1.0 - lost), rtol=0.05, atol=0.0)
+    else:
+        assert "least curvature only" in proof.reason
+
+
+@pytest.mark.parametrize(("part", "open_too"), [(3e-6, True), (3e-7, False)])
+def test_a_part_of_a_millionth_is_not_blamed_on_rounding(part, open_too):
+    """The open direction has this component along the last unknown, and curvatures differ by 1e10."""
+    rng = np.random.default_rng(0)
+    null = np.array([1.0, -1.0, 0.0, np.sqrt(2.0) * part])
+    basis = np.linalg.qr(np.column_stack([null, rng.standard_normal((4, 3))]))[0]
+    basis[:, 1:] = np.linalg.qr(basis[:, 1:] - basis[:, :1] @ (basis[:, :1].T @ basis[:, 1:]))[0]
+    proof = Given((basis * [0.0, 1e-10, 1.0, 1.0]) @ basis.T).certificate(np.zeros(4))
+    assert proof.n_unidentified == 1
+    assert proof.valid_for_predictions
+    assert np.isinf(proof.coefficient_radius).tolist() == [True, True, False, open_too]
+
+
+@pytest.mark.parametrize(("seen", "unseen"), [(0.9e-9, True), (1.1e-9, False)])
+def test_what_rows_see_of_an_open_direction(seen, unseen):
+    """Of ill-conditioned columns no more than a billionth; of others no more than rounding."""
+    H = np.zeros((3, 3))
+    H[:2, :2] = [[1.0, 1.0 - 1e-8], [1.0 - 1e-8, 1.0]]
+    proof = Given(H, seen_by_rows=seen).certificate(np.zeros(3))
+    assert proof.valid_for_predictions == unseen
+    H[:2, :2] = np.eye(2)
+    for share, is_rounding in ((32 * 3 * 2.0**-52, True), (33 * 3 * 2.0**-52, False)):
+        found = Given(H, seen_by_rows=0.999 * share).certificate(np.zeros(3))
+        assert found.valid_for_predictions == is_rounding
+        # x itself is not certified, whether rows see the direction or not.
+        assert not found.valid
+        assert found.radii.tolist() == [found.radius] == [np.inf]
+        assert found.scaled_radii.tolist() == [found.scaled_radius]
+        assert found.value_gaps.tolist() == [found.value_gap]
+        assert np.isfinite([found.scaled_radius, found.value_gap]).all() == is_rounding
+
+
+@pytest.mark.parametrize(("units", "along"), [((1.0, 10.0), 0), ((10.0, 1.0), 1), ((-10.0, 1.0), 1)])
+def test_a_direction_of_negative_curvature_is_named_in_the_users_units(units, along):
+    """``(1, -1)`` where both columns have curvature one: the larger entry is that of the smaller column."""
+    H = np.array([[1.0, 2.0], [2.0, 1.0]]) * np.multiply.outer(units, units)
+    assert f"dominated by column {along};" in Given(H).certificate([0.0, 0.0]).reason
+
+
+def test_refusals_say_what_is_known():
+    """Curvatures in the user's units, the direction, how many are open and how long the step is."""
+    cases = {
+        "negative along a direction dominated by column 1": (Given(np.diag([1.0, -2.0, 3.0])), -2.0, 0),
+        "dominated by column 2": (Given(np.diag([4.0, 0.0, -9.0])), -9.0, 1),
+        "nothing is identified": (Given(np.zeros((3, 3))), 0.0, 3),
+        "in the 2 identified directions (1 are not)": (Given(np.diag([4.0, 0.0, 9.0]), M=3.0), 4.0, 1),
+        "constant: M eta = 3 exceeds 1/2; tighten": (Given(np.diag([4.0, 1.0, 9.0]), M=6.0), 1.0, 0),
+        "a wall": (Given(np.diag([4.0, 1.0, 9.0]), obstacle_is="a wall"), 1.0, 0),
+    }
+    for reason, (problem, least, n_open) in cases.items():
+        proof = problem.certificate([1.0, 0.0, 0.0])
+        assert reason in proof.reason
+        assert not (proof.valid or proof.valid_for_predictions)
+        assert np.isinf([proof.radius, proof.scaled_radius, proof.value_gap]).all()
+        assert np.isclose(proof.lambda_min, least, rtol=1e-12)
+        assert proof.n_unidentified == n_open
+        at_a_minimum = least > 0.0
+        assert np.isclose(proof.eta, 0.5, rtol=1e-9) if at_a_minimum else np.isinf(proof.eta)
+        stepped = at_a_minimum and problem.obstacle_is is None
+        assert np.isclose(proof.lipschitz, problem.M) if stepped else np.isinf(proof.lipschitz)
+    for problem, value in ((Given(np.eye(2)), np.inf), (Given(np.diag([1.0, np.inf])), 0.0)):
+        proof = problem.certificate([0.0, 0.0], value)
+        assert "overflows" in proof.reason
+        assert np.isnan(proof.lambda_min)
+        assert proof.n_unidentified == 0

@@ -5,6 +5,7 @@ below and from above.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import mpmath
 import numpy as np
@@ -21,7 +22,14 @@ from test_certificate_constants import TIGHT, third_along
 from attnfit import certificates, minimize, problems
 from attnfit.certificates.certification import RowBall
 from attnfit.certificates.lipschitz import Interval, lipschitz_constant
-from attnfit.certificates.rigorous import Enclosure, _lipschitz, _rows_of, _third_of_exponential
+from attnfit.certificates.rigorous import (
+    Enclosure,
+    _ball,
+    _lipschitz,
+    _rows_of,
+    _third_of_exponential,
+    _whitening,
+)
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")
@@ -149,6 +157,27 @@ def test_far_from_the_answer_the_ball_still_holds_it(loss, rigorous):
         assert 0.1 < proof.lipschitz * proof.eta <= 0.5
 
 
+@pytest.mark.parametrize("loss", [*SOFTMAX, *FUNCTIONS])
+@pytest.mark.parametrize("c", [0.9, 0.75])
+def test_a_whitener_that_is_too_short_proves_the_same(loss, c):
+    """Of c times the whitener ``|1 - T^T H T|`` is ``1 - c^2``: the step grows by ``1 / c``, the constant
+    falls by ``c^3``, and nothing changes of the ball.
+    """
+    problem, _, best = one_unknown(loss)
+    x = best + 1e-3
+    rows, white = _rows_of(problem, x), _whitening(problem, problem.evaluate(x))
+    whole = _ball(rows, Enclosure.exact(white.T), white)
+    short = _ball(rows, Enclosure.exact(c * white.T), replace(white, T=c * white.T))
+    assert whole.valid
+    assert short.valid
+    assert np.isclose(short.eta, whole.eta / c, rtol=1e-4)
+    assert np.isclose(short.lipschitz, c**3 * whole.lipschitz, rtol=1e-4)
+    assert np.isclose(short.radius, whole.radius, rtol=1e-4)
+    # In the norm of H, and in the loss, what is not known of H is added.
+    assert np.isclose(short.scaled_radius, whole.scaled_radius * np.sqrt(2.0 - c**2) / c, rtol=1e-4)
+    assert whole.value_gap <= short.value_gap <= 2.0 * whole.value_gap / c**2
+
+
 ROWS = [name for name, case in TIGHT.items() if case.family != "Rescaled"]
 
 
@@ -239,6 +268,70 @@ def test_rounding_is_bounded_by_the_worst_combination(family, loss, size):
     worst += slope @ own + np.linalg.norm(np.abs(T).T @ columns)
     bound = RowBall(problem, problem.evaluate(x), T).rounding() / (4.0 * EPS)
     assert worst * (1 - 1e-9) <= bound <= worst * (1 + 1e-9 if family == "Exponential" else 10.0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("b", [0.1, 0.25, -0.25, 0.5, -0.5, 30.0, -30.0])
+@pytest.mark.parametrize("far", [0.0, 100.0])
+def test_errors_that_might_cancel_are_added(function, b, far):
+    """Two outputs of which one grows as the other falls, and what both add to a sum that targets multiply;
+    logits that are the small difference of a column and an offset.
+    """
+    A, target = np.array([[1.0, 1.0], [-1.0, 1.0]]), np.array([b, 2.0 * b])
+    x, offset, T = np.array([1.3, far]), np.full(2, -far), np.array([[1.0], [0.0]])
+    problem = problems.Rescaled(A, target, function, offset=offset)
+    reference = Objective("Rescaled", function, A, target, np.zeros(2, dtype=int))
+
+    def gradient(shift):
+        point = as_tensor(x).requires_grad_()
+        value = reference.rows(as_tensor(A) @ point + shift).sum()
+        return torch.autograd.grad(value, point, create_graph=True)[0]
+
+    by_logit = torch.autograd.functional.jacobian(gradient, as_tensor(offset)).numpy()
+    errors = 1.0 + np.sqrt(2.0) * np.abs(A) @ np.abs(x) + np.abs(offset)
+    worst = 4.0 * EPS * float((np.abs(T.T @ by_logit) @ errors)[0])
+    bound = RowBall(problem, problem.evaluate(x), T).rounding()
+    # Of sinh the sum is zero, and nothing of the worst is left in the gradient.
+    assert worst <= bound <= (np.inf if function == "sinh" else 20.0 * worst)
+
+
+@pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
+def test_rounding_has_the_unit_of_the_weights(family, loss):
+    """Without a penalty: of weights a million times as large it is a million times as large."""
+    inst, x = instance(family, loss, sizes=(6, 4), d=2, noise=0.3)
+    one, other = (
+        RowBall(problem, problem.evaluate(x), np.eye(2)).rounding()
+        for problem in (inst.problem(weights=np.full(10, w)) for w in (1.0, 1e-6))
+    )
+    assert np.isclose(other, 1e-6 * one, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("family", ["Exponential", "Rescaled"])
+@pytest.mark.parametrize("function", ["cosh", "sinh"])
+def test_rounding_is_the_same_on_both_sides(family, function):
+    """Cosh is even, and so is the loss; sinh is odd: so is the loss of shares, or with the other targets."""
+    A, x = np.array([[1.0], [0.5], [2.0]]), np.array([1.1])
+    b = np.array([3.0, -1.0, 0.4])
+    flipped = -b if (family, function) == ("Exponential", "sinh") else b
+    one, other = (
+        RowBall(problem, problem.evaluate(point), np.eye(1)).rounding()
+        for problem, point in (
+            (getattr(problems, family)(A, b, function), x),
+            (getattr(problems, family)(A, flipped, function), -x),
+        )
+    )
+    assert np.isclose(one, other, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-3, 1.0, 1e200])
+def test_what_rows_see_has_no_unit(size):
+    """Of a logit whose terms cancel to a share, and of rows of zeros."""
+    A = size * np.array([[1.0, -1.0 + 1e-6], [0.0, 0.0], [0.5, -0.5]])
+    problem = problems.Exponential(A, np.zeros(3))
+    ball = RowBall(problem, problem.evaluate(np.zeros(2)), np.eye(2))
+    assert np.isclose(ball.seen(np.ones((2, 1))), 5e-7, rtol=1e-5)
+    assert np.isclose(ball.seen(np.array([[1.0, 1.0], [1.0, 3.0]])), 0.5, rtol=1e-5)
+    assert ball.seen(np.array([[0.0], [0.0]])) == 0.0
 
 
 @pytest.mark.parametrize("loss", ["squared", "linear_cross_entropy"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import mpmath
 import numpy as np
@@ -11,6 +12,7 @@ from exact_answers import DIGITS, error_of, exact_answer, stationarity
 from instances import ALL_LOSSES, instance
 
 from attnfit import SoftmaxRegressor, certificates, minimize, problems
+from attnfit.certificates.kantorovich import combined, refused
 from attnfit.losses.activations import ACTIVATIONS, Activation
 from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss, Squared
@@ -225,6 +227,77 @@ def test_the_norm_over_all_columns_is_bounded():
     assert np.isinf([proof.radius, proof.value_gap]).all()
     assert np.isfinite(proof.radii).tolist() == [True, False, True]
     assert "2 of 3 right-hand sides certified, the worst is 1" in proof.reason
+
+
+def test_the_worst_right_hand_side_speaks_for_all():
+    """Steps, constants and curvatures are the worst; open directions add up; what is refused is unknown."""
+    made = certificates.Certificate
+    good = made(True, 3.0, 2.0, 0.5, "", 0.1, 4.0, 7.0, 0, True, coefficient_radius=np.array([1.0, 2.0]))
+    other = made(True, 4.0, 1.0, 0.25, "", 0.3, 1.0, 2.0, 0, True, coefficient_radius=np.array([3.0, 2.5]))
+    both = combined([good, other])
+    assert (both.eta, both.lipschitz, both.lambda_min) == (0.3, 4.0, 2.0)
+    assert (both.radius, both.value_gap, both.n_unidentified) == (5.0, 0.75, 0)
+    assert np.isclose(both.scaled_radius, np.sqrt(5.0))
+    assert both.valid and both.valid_for_predictions
+    assert both.coefficient_radius.tolist() == [[1.0, 3.0], [2.0, 2.5]]
+    assert "2 of 2 right-hand sides certified, the worst is 1" in both.reason
+    blind = replace(other, valid=False, radius=np.inf, n_unidentified=2)
+    lost = refused("too far", n_unidentified=1)
+    for proofs, predicted in (([good, blind], True), ([blind, good], True), ([good, lost, blind], False)):
+        told = combined(proofs)
+        assert not told.valid
+        assert told.valid_for_predictions == predicted
+        assert told.n_unidentified == sum(p.n_unidentified for p in proofs)
+        assert told.coefficient_radius.shape == (2, len(proofs))
+    assert np.isinf(combined([good, lost]).coefficient_radius[:, 1]).all()
+    assert combined([lost]) is lost
+
+
+def test_what_a_certificate_shows_of_itself_is_short():
+    """Arrays are for those who ask; a certificate is not changed after the fact."""
+    _, problem, _ = with_open_columns()
+    proof = quietly(problem).certificate()
+    assert "array" not in repr(proof)
+    assert "Identified" not in repr(proof)
+    for thing, name in ((proof, "valid"), (proof.identified, "radius")):
+        with pytest.raises(AttributeError):
+            setattr(thing, name, True)
+    assert certificates.Certificate(True, 1.0, 1.0, 1.0, "", 0.1, 1.0, 1.0, 0).radii.tolist() == [np.inf]
+
+
+# ---- what has none
+
+
+def test_maps_are_certified_up_to_a_size(monkeypatch):
+    """Of the matrix of pairs, which is otherwise never formed: 30 pairs by 6 unknowns."""
+    rng = np.random.default_rng(0)
+    maps = rng.dirichlet(np.ones(6), 5)
+    problem = problems.Attention(
+        rng.standard_normal((5, 2)), rng.standard_normal((6, 3)), maps, "cross_entropy", ridge=0.1
+    )
+    x = quietly(problem, tol=1e-12).x
+    for most, told in ((180, None), (179, "the 30 x 6 matrix of all pairs, more than 179 numbers")):
+        monkeypatch.setattr("attnfit.certificates.certification.DENSE_ENTRIES", most)
+        proof = certificates.certify(problem, x)
+        assert proof.valid == (told is None)
+        assert told is None or told in proof.reason
+    dense = certificates.certify(problem.dense(), x.reshape(-1))
+    monkeypatch.setattr("attnfit.certificates.certification.DENSE_ENTRIES", 180)
+    assert certificates.certify(problem, x).radius == dense.radius
+
+
+def test_factors_that_are_not_unique_have_no_certificate():
+    rng = np.random.default_rng(0)
+    maps = rng.dirichlet(np.ones(6), 5)
+    low = problems.Attention(
+        rng.standard_normal((5, 3)), rng.standard_normal((6, 3)), maps, "cross_entropy", rank=1
+    )
+    for rigorous in (False, True):
+        proof = certificates.certify(low, np.zeros(low.shape), rigorous=rigorous)
+        assert not proof.valid
+        assert ("factors are not unique" in proof.reason) == (not rigorous)
+        assert ("no rigorous certificate" in proof.reason) == rigorous
+        assert proof.coefficient_radius.shape == low.shape
 
 
 # ---- losses and activations of one's own

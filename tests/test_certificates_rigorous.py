@@ -14,7 +14,9 @@ from instances import instance
 from scipy import sparse
 
 from attnfit import certificates, minimize, problems
-from attnfit.certificates.rigorous import Enclosure
+from attnfit.certificates.lipschitz import Interval
+from attnfit.certificates.rigorous import Enclosure, _range, _sums, gamma
+from attnfit.losses.softmax import LOSSES
 from attnfit.segments import Segments
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
@@ -144,6 +146,29 @@ def test_refusals_of_the_rigorous_ball():
     assert "a direction is open" in open_one.reason
 
 
+def test_a_hessian_that_rounding_hides_is_refused():
+    """Logits known to a fifth: they are the small difference of large numbers."""
+    A = 1e15 + np.array([[0.5], [1.0], [-0.5], [0.25]])
+    problem = problems.Exponential(A, np.exp(A[:, 0] - 1e15), offset=np.full(4, -1e15))
+    proof = certificates.certify(problem, np.ones(1), rigorous=True)
+    assert "not proven to be positive definite" in proof.reason
+    assert not proof.valid
+    assert proof.eta > 0.0
+    # Known to the last digit where the shift is a hundred.
+    A = A - 1e15 + 128.0
+    problem = problems.Exponential(A, np.exp(A[:, 0] - 128.0), offset=np.full(4, -128.0))
+    assert certificates.certify(problem, np.ones(1), rigorous=True).valid
+
+
+def test_a_step_that_is_too_long_says_how_long():
+    problem, _, x = draw(1)
+    default, proof = (certificates.certify(problem, x + 3.0, rigorous=flag) for flag in (False, True))
+    assert not proof.valid
+    assert np.isclose(proof.eta, default.eta, rtol=1e-4)
+    assert proof.lipschitz * proof.eta > 0.5
+    assert np.isclose(proof.lambda_min, default.lambda_min, rtol=1e-3)
+
+
 # Thirds use all digits, so that sums and products round.
 FINITE = st.one_of(st.floats(-1e3, 1e3), st.integers(-999, 999).map(lambda k: k / 3.0))
 RADIUS = st.one_of(st.just(0.0), st.floats(0.0, 1.0))
@@ -184,6 +209,132 @@ def test_enclosures_hold_exact_results(values, where):
         product = Enclosure(a.mid[None, :], a.rad[None, :]) @ Enclosure(b.mid[:, None], b.rad[:, None])
         assert holds(product, mpmath.fdot(one, other), (0, 0))
         assert a.norm() >= mpmath.sqrt(mpmath.fsum(v**2 for v in one))
+
+
+def test_a_tie_is_covered_in_full():
+    """No rounding is larger than half a unit in the last place of one, and this one is as large."""
+    half = 2.0**-53
+    total = Enclosure.exact(np.array([1.0])) + Enclosure.exact(np.array([half]))
+    with mpmath.workdps(40):
+        assert total.mid[0] == 1.0
+        assert holds(total, 1 + mpmath.mpf(half), 0)
+        assert total.rad[0] <= 1.001 * half
+        assert mpmath.mpf(float(Enclosure(np.array([1.0]), np.array([half])).size[0])) >= 1 + mpmath.mpf(half)
+
+
+def test_any_order_of_summation_is_covered():
+    """From the first term to the last: each of the others is a tie, and lost."""
+    n, half = 1000, 2.0**-53
+    terms = np.concatenate([[1.0], np.full(n - 1, half)])
+    in_order = 0.0
+    for term in terms:
+        in_order += term
+    total = Enclosure.exact(terms).sums(Segments(np.array([0]), n))
+    product = Enclosure.exact(terms[None, :]) @ Enclosure.exact(np.ones((n, 2)))
+    with mpmath.workdps(40):
+        exact = 1 + (n - 1) * mpmath.mpf(half)
+        lost = exact - mpmath.mpf(in_order)
+        assert lost > 0.9 * n * half
+        for found, index in ((total, 0), (product, (0, 1))):
+            assert holds(found, exact, index)
+            assert lost <= found.rad[index] <= 3 * n * half
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1.0, 1e100])
+def test_norms_are_bounds_whatever_is_rounded_or_underflows(size):
+    rng = np.random.default_rng(0)
+    for n in range(1, 40):
+        values = size * rng.standard_normal((n, 3))
+        found = Enclosure.exact(values)
+        with mpmath.workdps(40):
+            squares = [[mpmath.mpf(float(v)) ** 2 for v in row] for row in values]
+            whole = mpmath.sqrt(mpmath.fsum(mpmath.fsum(row) for row in squares))
+            assert whole <= found.norm() <= float(whole) * (1 + 1e-6) + 1e-151
+            for bound, row in zip(found.row_norms(), squares, strict=True):
+                exact = mpmath.sqrt(mpmath.fsum(row))
+                assert exact <= bound <= float(exact) * (1 + 1e-6) + 1e-151
+
+
+def test_what_underflows_is_covered():
+    """Products that are zero in float64, and sums of them."""
+    a = Enclosure.exact(np.full((2, 3), 1e-200))
+    with mpmath.workdps(40):
+        square = mpmath.mpf(1e-200) ** 2
+        assert holds(a * a, square, (0, 0))
+        assert holds(a @ a.T, 3 * square, (0, 0))
+    zero = Enclosure.exact(np.zeros((2, 3)))
+    for found in (a * a, a @ a.T, a + a, zero @ zero.T, -a, a.scaled(-2.0)):
+        assert (found.rad >= 0.0).all()
+        assert (found.rad < 1e-200).all()
+    wide = Enclosure(np.array([1.0]), np.array([0.25])).scaled(-4.0)
+    assert (wide.mid[0], wide.rad[0]) == (-4.0, 1.0)
+
+
+TERMS = {
+    "squared": lambda f, b: (f - b, mpmath.mpf(1), 0),
+    "linear_cross_entropy": lambda f, b: (-b, 0, 0),
+    "entropy": lambda f, b: (-mpmath.log(f) - 1, -1 / f, 1 / f**2),
+}
+
+
+@pytest.mark.parametrize("loss", TERMS)
+def test_ranges_hold_what_formulas_give_at_their_ends(loss):
+    """By the derivatives of phi to forty digits; and are wider by no more than a millionth."""
+    rng = np.random.default_rng(0)
+    b, w = rng.standard_normal(50), rng.random(50) + 0.1
+    b[::3] *= 1e6
+    low = rng.random(50) ** 12
+    high = np.minimum(1.0, low * (1.0 + rng.random(50)))
+    f, h = Interval(low, high), Interval(np.log(low), np.log(high))
+    for k, name in enumerate(("p", "g2", "g3")):
+        found = _range(getattr(LOSSES[loss], name), f, h, b, w)
+        with mpmath.workdps(40):
+            for i in range(50):
+                exact = []
+                for end in map(mpmath.mpf, (float(low[i]), float(high[i]))):
+                    d1, d2, d3 = TERMS[loss](end, mpmath.mpf(float(b[i])))
+                    terms = (d1, d2 * end + d1, d3 * end**2 + 3 * d2 * end + d1)
+                    exact.append(mpmath.mpf(float(w[i])) * terms[k])
+                assert found.low[i] <= min(exact)
+                assert max(exact) <= found.high[i]
+                size = 10.0 + abs(b[i]) - np.log(low[i])
+                assert found.high[i] - found.low[i] <= max(exact) - min(exact) + 1e-7 * size
+
+
+def test_sums_of_ranges_hold_the_sums_of_their_ends():
+    rng = np.random.default_rng(0)
+    low = rng.standard_normal(90) / 3.0
+    low = np.concatenate([low, -rng.permutation(low)])
+    high = low + 1e-3 * rng.random(180)
+    found = _sums(Interval(low, high), Segments(np.array([0, 7, 9]), 180))
+    with mpmath.workdps(40):
+        for k, run in enumerate((slice(0, 7), slice(7, 9), slice(9, 180))):
+            bottom, top = (mpmath.fsum(map(mpmath.mpf, ends[run].tolist())) for ends in (low, high))
+            assert bottom - 1e-5 <= found.low[k] <= bottom
+            assert top <= found.high[k] <= top + 1e-5
+
+
+def test_enclosures_of_exact_numbers_are_no_wider_than_roundings():
+    """One of a sum or a product, four of an exponential, two of a reciprocal, n of a sum of n products."""
+    rng = np.random.default_rng(0)
+    a, b = (Enclosure.exact(1.0 + rng.random((6, 5))) for _ in range(2))
+    U = 2.0**-53
+    for found, units in ((a + b, 1), (a - b, 1), (a * b, 1), (a.exp(), 4), (a.reciprocal(), 2)):
+        assert (found.rad <= 1.001 * units * U * np.abs(found.mid) + 1e-300).all()
+    # The exponential that checks a logarithm, its product and the last rounding; of the logarithm, not of it.
+    assert (a.log().rad <= 8.0 * U).all()
+    product = a @ b.T
+    assert (product.rad <= 6.001 * U * product.mid).all()
+    total = Enclosure.exact(a.mid[:, 0]).sums(Segments(np.array([0, 2]), 6))
+    assert (total.rad <= 5.001 * U * total.mid).all()
+
+
+@pytest.mark.parametrize("n", [1, 1000, 10_000_000])
+def test_the_error_of_many_roundings(n):
+    """``(1 + u)^n - 1``, and nearly no more."""
+    with mpmath.workdps(40):
+        exact = (1 + mpmath.mpf(2) ** -53) ** n - 1
+        assert exact <= gamma(n) <= exact * (1 + 2 * n * mpmath.mpf(2) ** -53)
 
 
 def test_sums_that_cancel_are_known_to_the_rounding_of_their_terms():

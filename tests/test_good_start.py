@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from autodiff import as_tensor
+from scipy import sparse
 
 from attnfit import certificates, minimize, problems, theory
 from attnfit.objectives.attention import Attention
@@ -154,6 +155,39 @@ def test_the_constant_of_two_layers_is_that_of_the_theory(scale, shifted):
     assert found.definition.startswith("Definition 6.1")
 
 
+@pytest.mark.parametrize("largest", ["A1", "A2", "b", "x0", "x"])
+@pytest.mark.parametrize("storage", [np.array, sparse.csr_array])
+def test_the_largest_of_all_sizes_is_in_the_constant_of_two_layers(largest, storage):
+    """Of matrices the spectral norm, whatever their shape and their other singular values."""
+    norms = dict.fromkeys(("A1", "A2", "b", "x0", "x"), 1.0) | {largest: 5.0}
+    A1 = norms["A1"] * np.eye(6, 3) * [0.2, 1.0, 0.5]
+    A2 = norms["A2"] * np.eye(4, 6) * [0.5, 0.2, 1.0, 0.1, 0.1, 0.1]
+    b, x0, x = (norms[k] * v for k, v in (("b", np.eye(4)[0]), ("x0", np.eye(3)[1]), ("x", np.eye(3)[2])))
+    found = certificates.good_start(
+        problems.TwoLayer(storage(A1), storage(A2), b, "tanh", row_penalty=9.0), x0, x
+    )
+    check = theory.check("TL-5.2", instances.TwoLayer(A1, A2, b, x, x0, "tanh"))
+    assert np.isclose(check.R, 5.0)
+    assert found.log10_printed_constant == pytest.approx(
+        check.log10_rhs - np.log10(np.linalg.norm(x0 - x)), rel=1e-12
+    )
+
+
+def test_the_table_says_what_holds():
+    made = certificates.GoodStart(
+        1e-9, 2.0, 0.1, 0.2, 123.4, 0.5, np.inf, printed=False, local=True, scaled=False,
+        definition="Definition 5.1", formula="n^4",
+    )  # fmt: skip
+    lines = str(made).splitlines()
+    assert lines[0] == "Definition 5.1, M = n^4"
+    assert "gradient at x_ref 1e-09, smallest eigenvalue l = 2" in lines[1]
+    told = {line.split()[0]: line for line in lines[3:]}
+    assert "1e123.4" in told["printed"] and "fails" in told["printed"]
+    assert "0.5" in told["local"] and "holds" in told["local"]
+    assert "inf" in told["affine-scaled"] and "fails" in told["affine-scaled"]
+    assert sum("holds" in line for line in lines) == 1
+
+
 def test_of_several_targets_the_worst_is_returned():
     problem = two_layer((3,))
     x = minimize(problem, tol=1e-12).x
@@ -176,6 +210,9 @@ def test_the_condition_of_the_layer_is_that_of_theorem_4_4():
     large = problems.LayerInversion(0.3 * np.eye(2), np.eye(2), np.full((2, 2), 7.0), gamma=1.0)
     found = certificates.good_start(large, np.zeros((2, 2)), np.zeros((2, 2)))
     assert found.log10_printed_constant == pytest.approx(np.log10(4**3 * 7.0**10 / 2))
+    below = problems.LayerInversion(0.3 * np.eye(2), np.eye(2), np.full((2, 2), -7.0), gamma=1.0)
+    other = certificates.good_start(below, np.zeros((2, 2)), np.zeros((2, 2)))
+    assert other.log10_printed_constant == found.log10_printed_constant
     n, d = 3, 3
     R = max(
         1.0, np.linalg.norm(problem.layer.heads[0].M), np.linalg.norm(problem.layer.heads[0].V),
@@ -231,3 +268,11 @@ def test_no_curvature_is_no_good_start():
     found = certificates.good_start(flat, np.zeros(2), np.zeros(2))
     assert not (found.printed or found.local or found.scaled)
     assert found.distance == 0.0
+
+
+@pytest.mark.parametrize("x", [0.034885, 0.2])
+def test_where_the_loss_overflows_no_condition_is_judged(x):
+    """Or an entry of its Hessian alone."""
+    problem = problems.Exponential(np.array([[1e4, 0.0], [0.5e4, 1.0]]), np.ones(2))
+    with pytest.raises((ValueError, OverflowError), match="overflow"):
+        certificates.good_start(problem, np.zeros(2), np.array([x, 0.0]))

@@ -101,7 +101,8 @@ def test_the_rounding_of_a_layer_of_two_numbers(b, c, gamma):
 
 @pytest.mark.parametrize("activation", ["identity", "tanh", "softplus"])
 @pytest.mark.parametrize("storage", [np.asarray, sparse.csr_array])
-def test_the_rounding_of_two_layers_is_bounded_by_the_worst_combination(activation, storage):
+@pytest.mark.parametrize("pull", [0.5, 50.0])
+def test_the_rounding_of_two_layers_is_bounded_by_the_worst_combination(activation, storage, pull):
     """Logits off by ``1 + sqrt(d) |A1| |x| + |offset|`` roundings, to the worst effect by autodiff: no less,
     and no more than a factor that does not depend on the data.
     """
@@ -110,7 +111,7 @@ def test_the_rounding_of_two_layers_is_bounded_by_the_worst_combination(activati
         rng = np.random.default_rng(seed)
         A1, A2, b = rng.standard_normal((6, 2)), rng.standard_normal((4, 6)), rng.standard_normal(4)
         w, offset, x = rng.uniform(0.5, 2.0, 4), rng.standard_normal(6), rng.standard_normal(2)
-        penalty, T = rng.uniform(0.0, 0.5, 6), 0.5 * rng.standard_normal((2, 2))
+        penalty, T = rng.uniform(0.0, pull, 6), 0.5 * rng.standard_normal((2, 2))
         ridge = 0.3
         problem = problems.TwoLayer(
             A1, storage(A2), b, activation, weights=w, offset=offset, row_penalty=penalty, ridge=ridge
@@ -148,6 +149,13 @@ def test_how_matrices_are_stored_changes_no_constant():
     for radius in (0.0, 0.3):
         assert np.isclose(stored.lipschitz(radius), dense.lipschitz(radius), rtol=1e-4)
         assert stored.lipschitz(radius) >= dense.lipschitz(radius)
+    small, other = (
+        LayerBall(problem, problem.evaluate(x), np.eye(2))
+        for problem in (
+            problems.TwoLayer(A1, kind(1e-3 * A2), b, weights=w) for kind in (np.array, sparse.csr_array)
+        )
+    )
+    assert np.isclose(other.lipschitz(0.3), small.lipschitz(0.3), rtol=1e-4, atol=0.0)
     # A row without weight has no part, however long.
     long = A2 * np.array([[1.0], [1e3], [1.0], [1.0]])
     other = problems.TwoLayer(A1, long, b, weights=w)

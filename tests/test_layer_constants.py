@@ -129,21 +129,16 @@ def test_the_derivatives_of_a_softmax_are_bounded():
     assert reached[0] > 0.9
 
 
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
-@pytest.mark.parametrize("spread", [1.0, 5.0])
-def test_the_third_derivative_is_the_sum_of_three_parts(activation, spread):
-    """The coefficients of the constant are those of the chain rule, and its factors bound their parts."""
-    rng = np.random.default_rng(0)
-    A1, A2, b = spread * rng.standard_normal((5, 2)), rng.standard_normal((3, 5)), rng.standard_normal(3)
-    w, x, u = rng.uniform(0.5, 2.0, 3), rng.standard_normal(2), rng.standard_normal(2)
-    u /= np.linalg.norm(u)
-    objective, ball = two_layer(A1, A2, b, activation, weights=w)
+def parts_of(A1, A2, b, w, x, u, activation):
+    """The three parts of ``D^3 L[u, u, u]`` at x by the chain rule, the derivatives of the outputs and the
+    residuals.
+    """
     outputs = [
         derivatives(
             lambda t, k=k: (as_tensor(A2) @ torch.softmax(as_tensor(A1) @ (as_tensor(x) + t * as_tensor(u)),
             0))[k], 0.0, 3,
         )
-        for k in range(3)
+        for k in range(len(b))
     ]  # fmt: skip
     y, K, bend, jerk = np.array(outputs, dtype=float).T
     h, d1, d2, d3 = derivatives(ACTIVATIONS[activation], y, 3)
@@ -151,33 +146,92 @@ def test_the_third_derivative_is_the_sum_of_three_parts(activation, spread):
     third = np.sum(w * (3.0 * d1 * d2 + c * d3) * K**3)
     second = np.sum(w * 3.0 * (d1**2 + c * d2) * K * bend)
     first = np.sum(w * d1 * c * jerk)
-    assert np.isclose(third + second + first, third_along(objective, x, u))
+    return (third, second, first), K, c
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("spread", [1.0, 5.0])
+@pytest.mark.parametrize("radius", [0.0, 0.01, 0.3, 3.0])
+def test_the_third_derivative_is_the_sum_of_three_parts(activation, spread, radius):
+    """The coefficients of the constant are those of the chain rule, and its factors bound their parts, at the
+    centre and at the rim of a ball, where the derivative of the outputs and the residuals have moved by no
+    more than their own derivatives.
+    """
+    rng = np.random.default_rng(0)
+    A1, A2, b = spread * rng.standard_normal((5, 2)), rng.standard_normal((3, 5)), rng.standard_normal(3)
+    w, x, u = rng.uniform(0.5, 2.0, 3), rng.standard_normal(2), rng.standard_normal(2)
+    u /= np.linalg.norm(u)
+    objective, ball = two_layer(A1, A2, b, activation, weights=w)
+    found, _, c = parts_of(A1, A2, b, w, x, u, activation)
+    assert np.isclose(sum(found), third_along(objective, x, u))
     f = np.exp(A1 @ x)
     f /= f.sum()
     rows = A1 - f @ A1
-    rho, top = np.linalg.norm(rows, 2), f.max()
     # Outputs none of which is large, and one that is.
-    assert (top > 0.6) == (spread > 1.0)
+    assert (f.max() > 0.6) == (spread > 1.0)
+    rho, top = np.linalg.norm(rows, 2), f.max() * np.exp(2.0 * radius * np.linalg.norm(rows, axis=1).max())
+    top = min(top, 1.0)
     s1, s2 = min(0.5, top), min(np.sqrt(0.5), 2.0 * top)
     s3 = min(2.5, np.sqrt(2.0) * top + 3.0 * top**2 + np.sqrt(2.0) * top**1.5)
     A_w, longest = np.linalg.norm(np.sqrt(w)[:, None] * A2, 2), np.linalg.norm(A2, axis=1).max()
-    J = A2 @ (f[:, None] * rows)
-    row = min(np.linalg.norm(J, axis=1).max(), longest * s1 * rho)
-    norm = min(np.linalg.norm(np.sqrt(w)[:, None] * J, 2), A_w * s1 * rho)
+    J, bend = A2 @ (f[:, None] * rows), s2 * rho**2 * radius
+    row = min(np.linalg.norm(J, axis=1).max() + longest * bend, longest * s1 * rho)
+    norm = min(np.linalg.norm(np.sqrt(w)[:, None] * J, 2) + A_w * bend, A_w * s1 * rho)
     known = {
         "tanh": (1.0, 4.0 / (3.0 * np.sqrt(3.0)), 2.0),
         "sigmoid": (0.25, 1.0 / (6.0 * np.sqrt(3.0)), 0.125),
     }
     L1, L2, L3 = known[activation]
-    largest, length = np.abs(c).max(), np.linalg.norm(np.sqrt(w) * c)
-    parts = [
+    largest = np.abs(c).max() + L1 * row * radius
+    length = np.linalg.norm(np.sqrt(w) * c) + L1 * norm * radius
+    bounds = [
         (3.0 * L1 * L2 + largest * L3) * row * norm**2,
         3.0 * (L1**2 + largest * L2) * norm * s2 * rho**2 * A_w,
         L1 * s3 * rho**3 * A_w * length,
     ]
-    for part, bound in zip((third, second, first), parts, strict=True):
-        assert abs(part) <= bound
-    assert np.isclose(ball(x).lipschitz(0.0), sum(parts), rtol=1e-10)
+    for angle in np.linspace(0.0, 6.0, 7):
+        point = x + radius * np.array([np.cos(angle), np.sin(angle)])
+        parts, K, c = parts_of(A1, A2, b, w, point, u, activation)
+        assert (np.abs(parts) <= bounds).all()
+        sizes = np.abs(K).max(), np.sqrt(w @ K**2), np.abs(c).max(), np.sqrt(w @ c**2)
+        assert (np.array(sizes) <= np.array([row, norm, largest, length]) * (1 + 1e-12)).all()
+    assert np.isclose(ball(x).lipschitz(radius), sum(bounds), rtol=1e-10)
+
+
+def test_outputs_that_are_the_targets_have_no_last_matrix():
+    """One of ones on the diagonal is the same layer."""
+    rng = np.random.default_rng(0)
+    A1, A2, b, x = (rng.standard_normal(shape) for shape in ((4, 2), (5, 4), 5, 2))
+    w, T = rng.uniform(0.5, 2.0, 5), 0.3 * rng.standard_normal((2, 2))
+    w[1] = 4.0
+    without = problems.ReluSoftmax(A1, A2, b, weights=w)
+    within = problems.ThreeLayer(A1, A2, np.eye(5), b, "identity", weights=w)
+    one, other = (LayerBall(problem, problem.evaluate(x), T) for problem in (without, within))
+    for radius in (0.0, 0.01, 1.0):
+        assert np.isclose(one.lipschitz(radius), other.lipschitz(radius), rtol=1e-12)
+    assert np.isclose(one.rounding(), other.rounding(), rtol=1e-12, atol=0.0)
+
+
+def test_what_a_softmax_sees_of_a_direction():
+    """The largest change of a logit less that of the first, relative to its terms; unknown where more than
+    the softmax sees it.
+    """
+    ball = two_layer([[1.0, -1.0], [3.0, 1.0], [0.0, 0.0]], np.eye(3), np.zeros(3))[1]([0.1, 0.2])
+    v = np.array([[1.0, 2.0], [0.5, 2.0]])
+    assert np.isclose(ball.seen(v[:, :1]), 1.0)
+    assert np.isclose(ball.seen(v[:, 1:]), 1.0)
+    assert np.isclose(ball.seen(np.array([[1.0], [-2.0]])), 1.0)
+    assert np.isclose(ball.seen(np.array([[1.0], [-3.0]])), 1.0)
+    assert ball.seen(np.zeros((2, 1))) == 0.0
+    alone = problems.TwoLayer(None, np.eye(3), np.zeros(3))
+    found = LayerBall(alone, alone.evaluate(np.zeros(3)), np.eye(3))
+    assert found.seen(np.full((3, 1), 2.0)) == 0.0
+    assert found.seen(np.array([[2.0], [2.0], [1.0]])) == 1.0
+    for options in ({"ridge": 0.1}, {"row_penalty": 0.1}):
+        other = problems.TwoLayer(None, np.eye(3), np.zeros(3), **options)
+        assert LayerBall(other, other.evaluate(np.zeros(3)), np.eye(3)).seen(np.ones((3, 1))) == np.inf
+    relu = problems.ReluSoftmax(np.eye(2), np.eye(2), np.zeros(2))
+    assert LayerBall(relu, relu.evaluate(np.ones(2)), np.eye(2)).seen(np.ones((2, 1))) == np.inf
 
 
 # ---- inversion of a layer

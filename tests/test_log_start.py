@@ -6,7 +6,11 @@ from conftest import shrink_blocks
 from scipy import sparse
 
 from attnfit import problems
-from attnfit.objectives.surrogate import log_start
+from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.softmax import LOSSES, LogRatio
+from attnfit.objectives.surrogate import has_weight, log_start, surrogate_rows, surrogate_targets
+from attnfit.segments import Segments
 
 SIZES = (9, 1, 6, 14, 5)
 STORAGES = {"dense": np.asarray, "csr": sparse.csr_array}
@@ -197,3 +201,93 @@ def test_conjugate_gradients_go_as_far_as_a_start_needs(monkeypatch):
     error = np.linalg.norm((log_start(problem.rows).x - exact) * np.abs(data.A).max(axis=0))
     size = np.linalg.norm(exact * np.abs(data.A).max(axis=0))
     assert 1e-6 * size < error < 0.05 * size
+
+
+# ---- the same data under a convex loss
+
+
+def runs(sizes):
+    return Segments(np.cumsum([0, *sizes[:-1]]), sum(sizes)), np.repeat(sizes, sizes)
+
+
+@pytest.mark.parametrize("loss", ["squared", "kl", "linear_cross_entropy", "exp"])
+def test_shares_become_choices_whose_best_fit_is_an_exact_target(loss):
+    """Weights are those of a group, the mean over its targets; negative targets ask for nothing."""
+    data, x = Data(6), np.array([0.5, -1.0, 0.3, 2.0])
+    x /= np.abs(data.A).max(axis=0)
+    e = np.exp(data.A @ x + data.offset)
+    options = {"groups": data.ids, "weights": data.w, "offset": data.offset}
+    if loss == "exp":
+        problem = problems.Rescaled(data.A, e / data.spread(e), "exp", **options)
+    else:
+        problem = problems.Softmax(data.A, e / data.spread(e), loss=loss, **options)
+    found = surrogate_rows(problem.rows)
+    assert found.loss is LOSSES["cross_entropy"]
+    other = problems.Softmax(
+        data.A, found.b, data.ids, loss="cross_entropy", weights=found.weights, offset=data.offset
+    )
+    assert np.linalg.norm(other.gradient(x) * np.abs(x)) < 1e-12 * len(e)
+    expected = data.spread(data.w * e) / data.spread(e)
+    np.testing.assert_allclose(found.weights, expected, rtol=1e-12)
+
+
+def test_what_a_convex_loss_makes_of_targets():
+    rng = np.random.default_rng(0)
+    segments, sizes = runs((3, 2, 4))
+    b, w = rng.standard_normal(9), rng.random(9) + 0.1
+    b[3:5] = -1.0, 0.0
+    loss, target, weights = surrogate_targets(LOSSES["squared"], b, w, segments, sizes)
+    np.testing.assert_array_equal(target, np.maximum(b, 0.0))
+    for run in (slice(0, 3), slice(5, 9)):
+        np.testing.assert_allclose(weights[run], np.average(w[run], weights=target[run]))
+    # A group without a target has no weight.
+    assert not weights[3:5].any()
+    assert surrogate_targets(LOSSES["squared"], b, None, segments, sizes)[2] is None
+    # Rows that stand for several count as often.
+    times = np.array([1, 3, 2, 1, 1, 4, 1, 2, 5])
+    many, all_sizes = runs((6, 2, 12))
+    whole = surrogate_targets(LOSSES["squared"], b.repeat(times), w.repeat(times), many, all_sizes)
+    part = surrogate_targets(LOSSES["squared"], b, w, segments, sizes, times.astype(float))
+    np.testing.assert_allclose(part[2].repeat(times), whole[2])
+    loss, target, weights = surrogate_targets(SquaredExponential("exp"), b, w, segments, sizes)
+    assert isinstance(loss, PoissonDeviance)
+    np.testing.assert_array_equal(target, np.maximum(b, 0.0))
+    assert weights is w
+    # Nothing to ask for, and losses that are convex, or ask for no shares.
+    for kind, targets in ((LOSSES["squared"], -np.abs(b)), (LOSSES["entropy"], b), (PoissonDeviance(), b)):
+        assert surrogate_targets(kind, targets, w, segments, sizes) is None
+
+
+@pytest.mark.parametrize("weights", [None, np.array([2.0, 0.5, 1.0, 3.0, 0.1])])
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("function", ["sinh", "cosh"])
+def test_hyperbolic_targets_become_logits(function, rescaled, weights):
+    """With the curvature of the loss at an exact fit; what cosh cannot give asks for a logit of zero, and
+    between minus one and one for little.
+    """
+    segments, sizes = runs((2, 3))
+    b = np.array([1.5, 0.2, 4.0, -3.0, 1.0])
+    loss = (SquaredRescaled if rescaled else SquaredExponential)(function)
+    found, z, t = surrogate_targets(loss, b, weights, segments, sizes)
+    assert isinstance(found, LeastSquares)
+    b, w = b * sizes if rescaled else b, 1.0 if weights is None else weights
+    given = b >= 1.0 if function == "cosh" else np.ones(5, dtype=bool)
+    u, v = {"sinh": (np.sinh, np.cosh), "cosh": (np.cosh, np.sinh)}[function]
+    np.testing.assert_allclose(u(z[given]), b[given], rtol=1e-12)
+    np.testing.assert_allclose(t[given], np.maximum(w * v(z) ** 2, 1e-3 * w)[given], rtol=1e-9)
+    assert not z[~given].any()
+    little = np.abs(b) < 1.0
+    assert (t >= 1e-3 * w).all()
+    np.testing.assert_allclose(t[~given & little], (1e-3 * w * np.ones(5))[~given & little])
+
+
+def test_rows_without_weight_have_no_convex_start():
+    A, b = np.eye(3), np.array([0.5, 0.0, 0.0])
+    assert surrogate_rows(problems.Softmax(A, b, weights=[0.0, 1.0, 1.0]).rows) is None
+    assert surrogate_rows(problems.Softmax(A, b, weights=[1.0, 0.0, 0.0]).rows) is not None
+    assert surrogate_rows(problems.Softmax(A, b).rows) is not None
+    assert surrogate_rows(problems.Softmax(A, 0.0 * b).rows) is None
+    assert has_weight(None)
+    assert has_weight(np.array([0.0, 1.0]))
+    assert not has_weight(np.zeros(2))
+    assert surrogate_targets(LogRatio(), b, None, *runs((3,))) is None

@@ -148,6 +148,10 @@ def test_targets_of_zero_and_exact_fits():
     assert result.value < 1e-25
     assert minimize(mixture(signatures, 0 * b)).converged
     assert minimize(mixture(0 * signatures, 0 * b)).converged
+    # Nothing is missing of nothing.
+    proof = certificates.certify(mixture(0 * signatures, 0 * b), np.zeros((5, 10)))
+    assert proof.valid
+    assert not proof.relative_gap.any()
 
 
 def test_hopeless_scales_are_not_called_converged():

@@ -12,8 +12,9 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from attnfit import problems
-from attnfit.losses.elementwise import PoissonDeviance
+from attnfit.losses.elementwise import PoissonDeviance, Total
 from attnfit.objectives.moves import PROBE_ROWS, Kind, Probe, kind_of, rows_of
+from attnfit.objectives.recession import Frame, Free, Signs, free_rows
 from attnfit.solvers.separation import find_separation
 
 STORAGES = {"dense": np.asarray, "csr": sparse.csr_array}
@@ -277,6 +278,91 @@ def test_rows_that_share_a_column_fall_on_balance(c):
             assert found.rows.tolist() == [2, 5]
 
 
+@pytest.mark.parametrize(
+    "M", [[[1.0, 5.0], [0.0, 1e3]], [[1e-3, 0.5], [2.0, 1.0]], [[1.0, 0.0], [-3.0, 0.1]]]
+)
+def test_what_falls_on_balance_does_so_in_any_unknowns(M):
+    A = np.array([[0.0, 0], [1.0, 0], [0.0, 1], [0.0, 0], [1.0, 0], [0.0, 1]])
+    ids, x, M = np.array([0, 0, 0, 1, 1, 1]), np.array([np.log(2 / 3), -12.0]), np.array(M)
+    for target, falls in [(-0.3, True), (0.3, False)]:
+        b = np.array([0.6, 0.4, target, 0.6, 0.4, -0.1 * np.sign(target)])
+        problem = problems.Softmax(A @ M, b, ids, loss="squared")
+        found = find_separation(problem, problem.evaluate(np.linalg.solve(M, x)))
+        assert (found is not None) == falls
+        if found is not None:
+            assert found.rows.tolist() == [2, 5]
+            moved = M @ found.direction
+            assert abs(moved[0]) < 1e-6 * abs(moved[1])
+            assert moved[1] < 0.0
+
+
+@pytest.mark.parametrize(("other", "falls"), [(-0.03, True), (0.03, False)])
+def test_each_of_two_columns_must_fall_by_itself(other, falls):
+    """On balance the loss falls along both together; along the second alone it would rise."""
+    A = np.tile([[0.0, 0, 0], [1.0, 0, 0], [0.0, 1, 0], [0.0, 0, 1]], (2, 1))
+    b = np.array([0.6, 0.4, -0.3, other, 0.6, 0.4, 0.1, -0.3 * other])
+    problem = problems.Softmax(A, b, np.arange(8) // 4, loss="squared")
+    at = problem.evaluate(np.array([np.log(2 / 3), -12.0, -12.0]))
+    found = find_separation(problem, at)
+    assert (found is not None) == falls
+    # The truth: how the loss changes along each.
+    slopes = Objective("Softmax", "squared", A, b, np.arange(8) // 4).gradient(at.x)[1:]
+    assert slopes[0] > 0.0
+    assert (slopes[1] > 0.0) == falls
+    assert slopes.sum() > 0.0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e30])
+def test_what_fixed_rows_hold_in_a_small_unit_stays_held(size):
+    """One free row would fall if the first column could move, which two fixed rows tell; another falls. What
+    rounding leaves of the first column in a direction moves no row.
+    """
+    A = np.array([[0.0, 0, 0], [size, 0, 0], [0, 0, 1.0], [-size, 0, 0], [0, 1.0, 0]])
+    problem = problems.Softmax(A, [1.0, 2.0, 3.0, 0.0, 0.0], loss="cross_entropy")
+    found = find_separation(problem, problem.evaluate(np.zeros(3)))
+    assert found.rows.tolist() == [4]
+    assert found.direction.tolist() == [0.0, -1.0, 0.0]
+
+
+def test_rows_of_every_block_hold(monkeypatch):
+    """Of an exponential: an outcome in the last block, without which a column would be free."""
+    shrink_blocks(monkeypatch)
+    A = np.column_stack([np.ones(640), np.zeros(640)])
+    A[-1, 1], A[5, 1] = 1.0, 1.0
+    for last, falls in ((2.0, False), (0.0, True)):
+        b = np.append(np.ones(639), last)
+        b[5] = 0.0
+        problem = problems.Exponential(A, b)
+        assert len(problem.rows.chunks) > 2
+        found = find_separation(problem, problem.evaluate(np.zeros(2)))
+        assert (found is not None) == falls
+        assert found is None or found.rows.tolist() == [5, 639]
+
+
+@pytest.mark.parametrize(("part", "moves"), [(3e-10, False), (3e-9, True)])
+def test_what_is_left_of_a_row_is_no_rounding_from_a_billionth_on(part, moves):
+    """A free row that differs from the fixed one by so much of what both have in common."""
+    problem = problems.Softmax([[1.0], [1.0 - part]], [1.0, 0.0], loss="cross_entropy")
+    at = problem.evaluate(np.zeros(1))
+    frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
+    found = problem.rows.reduce(free_rows, at, frame, None, 10)
+    assert found.n_all == moves
+    assert found.rows.tolist() == [[-1.0]] * moves
+
+
+def test_what_two_parts_of_the_data_say_together():
+    one, other = Signs(1.0, 0.1, 5.0, 2.0, 3.0), Signs(-3.0, 0.4, 1.0, 0.5, 7.0)
+    for both in (one.merge(other), other.merge(one)):
+        assert vars(both) == {"pull": -2.0, "parting": 0.4, "size": 5.0, "drop": 0.5, "most": 7.0}
+    rows, sizes = np.arange(4.0)[:, None], np.array([0.5, 0.1, 0.3, 0.2])
+    first, last = Free(rows[:2], sizes[:2], 3, 20), Free(rows[2:], sizes[2:], 3, 30)
+    merged = first.merge(last)
+    # Those that run away first, as many as are wanted.
+    assert merged.rows[:, 0].tolist() == [1.0, 3.0, 2.0]
+    assert merged.sizes.tolist() == [0.1, 0.2, 0.3]
+    assert (merged.limit, merged.n_all) == (3, 50)
+
+
 # ---- what rows are
 
 
@@ -311,6 +397,28 @@ def test_a_small_share_may_fall_and_a_large_one_is_held(share, free):
     chunk = problem.rows.chunks[0]
     rows = rows_of(problem.rows, chunk, problem.rows.fetch(chunk), problem.evaluate(z))
     assert rows.free.tolist() == [False, free]
+
+
+@pytest.mark.parametrize("target", [1.5, 0.5])
+@pytest.mark.parametrize(("off", "free"), [(0.5e-9, True), (2e-9, False), (-1e-9, True)])
+@pytest.mark.parametrize("common", [0.0, 50.0, -50.0])
+def test_a_billionth_of_the_pull_is_rounding(target, off, free, common):
+    """One outcome has all but everything, and pulls by ``1 - b``, up or down; the other by as much, but for a
+    share of both. What both logits have in common is no part of it.
+    """
+    pull = 1.0 - target
+    problem = problems.Softmax(np.eye(2), [target, -pull + off], loss="squared", offset=np.full(2, common))
+    chunk, at = problem.rows.chunks[0], problem.evaluate(np.array([0.0, -60.0]))
+    assert rows_of(problem.rows, chunk, problem.rows.fetch(chunk), at).free.tolist() == [False, free]
+
+
+def test_totals_hold_no_row():
+    """They ask for no outcome: every row may fall, but one without weight."""
+    problem = problems.RowProblem(np.eye(3), np.ones(3), loss=Total(), weights=[1.0, 0.0, 2.0])
+    chunk, at = problem.rows.chunks[0], problem.evaluate(np.zeros(3))
+    rows = rows_of(problem.rows, chunk, problem.rows.fetch(chunk), at)
+    assert not rows.fixed.any()
+    assert rows.free.tolist() == [True, False, True]
 
 
 def test_what_a_direction_proves():
@@ -421,6 +529,30 @@ def test_a_probe_keeps_some_rows():
     at = problem.evaluate(np.zeros(2))
     np.testing.assert_allclose(probe.moves(at, steps).largest, some, rtol=1e-12)
     assert (probe.moves(at, steps).largest <= problem.moves(at, steps).largest).all()
+
+
+@pytest.mark.parametrize("most", [1, 70, 150, 400, 1000])
+def test_a_probe_keeps_as_many_blocks_as_it_may(most, monkeypatch):
+    """The first ones, one at least."""
+    shrink_blocks(monkeypatch)
+    monkeypatch.setattr("attnfit.objectives.moves.PROBE_ROWS", most)
+    problem = problems.Exponential(np.ones((640, 1)), np.ones(640))
+    sizes = np.array([chunk.segments.n_rows for chunk in problem.rows.chunks])
+    assert len(sizes) > 3
+    probe = Probe(problem.rows)
+    kept = max(1, int((np.cumsum(sizes) <= most).sum()))
+    assert [chunk.segments.n_rows for chunk, _ in probe._kept] == sizes[:kept].tolist()
+    assert probe.exact == (most >= 640)
+
+
+def test_constants_of_groups_have_no_size():
+    """What is left of them when they are centred is rounding."""
+    rng = np.random.default_rng(0)
+    A = np.column_stack([rng.standard_normal(50), 1e3 * rng.random(10).repeat(5), 1e-6 * rng.random(50)])
+    problem = problems.Softmax(A, rng.random(50), np.arange(50) // 5, loss="squared")
+    sizes = Probe(problem.rows).column_sizes()
+    assert sizes[1] == 0.0
+    assert (sizes[[0, 2]] > 0.0).all()
 
 
 @pytest.mark.parametrize(("family", "named"), [("Softmax", {"loss": "squared"}), ("Exponential", {})])

@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 import attnfit
 from attnfit import SoftmaxRegressor, minimize, problems
 from attnfit.objectives.recession import Frame, Signs, verify
-from attnfit.solvers.separation import _by_projection, _is_strict, find_separation
+from attnfit.solvers.separation import _by_projection, _is_strict, _solve, find_separation
 
 
 def fit(problem, **options):
@@ -230,14 +230,14 @@ def test_a_direction_keeps_fixed_rows_together(apart, is_one):
     problem = problems.Softmax([[0.0], [apart], [-1.0]], [0.5, 0.5, 0.0], loss="cross_entropy")
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
-    assert problem.rows.reduce(verify, at, frame, np.ones(1), False).confirm(frame) is is_one
+    assert problem.rows.reduce(verify, at, frame, np.ones(1)).confirm(frame) is is_one
 
 
 def test_a_direction_lets_no_free_row_rise():
     problem = problems.Softmax([[0.0], [0.5], [-1.0]], [1.0, 0.0, 0.0], loss="cross_entropy")
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
     at = problem.evaluate(np.zeros(1))
-    assert not problem.rows.reduce(verify, at, frame, np.ones(1), False).confirm(frame)
+    assert not problem.rows.reduce(verify, at, frame, np.ones(1)).confirm(frame)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
@@ -247,7 +247,7 @@ def test_which_rows_fall_along_a_direction(size, fall, falls):
     A = size * np.array([[0.0], [-fall], [-1.0]])
     problem = problems.Softmax(A, [1.0, 0.0, 0.0], loss="cross_entropy")
     frame = Frame(np.ones((1, 1)), np.ones(1), np.zeros((0, 1)))
-    signs = problem.rows.reduce(verify, problem.evaluate(np.zeros(1)), frame, np.ones(1), False)
+    signs = problem.rows.reduce(verify, problem.evaluate(np.zeros(1)), frame, np.ones(1))
     assert signs.confirm(frame)
     assert (signs.drop, signs.most) == (size * (fall if falls else 1.0), size)
 
@@ -308,6 +308,19 @@ def test_the_unit_of_a_column_changes_nothing_of_a_separation(size):
     )
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e3, 1e30])
+def test_no_direction_hides_in_a_small_unit(size):
+    """Of a column that tells fixed rows apart, whatever its size."""
+    _, A, b, groups = separable()
+    problem = problems.Softmax(A * [size, 1.0, 1.0], b, groups, loss="cross_entropy")
+    found = find_separation(problem, problem.evaluate(np.zeros(3)))
+    assert found.direction.tolist() == [0.0, 0.0, -1.0]
+    assert found.rows.tolist() == np.flatnonzero(A[:, 2]).tolist()
+    held = np.where(A[:, 2] > 0.0, 1.0, b)
+    problem = problems.Softmax(A * [size, 1.0, 1.0], held, groups, loss="cross_entropy")
+    assert find_separation(problem, problem.evaluate(np.zeros(3))) is None
+
+
 @pytest.mark.parametrize("size", [1e-120, 1e100])
 def test_standard_errors_have_the_unit_of_their_column(size):
     _, A, b, groups = separable()
@@ -320,6 +333,63 @@ def test_standard_errors_have_the_unit_of_their_column(size):
             model.fit(X * units, b, groups=groups)
         np.testing.assert_allclose(model.standard_errors_ * units, plain.standard_errors_, rtol=1e-6)
         np.testing.assert_allclose(model.predict(X * units, groups=groups), plain.predict(X, groups=groups))
+
+
+def test_pairs_of_maps_are_not_left_out():
+    """Keys that no query attends to: nothing is fitted without them, and no entry has a value."""
+    maps = np.array([[0.6, 0.4, 0.0], [0.3, 0.7, 0.0]])
+    problem = problems.Attention(np.eye(2, 3), np.eye(3), maps, "cross_entropy")
+    x = np.linspace(0.1, 0.9, 9)
+    found = find_separation(problem, problem.evaluate(x))
+    assert found.rows.tolist() == [2, 5]
+    assert found.exact
+    assert not found.has_rest
+    assert np.isnan(found.value)
+    with pytest.raises(ValueError, match="pairs of queries and keys cannot be left out"):
+        found.fit()
+    assert (problem.predict(found.point)[:, 2] == 0.0).all()
+    moves = found.direction != 0.0
+    assert moves.tolist() == [True] * 6 + [False] * 3
+    np.testing.assert_array_equal(found.coefficients(x), np.where(moves, np.nan, x))
+    np.testing.assert_array_equal(found.unit, np.ones(9))
+
+
+def test_a_direction_in_the_users_unknowns():
+    """Scaled to a largest entry of one, entries in the order of their size, those of rounding left out."""
+    A = np.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.5, 0.5, 1.0]])
+    problem = problems.Exponential(A, np.zeros(3))
+    x = np.array([0.1, 0.2, 0.3])
+    found = find_separation(problem, problem.evaluate(x))
+    assert found.value == 0.0
+    np.testing.assert_array_equal(found.point, x)
+    v, scales = found.direction, np.array([0.5, 0.25, 4.0])
+    np.testing.assert_allclose(v, [-1.0, -0.5, -0.25], rtol=1e-9)
+    for size in (1.0, 1e-200, 1e200):
+        lifted = found.lifted(problem, lambda u, size=size: u * scales * size, 0.0)
+        largest = np.abs(v * scales).max()
+        np.testing.assert_allclose(lifted.direction, v * scales / largest, rtol=1e-12)
+        order = np.argsort(-np.abs(v * scales))
+        assert [j for j, _ in lifted.columns] == order.tolist()
+        np.testing.assert_allclose([c for _, c in lifted.columns], lifted.direction[order])
+        np.testing.assert_allclose(lifted.unit, size * scales)
+        np.testing.assert_allclose(lifted.point, size * scales * x)
+        middle = np.sort(np.abs(lifted.direction))[1]
+        for least, n in ((0.99 * middle, 2), (1.01 * middle, 1)):
+            assert len(found.lifted(problem, lambda u: u * scales, least).columns) == n
+    assert found.lifted(problem, np.zeros_like, 0.0).columns == []
+
+
+def test_the_direction_is_the_shortest_along_which_all_rows_fall_alike():
+    """However often a row occurs; where they cannot fall alike it is one along which they all fall."""
+    A = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, -4.0]])
+    for times in (1, [1, 5, 2]):
+        problem = problems.Exponential(A.repeat(times, axis=0), np.zeros(np.sum(times * np.ones(3, int))))
+        found = find_separation(problem, problem.evaluate(np.zeros(2)))
+        np.testing.assert_allclose(found.direction, [-1.0, -0.5], rtol=1e-9)
+    A = np.array([[1.0, 0.0], [3.0, 0.0], [3.0, -4.0]])
+    problem = problems.Exponential(A, np.zeros(3))
+    found = find_separation(problem, problem.evaluate(np.zeros(2)))
+    assert (A @ found.direction < 0.0).all()
 
 
 @pytest.mark.parametrize("separable", [False, True, "in part"])
@@ -369,18 +439,24 @@ def test_estimators_take_a_number_of_starts():
     assert one >= many
 
 
+@pytest.mark.parametrize("sizes", ["alike", "unlike"])
 @pytest.mark.parametrize("seed", range(200))
-def test_projections_agree_with_the_programme(seed):
+def test_projections_agree_with_the_programme(seed, sizes):
+    """Of rows that are a thousandth of others too, which projections may take for rows that stay."""
     rng = np.random.default_rng(seed)
     m, r = int(rng.integers(2, 14)), int(rng.integers(1, 5))
     F = rng.integers(-2, 3, (m, r)).astype(float)
+    if sizes == "unlike":
+        F *= 10.0 ** -rng.integers(0, 5, (m, 1))
     F = F[F.any(axis=1)]
     if not len(F):
         return
     decided, y = _by_projection(F)
+    # The programme has tolerances of its own; which rows fall does not depend on their length.
+    G = F / np.abs(F).max(axis=1, keepdims=True)
     found = scipy.optimize.linprog(
         np.r_[np.zeros(r), -np.ones(len(F))],
-        A_ub=np.hstack([F, np.eye(len(F))]),
+        A_ub=np.hstack([G, np.eye(len(F))]),
         b_ub=np.zeros(len(F)),
         bounds=[(None, None)] * r + [(0.0, 1.0)] * len(F),
     )
@@ -389,10 +465,62 @@ def test_projections_agree_with_the_programme(seed):
     falls = np.zeros(len(F), dtype=bool) if y is None else F @ y <= -1.0 + 1e-9
     np.testing.assert_array_equal(falls, found.x[r:] > 0.5)
     if y is not None:
-        assert (F @ y).max() <= 1e-8
+        assert (F @ y).max() <= 1e-8 * np.abs(y).max()
 
 
 def test_most_is_decided_by_projections():
     rng = np.random.default_rng(1)
     rows = [rng.integers(-2, 3, (12, 3)).astype(float) for _ in range(200)]
-    assert sum(_by_projection(F[F.any(axis=1)])[0] for F in rows) > 150
+    assert sum(_by_projection(F[F.any(axis=1)])[0] for F in rows) >= 195
+    # Few rows are often separated in part: those that stay, and those that fall once these are held.
+    few = [rng.integers(-2, 3, (6, 3)).astype(float) for _ in range(200)]
+    assert sum(_by_projection(F[F.any(axis=1)])[0] for F in few) >= 190
+
+
+def test_rows_that_stay_are_held_where_others_fall():
+    """Two opposite rows; a third falls, and a fourth as much as one likes once it does."""
+    F = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [3.0, -1.0, 0.0], [0.0, 2.0, -1.0]])
+    for rows in (F[:3], F):
+        decided, y = _by_projection(rows)
+        assert decided
+        falls = rows @ y
+        np.testing.assert_allclose(falls[:2], 0.0, atol=1e-9)
+        assert (falls[2:] <= -1.0 + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("F", "falls"),
+    [
+        # A row so short that projections take it for one that stays.
+        ([[-1.0], [-5e-4]], [True, True]),
+        ([[1.0], [-5e-4]], None),
+        ([[-1.0, 0.0], [0.0, 5e-4], [0.0, -5e-4]], [True, False, False]),
+    ],
+)
+def test_the_programme_decides_what_projections_do_not(F, falls, monkeypatch):
+    """Within its time; one that runs out of it decides nothing."""
+    F, asked = np.array(F), []
+    solve = scipy.optimize.linprog
+
+    def limited(*args, options, **named):
+        asked.append(options["time_limit"])
+        return solve(*args, options=options, **named)
+
+    monkeypatch.setattr(scipy.optimize, "linprog", limited)
+    y = _solve(F)
+    assert (y is None) == (falls is None)
+    if falls is not None:
+        along = F @ y
+        assert (along[falls] < 0.0).all()
+        np.testing.assert_allclose(along[~np.array(falls)], 0.0, atol=1e-9)
+    assert all(1.0 <= limit <= 1000.0 for limit in asked)
+    assert asked or len(F) > 2
+    monkeypatch.setattr(scipy.optimize, "linprog", lambda *a, **k: scipy.optimize.OptimizeResult(x=None))
+    assert _solve(np.array([[-1.0], [-5e-4]])) is None
+
+
+def test_what_a_separation_shows_of_itself_is_short():
+    problem = separable()[0]
+    shown = repr(find_separation(problem, problem.evaluate(np.zeros(3))))
+    assert "direction=" in shown and "exact=True" in shown
+    assert " _" not in shown

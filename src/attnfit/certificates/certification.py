@@ -16,10 +16,10 @@ from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
 from attnfit.data.groups import Chunk
 from attnfit.data.inputs import as_point
-from attnfit.losses.softmax import CrossEntropy
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
+from attnfit.objectives.moves import counting_rows
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part
 from attnfit.objectives.rows import RowProblem
@@ -155,21 +155,8 @@ def _seen(part: Part, chunks: list[Chunk], directions: Array) -> _Largest:
         size = np.asarray(abs(block) @ np.abs(directions))
         along = np.abs(np.asarray(block @ directions))
         share = np.divide(along, size, out=np.zeros_like(along), where=size > 0.0).max(axis=1, initial=0.0)
-        largest = max(largest, float(share[_counting(part, chunk)].max(initial=0.0)))
+        largest = max(largest, float(share[counting_rows(part, chunk)].max(initial=0.0)))
     return _Largest(largest)
-
-
-def _counting(part: Part, chunk: Chunk) -> NDArray[np.bool_]:
-    """Return which rows enter the loss: those of a group with a weight, of cross entropy with a target."""
-    _, w, constant = part.targets(chunk)
-    n, segments = chunk.segments.n_rows, chunk.segments
-    if isinstance(part.loss, CrossEntropy):
-        return np.asarray((segments.spread(constant) + np.zeros(n)) > 0.0)
-    w = w + np.zeros(n)
-    if not part.loss.coupled:
-        return np.asarray(w > 0.0)
-    # A row without weight counts beside others; of a long group these may be elsewhere.
-    return np.asarray((segments.spread(segments.max(w)) + np.zeros(n) > 0.0) | (chunk.long >= 0))
 
 
 def _rounding(rows: ChunkRows, radius: float) -> Stages:

@@ -286,11 +286,11 @@ def certified(
     rigorous: bool = False,
 ) -> Certificate:
     """Return the certificate of a ball of radius rho in the whitened variables; ``scaled`` is the radius in
-    the norm of H, rho itself where ``T^T H T = 1``.
+    the norm of H with all its rounding, rho itself where ``T^T H T = 1``.
     """
     # The rounding of the radius itself.
     rho = rho * OUTWARD
-    scaled = rho if scaled is None else scaled * OUTWARD
+    scaled = rho if scaled is None else scaled
     identified, radius = white.identified(rho), float(rho * white.spread)
     return Certificate(
         valid=True,

@@ -209,7 +209,7 @@ class LayerBall:
             problem.ridge * np.linalg.norm(np.abs(self.whitener).T @ np.abs(self.at.x))
         )
         if problem.penalty is not None:
-            total += float(np.abs(problem.penalty * logits)[:, 0] @ norms)
+            total += float((problem.penalty * logits)[:, 0] @ norms)
         return 4.0 * EPS * total
 
 

@@ -52,11 +52,11 @@ class Interval:
     @property
     def magnitude(self) -> Array:
         """Largest absolute value."""
-        return np.maximum(np.abs(self.low), np.abs(self.high))
+        return np.maximum(-self.low, self.high)
 
     def deviation(self, centre: Array) -> Array:
         """Largest distance from a value inside."""
-        return np.maximum(np.abs(self.high - centre), np.abs(self.low - centre))
+        return np.maximum(self.high - centre, centre - self.low)
 
 
 class ChunkRows:

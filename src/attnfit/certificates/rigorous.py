@@ -344,18 +344,14 @@ def _lipschitz(rows: _Rows, Q: Enclosure, radius: float) -> float:
     # The normaliser of centred rows grows, by no more than ``total``.
     logs = rows.f.log() if isinstance(rows.loss, Entropy) else Enclosure.exact(np.zeros_like(high))
     bottom, top = logs.mid - logs.rad - reach - (total - 1.0), np.minimum(0.0, logs.mid + logs.rad + reach)
-    f = Interval(low, high)
-    slack = WIDEN * rows.w * (4.0 * high + np.abs(rows.b) + np.abs(bottom) + 3.0)
+    f, logits = Interval(low, high), Interval(bottom, top)
 
     def over(formula: Callable[..., Array]) -> Interval:
-        # Monotone in f: its ends give the ends of the formula.
-        one, other = formula(low, bottom, rows.b, rows.w), formula(high, top, rows.b, rows.w)
-        return Interval(np.minimum(one, other) - slack, np.maximum(one, other) + slack)
+        return _range(formula, f, logits, rows.b, rows.w)
 
     def mean(values: Interval) -> Interval:
-        product = f * values
-        wide = WIDEN * segments.sum(product.magnitude)
-        return Interval(spread(segments.sum(product.low) - wide), spread(segments.sum(product.high) + wide))
+        found = _sums(f * values, segments)
+        return Interval(spread(found.low), spread(found.high))
 
     g2 = over(rows.loss.g2)
     omega = high * (over(rows.loss.g3) - mean(over(rows.loss.p))).magnitude
@@ -364,13 +360,26 @@ def _lipschitz(rows: _Rows, Q: Enclosure, radius: float) -> float:
     return _shifted(Q, omega * (q + shift) * OUTWARD, shift) + 3.0 * _shifted(Q, e * high * OUTWARD, shift)
 
 
+def _range(formula: Callable[..., Array], f: Interval, h: Interval, b: Array, w: Array) -> Interval:
+    """Return the range of a formula that is monotone in f, and in ``h = log f``: its ends are those of f."""
+    one, other = formula(f.low, h.low, b, w), formula(f.high, h.high, b, w)
+    slack = WIDEN * w * (8.0 + np.abs(b) + np.abs(h.low))
+    return Interval(np.minimum(one, other) - slack, np.maximum(one, other) + slack)
+
+
+def _sums(values: Interval, segments: Segments) -> Interval:
+    """Return the range of the sum over each run of rows."""
+    wide = WIDEN * segments.sum(values.magnitude)
+    return Interval(segments.sum(values.low) - wide, segments.sum(values.high) + wide)
+
+
 def _third_of_exponential(function: str, z: Enclosure, reach: Array, b: Array) -> Array:
     """Bound ``|u' (4 u - b)|`` for logits within reach."""
     if function == "exp":
         # The ends are rounded as the logits are.
         wide = z.rad + reach + WIDEN * (1.0 + np.abs(z.mid))
         low, high = np.exp(z.mid - wide), np.exp(z.mid + wide)
-        return np.asarray(high * (np.maximum(np.abs(4.0 * low - b), np.abs(4.0 * high - b))) * OUTWARD)
+        return np.asarray(high * np.maximum(b - 4.0 * low, 4.0 * high - b) * OUTWARD)
     largest = np.exp((z.size + reach) * OUTWARD) * OUTWARD
     return np.asarray(largest * (4.0 * largest + np.abs(b)))
 

@@ -74,12 +74,14 @@ def _softplus(y: Array) -> tuple[Array, Array, Array]:
 
 
 def _gelu(y: Array) -> tuple[Array, Array, Array]:
-    below, density = ndtr(y), _normal_density(y)
-    return y * below, below + y * density, density * (2.0 - y * y)
+    below, (near, density) = ndtr(y), _normal_density(y)
+    return y * below, below + near * density, density * (2.0 - near * near)
 
 
-def _normal_density(y: Array) -> Array:
-    return np.asarray(np.exp(-0.5 * np.minimum(y * y, 1e3)) / np.sqrt(2.0 * np.pi))
+def _normal_density(y: Array) -> tuple[Array, Array]:
+    """Return y, cut where the density is zero in float64, and the density."""
+    near = np.clip(y, -40.0, 40.0)
+    return near, np.exp(-0.5 * near * near) / np.sqrt(2.0 * np.pi)
 
 
 def _tanh_third(y: Array) -> Array:
@@ -97,7 +99,8 @@ def _softplus_third(y: Array) -> Array:
 
 
 def _gelu_third(y: Array) -> Array:
-    return np.asarray(_normal_density(y) * np.where(np.abs(y) < 50.0, y * (y * y - 4.0), 0.0))
+    near, density = _normal_density(y)
+    return np.asarray(density * near * (near * near - 4.0))
 
 
 ACTIVATIONS = {

@@ -93,8 +93,8 @@ class SquaredExponential(ElementwiseLoss):
     def third_derivative_bound(self, low: Array, high: Array, b: Array, w: Array) -> Array:
         # The weight t = w (v^2 + (u - b) u) has dt/dz = w v (4 u - b).
         u_low, u_high, v_low, v_high = output_range(self.function, low, high)
-        slope = np.maximum(np.abs(v_low), np.abs(v_high))
-        return np.asarray(w * slope * np.maximum(np.abs(4.0 * u_low - b), np.abs(4.0 * u_high - b)))
+        slope = np.maximum(-v_low, v_high)
+        return np.asarray(w * slope * np.maximum(b - 4.0 * u_low, 4.0 * u_high - b))
 
     def importance(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         u, v = self.transform(z, 0.0)

@@ -75,8 +75,8 @@ class SeparableLoss(SoftmaxLoss):
         columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
     ) -> GroupStatistics:
         """Take the normaliser for exact."""
-        gamma, e = columns[0], columns[1]
-        return GroupStatistics(extras[0], (1.0, -gamma), (reference + np.log(e), gamma), 1.0)
+        gamma = columns[0]
+        return GroupStatistics(extras[0], (1.0, -gamma), (reference, gamma), 1.0)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
         """Return ``w phi'``."""

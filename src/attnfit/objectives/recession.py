@@ -15,7 +15,7 @@ import numpy as np
 
 from attnfit.data.groups import Chunk
 from attnfit.losses.loss import GramTerm
-from attnfit.objectives.moves import Kind, Mask, Rows, kind_of, rows_of, wants_to_fall
+from attnfit.objectives.moves import Kind, Mask, Rows, kind_of, rows_of
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part
 from attnfit.segments import Array
@@ -180,10 +180,9 @@ class Signs:
 
     Attributes
     ----------
-    agrees : bool
-        Whether the loss falls, to first order, as the output of any separated row goes to zero.
     pull : float
-        By how much it falls as all of them do.
+        By how much the loss falls, to first order, as the outputs of all separated rows go to zero; of a
+        frame whose rows are free only if they fall by themselves it is not asked.
     parting : float
         How far fixed rows part at most, or a free row rises above them.
     size : float
@@ -192,7 +191,6 @@ class Signs:
         The least and the largest fall of a row.
     """
 
-    agrees: bool = True
     pull: float = 0.0
     parting: float = 0.0
     size: float = 0.0
@@ -202,7 +200,6 @@ class Signs:
     def merge(self, other: Signs) -> Signs:
         """Return the finding over both parts of the data."""
         return Signs(
-            self.agrees and other.agrees,
             self.pull + other.pull,
             max(self.parting, other.parting),
             max(self.size, other.size),
@@ -212,12 +209,12 @@ class Signs:
 
     def confirm(self, frame: Frame) -> bool:
         """Whether the direction is one, to 1e-7 of the largest ``a v``, along which the loss falls."""
-        falls = self.agrees if frame.each else self.pull > 0.0
+        falls = frame.each or self.pull > 0.0
         return falls and bool(np.isfinite(self.drop)) and self.parting <= 1e-7 * self.size
 
 
-def verify(part: Part, chunks: list[Chunk], at: Evaluation, frame: Frame, v: Array, local: bool) -> Signs:
-    """Look at every row along a direction; ``local`` asks the gradient whether the separated rows fall."""
+def verify(part: Part, chunks: list[Chunk], at: Evaluation, frame: Frame, v: Array) -> Signs:
+    """Look at every row along a direction; where rows need not each fall, ask the gradient whether all do."""
     signs = Signs()
     for chunk in part.prefetch(chunks):
         block = part.fetch(chunk)
@@ -235,10 +232,9 @@ def verify(part: Part, chunks: list[Chunk], at: Evaluation, frame: Frame, v: Arr
         fallen = rows.free & (along < -1e-6 * signs.size)
         signs.drop = min(signs.drop, float((-along[fallen]).min(initial=np.inf)))
         signs.most = max(signs.most, float((-along[fallen]).max(initial=0.0)))
-        if local and fallen.any():
+        if not frame.each and fallen.any():
             b, w, _ = part.targets(chunk)
             z = part.design.product(block, at.x) + part.shift(chunk)
             state = part.row_state(chunk, z, at)
-            signs.agrees &= bool(wants_to_fall(part.loss, chunk, z, b, w, state)[fallen].all())
             signs.pull -= float(part.loss.slope(z, b, w, state)[fallen] @ along[fallen])
     return signs

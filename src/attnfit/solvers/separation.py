@@ -55,6 +55,8 @@ FAR = 60.0
 NOTHING, NEXT_TO_NOTHING = 800.0, 40.0
 # Entries of a direction below this share of the largest, in scaled variables, are rounding.
 ENTRY = 1e-7
+# Entries of a basis of directions, orthonormal in scaled variables, that are rounding of its eigenvectors.
+NULL_ENTRY = 1e-13
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class Separation:
 
     @property
     def point(self) -> Array:
-        """A finite point, shape (d,), where the outputs of all separated rows are zero in float64; the last
-        one of the fit where no rows can be left out, or none would remain.
+        """A finite point, shape (d,), where the outputs of all separated rows are zero in float64, on from
+        the last one of the fit where no rows can be left out; that one itself where none would remain.
         """
         x = self._at.x
         if self.remaining.any():
@@ -230,7 +232,7 @@ def _along(problem: Any, at: Evaluation, kind: Kind, *, each: bool) -> Separatio
         scaled = np.where(np.abs(scaled) > ENTRY * np.abs(scaled).max(), scaled, 0.0)
         v = scaled / frame.scale
         v /= max(float(np.abs(v).max()), np.finfo(float).tiny)
-        signs: Signs = problem.rows.reduce(verify, at, frame, v, kind is Kind.LOCAL)
+        signs: Signs = problem.rows.reduce(verify, at, frame, v)
         if signs.confirm(frame) and _is_strict(signs, direction is y):
             break
     else:
@@ -261,7 +263,7 @@ def _falls_apart(problem: Any, at: Evaluation, frame: Frame, y: Array) -> bool:
         return False
     for j, size in enumerate(y):
         v = frame.basis[:, j] * size / frame.scale
-        signs: Signs = problem.rows.reduce(verify, at, frame, v, True)
+        signs: Signs = problem.rows.reduce(verify, at, frame, v)
         if not signs.pull > 0.0:
             return False
     return True
@@ -273,7 +275,7 @@ def _holds_at_the_limit(problem: Any, found: Separation, signs: Signs, frame: Fr
         return False
     far = np.asarray(found.rest.x).reshape(-1) + (FAR / signs.drop) * found.direction
     limit = problem.evaluate(far)
-    agreed: Signs = problem.rows.reduce(verify, limit.bare(), frame, found.direction, True)
+    agreed: Signs = problem.rows.reduce(verify, limit.bare(), frame, found.direction)
     return agreed.confirm(frame)
 
 
@@ -309,7 +311,9 @@ def _frame(problem: Any, at: Evaluation, each: bool) -> Frame | None:
     if kind_of(problem.loss) is Kind.SCALING:
         # Whole groups fall: not relative to rows of their own.
         means = np.zeros_like(means)
-    return Frame(vectors[:, null], scale, means, each)
+    # What rounding leaves of a column that fixed rows hold would take any row that has it for one that moves.
+    basis = np.where(np.abs(vectors[:, null]) > NULL_ENTRY, vectors[:, null], 0.0)
+    return Frame(basis, scale, means, each)
 
 
 def _programme(problem: Any, at: Evaluation, frame: Frame) -> Array | None:
@@ -353,8 +357,9 @@ def _by_projection(F: Array) -> tuple[bool, Array | None]:
         u = np.maximum(along, 0.0)
         if float(u.max()) < 1.0 - CLEARLY:
             return True, None
+    # One at least: else the last projection would have been clearly positive.
     stay = u <= CLEARLY * float(u.max())
-    null = linalg.null_space(F[stay], rcond=RANK) if stay.any() else np.zeros((F.shape[1], 0))
+    null = linalg.null_space(F[stay], rcond=RANK)
     if not null.shape[1]:
         return False, None
     decided, y = _by_projection(F[~stay] @ null)
