@@ -47,6 +47,24 @@ def test_forgotten_groups_are_refused_with_the_remedy(model, use):
         use(fitted(model))
 
 
+@pytest.mark.parametrize("label", [None, float("nan"), pd.NA, pd.NaT], ids=str)
+@pytest.mark.parametrize("argument", ["groups", "clusters"])
+def test_a_row_without_a_label_is_named(label, argument):
+    labels = TRAVEL.groups.astype(object)
+    labels[5] = label
+    given = {"groups": TRAVEL.groups, argument: labels}
+    with pytest.raises(ValueError, match=f"{argument} has no label at index 5"):
+        sklearn.clone(MODELS[0]).fit(TRAVEL.A, TRAVEL.b, **given).covariance()
+
+
+def test_no_choice_at_all_gives_no_warning_of_numpy():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = sklearn.clone(MODELS[0]).fit(TRAVEL.A, np.zeros(840), groups=TRAVEL.groups)
+        assert "all y are zero" in str(model.fit_statistics().notes)
+        model.summary()
+
+
 def test_one_group_may_be_left_out():
     model = SoftmaxRegressor().fit(TRAVEL.A[:4], [0.1, 0.2, 0.3, 0.4], groups=["a"] * 4)
     assert model.predict(TRAVEL.A[:4]).shape == (4,)

@@ -265,6 +265,7 @@ def test_one_cluster_has_no_error():
 
 
 def test_refusals():
+    pytest.importorskip("formulaic")
     X, y, groups, clusters = panel(13)
     model = SoftmaxRegressor().fit(X, y, groups=groups)
     halves = np.arange(len(y)) % 2
@@ -385,6 +386,7 @@ def test_intervals_cover():
 
 
 def test_a_loaded_model_keeps_its_covariance(tmp_path):
+    pytest.importorskip("formulaic")
     from attnfit.estimators import load
 
     X, y, groups, clusters = panel(17)

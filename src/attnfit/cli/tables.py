@@ -118,7 +118,7 @@ def read_table(path: Path, as_text: Collection[str] = (), decimal: str | None = 
                 with_encoding(source, again)
                 raise
     else:
-        table = _read_frame(source, as_text)
+        table = _read_frame(source, as_text, decimal)
     table.source = source
     if not table.n_rows:
         raise InputError(f"{path} has a header but no rows; give a file with data")
@@ -214,7 +214,7 @@ def _to_numbers(values: tuple[str, ...]) -> tuple[Array, int | None]:
     return out, None
 
 
-def _read_frame(source: Source, as_text: Collection[str]) -> Table:
+def _read_frame(source: Source, as_text: Collection[str], decimal: str | None) -> Table:
     import narwhals as nw
 
     frame = source.native()
@@ -228,7 +228,7 @@ def _read_frame(source: Source, as_text: Collection[str]) -> Table:
         else:
             cells[name] = _as_cells(column)
     if source.kind == "Excel":
-        found = read_spelled(cells)
+        found = read_spelled(cells, ";", decimal)
         table.numbers |= found.numbers
         table.text, table.examples, table.doubts = found.text, found.examples, found.doubts
         return table
