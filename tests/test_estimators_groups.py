@@ -57,6 +57,26 @@ def test_a_row_without_a_label_is_named(label, argument):
         sklearn.clone(MODELS[0]).fit(TRAVEL.A, TRAVEL.b, **given).covariance()
 
 
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
+def test_groups_that_a_search_does_not_hand_on_are_missed(model):
+    """Without metadata routing they reach the splitter only, and each fit is one of a single group."""
+    with (
+        sklearn.config_context(enable_metadata_routing=False),
+        pytest.warns(UserWarning, match=r"y sums to 1\d\d, and the shares of one group to 1: pass groups"),
+    ):
+        cross_val_score(model, TRAVEL.A, TRAVEL.b, groups=TRAVEL.groups, cv=GroupKFold(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sklearn.clone(model).fit(TRAVEL.A[:4], [0.2, 0.3, 0.4, 0.1])
+        sklearn.clone(model).set_params(ridge=1.0).fit(TRAVEL.A[:4], [0.2, 0.3, 4.0, 7.0])
+
+
+def test_labels_of_several_types_are_refused():
+    labels = np.array([str(g) if k % 2 else int(g) for k, g in enumerate(TRAVEL.groups)], dtype=object)
+    with pytest.raises(ValueError, match=r"groups has labels of several types \(int, str\)"):
+        sklearn.clone(MODELS[0]).fit(TRAVEL.A, TRAVEL.b, groups=labels)
+
+
 def test_no_choice_at_all_gives_no_warning_of_numpy():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

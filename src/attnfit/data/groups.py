@@ -79,7 +79,13 @@ def parse_groups(groups: Any, n: int) -> Groups:
     if missing:
         raise ValueError(f"groups has no label at index {missing[0]}; give every row a label or drop the row")
     starts = np.concatenate([[0], np.flatnonzero(array[1:] != array[:-1]) + 1])
-    labels, first, inverse = np.unique(array[starts], return_index=True, return_inverse=True)
+    try:
+        labels, first, inverse = np.unique(array[starts], return_index=True, return_inverse=True)
+    except TypeError:
+        kinds = sorted({type(label).__name__ for label in array[starts]})
+        raise ValueError(
+            f"groups has labels of several types ({', '.join(kinds)}); make them one type"
+        ) from None
     if len(labels) == len(starts):
         return Groups(starts.astype(np.intp), None, array[starts])
     rank = np.empty(len(labels), dtype=np.intp)
