@@ -69,6 +69,7 @@ def test_groups_that_a_search_does_not_hand_on_are_missed(model):
         warnings.simplefilter("error")
         sklearn.clone(model).fit(TRAVEL.A[:4], [0.2, 0.3, 0.4, 0.1])
         sklearn.clone(model).set_params(ridge=1.0).fit(TRAVEL.A[:4], [0.2, 0.3, 4.0, 7.0])
+        sklearn.clone(model).set_params(ridge=1.0).fit(TRAVEL.A[:4], [0.5, 0.5, 0.5, 0.5], groups=np.zeros(4))
 
 
 def test_labels_of_several_types_are_refused():

@@ -287,8 +287,8 @@ def test_refusals():
         (lambda: model.wald_test("x0 = z"), "no linear equation between x0, x1, x2"),
         (lambda: model.wald_test(np.eye(2)), "with 3 coefficients pass"),
         (lambda: model.likelihood_ratio_test(model), "no likelihood ratio .*use wald_test"),
-        (lambda: SoftmaxRegressor(covariance="HC1").fit(X, y), "covariance must be one of"),
-        (lambda: SoftmaxRegressor(weight_type="fweight").fit(X, y), "weight_type must be one of"),
+        (lambda: SoftmaxRegressor(covariance="HC1").fit(X, y, groups), "covariance must be one of"),
+        (lambda: SoftmaxRegressor(weight_type="fweight").fit(X, y, groups), "weight_type must be one of"),
     ):
         with pytest.raises(ValueError, match=told):
             call()

@@ -147,11 +147,11 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
             )
         return self._share_totals
 
-    def _note_targets(self, choices: Choices) -> None:
+    def _note_targets(self, choices: Choices, *, grouped: bool) -> None:
         """Warn where several groups have become one: a cross-validation hands none on of its own accord."""
         y = choices.y
         total = float(y.sum())
-        if choices.n_groups == 1 and total > SEVERAL and ((y >= 0.0) & (y <= 1.0)).all():
+        if not grouped and total > SEVERAL and ((y >= 0.0) & (y <= 1.0)).all():
             warnings.warn(
                 f"y sums to {total:.6g}, and the shares of one group to 1: pass groups, also to a "
                 "cross-validation (metadata routing: set_fit_request(groups=True) and "
