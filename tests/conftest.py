@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import pickle
+import signal
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -41,6 +42,10 @@ class Absent:
 
 
 sys.meta_path.append(Absent())
+
+# What a shell without a terminal runs in the background ignores Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

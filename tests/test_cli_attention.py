@@ -72,7 +72,7 @@ def test_plot(files, tmp_path):
     ("arguments", "expected"),
     [
         (["nowhere.npy", "k", "maps"], "There is no file nowhere.npy; check the path"),
-        (["q", "k", "maps2"], "B has shape (30, 30); expected (queries, keys) = (50, 50)"),
+        (["q", "k", "maps2"], "MAPS has shape (30, 30); expected (queries, keys) = (50, 50)"),
         (["q", "k", "maps", "--rank", "7"], "rank must be an integer from 1 to min(d1, d2) = 6, not 7"),
         (["q", "k", "maps", "--loss", "sqared"], "There is no loss 'sqared'; did you mean 'squared'?"),
         (["q", "k", "maps", "--causal", "--mask", "k"], "--causal is a mask; give it or --mask, not both"),
@@ -94,4 +94,4 @@ def test_negative_maps_are_named(files):
     maps[3, 5] = -0.5
     np.save(paths["maps"], maps)
     sentence = one_error(run("fit", "attention", paths["q"], paths["k"], paths["maps"]))
-    assert "B is negative at row 3, column 5 (-0.5)" in sentence
+    assert "MAPS is negative at row 3, column 5 (-0.5)" in sentence

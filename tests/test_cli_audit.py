@@ -9,6 +9,8 @@ import pytest
 from audit_models import audit_cache, tiny  # noqa: F401
 from test_cli import messages, run
 
+from attnfit.cli.errors import InputError
+
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
@@ -90,6 +92,20 @@ def test_files_hold_texts_only_on_request(texts, tmp_path):
         assert result.exit_code == 0, result.output
         assert (secret in told.read_text()) == there
         assert ("--reveal" in json.loads(told.read_text())["command"]) == there
+
+
+def test_lines_of_texts_end_as_an_editor_shows_them(tmp_path):
+    """Other separators of lines are characters of a text, and of a JSON string."""
+    from attnfit.cli.audit import read_lists, read_texts
+
+    path = tmp_path / "t.txt"
+    path.write_bytes("one\u2028two\x0bthree\x85four\r\n\nlast\rend".encode())
+    assert read_texts(path) == {1: "one\u2028two\x0bthree\x85four", 3: "last", 4: "end"}
+    path.write_text('[{"role": "user", "content": "a\u2028b"}]\n')
+    assert read_lists(path) == {1: [{"role": "user", "content": "a\u2028b"}]}
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="line 1 is not JSON"):
+        read_lists(path)
 
 
 CODES = """

@@ -52,6 +52,11 @@ def test_numbers_within_groups_are_suspect_and_dummies_of_pairs_are_not():
     assert (
         suspicion("mode", np.array([1.0, 2, 3, 1, 2, 3, 1, 2]), groups) == "numbers of the rows of each group"
     )
+    # In any order, of the rows and within the groups.
+    shuffled = np.array([7, 2, 5, 0, 3, 6, 1, 4])
+    numbers = np.array([2.0, 1, 0, 1, 2, 0, 1, 0])
+    assert suspicion("j", numbers[shuffled], groups[shuffled]) == "numbers of the rows of each group"
+    assert suspicion("j", np.array([2.0, 1, 0, 1, 2, 1, 1, 0]), groups) is None
     pairs = np.repeat(["a", "b", "c"], 2)
     assert suspicion("d", np.array([0.0, 1, 0, 1, 0, 1]), pairs) is None
 

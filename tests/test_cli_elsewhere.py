@@ -50,6 +50,7 @@ PLACES = {
     "folder": ("parts", ["--memory-limit", "100GB"]),
     "workers": ("d.parquet", ["--dask", "{address}"]),
     "workers, CSV": ("d.csv", ["--dask", "{address}"]),
+    "workers, folder": ("parts", ["--dask", "{address}"]),
 }
 
 
@@ -96,6 +97,104 @@ def test_rows_with_missing_values_are_dropped(place, stored, address, tmp_path, 
 def test_missing_values_are_errors_otherwise(place, stored, address):
     sentence = one_error(run(*SOFTMAX, *words(place, stored, address)))
     assert "missing value" in sentence and "--missing drop" in sentence
+
+
+# What is wrong with a file that stays where it is, and what is said of it in memory and elsewhere alike.
+BROKEN = {
+    "text in the target": (lambda d: d.assign(y="high"), "Column 'y'", "not numeric"),
+    "text in a feature": (lambda d: d.assign(price="dear"), "Column 'price'", "not numeric"),
+    "a label that stands for none": (
+        lambda d: d.assign(market=d["market"].replace("m03", "NA")), "Column 'market' has no value", "'NA'"
+    ),
+    "a negative target": (lambda d: d.assign(y=-d["y"]), "negative in", "row"),
+    "no rows": (lambda d: d.iloc[:0], "", "row"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["memory", *PLACES])
+@pytest.mark.parametrize("fault", BROKEN)
+def test_bad_input_is_bad_input_everywhere(place, fault, frame, address, tmp_path):
+    """One sentence and the exit code 2, never that of an error of attnfit itself."""
+    spoil, *words_told = BROKEN[fault]
+    name, options = PLACES.get(place, ("d.parquet", []))
+    data = spoil(frame.drop(columns=["note", "share"]).dropna().astype({"seats": "int64"}))
+    if name == "parts":
+        (tmp_path / name).mkdir()
+        data.iloc[:40].to_parquet(tmp_path / name / "a.parquet")
+        data.iloc[40:].to_parquet(tmp_path / name / "b.parquet")
+    elif name == "d.csv":
+        data.to_csv(tmp_path / name, index=False)
+    else:
+        data.to_parquet(tmp_path / name)
+    command = ["fit", "softmax", tmp_path / name, "--target", "y", "--group", "market", "--features", "price"]
+    sentence = one_error(run(*command, *(option.format(address=address) for option in options)))
+    if fault == "a label that stands for none" and place.startswith("workers"):
+        assert "groups has no label" in sentence
+    elif place == "workers, CSV" and fault == "no rows":
+        assert "not numeric" in sentence or "no rows" in sentence
+    else:
+        assert all(word in sentence for word in words_told), sentence
+
+
+@pytest.mark.parametrize("place", ["disk", "workers", "workers, CSV"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "another format", "UTF-16", "ragged"])
+def test_damaged_files_are_bad_input(place, damage, stored, address, tmp_path):
+    name, _ = PLACES[place]
+    whole = (stored / name).read_bytes()
+    data = {
+        "cut": whole[: len(whole) // 2],
+        "empty": b"",
+        "another format": b"\x89HDF\r\n\x1a\n" + bytes(100),
+        "UTF-16": "market,price,share\na,1,0.5\n".encode("utf-16"),
+        "ragged": b"market,price,share\na,1,0.5\nb,1,2,3,4\n",
+    }[damage]
+    if name == "d.csv" and damage == "cut":
+        # In the middle of a number: nobody can see it.
+        pytest.skip("a CSV file that is cut at a line is a CSV file")
+    (tmp_path / name).write_bytes(data)
+    one_error(run(*SOFTMAX, *words(place, tmp_path, address)))
+
+
+def test_a_folder_without_files_is_bad_input(address, tmp_path):
+    (tmp_path / "parts").mkdir()
+    for option in (["--memory-limit", "1GB"], ["--dask", address]):
+        one_error(run(*SOFTMAX, tmp_path / "parts", *option))
+
+
+@pytest.mark.parametrize("place", ["folder", "workers"])
+def test_files_without_rows_come_first(place, stored, frame, address, tmp_path):
+    """What a column is, the first rows tell, wherever they are."""
+    (tmp_path / "parts").mkdir()
+    whole = frame.dropna().drop(columns="note")
+    whole.iloc[:0].to_parquet(tmp_path / "parts" / "a.parquet")
+    whole.to_parquet(tmp_path / "parts" / "b.parquet")
+    options = [option.format(address=address) for option in PLACES[place][1]]
+    command = ["fit", "softmax", tmp_path / "parts", "--target", "share", "--group", "market"]
+    result = run(*command, "--exclude", "y", *options)
+    assert result.exit_code == 0, result.output
+    assert "Features: price, seats" in " ".join(messages(result))
+
+
+def test_decimals_are_numbers_on_disk_too(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+    price = pa.array(rng.standard_normal(90).round(3)).cast(pa.decimal128(10, 3), safe=False)
+    columns = {"market": np.repeat(np.arange(30), 3), "price": price, "share": np.tile([0.5, 0.3, 0.2], 30)}
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    command = ["fit", "softmax", tmp_path / "d.parquet", "--target", "share", "--group", "market"]
+    reports = []
+    for options in ([], ["--memory-limit", "100GB"]):
+        report, said = told(run(*command, *options, "--json", tmp_path / "r.json"), tmp_path / "r.json")
+        assert "Features: price." in said
+        reports.append(report["coefficients"][0]["coefficient"])
+    assert reports[0] == pytest.approx(reports[1], abs=1e-9)
+
+
+def test_a_decimal_mark_is_for_files_in_memory(stored, address):
+    sentence = one_error(run(*SOFTMAX, stored / "d.csv", "--dask", address, "--decimal", ","))
+    assert "--decimal is for files in memory" in sentence
 
 
 def test_nothing_is_left(stored, tmp_path):

@@ -343,6 +343,44 @@ def test_kill_9_leaves_what_was_there(name, option, here):
     assert set(contents(here)) == set(before) and target.read_text() != "before"
 
 
+@pytest.mark.parametrize("name", ["predict", "fit softmax"])
+def test_names_as_long_as_they_can_be(name, here):
+    option = {"predict": "--output", "fit softmax": "--json"}[name]
+    target = Path("n" * 251 + ".csv" if name == "predict" else "n" * 255)
+    assert call(name, option, target).exit_code == 0
+    assert target.stat().st_size > 6
+    assert not [path for path in here.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["report.xlsx", "d.csv.zst", "d.ods", "d.json", "d.npy"])
+def test_text_is_not_written_under_the_name_of_another_format(name, here):
+    assert "would be CSV by another name" in one_error(call("predict", "--output", name))
+
+
+def test_pipes_of_the_shell_are_read_and_written(here):
+    """What stands behind a name such as /dev/fd/63 can be read only once, and cannot be replaced."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+
+    def shell(command):
+        command = command.replace("attnfit", f"{sys.executable} -m attnfit")
+        return subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, env=environment, check=False
+        )
+
+    before = contents(here)
+    options = "--target y --group g --features x"
+    done = shell(f"attnfit fit softmax <(cat d.csv) {options} --json /dev/stderr | cat")
+    assert json.loads(done.stderr)["converged"], done
+    done = shell(f"cat d.csv | attnfit fit softmax /dev/stdin {options} --json >(cat > out.json)")
+    assert done.returncode == 0 and "2 groups" in done.stdout, done
+    done = shell(f"attnfit fit softmax d.csv {options} --json /dev/stdout --save /dev/stdout | cat")
+    assert "are the same file" in " ".join(done.stderr.split())
+    done = shell("attnfit fit attention <(cat q.npy) k.npy maps.npy")
+    assert done.returncode == 0, done
+    Path("out.json").unlink(missing_ok=True)
+    assert contents(here) == before
+
+
 def test_links_stay_and_devices_are_written_to(here):
     Path("real.json").write_text("before")
     Path("link.json").symlink_to("real.json")

@@ -104,6 +104,41 @@ def test_the_same_numbers_in_every_format(name, tmp_path, expected):
     assert gzip.decompress(out.read_bytes()).decode() == copied.stdout
 
 
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"\x28\xb5\x2f\xfd\x04\x58" + bytes(20), "packed with zstd; unpack it first"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(20), "packed with 7-Zip; unpack it first"),
+        (b"Rar!\x1a\x07" + bytes(20), "packed with RAR; unpack it first"),
+        (zipped("d.csv", CSV), None),
+    ],
+    ids=["zstd", "7z", "rar", "zip"],
+)
+def test_packages_that_cannot_be_unpacked_are_named(data, told, tmp_path):
+    if told is None:
+        # A method of packing that Python does not have.
+        for place in (data.rindex(b"PK\x01\x02") + 10, data.index(b"PK\x03\x04", 4) + 8):
+            data = data[:place] + b"\x09" + data[place + 1 :]
+        told = "cannot be unpacked"
+    path = tmp_path / "d.data"
+    path.write_bytes(data)
+    assert told in one_error(run("fit", "softmax", path, *ROLES))
+
+
+def test_decimal_commas_in_cells_of_text_of_a_workbook(tmp_path, expected):
+    pytest.importorskip("openpyxl")
+    path = tmp_path / "d.xlsx"
+    text = FRAME.astype({"price": str})
+    text["price"] = text["price"].str.replace(".", ",")
+    text.to_excel(path, index=False)
+    found, _ = coefficients(path)
+    assert found == pytest.approx(expected, rel=1e-6)
+    text["price"] = "1,025"
+    text.to_excel(path, index=False)
+    assert "add --decimal . or --decimal ," in one_error(run("fit", "softmax", path, *ROLES))
+    assert "'1,025' is 1.025" in " ".join(messages(coefficients(path, "--decimal", ",")[1]))
+
+
 def test_windows_1252_is_said_and_damaged_utf_8_refused(tmp_path, expected):
     path = tmp_path / "d.csv"
     path.write_bytes(CSV.replace("m00", "Größe €").encode("cp1252"))

@@ -128,6 +128,7 @@ def test_too_few_steps(tmp_path):
     ("content", "expected"),
     [
         (b"", "d.csv is empty; give a file with a header line and data"),
+        (b"\n\nx,y\n1,2\n", "The first line of d.csv is empty; put the names of the columns there"),
         (b"x,y\n", "d.csv has a header but no rows; give a file with data"),
         (b"1,2\n3,4\n", "The first line of d.csv holds numbers; put the names of the columns there"),
         (b"x,x,y\n1,2,3\n", "d.csv has two columns named 'x'; rename one"),

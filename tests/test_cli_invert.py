@@ -114,7 +114,7 @@ def test_plot(files, tmp_path):
         (["layer", "nowhere.npy"], "There is no file nowhere.npy; check the path"),
         (["B", "B"], "B.npy is not a whole safetensors file"),
         (["layer", "layer"], "is not an array in NumPy's format; write it again with numpy.save"),
-        (["layer", "B3"], "B has 3 columns but V has 4; pass one row a token and one column an output"),
+        (["layer", "B3"], "OUTPUT has 3 columns but V has 4; pass one row a token and one column an output"),
         (["layer", "B", "--known", "all"], "known holds every token: nothing is left to recover"),
         (["layer", "B", "--known", "B"], "known has shape (8, 4); expected (d, n) = (4, 8)"),
         (["layer", "B", "--embedding", "narrow"], "--embedding has rows of 3 numbers, but tokens have 4"),

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -238,15 +237,33 @@ def test_ctrl_c_during_a_fit(tmp_path):
 
 
 def test_ctrl_c_before_any_work(tmp_path):
+    """While it waits for its data: to open a pipe takes both ends, so that it is known to wait."""
+    os.mkfifo(tmp_path / "pipe")
     child = subprocess.Popen(
-        [sys.executable, "-m", "attnfit", "fit", "softmax", "-", "--target", "y"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "attnfit", "fit", "softmax", "pipe", "--target", "y"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
     )  # fmt: skip
-    time.sleep(4.0)
-    child.send_signal(signal.SIGINT)
-    _, told = child.communicate(timeout=30)
+    with (tmp_path / "pipe").open("wb"):
+        child.send_signal(signal.SIGINT)
+        _, told = child.communicate()
     assert child.returncode == 130, told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "told"),
+    [("2>&-", 0, ""), (">&-", 0, "Note: "), ("<&-", 2, "Standard input (-) is closed; name a file")],
+)
+def test_a_stream_that_is_closed_is_no_error(closed, code, told, tmp_path):
+    cars = write_data(tmp_path / "cars.csv", datasets.load_car_shares())
+    data = "-" if closed == "<&-" else cars.name
+    words = ["fit", "softmax", data, "--target", "share", "--group", "market"]
+    command = shlex.join([sys.executable, "-m", "attnfit", *words])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == code, done
+    assert told in done.stderr and "Traceback" not in done.stderr
 
 
 def test_as_a_module_and_its_completion():

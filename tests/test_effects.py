@@ -347,7 +347,9 @@ def test_refusals():
         with pytest.raises(ValueError, match=told):
             call()
     many = np.arange(120) % 60
-    big = SoftmaxRegressor(ridge=1.0).fit(np.random.default_rng(0).standard_normal((120, 2)), many / 60.0)
+    big = SoftmaxRegressor(ridge=1.0).fit(
+        np.random.default_rng(0).standard_normal((120, 2)), many / many.sum()
+    )
     assert big.elasticities(0, many).value.shape == (60,)
     with pytest.raises(ValueError, match=r"all pairs of 60 alternatives need .* MB"):
         big.elasticities(0, many, pairs="all")

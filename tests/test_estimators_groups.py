@@ -47,6 +47,45 @@ def test_forgotten_groups_are_refused_with_the_remedy(model, use):
         use(fitted(model))
 
 
+@pytest.mark.parametrize("label", [None, float("nan"), pd.NA, pd.NaT], ids=str)
+@pytest.mark.parametrize("argument", ["groups", "clusters"])
+def test_a_row_without_a_label_is_named(label, argument):
+    labels = TRAVEL.groups.astype(object)
+    labels[5] = label
+    given = {"groups": TRAVEL.groups, argument: labels}
+    with pytest.raises(ValueError, match=f"{argument} has no label at index 5"):
+        sklearn.clone(MODELS[0]).fit(TRAVEL.A, TRAVEL.b, **given).covariance()
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
+def test_groups_that_a_search_does_not_hand_on_are_missed(model):
+    """Without metadata routing they reach the splitter only, and each fit is one of a single group."""
+    with (
+        sklearn.config_context(enable_metadata_routing=False),
+        pytest.warns(UserWarning, match=r"y sums to 1\d\d, and the shares of one group to 1: pass groups"),
+    ):
+        cross_val_score(model, TRAVEL.A, TRAVEL.b, groups=TRAVEL.groups, cv=GroupKFold(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sklearn.clone(model).fit(TRAVEL.A[:4], [0.2, 0.3, 0.4, 0.1])
+        sklearn.clone(model).set_params(ridge=1.0).fit(TRAVEL.A[:4], [0.2, 0.3, 4.0, 7.0])
+        sklearn.clone(model).set_params(ridge=1.0).fit(TRAVEL.A[:4], [0.5, 0.5, 0.5, 0.5], groups=np.zeros(4))
+
+
+def test_labels_of_several_types_are_refused():
+    labels = np.array([str(g) if k % 2 else int(g) for k, g in enumerate(TRAVEL.groups)], dtype=object)
+    with pytest.raises(ValueError, match=r"groups has labels of several types \(int, str\)"):
+        sklearn.clone(MODELS[0]).fit(TRAVEL.A, TRAVEL.b, groups=labels)
+
+
+def test_no_choice_at_all_gives_no_warning_of_numpy():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = sklearn.clone(MODELS[0]).fit(TRAVEL.A, np.zeros(840), groups=TRAVEL.groups)
+        assert "all y are zero" in str(model.fit_statistics().notes)
+        model.summary()
+
+
 def test_one_group_may_be_left_out():
     model = SoftmaxRegressor().fit(TRAVEL.A[:4], [0.1, 0.2, 0.3, 0.4], groups=["a"] * 4)
     assert model.predict(TRAVEL.A[:4]).shape == (4,)

@@ -145,6 +145,7 @@ def test_weights_repeat_rows_where_there_are_no_groups(loss, outside_good):
         np.testing.assert_allclose(weighted.standard_errors_, repeated.standard_errors_, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:y sums to .* pass groups")
 def test_weights_repeat_rows_of_rescaled_and_exponential():
     X, y, rng = make(5, n=20)
     counts = rng.integers(0, 4, 20)

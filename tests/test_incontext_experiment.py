@@ -12,6 +12,8 @@ from attnfit.incontext.experiment import Comparison, measure, verdict
 from attnfit.incontext.instances import Batch, draw
 from attnfit.incontext.trained_attention import train
 
+pytest.importorskip("torch")
+
 
 @pytest.fixture(scope="module")
 def cell():

@@ -265,6 +265,7 @@ def test_one_cluster_has_no_error():
 
 
 def test_refusals():
+    pytest.importorskip("formulaic")
     X, y, groups, clusters = panel(13)
     model = SoftmaxRegressor().fit(X, y, groups=groups)
     halves = np.arange(len(y)) % 2
@@ -286,8 +287,8 @@ def test_refusals():
         (lambda: model.wald_test("x0 = z"), "no linear equation between x0, x1, x2"),
         (lambda: model.wald_test(np.eye(2)), "with 3 coefficients pass"),
         (lambda: model.likelihood_ratio_test(model), "no likelihood ratio .*use wald_test"),
-        (lambda: SoftmaxRegressor(covariance="HC1").fit(X, y), "covariance must be one of"),
-        (lambda: SoftmaxRegressor(weight_type="fweight").fit(X, y), "weight_type must be one of"),
+        (lambda: SoftmaxRegressor(covariance="HC1").fit(X, y, groups), "covariance must be one of"),
+        (lambda: SoftmaxRegressor(weight_type="fweight").fit(X, y, groups), "weight_type must be one of"),
     ):
         with pytest.raises(ValueError, match=told):
             call()
@@ -385,6 +386,7 @@ def test_intervals_cover():
 
 
 def test_a_loaded_model_keeps_its_covariance(tmp_path):
+    pytest.importorskip("formulaic")
     from attnfit.estimators import load
 
     X, y, groups, clusters = panel(17)

@@ -179,6 +179,17 @@ def test_mistakes_end_in_one_sentence(run, one, other, sentence):
     assert "Traceback" not in done.output
 
 
+def test_bands_are_no_spectra(run):
+    """A column that both files share names the bands, and one without a name is no signature."""
+    told = run("band,a,b\n1,1,2\n2,3,4\n4,5,7\n", "band,x\n1,1\n2,2\n4,3\n").output
+    assert "Column 'band' is the same in" in told and "add --band band" in told
+    assert "A column of " in run(",a,b\n0,1,2\n1,3,4\n2,5,7\n", "x\n1\n2\n3\n").output
+    noted = run("n,a,b\n1,1,2\n2,3,4\n3,5,7\n", "x\n1\n2\n3\n")
+    assert noted.exit_code == 0 and "holds row numbers; it is taken for a spectrum" in noted.output
+    done = run(GOOD, "x\n1\nnan\n3\n").output
+    assert "--missing" not in done
+
+
 def test_mistakes_with_bands(run, tmp_path):
     one = "band,a,b\nu,1,2\nv,3,4\n"
     assert "The bands differ: 'v' in line 3" in run(one, "band,x\nu,1\nw,2\n", "--band", "band").output

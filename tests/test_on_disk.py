@@ -55,7 +55,7 @@ def test_compiled_reads(dtype, groups, compiled, tmp_path, monkeypatch):
 
 def test_compiled_reads_of_shards(compiled, tmp_path):
     rng = np.random.default_rng(0)
-    A = sparse.random_array((5000, 30), density=0.2, format="csr", rng=rng)
+    A = sparse.random_array((5000, 30), density=0.2, format="csr", random_state=rng)
     for k, first in enumerate(range(0, 5000, 1300)):
         sparse.save_npz(tmp_path / f"{k}.npz", A[first : first + 1300])
     b = rng.random(5000)

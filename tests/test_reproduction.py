@@ -14,6 +14,7 @@ from attnfit.reproduction.weight_shifting import run
 
 @pytest.mark.parametrize("name", ["rescaled-hyperbolic", "tensor-trick", "two-layer"])
 def test_quick_pages(name, tmp_path):
+    pytest.importorskip("matplotlib")
     page = reproduce(name, quick=True)
     held = {claim.claimed[:30]: claim.held for claim in page.claims}
     assert True in held.values()
@@ -44,6 +45,7 @@ def test_the_corrected_step_contracts_and_the_regulariser_erases():
 
 
 def test_weight_shifting_is_wired_to_the_experiment(monkeypatch):
+    pytest.importorskip("torch")
     monkeypatch.setattr("attnfit.reproduction.weight_shifting.QUICK_SHAPES", ((6, 3),))
     page = run(True)
     assert page.claims[0].held
@@ -89,6 +91,7 @@ def test_unknown_papers_list_close_ones():
 
 
 def test_the_command_line_knows_every_page():
+    pytest.importorskip("typer")
     from attnfit.cli.reproduce import NAMES as SHOWN
 
     assert SHOWN == NAMES

@@ -67,6 +67,31 @@ for name in ("InTreeCacheLocator", "_InTreeCacheLocator", "UserWideCacheLocator"
     assert run(tmp_path, before, HOME=nowhere, NUMBA_CACHE_DIR=nowhere) == ["1", "0"]
 
 
+def test_an_audit_runs_where_nothing_can_be_kept(tmp_path, nowhere):
+    """What it learns about a model then lasts as long as the process."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    (tmp_path / "t.txt").write_text("A text.\n")
+    (tmp_path / "spare").mkdir()
+    words = ["audit", "tiny", "--texts", "t.txt", "--access", "hidden:1", "--budget", "600"]
+    words += ["--defences", "none,run:bfloat16", "--json", "r.json"]
+    for place in ({"HOME": nowhere}, {"ATTNFIT_CACHE": nowhere, "HOME": str(tmp_path)}):
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(Path(attnfit.__file__).parents[1]),
+            "TMPDIR": str(tmp_path / "spare"),
+        } | place
+        done = subprocess.run(
+            [sys.executable, "-m", "attnfit", *words], cwd=tmp_path, env=environment, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told = " ".join(done.stderr.split())
+        assert told.count("nothing can be kept in") == 1, told
+        assert "set ATTNFIT_CACHE to a folder that can be written" in told
+        assert not list((tmp_path / "spare").glob("attnfit-*"))
+
+
 def test_the_disk_fills_up_while_loops_are_kept(tmp_path):
     # Beyond the limit a write fails like one on a full disk.
     before = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import socket
@@ -12,6 +13,9 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+# Bytes of a prefix that leave room for a process's number and mkstemp's letters among the 255 of a name.
+LONGEST = 200
 
 __all__ = ["clean_up", "rendered", "replace_file", "write"]
 
@@ -45,16 +49,26 @@ def write(path: str | PathLike[str], data: bytes | str) -> None:
     'two'
     """
     content = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    target = Path(os.path.realpath(path))
     try:
-        if target.exists() and not target.is_file() and not target.is_dir():
-            with target.open("wb") as stream:
+        # A pipe that the shell has opened has no other name than this one.
+        if is_special(path):
+            with open(path, "wb") as stream:
                 stream.write(content)
             return
+        target = Path(os.path.realpath(path))
         clean_up(target)
         replace_file(target, content)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def is_special(path: str | PathLike[str]) -> bool:
+    """Whether a path leads to a pipe, a device or a socket: something that is written to, not replaced."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -101,7 +115,11 @@ def clean_up(path: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    return f".{path.name}.{socket.gethostname()}-"
+    prefix = f".{path.name}.{socket.gethostname()}-"
+    if len(os.fsencode(prefix)) <= LONGEST:
+        return prefix
+    # Names of files have an end: that of a long one is told apart by its digest.
+    return f".{hashlib.sha256(os.fsencode(prefix)).hexdigest()}-"
 
 
 def _siblings(path: Path) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from attnfit.audit.engine.prefix import Prefix
 from attnfit.audit.models.model import Layer, Model
 from attnfit.audit.models.sampling import sample
 from attnfit.audit.probes import Probe, Ranker, fit_probe
-from attnfit.audit.storage import cache_directory, write_atomically
+from attnfit.audit.storage import cache_directory, kept
 from attnfit.audit.uncertainty import Uncertainty
 
 # Changes when calibrations on disk would no longer mean the same.
@@ -93,7 +93,7 @@ def calibrate(model: Model, layers: Sequence[Layer], random_state: int = 0) -> d
     missing = sorted(set(layers) - known.keys(), key=str)
     if missing:
         for layer, learned in _learn(model, missing, random_state).items():
-            write_atomically(calibration_path(model, layer, random_state), partial(_save, learned))
+            kept(calibration_path(model, layer, random_state), partial(_save, learned))
             known[layer] = learned
     return {layer: known[layer] for layer in layers}
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from attnfit.audit.calibration import BATCH, calibrate, calibration_path, calibration_texts
 from attnfit.audit.errors import AuditError
 from attnfit.audit.models.model import Layer, Model
-from attnfit.audit.storage import write_atomically
+from attnfit.audit.storage import kept
 from attnfit.audit.target import Target
 
 RUN = re.compile(r"run:([a-z0-9]+)(?:\+(.+))?")
@@ -85,9 +85,10 @@ def run_error(model: Model, layer: Layer, dtype: str, random_state: int = 0) -> 
     """
     if model.kind != "causal":
         raise AuditError(f"run:{dtype} is measured for causal models; {model.name!r} is an encoder")
-    path = calibration_path(model, layer, random_state, f"-run-{dtype}")
-    if not path.is_dir():
-        write_atomically(path, partial(_measure, model, layer, dtype, random_state))
+    path = kept(
+        calibration_path(model, layer, random_state, f"-run-{dtype}"),
+        partial(_measure, model, layer, dtype, random_state),
+    )
     tensors = load_file(path / "errors.safetensors")
     return RunError(dtype, tensors["first"], tensors["running"], float(tensors["limit"]))
 

@@ -3,6 +3,7 @@
 Nothing here computes: commands read a file, call the library and print what it returns.
 """
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -21,6 +22,10 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    for name in ("stdout", "stderr"):
+        # A stream that the shell has closed (2>&-) takes what is said with it, not the command.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a letter is no reason to stop.
         if hasattr(stream, "reconfigure"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import sys
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -14,10 +14,11 @@ import typer
 from numpy.typing import NDArray
 
 from attnfit.cli.console import Grid, Literal, note, problem
-from attnfit.cli.errors import Debug, Exit, InputError, one_sentence, suggest
+from attnfit.cli.errors import Debug, Exit, InputError, called, one_sentence, suggest
 from attnfit.cli.output import STREAM, check_paths, put, put_json, require_input, results
 from attnfit.cli.progress import FitProgress
 from attnfit.cli.report import end_of_fit, print_whole
+from attnfit.cli.sources import read_bytes
 from attnfit.writing import rendered
 
 LOSSES = ("auto", "log_ratio", "cross_entropy", "squared", "kl", "linear_cross_entropy", "rescaled")
@@ -81,12 +82,13 @@ def fit_attention(
             max_iter=max_iter,
             random_state=seed,
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), called(A1="QUERIES", A2="KEYS", B="MAPS"):
             # The report says it.
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(arrays[0], arrays[2], arrays[1], callback=progress.record, **extra)
         progress.say("scoring")
-        held_out = None if test is None else model.relative_error(test[0], test[2], test[1])
+        with called(A1="--holdout QUERIES", A2="--holdout KEYS", B="--holdout MAPS"):
+            held_out = None if test is None else model.relative_error(test[0], test[2], test[1])
     report = AttentionReport(model, arrays[2].shape, held_out)
     end_of_fit(model.result_)
     report.show(results(save, json_path))
@@ -185,10 +187,15 @@ def read_array(path: Path) -> NDArray[Any]:
     """
     require_input(path)
     try:
-        if path == STREAM:
-            return np.asarray(np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False))
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, EOFError, OSError):
+        if path == STREAM or not path.is_file():
+            found = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+        else:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile):
         raise InputError(
             f"{path} is not an array in NumPy's format; write it again with numpy.save"
         ) from None
+    if not isinstance(found, np.ndarray):
+        names = ", ".join(found.files[:5])
+        raise InputError(f"{path} holds several arrays ({names}); write one of them with numpy.save")
+    return np.asarray(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from attnfit.cli.errors import Debug, Exit, InputError, in_options, one_sentence
 from attnfit.cli.output import STREAM, check_paths, put, put_json, results
 from attnfit.cli.progress import FitProgress
 from attnfit.cli.report import print_whole
+from attnfit.cli.sources import read_bytes
 
 STANDARD = "none,float16,int8,int4,noise:0.3,noise:1.0"
 EVERYTHING = (
@@ -235,11 +235,11 @@ def read_texts(path: Path) -> dict[int, Any]:
     InputError
         If there is no such file, or no text in it.
     """
-    if path != STREAM and not path.is_file():
+    if path != STREAM and (path.is_dir() or not path.exists()):
         raise InputError(f"There is no file {path}; check the path (the current folder is {Path.cwd()})")
     try:
-        data = sys.stdin.buffer.read() if path == STREAM else path.read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        # Lines end as an editor shows them: other separators may stand in a text.
+        lines = re.split(r"\r\n|\n|\r", read_bytes(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not text in UTF-8 (byte {error.start}); save it again as UTF-8"
@@ -262,7 +262,7 @@ def read_lists(path: Path) -> dict[int, Any]:
     for number, line in read_texts(path).items():
         try:
             found[number] = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number} is not JSON ({error}); write one list a line") from None
         if not isinstance(found[number], list):
             raise InputError(f"{path}: line {number} is no list: [...] is expected")

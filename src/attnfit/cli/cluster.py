@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,12 @@ def connected(address: str) -> Iterator[Any]:
     except ImportError:
         raise InputError("--dask needs Dask; install it with: pip install 'attnfit[dask]'") from None
     if address == "local":
-        with LocalCluster(threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        # What goes wrong on a worker comes back as an error, and is told once.
+        quiet: dict[str, Any] = {"silence_logs": logging.CRITICAL}
+        with (
+            LocalCluster(threads_per_worker=1, dashboard_address=":0", **quiet) as cluster,
+            Client(cluster) as client,
+        ):
             yield client
         return
     try:

@@ -243,11 +243,16 @@ def labels(table: Table, name: str) -> NDArray[Any]:
     values = table.labels[name]
     for row, label in enumerate(values):
         if label.lower() in MISSING:
-            raise InputError(
-                f"Column {name!r} has no value in {table.where(row)}; give the row a group or delete it "
-                "(--missing drop)"
-            )
+            raise InputError(no_label(name, table.where(row), label))
     return values
+
+
+def no_label(name: str, where: str, label: str | None) -> str:
+    """Return what to say of a row without a group."""
+    word = f" ({label!r} stands for none)" if label else ""
+    return (
+        f"Column {name!r} has no value in {where}{word}; give the row a group or delete it (--missing drop)"
+    )
 
 
 def matrix(table: Table, names: Sequence[str], option: str = "--features") -> Array:
@@ -271,5 +276,5 @@ def _remedy(value: str) -> str:
     if value.strip().startswith("#"):
         return "that is an error of the spreadsheet: mend its formula, or empty the cell"
     if "," in value and value.replace(",", "", 1).strip().lstrip("+-").replace(".", "").isdigit():
-        return "write decimals with a point, or separate the columns by semicolons"
+        return "write decimals with a point, or all of them with a comma and add --decimal ,"
     return "encode it as numbers (one 0/1 column a category) or leave it out"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dis
+import linecache
 import os
 import re
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import IntEnum
 from functools import wraps
@@ -43,6 +45,8 @@ MEANINGS = {
     Exit.UNEXPECTED: "an error of attnfit itself; a file with its traceback is named",
     Exit.STOPPED: "stopped by Ctrl-C",
 }
+# Packages that read files, by the modules of their exceptions.
+READERS = ("pandas.errors", "pyarrow", "polars.exceptions")
 # The lines stay apart: click would fill them to a paragraph.
 EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {MEANINGS[code]}" for code in Exit)
 
@@ -83,6 +87,26 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+@contextmanager
+def called(**names: str) -> Iterator[None]:
+    """Call the library's arguments what the user calls them, in what it says of bad input.
+
+    Parameters
+    ----------
+    names : str
+        By the names of the arguments.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not _is_deliberate(error):
+            raise
+        words = "|".join(names)
+        # Not in the name of a file, such as B.npy.
+        sentence = re.sub(rf"(?<![\w./])({words})(?![\w.])", lambda match: names[match[0]], str(error))
+        raise InputError(in_options(sentence)) from error
+
+
 def in_options(sentence: str) -> str:
     """Rewrite the library's arguments as options of the command line."""
     sentence = sentence.replace("set outside_good=False", "leave --outside-good out")
@@ -93,12 +117,20 @@ def in_options(sentence: str) -> str:
     # Of a file that is read in pieces.
     sentence = sentence.replace("remove or impute it", "remove or impute it, or add --missing drop")
     sentence = sentence.replace("outside_good=True", "--outside-good").replace("sample_weight", "--weight")
+    sentence = sentence.replace(
+        "pass data on disk, opened by attnfit.data.open_source", "convert the file to parquet"
+    )
+    sentence = re.sub(r"\b[by] is negative at index (\d+)", _target, sentence)
     sentence = sentence.replace("memory_limit", "--memory-limit").replace("resume=False", "--afresh")
     return re.sub(r"\b(loss|function|max_iter)(?:='?(\w+)'?)", _option, sentence)
 
 
 def _option(match: re.Match[str]) -> str:
     return f"--{match[1].replace('_', '-')} {match[2]}"
+
+
+def _target(match: re.Match[str]) -> str:
+    return f"the target is negative in row {int(match[1]) + 1}"
 
 
 def suggest(word: str, choices: Iterable[str], otherwise: str = "it must be one of") -> str:
@@ -132,6 +164,9 @@ def _describe(error: Exception) -> tuple[str, Exit]:
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror if "checkpoint" in error.strerror else error.strerror.lower()
         return f"{where}{reason}", Exit.BAD_INPUT
+    # Files that are read in pieces may turn out to be damaged in the middle of a fit.
+    if type(error).__module__.startswith(READERS) or isinstance(error, UnicodeDecodeError):
+        return f"A file cannot be read: {error}".rstrip(". ") + "; write it again", Exit.BAD_INPUT
     return unexpected(error), Exit.UNEXPECTED
 
 
@@ -149,8 +184,12 @@ def _is_deliberate(error: BaseException) -> bool:
     if at is None or at.tb_lasti < 0:
         return True
     name = str(at.tb_frame.f_globals.get("__name__", ""))
-    code = at.tb_frame.f_code.co_code
-    said = dis.opname[code[at.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+    code = at.tb_frame.f_code
+    if "__traceback_maker" in code.co_names:
+        # Of a frame on a worker only the place has come here.
+        said = linecache.getline(code.co_filename, at.tb_lineno).lstrip().startswith("raise")
+    else:
+        said = dis.opname[code.co_code[at.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
     return said and name.partition(".")[0] in ("attnfit", "sklearn")
 
 

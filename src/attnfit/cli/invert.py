@@ -13,7 +13,7 @@ import typer
 
 from attnfit.cli.attention import read_array, require_npy
 from attnfit.cli.console import Grid, Literal, note
-from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
+from attnfit.cli.errors import Debug, Exit, InputError, called, one_sentence
 from attnfit.cli.output import check_paths, put, put_json, require_input, results
 from attnfit.cli.progress import FitProgress
 from attnfit.cli.report import certificate_radius, print_whole
@@ -74,10 +74,11 @@ def invert(
         # A second of imports that --help should not wait for.
         from attnfit.inversion import load_layer, recover
 
-        problem = load_layer(layer, B, known=given, mask=mask)
+        with called(B="OUTPUT"):
+            problem = load_layer(layer, B, known=given, mask=mask)
         progress.say("searching")
         began = perf_counter()
-        try:
+        with called(vocabulary="--embedding"):
             found = recover(
                 problem,
                 vocabulary=table,
@@ -86,8 +87,6 @@ def invert(
                 random_state=seed,
                 callback=progress.count,
             )
-        except ValueError as error:
-            raise InputError(str(error).replace("vocabulary", "--embedding")) from None
     report = InversionReport(problem, found, perf_counter() - began)
     report.show(results(save, json_path))
     if save is not None:

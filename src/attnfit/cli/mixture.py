@@ -18,6 +18,7 @@ from attnfit.cli.console import Grid, Literal, note, problem
 from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
 from attnfit.cli.output import STREAM, check_paths, put, put_json, results
 from attnfit.cli.report import end_of_fit, print_whole
+from attnfit.cli.suspects import suspicion
 from attnfit.cli.tables import Table, read_table
 
 Array = NDArray[np.float64]
@@ -61,6 +62,7 @@ def fit_mixture(
             "both need the same bands in the same order"
         )
     _require_same_bands(dictionary, mixtures)
+    _refuse_bands(dictionary, mixtures)
     # A second of imports that --help should not wait for.
     from attnfit import minimize
     from attnfit.problems import TwoLayer
@@ -213,8 +215,9 @@ def _read(path: Path, band: str | None) -> Matrix:
     try:
         values = columns.matrix(table, names, "a mixture")
     except InputError as error:
-        # Two files are read: say which.
-        raise InputError(f"{path}: {error}") from None
+        # Two files are read: say which. Bands cannot be dropped in one of them only.
+        sentence = str(error).replace(", or add --missing drop", " (the band, in both files)")
+        raise InputError(f"{path}: {sentence}") from None
     return Matrix(path, names, values, None if band is None else table.labels[band], table)
 
 
@@ -239,6 +242,31 @@ def _read_npy(path: Path, band: str | None) -> Matrix:
         )
     names = [str(k) for k in range(values.shape[1])]
     return Matrix(path, names, values.astype(np.float64), None, None)
+
+
+def _refuse_bands(one: Matrix, other: Matrix) -> None:
+    """Raise InputError where a column that numbers or names the bands would be a signature or a mixture."""
+    if one.table is None or other.table is None:
+        return
+    shared = [
+        name for name in one.names
+        if name in other.names
+        and np.array_equal(one.values[:, one.names.index(name)], other.values[:, other.names.index(name)])
+    ]  # fmt: skip
+    for name in shared:
+        raise InputError(
+            f"Column {name!r} is the same in {one.path} and {other.path}; if it names the bands, add --band "
+            f"{name}, else leave it out of one of them"
+        )
+    for matrix in (one, other):
+        for name, values in zip(matrix.names, matrix.values.T, strict=True):
+            why = suspicion(name, values, None)
+            if why == "no name":
+                raise InputError(
+                    f"A column of {matrix.path} has no name; name it, or take it out of the file"
+                )
+            if why == "row numbers":
+                note(f"Column {name!r} of {matrix.path} holds row numbers; it is taken for a spectrum.")
 
 
 def _require_same_bands(one: Matrix, other: Matrix) -> None:

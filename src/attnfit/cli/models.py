@@ -56,6 +56,7 @@ def fit_named(estimator: Any, X: Array, names: list[str], inputs: dict[str, Any]
     with warnings.catch_warnings():
         # The report says it with the names of the columns.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "y sums to .* and the shares of one group to 1")
         estimator.fit(X, **{name: value for name, value in inputs.items() if value is not None})
     estimator.feature_names_in_ = np.array(names, dtype=object)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from attnfit.cli.console import Literal, silence, stderr, stdout
 from attnfit.cli.errors import InputError
-from attnfit.writing import write
+from attnfit.writing import is_special, write
 
 # Standard input or output instead of a file.
 STREAM = Path("-")
@@ -137,6 +137,8 @@ def _called(name: str, path: Path) -> str:
 def _require_writable(option: str, path: Path) -> None:
     if path == STREAM:
         return
+    if is_special(path):
+        return
     # Of a link, the folder of what it points to.
     target = Path(os.path.realpath(path))
     folder = target.parent
@@ -162,6 +164,9 @@ def _place(path: Path) -> Place:
             node = _node(os.fstat(sys.stdout.fileno()))
         except (OSError, ValueError, AttributeError):
             node = ("standard output",)
+        return Place(node, above=frozenset([node]))
+    if is_special(path):
+        node = _node(path.stat())
         return Place(node, above=frozenset([node]))
     target = Path(os.path.realpath(path))
     tail: list[str] = []

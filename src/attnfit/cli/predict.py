@@ -21,8 +21,8 @@ from attnfit.cli.tables import Array, Table, read_table
 from attnfit.writing import rendered
 
 PREDICTED = "predicted"
-# What is written is CSV or parquet: another ending would promise something else.
-OTHERS = (".xlsx", ".xls", ".dta", ".feather", ".arrow", ".zip", ".bz2", ".xz")
+# What is written is text or parquet: the ending of another format would promise something else.
+ENDINGS = ("", ".csv", ".tsv", ".tab", ".txt", ".dat", ".gz", ".parquet", ".pq")
 
 
 @one_sentence
@@ -52,7 +52,7 @@ def predict(
 ) -> None:
     """Add a column of predictions to a file."""
     check_paths({"MODEL": model, "DATA": data}, {"--output": output})
-    if output.suffix.lower() in OTHERS:
+    if output.suffix.lower() not in ENDINGS:
         raise InputError(f"--output: {output} would be CSV by another name; write .csv, .csv.gz or .parquet")
     estimator = read_model(model)
     if group is not None and not hasattr(estimator, "n_groups_"):

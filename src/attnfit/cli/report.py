@@ -279,4 +279,8 @@ def _coefficients(columns: dict[str, list[Any]]) -> Table:
 def _cell(column: str, value: Any) -> str:
     if column == "name":
         return str(value)
-    return format(value, FORMATS[column]) if math.isfinite(value) else "-"
+    if not math.isfinite(value):
+        return "-"
+    # Of data without noise: two decimals of a huge number say nothing.
+    shape = "#.4g" if column in ("z", "t") and abs(value) >= 1e6 else FORMATS[column]
+    return format(value, shape)

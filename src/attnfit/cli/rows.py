@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,10 @@ def read_rows(
     if scale.dask is not None:
         if data == STREAM:
             raise InputError("--dask needs a file that all workers can read, not standard input")
+        if reading.decimal is not None and not stored:
+            raise InputError(
+                "--decimal is for files in memory; leave --dask out, or convert the file to parquet"
+            )
         stack.enter_context(connected(scale.dask))
         rows = _in_dask(data, roles, stored, drop=reading.missing == "drop")
     elif away:
@@ -211,7 +215,8 @@ def _on_disk(data: Path, roles: Roles, *, drop: bool) -> Rows:
     from attnfit.data import open_source
     from attnfit.data.sources.opening import SomeRows
 
-    dataset = ds.dataset(data, format="parquet")
+    with _readable(data, "parquet"):
+        dataset = ds.dataset(data, format="parquet")
     numeric = [f.name for f in dataset.schema if _is_numeric(f.type)]
 
     def opened(names: Any) -> Any:
@@ -226,7 +231,10 @@ def _on_disk(data: Path, roles: Roles, *, drop: bool) -> Rows:
         groups = np.asarray(_first(opened(roles.group)))
     names = _names(data, roles, list(dataset.schema.names), numeric, head, groups)
     used = [*names, *(name for name in roles.taken if name != roles.group)]
-    kept = _complete(opened(names).paths, data, used, roles.group) if drop else None
+    paths = opened(names).paths
+    kept = _complete(paths, data, used, roles.group) if drop else None
+    if not drop and roles.group is not None and roles.group not in numeric:
+        _require_labels(paths, roles.group)
 
     def final(columns: Any) -> Any:
         return open_source(data, columns) if kept is None else SomeRows(opened(columns), kept)
@@ -271,13 +279,39 @@ def _complete(paths: Sequence[str], data: Path, used: list[str], group: str | No
                     there = pc.is_null(column, nan_is_null=_is_numeric(column.type))
                     empty[name] = np.asarray(there.to_numpy(zero_copy_only=False), dtype=bool)
                     if name == group and not _is_numeric(column.type):
-                        words = column.cast("string").to_pylist()
-                        empty[name] |= [(word or "").strip().lower() in MISSING for word in words]
+                        empty[name] |= _stand_for_nothing(column)
                     counts[name] += int(empty[name].sum())
                 keep.append(~np.logical_or.reduce(list(empty.values())))
     kept = np.concatenate(keep)
     columns.tell_missing(data, counts, int(kept.sum()), len(kept))
     return None if kept.all() else np.flatnonzero(kept)
+
+
+def _require_labels(paths: Sequence[str], group: str) -> None:
+    """Raise InputError where a label stands for no value, as in memory."""
+    import pyarrow.parquet as pq
+
+    for path in paths:
+        n_before = 0
+        with pq.ParquetFile(path, memory_map=False) as file:
+            for batch in file.iter_batches(columns=[group]):
+                column = batch.column(group)
+                empty = _stand_for_nothing(column)
+                if empty.any():
+                    k = int(np.argmax(empty))
+                    where = f"row {n_before + k + 1} of {path}"
+                    raise InputError(columns.no_label(group, where, column[k].as_py()))
+                n_before += len(empty)
+
+
+def _stand_for_nothing(labels: Any) -> Any:
+    """Return which labels of a column of text are words such as NA."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(labels.cast("string")))
+    found = pc.is_in(words, value_set=pa.array([*sorted(MISSING), None], pa.string()))
+    return np.asarray(found.to_numpy(zero_copy_only=False), dtype=bool)
 
 
 def _in_dask(data: Path, roles: Roles, parquet: bool, *, drop: bool) -> Rows:
@@ -286,7 +320,8 @@ def _in_dask(data: Path, roles: Roles, parquet: bool, *, drop: bool) -> Rows:
     path = str(data.absolute())
     if not parquet and data.suffix.lower() not in (".csv", ".txt"):
         raise InputError(f"--dask reads parquet and plain CSV, not {data}; convert it to parquet")
-    frame = dd.read_parquet(path) if parquet else dd.read_csv(path)
+    with _readable(data, "parquet" if parquet else "CSV"):
+        frame = dd.read_parquet(path) if parquet else dd.read_csv(path)
     numeric = [name for name, dtype in frame.dtypes.items() if getattr(dtype, "kind", "O") in "fiub"]
 
     def head(name: str) -> Any:
@@ -297,6 +332,11 @@ def _in_dask(data: Path, roles: Roles, parquet: bool, *, drop: bool) -> Rows:
         groups = np.asarray(_first(frame[roles.group]))
     names = _names(data, roles, list(frame.columns), numeric, head, groups)
     whole = list(dict.fromkeys([*names, *roles.taken]))
+    if roles.group is not None and roles.group not in numeric:
+        labels = frame[roles.group]
+        # As in memory, some words stand for no value.
+        words = labels.astype(str).str.strip().str.lower()
+        frame = frame.assign(**{roles.group: labels.mask(words.isin(sorted(MISSING)))})
     if drop:
         frame = _without_missing(frame[whole], data)
     inputs = {argument: frame[name] for argument, name in _arguments(roles).items() if name is not None}
@@ -339,7 +379,31 @@ def _first(values: Any) -> Any:
     """Return the first rows of a column that is not in memory."""
     if hasattr(values, "read"):
         return values.read(0, min(SEEN, int(values.shape[0])))
-    return values.partitions[0].compute().to_numpy()[:SEEN]
+    found: list[Any] = []
+    first, count = 0, 1
+    # Small files hold few rows, or none.
+    while first < values.npartitions and sum(map(len, found)) < SEEN:
+        found.append(values.partitions[first : first + count].compute().to_numpy())
+        first, count = first + count, 2 * count
+    if not any(map(len, found)):
+        raise InputError("The files have a header but no rows; give files with data")
+    return np.concatenate(found)[:SEEN]
+
+
+@contextmanager
+def _readable(data: Path, kind: str) -> Iterator[None]:
+    """Turn what other packages say of a file that they cannot read into a sentence."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        remedy = (
+            "save it as CSV in UTF-8 with commas, or convert it to parquet"
+            if kind == "CSV"
+            else "write it again"
+        )
+        raise InputError(f"{data} is not readable {kind} ({type(error).__name__}); {remedy}") from error
 
 
 def _names(
@@ -349,8 +413,21 @@ def _names(
         if name not in known:
             hint = suggest(name, known, "its columns are")
             raise InputError(f"{data} has no column {name!r}, which {option} needs{hint}")
+        if option != "--group":
+            _require_numbers(data, name, numeric)
+    for name in roles.features or ():
+        if name in known:
+            _require_numbers(data, name, numeric)
     text = [name for name in known if name not in numeric and name not in roles.taken]
     return columns.choose_features(roles, data, known, numeric, head, groups, text)
+
+
+def _require_numbers(data: Path, name: str, numeric: list[str]) -> None:
+    if name not in numeric:
+        raise InputError(
+            f"Column {name!r} of {data} is not numeric; encode it as numbers (one 0/1 column a category) or "
+            "leave it out"
+        )
 
 
 def _plain(label: Any) -> Any:
@@ -360,4 +437,7 @@ def _plain(label: Any) -> Any:
 def _is_numeric(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+    types = pa.types
+    return bool(
+        types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
+    )

@@ -38,9 +38,15 @@ FOREIGN = {
     b"%PDF": "a PDF file; save its table as CSV",
     b"RDX": "a file of R; write it with write.csv",
     b"SQLite": "a database; export the table as CSV",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "packed with 7-Zip; unpack it first",
+    b"Rar!": "packed with RAR; unpack it first",
 }
 Opener = Callable[[], AbstractContextManager[IO[bytes]]]
-DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile, lzma.LZMAError)
+# An archive packed in a way that Python does not know raises NotImplementedError.
+DAMAGE = (
+    gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile, lzma.LZMAError, NotImplementedError,
+)  # fmt: skip
 # Packages that read a format, any one of the sets.
 READERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "parquet": (("polars",), ("pyarrow",)),
@@ -108,8 +114,9 @@ def open_source(path: Path) -> Source:
     require_input(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the CSV or parquet file inside it")
-    if path == STREAM:
-        data = sys.stdin.buffer.read()
+    if path == STREAM or not path.is_file():
+        # Streams and pipes can be read only once.
+        data = read_bytes(path)
         opened: Opener = lambda: io.BytesIO(data)  # noqa: E731
     else:
         opened = lambda: path.open("rb")  # noqa: E731
@@ -117,6 +124,15 @@ def open_source(path: Path) -> Source:
         return _look(path, opened)
     except DAMAGE as error:
         raise _damaged(path, error) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return all of a file, a pipe or standard input."""
+    if path != STREAM:
+        return path.read_bytes()
+    if sys.stdin is None:
+        raise InputError("Standard input (-) is closed; name a file")
+    return sys.stdin.buffer.read()
 
 
 def with_encoding(source: Source, error: UnicodeDecodeError) -> None:

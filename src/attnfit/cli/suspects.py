@@ -43,7 +43,7 @@ def suspicion(name: str, values: Array, groups: NDArray[Any] | None) -> str | No
         return "an identifier by its name"
     if len(known) < len(values):
         return None
-    if groups is not None and _numbers_within(values, groups):
+    if groups is not None and _number_within(values, groups):
         return "numbers of the rows of each group"
     steps = np.diff(values)
     if values[0] in (0.0, 1.0) and n_different >= MANY and bool(np.isin(steps, (0.0, 1.0)).all()):
@@ -53,14 +53,17 @@ def suspicion(name: str, values: Array, groups: NDArray[Any] | None) -> str | No
     return None
 
 
-def _numbers_within(values: Array, groups: NDArray[Any]) -> bool:
-    """Whether rows are numbered from 0 or 1 in each group; groups of two may well have a 0/1 column."""
-    starts = np.concatenate([[0], np.flatnonzero(groups[1:] != groups[:-1]) + 1])
-    sizes = np.diff(starts, append=len(groups))
-    if len(starts) < 2 or sizes.max() < FEW:
+def _number_within(values: Array, groups: NDArray[Any]) -> bool:
+    """Whether rows are numbered from 0 or 1 in each group, in any order; groups of two may well have a 0/1
+    column.
+    """
+    numbers = np.unique(groups, return_inverse=True)[1]
+    sizes = np.bincount(numbers)
+    if len(sizes) < 2 or sizes.max() < FEW:
         return False
-    within = np.arange(len(values)) - np.repeat(starts, sizes)
-    return bool((values == within).all() or (values == within + 1).all())
+    ordered = values[np.lexsort((values, numbers))]
+    within = np.arange(len(values)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return bool((ordered == within).all() or (ordered == within + 1).all())
 
 
 def refuse_codes(target: Array, name: str, names: Sequence[str]) -> None:

@@ -118,7 +118,7 @@ def read_table(path: Path, as_text: Collection[str] = (), decimal: str | None = 
                 with_encoding(source, again)
                 raise
     else:
-        table = _read_frame(source, as_text)
+        table = _read_frame(source, as_text, decimal)
     table.source = source
     if not table.n_rows:
         raise InputError(f"{path} has a header but no rows; give a file with data")
@@ -127,7 +127,7 @@ def read_table(path: Path, as_text: Collection[str] = (), decimal: str | None = 
 
 def _read_text(source: Source, as_text: Collection[str], decimal: str | None) -> Table:
     with source.rows() as (reader, delimiter):
-        names = _names(source.path, next(reader, []))
+        names = _names(source.path, next(reader, None))
         table = Table(source.path, names)
         blocks: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
         lines: list[NDArray[np.int64]] = []
@@ -171,10 +171,12 @@ def _adopt(table: Table, found: Spelled) -> None:
     table.examples, table.doubts, table.decimal = found.examples, found.doubts, found.decimal
 
 
-def _names(path: Path, header: list[str]) -> list[str]:
+def _names(path: Path, header: list[str] | None) -> list[str]:
+    if header is None:
+        raise InputError(f"{path} is empty; give a file with a header line and data")
     names = [name.strip() for name in header]
     if not any(names):
-        raise InputError(f"{path} is empty; give a file with a header line and data")
+        raise InputError(f"The first line of {path} is empty; put the names of the columns there")
     if _to_numbers(tuple(name for name in names if name))[1] is None:
         raise InputError(f"The first line of {path} holds numbers; put the names of the columns there")
     # Row numbers are often written without a name.
@@ -214,7 +216,7 @@ def _to_numbers(values: tuple[str, ...]) -> tuple[Array, int | None]:
     return out, None
 
 
-def _read_frame(source: Source, as_text: Collection[str]) -> Table:
+def _read_frame(source: Source, as_text: Collection[str], decimal: str | None) -> Table:
     import narwhals as nw
 
     frame = source.native()
@@ -228,7 +230,7 @@ def _read_frame(source: Source, as_text: Collection[str]) -> Table:
         else:
             cells[name] = _as_cells(column)
     if source.kind == "Excel":
-        found = read_spelled(cells)
+        found = read_spelled(cells, ";", decimal)
         table.numbers |= found.numbers
         table.text, table.examples, table.doubts = found.text, found.examples, found.doubts
         return table

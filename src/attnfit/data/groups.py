@@ -75,14 +75,17 @@ def parse_groups(groups: Any, n: int) -> Groups:
         raise ValueError(f"groups must be one-dimensional, not shape {array.shape}; pass one label a row")
     if len(array) != n:
         return Groups(_offsets(array, n), None, np.arange(len(array) - 1))
-    if array.dtype.kind == "O":
-        missing = [i for i, g in enumerate(array) if g is None or g != g]
-    else:
-        missing = np.flatnonzero(array != array).tolist()
+    missing = unlabelled(array)
     if missing:
         raise ValueError(f"groups has no label at index {missing[0]}; give every row a label or drop the row")
     starts = np.concatenate([[0], np.flatnonzero(array[1:] != array[:-1]) + 1])
-    labels, first, inverse = np.unique(array[starts], return_index=True, return_inverse=True)
+    try:
+        labels, first, inverse = np.unique(array[starts], return_index=True, return_inverse=True)
+    except TypeError:
+        kinds = sorted({type(label).__name__ for label in array[starts]})
+        raise ValueError(
+            f"groups has labels of several types ({', '.join(kinds)}); make them one type"
+        ) from None
     if len(labels) == len(starts):
         return Groups(starts.astype(np.intp), None, array[starts])
     rank = np.empty(len(labels), dtype=np.intp)
@@ -91,6 +94,22 @@ def parse_groups(groups: Any, n: int) -> Groups:
     ids = np.repeat(rank[inverse], np.diff(starts, append=n))
     sizes = np.bincount(ids)
     return Groups(np.cumsum(sizes) - sizes, np.argsort(ids, kind="stable"), labels[by_appearance])
+
+
+def unlabelled(array: NDArray[Any]) -> list[int]:
+    """Return the rows without a label."""
+    if array.dtype.kind == "O":
+        return [i for i, label in enumerate(array) if is_missing(label)]
+    return [int(i) for i in np.flatnonzero(array != array)]
+
+
+def is_missing(label: Any) -> bool:
+    """Whether a label is none: None, not a number, no time, or pandas' NA."""
+    try:
+        return label is None or bool(label != label)
+    except TypeError:
+        # Of NA it is not even known whether it differs from itself.
+        return True
 
 
 def _stored_groups(source: Source) -> Groups | None:

@@ -22,6 +22,17 @@ def is_dask(values: Any) -> bool:
     return type(values).__module__.partition(".")[0] in ("dask", "dask_expr") and hasattr(values, "dask")
 
 
+def partitions(values: Any) -> list[Any]:
+    """Return one task for each partition of a Dask array, of all its columns, or data frame.
+
+    Dask reads small files together, as many as the columns asked for allow: of two selections of one data
+    frame the partitions would differ. Only what is not read is left out here.
+    """
+    if hasattr(values, "simplify"):
+        return list(values.simplify().to_delayed(optimize_graph=False))
+    return list(np.asarray(values.to_delayed(), dtype=object).ravel())
+
+
 def pieces(values: Any) -> Iterator[tuple[slice, Array]]:
     """Yield (rows, values) of a vector in memory or on disk."""
     for rows in values.spans() if hasattr(values, "spans") else [slice(0, len(values))]:

@@ -199,7 +199,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         """Return what is minimised, where it is not the problem itself."""
         return problem
 
-    def _note_targets(self, rows: Any) -> None:
+    def _note_targets(self, rows: Any, *, grouped: bool) -> None:
         """Warn about targets that suit another loss better."""
 
     def _after_fit(self, rows: Any, problem: RowProblem, y: Any, groups: Any) -> None:
@@ -215,7 +215,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         if here:
             rows = self._read(X, y, **given)
             problem = self._problem(rows, self._row_penalty(rows))
-            self._note_targets(rows)
+            self._note_targets(rows, grouped=groups is not None)
         else:
             weights, offset = given["sample_weight"], given["offset"]
             rows = read_elsewhere(self, X, y, groups, weights, offset, grouped="groups" in given)

@@ -14,7 +14,7 @@ from sklearn.utils.validation import column_or_1d, validate_data
 
 from attnfit.data import Column, DenseDesign, Design, SparseDesign
 from attnfit.data.groups import Groups
-from attnfit.data.inputs import as_design, as_vector, is_dask, require_finite_rows
+from attnfit.data.inputs import as_design, as_vector, is_dask, partitions, require_finite_rows
 from attnfit.data.on_disk import stored_source
 from attnfit.data.sources import Source
 from attnfit.objectives.dask_parts import later
@@ -283,9 +283,9 @@ def totals_elsewhere(problem: Any, y: Any, groups: Any) -> ShareTotals:
 def _totals_of_parts(y: Any, groups: Any) -> ShareTotals:
     from dask import compute
 
-    pieces = _pieces(y)
+    pieces = partitions(y)
     if groups is None or is_dask(groups):
-        labels = [None] * len(pieces) if groups is None else _pieces(groups)
+        labels = [None] * len(pieces) if groups is None else partitions(groups)
     else:
         sizes = compute(*[later(len)(piece) for piece in pieces])
         labels = np.split(np.asarray(groups), np.cumsum(sizes)[:-1])
@@ -296,11 +296,6 @@ def _totals_of_parts(y: Any, groups: Any) -> ShareTotals:
             totals[label] = totals.get(label, 0.0) + sums
     summed, sizes = np.array(list(totals.values())).T
     return ShareTotals.of(summed, list(totals), sizes if len(sizes) > 1 else ())
-
-
-def _pieces(values: Any) -> list[Any]:
-    delayed = values.to_delayed()
-    return list(delayed.ravel()) if hasattr(delayed, "ravel") else list(delayed)
 
 
 def _sums(y: Any, groups: Any) -> dict[Any, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from os import PathLike
 from typing import Any, Self
@@ -27,6 +28,9 @@ from attnfit.objectives.rows import RowProblem
 from attnfit.segments import Segments
 
 Array = NDArray[np.float64]
+
+# Shares that sum to more than this are those of several groups, not rounded ones of one.
+SEVERAL = 1.5
 
 
 class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
@@ -142,6 +146,19 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
                 "share_totals_ is known after fit, and not to a model that was saved; n_unbalanced_groups_ is"
             )
         return self._share_totals
+
+    def _note_targets(self, choices: Choices, *, grouped: bool) -> None:
+        """Warn where several groups have become one: a cross-validation hands none on of its own accord."""
+        y = choices.y
+        total = float(y.sum())
+        if not grouped and total > SEVERAL and ((y >= 0.0) & (y <= 1.0)).all():
+            warnings.warn(
+                f"y sums to {total:.6g}, and the shares of one group to 1: pass groups, also to a "
+                "cross-validation (metadata routing: set_fit_request(groups=True) and "
+                "set_score_request(groups=True))",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _note_likelihood(self, choices: Choices | Rows) -> None:
         """Set the log likelihood where there is one."""

@@ -168,7 +168,8 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
         # still one at most.
         return np.minimum(shares, 1.0)
 
-    def _note_targets(self, choices: Choices) -> None:
+    def _note_targets(self, choices: Choices, *, grouped: bool) -> None:
+        super()._note_targets(choices, grouped=grouped)
         several = choices.totals.above and self.loss == "cross_entropy" and self.ties is None
         if several and choices.n_groups > 1 and ((choices.target == 0.0) | (choices.target == 1.0)).all():
             warnings.warn(

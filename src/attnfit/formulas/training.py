@@ -11,6 +11,7 @@ import narwhals as nw
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.groups import unlabelled
 from attnfit.formulas.design import FormulaDesign, factor_variables, formulaic, learn
 from attnfit.formulas.frames import column_kind, is_missing, require_columns, require_finite
 
@@ -145,7 +146,8 @@ def _complete(
     groups = values.get("groups")
     if missing == "drop" and groups is not None:
         # Without one of its alternatives a group is another choice set.
-        lacking = np.array([g is None or g != g for g in groups.tolist()])
+        lacking = np.zeros(len(groups), dtype=bool)
+        lacking[unlabelled(groups)] = True
         numbers = np.unique(np.where(lacking, "", groups.astype(str)), return_inverse=True)[1]
         hit = np.unique(numbers[bad & ~lacking])
         bad = bad | np.isin(numbers, hit)

@@ -140,6 +140,8 @@ def _likelihoods(
         found |= {"rho2": 1.0 - value / null, "rho2_adjusted": 1.0 - (value - k) / null}
     if facts.weighted and fitted.weight_type == "sampling":
         notes.append("no AIC, BIC: sampling weights")
+    elif not n:
+        notes.append("no AIC, BIC: all y are zero")
     else:
         found |= {"aic": -2.0 * value + 2.0 * k, "bic": -2.0 * value + k * np.log(n)}
     if alternatives is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import narwhals as nw
 import numpy as np
 
-from attnfit.data.groups import Chunk
+from attnfit.data.groups import Chunk, unlabelled
 from attnfit.data.inputs import is_dask
 from attnfit.objectives.part import Part, PerPart
 from attnfit.segments import Index
@@ -56,11 +56,7 @@ def _one(values: Any, n: int) -> Index:
     array = np.asarray(values.to_numpy() if hasattr(values, "to_numpy") else values).reshape(-1)
     if array.shape != (n,):
         raise ValueError(f"clusters has {len(array)} labels but X has {n} rows; pass one label a row")
-    missing = (
-        [i for i, label in enumerate(array) if label is None or label != label]
-        if array.dtype.kind == "O"
-        else np.flatnonzero(array != array).tolist()
-    )
+    missing = unlabelled(array)
     if missing:
         raise ValueError(
             f"clusters has no label at index {missing[0]}; give every row a label or drop the row"

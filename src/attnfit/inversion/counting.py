@@ -83,8 +83,9 @@ def _enough(seen: Seen, rank: int, d: int, *, strictly: bool) -> bool:
     source, sink = 0, 1 + u + n_rows
     token, row = 1 + np.arange(u), 1 + u + np.arange(n_rows)
     at, to = np.nonzero(seen)
-    tails = np.concatenate([np.zeros(u, dtype=int), token[to], row])
-    heads = np.concatenate([token, row[at], np.full(n_rows, sink)])
+    # SciPy 1.14 takes 32-bit numbers only.
+    tails = np.concatenate([np.zeros(u, dtype=int), token[to], row]).astype(np.int32)
+    heads = np.concatenate([token, row[at], np.full(n_rows, sink)]).astype(np.int32)
     room = np.concatenate([np.full(u, demand), np.full(len(at), demand), np.full(n_rows, k * rank)])
     size = sink + 1
     graph = sparse.csr_array((room.astype(np.int32), (tails, heads)), shape=(size, size))

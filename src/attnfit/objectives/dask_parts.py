@@ -15,7 +15,7 @@ from scipy import sparse
 
 from attnfit.data import SparseDesign
 from attnfit.data.groups import parse_groups
-from attnfit.data.inputs import as_design, as_vector, is_dask, negative_target
+from attnfit.data.inputs import as_design, as_vector, is_dask, negative_target, partitions
 from attnfit.data.store import read_table
 from attnfit.losses.loss import Loss
 from attnfit.losses.softmax import LOSSES
@@ -165,12 +165,12 @@ class Summary(NamedTuple):
 def tables_of(A: Any, vectors: dict[str, Any], loss: Loss) -> list[Any]:
     """Return one task a partition that brings its rows together."""
     if hasattr(A, "npartitions") and not hasattr(A, "chunks"):
-        blocks = A.to_delayed()
+        blocks = partitions(A)
     else:
         if A.ndim != 2:
             raise ValueError(f"A must have two dimensions (rows, features), not shape {A.shape}")
         A = A if A.numblocks[1] == 1 else A.rechunk({1: -1})
-        blocks = A.to_delayed()[:, 0].tolist()
+        blocks = partitions(A)
     if any(v is not None and not is_dask(v) for v in vectors.values()):
         vectors = _spread(vectors, blocks)
     columns = {name: _column(values, name, A, blocks) for name, values in vectors.items()}
@@ -221,7 +221,7 @@ def _column(values: Any, name: str, A: Any, blocks: list[Any]) -> list[Any]:
                 f"({A.shape[0]},)"
             )
         values = values.rechunk({0: A.chunks[0]})
-    pieces = np.asarray(values.to_delayed(), dtype=object).reshape(-1).tolist()
+    pieces = partitions(values)
     if len(pieces) != len(blocks):
         raise ValueError(
             f"{name} has {len(pieces)} partitions but A has {len(blocks)}; repartition them alike"

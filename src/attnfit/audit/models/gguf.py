@@ -22,7 +22,7 @@ from attnfit.audit.models.directory import attention_for, check_report
 from attnfit.audit.models.memory import check_memory
 from attnfit.audit.models.model import Model
 from attnfit.audit.models.quiet import quiet
-from attnfit.audit.storage import cache_directory, write_atomically
+from attnfit.audit.storage import cache_directory, kept
 
 MAGIC = b"GGUF"
 # Arrays within arrays.
@@ -59,9 +59,7 @@ def load_gguf(file: Path, name: str | None = None) -> Model:
     }
     try:
         with quiet(), _without_bars():
-            home = cache_directory() / "gguf" / _identity(file)
-            if not home.is_dir():
-                write_atomically(home, partial(_convert, file, source))
+            home = kept(cache_directory() / "gguf" / _identity(file), partial(_convert, file, source))
             config = AutoConfig.from_pretrained(home, local_files_only=True)
             family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             module, report = family.from_pretrained(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnfit.audit.models.directory import load_directory
 from attnfit.audit.models.model import Model
-from attnfit.audit.storage import cache_directory, write_atomically
+from attnfit.audit.storage import cache_directory, kept
 
 SEED = 0
 # What `attnfit.audit.models.train_tiny` wrote for that seed.
@@ -30,7 +30,7 @@ def load_tiny(seed: int = SEED) -> Model:
         # Also a program: run as one, it must not have been imported before.
         from attnfit.audit.models.train_tiny import train
 
-        write_atomically(home, partial(train, seed=seed))
+        home = kept(home, partial(train, seed=seed))
     model = load_directory(home, name="tiny")
     model.private_texts = tuple(json.loads((home / "private.json").read_text(encoding="utf-8")))
     return model

@@ -85,6 +85,8 @@ class ParquetSource(DenseBlockSource):
 
     def _decode_columns(self, block: int, first: int, into: NDArray[Any]) -> None:
         """Fill an array with some columns of a row group."""
+        from pyarrow import types
+
         names = self._columns[first : first + into.shape[1]]
         table = self._file(block).read_row_group(self._groups[block], columns=names)
         for j, name in enumerate(names):
@@ -103,6 +105,8 @@ class ParquetSource(DenseBlockSource):
                         f"or impute it"
                     )
                 decoded = chunk.dictionary_decode() if hasattr(chunk, "dictionary") else chunk
+                if types.is_decimal(decoded.type):
+                    decoded = decoded.cast("float64")
                 if decoded.null_count:
                     decoded = decoded.fill_null("" if self.dtype.hasobject else 0)
                 into[start : start + len(chunk), j] = decoded.to_numpy(zero_copy_only=False)
@@ -165,6 +169,8 @@ def _dtype(file: Any, path: str, column: str, *, labels: bool) -> np.dtype[Any]:
     if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
         dtype: np.dtype[Any] = np.dtype(kind.to_pandas_dtype())
         return dtype
+    if types.is_decimal(kind):
+        return np.dtype(np.float64)
     text = kind.value_type if types.is_dictionary(kind) else kind
     if labels and (types.is_string(text) or types.is_large_string(text)):
         return np.dtype(object)
