@@ -62,6 +62,7 @@ EQUIVALENT = [
     ("objectives/surrogate", r"became .* / np\.where\(mass > 0, mass, \((-1|10)\.0\)\)`"),
     ("objectives/surrogate", r"became .*multiplicity: Array \| float = \(10\.0\)"),
     ("objectives/surrogate", r"became .*known\.mass\[chunk\.groups\], \(10\.0\)"),
+    ("solvers/separation", r"became `return True, others \+ \(\(10\.0\) \+ max\("),
     # The iteration arrives at the same root; the answer is the same one way or the other.
     ("solvers/subproblem", r"became `if lowest > 0 and size\(lowest - gap\) < radius:`"),
     ("solvers/subproblem", r"became `if reciprocal > \(101\) \* tolerance:`"),
