@@ -73,23 +73,42 @@ def test_an_audit_runs_where_nothing_can_be_kept(tmp_path, nowhere):
     pytest.importorskip("transformers")
     (tmp_path / "t.txt").write_text("A text.\n")
     (tmp_path / "spare").mkdir()
-    words = ["audit", "tiny", "--texts", "t.txt", "--access", "hidden:1", "--budget", "600"]
-    words += ["--defences", "none,run:bfloat16", "--json", "r.json"]
-    for place in ({"HOME": nowhere}, {"ATTNFIT_CACHE": nowhere, "HOME": str(tmp_path)}):
-        environment = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(Path(attnfit.__file__).parents[1]),
-            "TMPDIR": str(tmp_path / "spare"),
-        } | place
-        done = subprocess.run(
-            [sys.executable, "-m", "attnfit", *words], cwd=tmp_path, env=environment, capture_output=True,
-            text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        told = " ".join(done.stderr.split())
-        assert told.count("nothing can be kept in") == 1, told
-        assert "set ATTNFIT_CACHE to a folder that can be written" in told
-        assert not list((tmp_path / "spare").glob("attnfit-*"))
+    words = ["audit", "tiny", "--texts", "t.txt", "--access", "hidden:1", "--defences", "none"]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(attnfit.__file__).parents[1]),
+        "TMPDIR": str(tmp_path / "spare"),
+        "HOME": nowhere,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "attnfit", *words, "--budget", "600"], cwd=tmp_path, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = " ".join(done.stderr.split())
+    assert told.count("nothing can be kept in") == 1, told
+    assert "set ATTNFIT_CACHE to a folder that can be written" in told
+    assert not list((tmp_path / "spare").glob("attnfit-*"))
+
+
+def test_what_cannot_be_kept_lasts_as_long_as_the_process(nowhere, monkeypatch):
+    from attnfit.audit.storage import cache_directory, kept
+
+    calls = []
+
+    def write(directory):
+        calls.append(directory)
+        (directory / "a").write_text("b")
+
+    with pytest.warns(UserWarning, match="nothing can be kept in .* set ATTNFIT_CACHE"):
+        first = kept(Path(nowhere, "x"), write)
+    assert first == kept(Path(nowhere, "x"), write) and len(calls) == 1
+    assert (first / "a").read_text() == "b"
+    # A user of a container may have no home at all.
+    for name in ("ATTNFIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert cache_directory() == first.parent
 
 
 def test_the_disk_fills_up_while_loops_are_kept(tmp_path):
