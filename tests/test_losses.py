@@ -1,5 +1,7 @@
 """The formulas of every loss on the rows of a block, by autodiff of its definition in the logits."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -498,3 +500,10 @@ def test_sums_and_largest_entries_of_runs(sizes):
     np.testing.assert_array_equal(rows, before)
     rows[-1] = np.nan
     assert np.isnan(segments.sum(rows)[-1]) and np.isnan(segments.max(rows)[-1])
+
+
+def test_sums_of_long_runs_keep_their_digits():
+    """Added in pairs: (16 + 3 + 9) roundings deep at most, where one after the other loses thousands."""
+    n = 1 << 16
+    found = Segments(np.array([0, n]), 2 * n).sum(np.full(2 * n, 0.1))
+    np.testing.assert_allclose(found, math.fsum([0.1] * n), rtol=32 * np.finfo(float).eps)

@@ -29,8 +29,8 @@ class Segments:
         self.starts = starts
         self.n_rows = n_rows
         self.sizes: Index = np.diff(starts, append=n_rows)
-        alike = self.sizes[0] <= SHORT and (self.sizes == self.sizes[0]).all()
-        self._length = int(self.sizes[0]) if alike else 0
+        # Runs of one length, as in a full matrix of queries and keys, are rows of an array.
+        self._length = int(self.sizes[0]) if (self.sizes == self.sizes[0]).all() else 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -39,6 +39,9 @@ class Segments:
         """Sum of each run, shape (n_segments,)."""
         if not self._length:
             return np.add.reduceat(rows, self.starts)
+        if self._length > SHORT:
+            # In pairs, as NumPy adds along an axis whose entries are neighbours.
+            return np.asarray(rows.reshape(-1, self._length).sum(axis=1))
         total, *others = rows.reshape(-1, self._length).T
         total = total.copy()
         for other in others:
@@ -47,7 +50,7 @@ class Segments:
 
     def max(self, rows: Array) -> Array:
         """Largest entry of each run, shape (n_segments,)."""
-        if not self._length:
+        if not 0 < self._length <= SHORT:
             return np.maximum.reduceat(rows, self.starts)
         largest, *others = rows.reshape(-1, self._length).T
         largest = largest.copy()
