@@ -333,3 +333,34 @@ def test_errors_in_a_callback_are_not_swallowed():
 
 def test_every_softmax_loss_is_covered():
     assert len(SOFTMAX) == 5
+
+
+def test_one_exact_hessian_is_tried_before_another_is_asked_for():
+    rng = np.random.default_rng(1)
+    A, groups = rng.standard_normal((200_000, 8)), np.repeat(np.arange(40_000), 5)
+    z = (A @ rng.standard_normal(8) + rng.gumbel(size=len(A))).reshape(-1, 5)
+    problem = problems.Softmax(
+        A, (z == z.max(axis=1, keepdims=True)).astype(float).ravel(), groups, "cross_entropy"
+    )
+    plain, asked = problem.evaluate, []
+
+    def evaluate(x, near=None, sampler=None, **wanted):
+        asked.append(wanted.get("hessian", False))
+        return plain(x, near, sampler, **wanted)
+
+    problem.evaluate = evaluate
+    result = minimize(problem, random_state=0)
+    assert result.converged and sum(asked) == 1
+
+
+@pytest.mark.parametrize("function", ["cosh", "sinh"])
+def test_large_data_that_cannot_be_sampled_are_not_read_for_every_start(function):
+    rng = np.random.default_rng(3)
+    A = rng.standard_normal((8_000, 4)) * 0.3
+    u = getattr(np, function)(A @ rng.standard_normal(4) + 0.5)
+    problem = problems.Rescaled(A, u / u.sum() * np.exp(0.05 * rng.standard_normal(8_000)), function)
+    one = minimize(problem, random_state=0, n_starts=9)
+    two = minimize(problem, random_state=0)
+    assert "from 2 starts" in two.message
+    assert two.n_passes < 0.6 * one.n_passes
+    assert two.value <= one.value * (1 + 1e-9)
