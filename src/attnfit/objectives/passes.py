@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import linalg
 
 from attnfit.data import Design
@@ -162,15 +161,60 @@ def change_of_slope(chunk: Chunk, terms: list[GramTerm], weights: Array | None, 
     return rows
 
 
-def null_directions(gram: Array, sizes: Array) -> tuple[Array, NDArray[np.bool_]]:
-    """Return an orthonormal basis of the null space of a Gram, shape (d, k), and which columns are zero;
-    ``sizes`` is its diagonal before its rows were centred: a column that lost all but 1e-8 of its length by
-    that has nothing left.
+# Two columns of unit length whose difference is shorter are looked at row by row: a Gram, which squares the
+# difference, cannot tell one of 1e-8 from rounding.
+DOUBTFUL = 1e-3
+
+
+def doubtful_directions(gram: Array, sizes: Array) -> Array:
+    """Return directions, shape (d, k), among which are all that no row sees; none where no eigenvalue of the
+    Gram is as small as its rounding. ``sizes`` is its diagonal before its rows were centred.
     """
     squares = np.diag(gram)
-    seen = squares > 1e-16 * sizes
-    scale = np.sqrt(np.where(seen, squares, 1.0))
-    scaled = np.where(np.multiply.outer(seen, seen), gram / scale / scale[:, None], 0.0)
+    clear = squares > 1e-16 * sizes
+    # The own Gram of a column that lost all but 1e-8 of its length by that is no more than rounding.
+    unclear = np.flatnonzero(~clear)
+    scale = np.sqrt(np.where(clear, squares, np.where(sizes > 0.0, sizes, 1.0)))
+    scaled = np.where(np.multiply.outer(clear, clear), gram / scale / scale[:, None], 0.0)
+    scaled[unclear, unclear] = 1.0
     values, vectors = linalg.eigh(scaled, driver="evd")
-    null = vectors[:, values <= flatness(len(scale)) * max(float(values[-1]), 1.0)]
-    return np.asarray(np.linalg.qr(null / scale[:, None])[0]), ~seen
+    top = max(float(values[-1]), 1.0)
+    chosen = vectors[:, values <= DOUBTFUL**2 * top]
+    if not (values <= flatness(len(scale)) * top).any():
+        chosen = chosen[:, :0]
+    return np.asarray(np.hstack([chosen, np.eye(len(scale))[:, unclear]]) / scale[:, None])
+
+
+def along_sum(part: Part, chunks: list[Chunk], at: Evaluation, directions: Array) -> tuple[Array, Array]:
+    """Return the Gram of what the rows that play a part see of directions (d, k), shape (k, k), relative to
+    another row of their group where the loss ignores what they have in common, and the squares of what
+    rounding may make of it, shape (k,).
+    """
+    gram, rounding = np.zeros((directions.shape[1],) * 2), np.zeros(directions.shape[1])
+    for chunk in part.prefetch(chunks):
+        block, counts = part.fetch(chunk), counting_rows(part, chunk)
+        along = np.asarray(block @ directions, dtype=np.float64)
+        unit = float(np.finfo(block.dtype if block.dtype.kind == "f" else np.float64).eps)
+        terms = unit * np.asarray(abs(block) @ np.abs(directions), dtype=np.float64)
+        rounding += np.sum(terms[counts] ** 2, axis=0)
+        if part.loss.shift_invariant:
+            penalty = part.row_penalties(chunk)
+            if penalty is not None:
+                penalised = along[np.broadcast_to(penalty > 0.0, len(along))]
+                gram += penalised.T @ penalised
+            spread, starts = chunk.segments.spread, chunk.segments.starts
+            along -= at.centre[chunk.long] @ directions if chunk.long >= 0 else along[spread(starts)]
+        gram += along[counts].T @ along[counts]
+    return gram, rounding
+
+
+def null_directions(directions: Array, gram: Array, rounding: Array) -> Array:
+    """Return an orthonormal basis, shape (d, k), of those combinations of directions that no row sees, given
+    what `along_sum` found.
+    """
+    d, k = directions.shape
+    unit = np.sqrt(np.where(rounding > 0.0, rounding, 1.0))
+    values, vectors = linalg.eigh(gram / unit / unit[:, None], driver="evd")
+    eps = float(np.finfo(np.float64).eps)
+    null = values <= max(64.0 * d, 16.0 * k * eps * float(values[-1]))
+    return np.asarray(np.linalg.qr(directions / unit @ vectors[:, null])[0])

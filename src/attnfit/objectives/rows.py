@@ -22,8 +22,10 @@ from attnfit.objectives.moves import Moves, move_sum
 from attnfit.objectives.objective import Drawn, Evaluation, MemoryEstimate, Moved, Problem, Reduction
 from attnfit.objectives.part import Part, fitted_rows, largest_product, slope_rows, squares_of_some
 from attnfit.objectives.passes import (
+    along_sum,
     chunk_product,
     diagonal_sum,
+    doubtful_directions,
     hessian_sum,
     null_directions,
     parts_sum,
@@ -393,15 +395,18 @@ class RowProblem(Problem):
         return moves.finalize(), parts.diagonal + ridge, parts.along + ridge @ directions**2
 
     def unseen_directions(self, at: Evaluation) -> Array:
-        """Return an orthonormal basis of the directions along which no logit changes, in one pass; constants
-        within groups count as unseen where the loss ignores them.
+        """Return an orthonormal basis of the directions along which no logit changes, in one pass, or two
+        where there may be some; constants within groups count as unseen where the loss ignores them.
         """
         if np.any(self.ridge):
             return np.zeros((self.n_unknowns, 0))
-        return self._structure(at)[0]
+        directions = doubtful_directions(*self._structure(at))
+        if not directions.shape[1]:
+            return directions
+        return null_directions(directions, *self.rows.reduce(along_sum, at.bare(), directions))
 
     def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
-        """Return which unknowns no row sees, shape (d,): a look at some rows, and a pass where these leave
+        """Return which unknowns no row sees, shape (d,): a look at some rows, and passes where these leave
         doubt.
         """
         if self._unseen is None:
@@ -409,13 +414,24 @@ class RowProblem(Problem):
                 self._unseen = np.zeros(self.n_unknowns, dtype=bool)
             else:
                 unclear = self.rows.reduce(varying_columns) == 0.0
-                self._unseen = self._structure(at)[1] if unclear.any() else unclear
+                self._unseen = self._hidden_columns(at) if unclear.any() else unclear
         return self._unseen
 
-    def _structure(self, at: Evaluation) -> tuple[Array, NDArray[np.bool_]]:
-        """Return the directions and the columns that no row sees."""
+    def _hidden_columns(self, at: Evaluation) -> NDArray[np.bool_]:
+        """Return which columns are constant within the groups: where the Gram leaves doubt, the rows tell."""
+        gram, sizes = self._structure(at)
+        unseen = np.diag(gram) <= 1e-16 * sizes
+        doubtful = np.flatnonzero(unseen & (sizes > 0.0))
+        if len(doubtful):
+            unit = np.eye(len(sizes))[:, doubtful] / np.sqrt(sizes[doubtful])
+            seen, rounding = self.rows.reduce(along_sum, at.bare(), unit)
+            unseen[doubtful] = np.diag(seen) <= 64.0 * rounding
+        return np.asarray(unseen)
+
+    def _structure(self, at: Evaluation) -> tuple[Array, Array]:
+        """Return the Gram of all rows and its diagonal before centring."""
         gram, sizes = self.rows.reduce(structure_sum, at.bare())
-        return null_directions(gram.result(), sizes)
+        return gram.result(), sizes
 
     @property
     def rows_can_be_left_out(self) -> bool:
