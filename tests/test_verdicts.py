@@ -67,6 +67,16 @@ def test_an_accepted_point_is_one_and_an_optimum_is_accepted(family):
     assert refused <= 1
 
 
+@pytest.mark.parametrize("seed", [70261, 71322, 91013])
+def test_ends_that_rounding_hides(seed):
+    """Found by the `verdicts` benchmark: two columns alike but for 1e-7, a value of 3e7 with a curvature of
+    1e-6, and a direction with a share of 6e-15 of the curvature.
+    """
+    problem, reference, _ = make(seed)
+    result = fit(problem, n_starts=1)
+    assert not result.converged or reference.step(result.x) <= 1e-6
+
+
 # ---- what an answer may not depend on
 
 

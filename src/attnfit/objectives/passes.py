@@ -202,8 +202,10 @@ def along_sum(part: Part, chunks: list[Chunk], at: Evaluation, directions: Array
             if penalty is not None:
                 penalised = along[np.broadcast_to(penalty > 0.0, len(along))]
                 gram += penalised.T @ penalised
-            spread, starts = chunk.segments.spread, chunk.segments.starts
-            along -= at.centre[chunk.long] @ directions if chunk.long >= 0 else along[spread(starts)]
+            if chunk.long >= 0:
+                along -= at.centre[chunk.long] @ directions
+            else:
+                along -= np.repeat(along[chunk.segments.starts], chunk.segments.sizes, axis=0)
         gram += along[counts].T @ along[counts]
     return gram, rounding
 

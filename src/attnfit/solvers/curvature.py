@@ -84,6 +84,15 @@ class Model:
         eigen = self.base.eigen if isinstance(self.base, Cholesky) else self.base
         return eigen.approach(gradient / self.scale) / self.scale
 
+    def weakest(self) -> tuple[Array, float, float]:
+        """Return the direction v of least curvature that is not flat, in the user's units, ``v^T H v``, and
+        its share of the largest in scaled variables.
+        """
+        assert self.base is not None
+        eigen = self.base.eigen if isinstance(self.base, Cholesky) else self.base
+        v, curvature, share = eigen.weakest()
+        return v / self.scale, curvature, share
+
     def norm(self, v: Array) -> float:
         """Return the length of a step in scaled variables."""
         return float(np.linalg.norm(self.scale * v))

@@ -65,6 +65,14 @@ class MoreSorensen:
         """Number of directions without curvature."""
         return int((np.abs(self.values) <= self.floor).sum())
 
+    def weakest(self) -> tuple[Array, float, float]:
+        """Return the direction of least curvature that is not flat, shape (d,), its curvature, and that as a
+        share of the largest.
+        """
+        size = np.abs(self.values)
+        k = int(np.argmin(np.where(size > self.floor, size, np.inf)))
+        return self.vectors[:, k], float(self.values[k]), float(size[k] / size.max())
+
     def solve(self, g: Array, radius: float, *, steep_only: bool = False) -> Step:
         """Return the global minimiser of the model within the radius; with ``steep_only`` it does not move
         along directions without curvature.
