@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         TwoLayerRegressor,
         load,
     )
-    from attnfit.solvers import minimize
+    from attnfit.solvers import minimize, minimize_many
 
 # SciPy and scikit-learn take a second to import: each room is opened when it is first entered.
 _ROOMS = (
@@ -59,6 +59,7 @@ _ROOMS = (
 )
 _HOMES = {
     "minimize": "solvers",
+    "minimize_many": "solvers",
     "AttentionRegressor": "estimators",
     "ExponentialRegressor": "estimators",
     "PoissonRegressor": "estimators",
@@ -87,6 +88,7 @@ __all__ = [
     "losses",
     "metrics",
     "minimize",
+    "minimize_many",
     "model_selection",
     "plots",
     "problems",

@@ -18,6 +18,7 @@ from attnfit.inference import Covariance, Fitted
 from attnfit.inference.covariance import KINDS, Kind
 from attnfit.inference.exact_ties import ExactFitted, ExactTies
 from attnfit.inference.hypotheses import LikelihoodRatio, WaldTest, likelihood_ratio, wald
+from attnfit.inference.resampling import Resampled, bootstrap, jackknife
 from attnfit.inference.statistics import FitStatistics, statistics_of
 from attnfit.objectives.rows import RowProblem
 from attnfit.solvers import Result
@@ -55,6 +56,7 @@ class InferenceMixin:
     coef_: Array
     result_: Result
     weight_type: str
+    tol: float
     _fitted: Fitted
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -201,6 +203,49 @@ class InferenceMixin:
         found = self._find_covariance(kind, clusters, correction, df)
         half = found.quantile(level) * found.standard_errors
         return np.column_stack([self.coef_ - half, self.coef_ + half])
+
+    def bootstrap(self, n: int = 999, clusters: Any = None, random_state: Any = None) -> Resampled:
+        """Fit samples of units drawn with replacement; all fits share the reads of the data.
+
+        Parameters
+        ----------
+        n : int
+            Number of fits.
+        clusters : array_like, shape (n_rows,), optional
+            What is drawn as one: a label a row, those given to ``fit`` by default; else groups, or rows where
+            the loss has none. No cluster may split a group.
+        random_state : int or numpy.random.Generator, optional
+
+        Returns
+        -------
+        Resampled
+            ``coefs``, ``covariance()``, ``standard_errors``, ``interval(level)``, and the status of each fit:
+            samples whose loss has no finite minimum say so, and are left out of errors and intervals.
+
+        Raises
+        ------
+        ValueError
+            If there is one unit only, two sets of labels, or data on Dask.
+
+        Notes
+        -----
+        Frequency weights are drawn copy by copy. Source: Efron (1979) doi:10.1214/aos/1176344552.
+
+        Examples
+        --------
+        >>> from attnfit import SoftmaxRegressor, datasets
+        >>> cars = datasets.load_car_shares()
+        >>> model = SoftmaxRegressor("cross_entropy").fit(cars.A, cars.b, groups=cars.groups)
+        >>> model.bootstrap(50, random_state=0)
+        50 bootstrap fits of 20 units: 50 converged
+        """
+        check_is_fitted(self)
+        return bootstrap(self._fitted, n, clusters, random_state, self.tol)
+
+    def jackknife(self, clusters: Any = None) -> Resampled:
+        """Fit all data but one unit, for each unit; parameters and errors as for `bootstrap`."""
+        check_is_fitted(self)
+        return jackknife(self._fitted, clusters, self.tol)
 
     def summary(
         self,

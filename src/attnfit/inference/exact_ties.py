@@ -206,7 +206,7 @@ class ExactFitted(Fitted):
     @property
     def _reduced(self) -> tuple[Any, Array, Array]:
         """Columns keep their units: the recursion is not done on scaled ones."""
-        return self.given, self._point, np.ones(len(self._point))
+        return self.given, self.point, np.ones(len(self.point))
 
     @property
     def facts(self) -> TargetFacts:

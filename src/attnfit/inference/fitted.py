@@ -88,7 +88,7 @@ class Fitted:
         self.given, self.counts, self.kept, self.n_outside = problem, counts, kept, n_outside
         self.finite = np.ones(len(x), dtype=bool) if finite is None else finite
         self.n_separated, self.determined, self.weight_type = n_separated, determined, weight_type
-        self._point = x
+        self.point = x
         self._known: dict[Any, Sums] = {}
         self.clusters = None if clusters is None else self.read_labels(clusters)
 
@@ -97,9 +97,9 @@ class Fitted:
         """Problem, point and units in which sums are taken: extreme columns have units of their own."""
         reduction = self.given.reduction()
         if reduction is None:
-            return self.given, self._point, np.ones(len(self._point))
-        unit = np.asarray(reduction.lift(np.ones(len(self._point))))
-        return reduction.problem, np.asarray(reduction.restrict(self._point)), unit
+            return self.given, self.point, np.ones(len(self.point))
+        unit = np.asarray(reduction.lift(np.ones(len(self.point))))
+        return reduction.problem, np.asarray(reduction.restrict(self.point)), unit
 
     @property
     def problem(self) -> Any:

@@ -15,7 +15,7 @@ from attnfit.data.groups import Chunk
 from attnfit.losses.loss import Loss
 from attnfit.objectives.leverage import Draws, RowSampler
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import Part, merged
+from attnfit.objectives.part import Part, group_slopes, merged
 from attnfit.segments import Array, Segments
 
 if TYPE_CHECKING:
@@ -203,14 +203,8 @@ def _add_chunk(
     extras: tuple[Array, ...] = ()
     if loss.coupled and long < 0:
         closed, columns = part.finalize(chunk, z)
-        slope = np.zeros_like(z)
-        for coefficient, column in zip(closed.coefficients, columns, strict=True):
-            # At an exact normaliser most coefficients are zero or one.
-            if np.any(coefficient):
-                one = np.all(coefficient == 1.0)
-                slope += column if one else chunk.segments.spread(np.asarray(coefficient)) * column
         totals.value += float(closed.value.sum())
-        rows, state = [slope], list(closed.state)
+        rows, state = [group_slopes(closed, columns, chunk.segments)], list(closed.state)
     else:
         b, w, constant = part.targets(chunk)
         shift = reference[long] if long >= 0 else 0.0

@@ -16,7 +16,7 @@ from attnfit.data.store import RowStore, Table
 from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.objectives.objective import Drawn, Evaluation
-from attnfit.segments import Array, Index
+from attnfit.segments import Array, Index, Segments
 
 # Rows that are read at a time; those worked on at a time, so that what is made of them stays in cache.
 PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13
@@ -182,13 +182,7 @@ class Part(RowStore):
 
     def finalize(self, chunk: Chunk, z: Array) -> tuple[GroupStatistics, tuple[Array, ...]]:
         """Return what a chunk of whole groups sums to at their exact normalisers, and its columns."""
-        segments, loss = chunk.segments, self.loss
-        b, w, constant = self.targets(chunk)
-        normaliser, y, v = loss.normalise(z, segments)
-        columns, extras = loss.accumulate(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
-        one = np.ones(len(segments))
-        sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
-        return loss.finalize(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
+        return group_sums(self.loss, z, chunk.segments, *self.targets(chunk))
 
     def slope_at_zero(self, chunk: Chunk, long_states: Array) -> Array:
         """Return the gradient in the logits at x = 0, for which A is not needed."""
@@ -279,6 +273,28 @@ class Part(RowStore):
             assert weights is not None
             starts = chunk.segments.starts
             gram.add_centred(block, t, r, q, self.design.group_rows(block, weights, starts), starts)
+
+
+def group_sums(
+    loss: Loss, z: Array, segments: Segments, b: Array, w: Any, constant: Array
+) -> tuple[GroupStatistics, tuple[Array, ...]]:
+    """Return what whole groups sum to at their exact normalisers, and their columns."""
+    normaliser, y, v = loss.normalise(z, segments)
+    columns, extras = loss.accumulate(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
+    one = np.ones(len(segments))
+    sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
+    return loss.finalize(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
+
+
+def group_slopes(statistics: GroupStatistics, columns: tuple[Array, ...], segments: Segments) -> Array:
+    """Return the gradient in the logits of whole groups, shape (n_rows,)."""
+    slope = np.zeros_like(columns[0])
+    for coefficient, column in zip(statistics.coefficients, columns, strict=True):
+        # At an exact normaliser most coefficients are zero or one.
+        if np.any(coefficient):
+            one = np.all(coefficient == 1.0)
+            slope += column if one else segments.spread(np.asarray(coefficient)) * column
+    return slope
 
 
 def row_values(part: Part, chunks: list[Chunk], at: Evaluation, formula: Any) -> Array:

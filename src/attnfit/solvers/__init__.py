@@ -5,6 +5,7 @@ from attnfit.solvers.check import check_solver
 from attnfit.solvers.damped import LevenbergMarquardt
 from attnfit.solvers.gradient_descent import GradientDescent
 from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit
+from attnfit.solvers.many import ManyResult, minimize_many
 from attnfit.solvers.minimize import minimize
 from attnfit.solvers.newton import Newton
 from attnfit.solvers.record import CheckpointError
@@ -23,6 +24,7 @@ __all__ = [
     "GradientDescent",
     "History",
     "LevenbergMarquardt",
+    "ManyResult",
     "Newton",
     "Outcome",
     "Record",
@@ -35,4 +37,5 @@ __all__ = [
     "VariableProjection",
     "check_solver",
     "minimize",
+    "minimize_many",
 ]

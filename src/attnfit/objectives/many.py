@@ -1,0 +1,158 @@
+"""Passes that serve many fits of one problem, which differ in the weights of its units: values, gradients and
+Hessians of all of them from one read of the data.
+
+A *unit* is what a fit weights as a whole: a group, a cluster of groups, or a row of a loss without groups.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from attnfit.data.groups import Chunk
+from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.part import Part, group_slopes, group_sums
+from attnfit.segments import Array, Index, Segments
+
+# Numbers of rows times fits, or times entries of a Hessian, that are worked on at a time: 1 MB.
+ENTRIES = 1 << 17
+
+
+def values_and_gradients(
+    part: Part, chunks: list[Chunk], X: Array, W: Array, units: Index
+) -> tuple[Array, Array]:
+    """Return the data terms of fits at their own points, shape (R,), and their gradients, shape (R, d).
+
+    Parameters
+    ----------
+    part : Part
+        Without groups longer than a chunk.
+    chunks : list of Chunk
+    X : ndarray, shape (R, d)
+    W : ndarray, shape (n_units, R)
+    units : ndarray of int
+        The unit of each group, or of each row (in group order) where the loss has none.
+    """
+    values, gradients = np.zeros(len(X)), np.zeros(X.shape)
+    for chunk in part.prefetch(chunks):
+        block, mine = part.fetch(chunk), W[_units(part, chunk, units)]
+        step = max(1, ENTRIES // chunk.segments.n_rows)
+        for first in range(0, len(X), step):
+            fits = slice(first, first + step)
+            z = np.asarray(block @ X[fits].T).T + part.shift(chunk)
+            losses, slopes = _losses(part, chunk, z)
+            w = mine[:, fits].T
+            values[fits] += np.sum(losses * w, axis=1)
+            spread = np.repeat(w, chunk.segments.sizes, axis=1) if part.loss.coupled else w
+            gradients[fits] += part.design.combine(slopes * spread, block)
+    return values, gradients
+
+
+def _units(part: Part, chunk: Chunk, units: Index) -> Index:
+    """Return the units of the groups, or the rows, of a chunk."""
+    return units[chunk.groups if part.loss.coupled else chunk.rows]
+
+
+def _losses(part: Part, chunk: Chunk, z: Array) -> tuple[Array, Array]:
+    """Return the loss of each group or row, shape (k, n_groups) or (k, n_rows), and its slopes, shape (k,
+    n_rows), for k fits with logits z, shape (k, n_rows).
+    """
+    (k, n), loss = z.shape, part.loss
+    b, w, constant = part.targets(chunk)
+    b, w = np.tile(b, k), w if np.ndim(w) == 0 else np.tile(w, k)
+    if not loss.coupled:
+        columns, extras = loss.accumulate(*loss.transform(z.ravel(), 0.0), b, w, 0.0, 0.0)
+        return extras[0].reshape(k, n), columns[0].reshape(k, n)
+    # The groups of one fit after those of another.
+    starts = (chunk.segments.starts + n * np.arange(k)[:, None]).ravel()
+    segments = Segments(starts, k * n)
+    sums, columns = group_sums(loss, z.ravel(), segments, b, w, np.tile(constant, k))
+    return sums.value.reshape(k, -1), group_slopes(sums, columns, segments).reshape(k, n)
+
+
+def all_at_one_point(
+    part: Part, chunks: list[Chunk], at: Evaluation, W: Array, units: Index
+) -> tuple[Array, Array, Array]:
+    """Return value, shape (R,), gradient, shape (R, d), and Hessian, shape (R, d, d), of every fit at one
+    point: each unit's own are formed once, and weighted.
+    """
+    d, R = part.n_unknowns, W.shape[1]
+    values, gradients = np.zeros(R), np.zeros((R, d))
+    upper = np.triu_indices(d)
+    packed = np.zeros((R, len(upper[0])))
+    for chunk in part.prefetch(chunks):
+        block, z = part.logits(chunk, at.x)
+        mine = W[_units(part, chunk, units)]
+        losses, slopes = _losses(part, chunk, z[None])
+        values += losses[0] @ mine
+        rows = _dense(block)
+        terms = _terms(part, chunk, rows, z, at)
+        starts = chunk.segments.starts if part.loss.coupled else np.arange(len(z))
+        for whole, own in _runs(starts, len(z), len(upper[0])):
+            first = starts[whole] - own.start
+            w = mine[whole].T
+            gradients += w @ _sums(slopes[0, own, None] * rows[own], first)
+            for t, centred in terms:
+                c = centred[own]
+                products = (t[own, None] * c[:, upper[0]]) * c[:, upper[1]]
+                packed += w @ _sums(products, first)
+    hessians = np.zeros((R, d, d))
+    hessians[:, upper[0], upper[1]] = packed
+    hessians[:, upper[1], upper[0]] = packed
+    return values, gradients, hessians
+
+
+def each_at_its_own(part: Part, chunks: list[Chunk], X: Array, W: Array, units: Index) -> Array:
+    """Return the Hessian of each fit at its own point, shape (R, d, d)."""
+    hessians = np.zeros((len(X), part.n_unknowns, part.n_unknowns))
+    for chunk in part.prefetch(chunks):
+        block, mine = part.fetch(chunk), W[_units(part, chunk, units)]
+        rows, sizes = _dense(block), chunk.segments.sizes
+        for r, x in enumerate(X):
+            at = Evaluation(x, np.nan, x)
+            w = np.repeat(mine[:, r], sizes) if part.loss.coupled else mine[:, r]
+            for t, centred in _terms(part, chunk, rows, rows @ x + part.shift(chunk), at):
+                hessians[r] += (centred * (t * w)[:, None]).T @ centred
+    return hessians
+
+
+def _dense(block: Any) -> Array:
+    return np.asarray(block.toarray() if hasattr(block, "toarray") else block, dtype=np.float64)
+
+
+def _terms(part: Part, chunk: Chunk, rows: Array, z: Array, at: Evaluation) -> list[tuple[Array, Array]]:
+    """Return the weights and the centred rows whose weighted Gram is the Hessian of a chunk's loss."""
+    terms, weights = part.gram_rows(chunk, z, part.row_state(chunk, z, at))
+    out = []
+    for t, r, q in terms:
+        centred = rows if r is None else np.reshape(r, (-1, 1)) * rows
+        if q is not None:
+            assert weights is not None
+            means = _sums(weights[:, None] * rows, chunk.segments.starts)
+            centred = centred - np.reshape(q, (-1, 1)) * np.repeat(means, chunk.segments.sizes, axis=0)
+        out.append((np.broadcast_to(t, z.shape), centred))
+    return out
+
+
+def _sums(rows: Array, starts: Index) -> Array:
+    """Return the sum over each run of rows, shape (n_runs, ...)."""
+    length, rest = divmod(len(rows), len(starts))
+    if rest or not (np.diff(starts) == length).all():
+        return np.add.reduceat(rows, starts, axis=0)
+    total = rows[::length].copy()
+    for k in range(1, length):
+        total += rows[k::length]
+    return total
+
+
+def _runs(starts: Index, n: int, width: int) -> list[tuple[slice, slice]]:
+    """Cut groups into runs of about `ENTRIES` products; return the groups and the rows of each."""
+    wanted = max(1, 8 * ENTRIES // width)
+    ends = np.append(starts, n)
+    cuts = [0]
+    while cuts[-1] < len(starts):
+        last = int(np.searchsorted(ends, ends[cuts[-1]] + wanted, side="right")) - 1
+        cuts.append(min(max(last, cuts[-1] + 1), len(starts)))
+    return [(slice(a, b), slice(int(ends[a]), int(ends[b]))) for a, b in pairwise(cuts)]
