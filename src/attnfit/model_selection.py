@@ -18,6 +18,7 @@ from attnfit.estimators import reading
 from attnfit.estimators.base import with_options
 from attnfit.estimators.softmax import SoftmaxRegressor
 from attnfit.inference.units import read_clusters
+from attnfit.solvers import minimize_many
 
 __all__ = ["SoftmaxRegressorCV"]
 
@@ -135,10 +136,7 @@ class SoftmaxRegressorCV(SoftmaxRegressor):
         matrix = design.block(slice(0, n))
         self._warn_of_units(matrix)
         ridges = self._ridges(matrix, data, numbers)
-        losses = []
-        for train, test in self._folds(units):
-            losses.append(self._fold(score, matrix, data, numbers, ridges, train, test))
-        self.ridges_, self.scores_ = ridges, np.column_stack(losses)
+        self.ridges_, self.scores_ = ridges, self._held_out(score, matrix, data, numbers, ridges, units)
         mean = self.scores_.mean(axis=1)
         best = int(np.argmin(mean))
         if self.one_standard_error:
@@ -165,33 +163,43 @@ class SoftmaxRegressorCV(SoftmaxRegressor):
         params = {name: value for name, value in self.get_params(deep=False).items() if name not in own}
         return SoftmaxRegressor(**params, ridge=ridge)
 
-    def _fold(
-        self, score: Any, matrix: Any, data: Any, numbers: Any, ridges: Array, train: Any, test: Any
-    ) -> list[float]:
-        """Return the losses on the held-out groups for each ridge, from the largest down."""
-        split = np.intersect1d(numbers[train], numbers[test])
-        if len(split):
-            raise ValueError(f"cv puts rows of group {split[0]} into training and test; split by groups")
-        share = len(np.unique(numbers[train])) / len(np.unique(numbers))
-        inside, outside = (
-            dict[str, Any]({name: None if of is None else of[rows] for name, of in data.items()})
-            for rows in (train, test)
+    def _held_out(self, score: Any, matrix: Any, data: Any, numbers: Any, ridges: Array, units: Any) -> Array:
+        """Return the losses on the held-out groups, shape (n_ridges, n_folds); all fits share their reads."""
+        folds = list(self._folds(units))
+        problem = self._problem_of(matrix, data, numbers)
+        labels = problem.rows.groups.labels
+        kept, penalties = [], []
+        for train, test in folds:
+            split = np.intersect1d(numbers[train], numbers[test])
+            if len(split):
+                raise ValueError(f"cv puts rows of group {split[0]} into training and test; split by groups")
+            inside = np.isin(labels, numbers[train])
+            kept.append(np.repeat(inside[:, None].astype(np.float64), len(ridges), axis=1))
+            penalties.append(ridges * inside.mean())
+        many = minimize_many(
+            problem,
+            np.hstack(kept),
+            ridge=np.concatenate(penalties),
+            tol=self.tol,
+            max_iter=self.max_iter,
+            random_state=self.random_state,
+            # A fold without a finite minimum has shares, and those are what is judged.
+            separation="keep",
         )
-        found, start = [], None
-        for ridge in ridges:
-            model = self._plain(float(ridge) * share)
-            model._start = start
-            with warnings.catch_warnings():
-                # A fold without a finite minimum has shares, and those are what is judged.
-                warnings.simplefilter("ignore")
-                model.fit(matrix[train], groups=numbers[train], **inside)
-            start = model._point
-            shares = model.predict(matrix[test], groups=numbers[test], offset=outside["offset"])
-            loss = score(
-                outside["y"], shares, numbers[test], outside["sample_weight"], outside_good=self.outside_good
-            )
-            found.append(loss)
-        return found
+        losses = []
+        for k, (_, test) in enumerate(folds):
+            own = {name: None if of is None else of[test] for name, of in data.items()}
+            rows = self._problem_of(matrix[test], own, numbers[test])
+            for x in many.x[k * len(ridges) : (k + 1) * len(ridges)]:
+                shares = rows.predict(x)[: len(test)]
+                args = own["y"], shares, numbers[test], own["sample_weight"]
+                losses.append(score(*args, outside_good=self.outside_good))
+        return np.reshape(losses, (len(folds), len(ridges))).T
+
+    def _problem_of(self, matrix: Any, data: Any, numbers: Any) -> Any:
+        """Return the problem of some rows without a ridge."""
+        model = self._plain(0.0)
+        return model._problem(model._read(matrix, groups=numbers, **data), np.zeros(()))
 
     def _ridges(self, matrix: Any, data: dict[str, Any], numbers: Any) -> Array:
         if self.ridges is not None:
@@ -199,8 +207,7 @@ class SoftmaxRegressorCV(SoftmaxRegressor):
             if not len(given) or not (np.isfinite(given) & (given >= 0.0)).all():
                 raise ValueError("ridges must be finite numbers >= 0, at least one")
             return np.asarray(given)
-        rows = self._plain(0.0)._read(matrix, groups=numbers, **data)
-        problem = self._plain(0.0)._problem(rows, np.zeros(()))
+        problem = self._problem_of(matrix, data, numbers)
         at = problem.evaluate(np.zeros(problem.n_unknowns))
         largest = float(np.diag(problem.hessian_at(at, gauss_newton=True)).max())
         path = largest * np.geomspace(1.0, SMALLEST, N_RIDGES)

@@ -242,7 +242,6 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
             self.__dict__.pop(name, None)
         result = minimize(
             self._objective(problem),
-            self.__dict__.pop("_start", None),
             solver=self.solver,
             tol=self.tol,
             max_iter=self.max_iter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,7 @@ def minimize_many(
     tol: float = 1e-8,
     max_iter: int = 100,
     random_state: Any = None,
+    separation: Literal["warn", "keep"] = "warn",
 ) -> ManyResult:
     """Fit one problem many times, with other weights or penalties, sharing every read of the data.
 
@@ -110,8 +111,8 @@ def minimize_many(
         The unit of each row, as clusters; no unit may split a group.
     x0 : array_like, shape (d,), optional
         Where the fit with weights of one starts.
-    tol, max_iter, random_state
-        As for `minimize`.
+    tol, max_iter, random_state, separation
+        As for `minimize`: with "keep" fits without a finite minimum return their last finite point.
 
     Returns
     -------
@@ -160,7 +161,7 @@ def minimize_many(
     if not 0.0 < tol <= MAX_TOL:
         raise ValueError(f"tol must be in (0, {MAX_TOL:g}], not {tol!r}")
     fits = Fits.read(problem, weights, ridge, folds, units)
-    options = {"tol": tol, "max_iter": max_iter, "random_state": random_state}
+    options = {"tol": tol, "max_iter": max_iter, "random_state": random_state, "separation": separation}
     before = problem.n_passes
     base = problem.with_rows(problem.rows)
     if ridge is not None:
