@@ -16,6 +16,7 @@ from attnfit.objectives.objective import Offer
 from attnfit.objectives.saturation import GAP_TOLERANCE, duality_gaps, target_sizes
 from attnfit.solvers.batched import REMEDIES, describe, overall
 from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit, Tracker
+from attnfit.solvers.simplex_loop import over_simplex
 from attnfit.solvers.verdicts import Status, Verdict
 
 Array = NDArray[np.float64]
@@ -32,6 +33,8 @@ FACTOR_ENTRIES = 2**22
 CHUNK = 2**14
 # Logits of proportions that are zero lie this far below the largest: exp gives an exact zero.
 DEPTH = 800.0
+# Right-hand sides times signatures from which on the compiled loop pays for being loaded: 50 ms without it.
+COMPILED = 20_000
 UNCERTIFIED = (
     "the duality gap cannot be brought below its tolerance in float64; bring the signatures to similar "
     "scales, "
@@ -132,9 +135,9 @@ def minimise_over_simplex(
 ) -> tuple[Array, int]:
     """Minimise ``0.5 f^T G f - c^T f`` over ``f >= 0, sum f = 1`` for each row of c.
 
-    From the face that is left when negative weights are dropped, the vertex that promises most joins the
-    face; on the way to the face's minimiser, vertices whose weight reaches zero leave it. Every step is
-    feasible and lowers the objective, so any end has a valid duality gap.
+    The vertex that promises most joins the face; on the way to the face's minimiser, vertices whose weight
+    reaches zero leave it. Every step is feasible and lowers the objective, so any end has a valid duality
+    gap.
 
     Parameters
     ----------
@@ -156,12 +159,30 @@ def minimise_over_simplex(
     Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23, with the sum as a further
     condition.
     """
-    faces = Faces(gram)
+    n = c.shape[1]
+    limit = 10 * n + 30 if max_changes is None else max_changes
+    if c.size >= COMPILED:
+        f, changes = over_simplex(gram.reshape(-1, n, n), c, tolerance, limit)
+        left = np.flatnonzero(changes < 0)
+        most = int(changes.max())
+        if len(left):
+            own = gram if gram.ndim == 2 else gram[left]
+            f[left], others = _by_faces(own, c[left], tolerance[left], limit)
+            most = max(most, others)
+        return f, most
+    return _by_faces(gram, c, tolerance, limit)
+
+
+def _by_faces(gram: Array, c: Array, tolerance: Array, limit: int) -> tuple[Array, int]:
+    """Do what `minimise_over_simplex` documents, all right-hand sides at a time: from the face that is left
+    when negative weights are dropped, the vertex that promises most joins; dependent signatures share their
+    weight.
+    """
     k, n = c.shape
+    faces = Faces(gram)
     f, passive = _first_faces(faces, c)
     blocked = np.zeros((k, n), dtype=bool)
     live = np.arange(k)
-    limit = 10 * n + 30 if max_changes is None else max_changes
     for change in range(limit + 1):
         g = faces.multiply(live, f[live]) - c[live]
         mean = np.sum(f[live] * g, axis=1, keepdims=True)
