@@ -187,6 +187,33 @@ def test_outcomes_have_scores_too(folder, tmp_path):
         assert found["scores"][0]["title"].startswith("Held out 18 of 72 rows")
 
 
+def test_counts_are_taken_at_their_word(folder):
+    about = ("fit", "softmax", folder / "flows.csv", "--formula", "flow ~ distance", "--group", "origin")
+    told = "The target sums to more than one in 9 of 9 groups"
+    assert told in run(*about).stdout and told not in run(*about, "--counts").stdout
+
+
+def test_several_ones_can_be_given(folder, frame, tmp_path):
+    """Against statsmodels, which conditions on their number."""
+    from statsmodels.discrete.conditional_models import ConditionalLogit
+
+    twice = frame.assign(taken=((frame.choice == 1) | (frame["mode"] == 4)).astype(float))
+    twice.to_csv(tmp_path / "twice.csv", index=False)
+    about = (
+        "fit",
+        "softmax",
+        tmp_path / "twice.csv",
+        "--group",
+        "traveller",
+        "--formula",
+        "taken ~ gc + ttme",
+    )
+    assert any("--ties exact" in line for line in messages(run(*about)))
+    found = report(tmp_path, *about, "--ties", "exact")
+    peer = ConditionalLogit(twice.taken, twice[["gc", "ttme"]], groups=twice.traveller).fit(disp=False)
+    np.testing.assert_allclose(numbers(found, "coefficient"), peer.params, rtol=1e-4)
+
+
 # ---- a saved model -----------------------------------------------------------------------------------------
 
 
@@ -289,6 +316,8 @@ WRONG = {
     ),
     "codes": ((*FIT, *GROUPED, "--formula", "mode ~ gc"), "holds whole numbers from 1 to 4"),
     "words": ((*FIT, *GROUPED, "--formula", "chosen ~ gc"), "chosen is text"),
+    "ties": ((*FIT, *FORMULA, "--ties", "efron"), "--ties must be counts or exact"),
+    "no ties": (("fit", "poisson", "flows.csv", "--target", "flow", "--ties", "exact"), "--ties belongs to"),
     "kind": ((*FIT, *FORMULA, "--se", "hc1"), "--se must be one of auto, classic"),
     "cluster kind": ((*FIT, *FORMULA, "--se", "cluster"), "--se cluster needs --cluster"),
     "classic": ((*FIT, *FORMULA, "--se", "classic", "--cluster", "party"), "no meaning with --se classic"),

@@ -96,7 +96,9 @@ def fit(
         progress.say("standard errors and certificate")
         rest = rest_of(estimator, how.separation)
         named = {"group": columns.group, "cluster": columns.cluster}
-        report = make_report(estimator, model, rows, rest, scores, inference.level, named)
+        report = make_report(
+            estimator, model, rows, rest, scores, inference.level, named, counts=columns.counts
+        )
         if outputs.report is not None:
             from attnfit.cli.handover import Handover
 
@@ -131,8 +133,7 @@ def check(
     outputs: OutputOptions,
 ) -> None:
     """Raise InputError, before any work, for options that do not go together or cannot be written."""
-    given = {"loss": how.loss, "function": how.function, "outside_good": how.outside_good or None}
-    check_options(model, given | {"group": columns.group})
+    check_options(model, how.own | {"group": columns.group})
     check_paths({"DATA": data}, outputs.named, {"--checkpoint": scale.checkpoint})
     if outputs.plot is not None:
         from attnfit.cli.figure import check_plot
@@ -251,6 +252,8 @@ def make_report(
     scores: Sequence[Scores] = (),
     level: float = 0.95,
     named: Mapping[str, str | None] | None = None,
+    *,
+    counts: bool = False,
 ) -> FitReport:
     """Collect what is said about a fitted estimator.
 
@@ -265,6 +268,8 @@ def make_report(
         See `FitReport`.
     named : dict, optional
         The columns of groups and clusters, by which the errors name their unit.
+    counts : bool
+        Whether the user has said that the target counts choices.
     """
     choices = {"loss": ("softmax",), "function": ("exponential", "rescaled")}
     choice = "".join(f", {name} {getattr(estimator, name)}" for name, of in choices.items() if model in of)
@@ -290,6 +295,7 @@ def make_report(
         statistics=estimator.__dict__.get("_statistics"),
         scores=tuple(scores),
         level=level,
+        counts=counts,
     )
 
 

@@ -17,7 +17,7 @@ LOSSES = ("cross_entropy", "squared", "kl", "linear_cross_entropy", "entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")
 # Options that only some models have.
 OPTIONS = {
-    "softmax": ("loss", "group", "outside_good"),
+    "softmax": ("loss", "group", "ties", "outside_good"),
     "exponential": ("function",),
     "poisson": (),
     "rescaled": ("function", "group", "outside_good"),

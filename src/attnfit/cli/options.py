@@ -91,6 +91,10 @@ class ModelOptions:
             "--outside-good", help="Add to each group a row of zeros with the share that is left to one."
         ),
     ] = False
+    ties: Annotated[
+        str | None,
+        typer.Option(help="For softmax, several ones in a group: counts, or exact, their number as given."),
+    ] = None
     separation: Annotated[
         str,
         typer.Option(
@@ -111,6 +115,8 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for what no model takes."""
+        if self.ties not in (None, "counts", "exact"):
+            raise InputError(f"--ties must be counts or exact, not {self.ties!r}")
         if self.separation not in ("warn", "drop"):
             raise InputError(f"--separation must be warn or drop, not {self.separation!r}")
         if self.ridge != "auto":
@@ -119,10 +125,15 @@ class ModelOptions:
             except ValueError:
                 raise InputError(f"--ridge must be a number or auto, not {self.ridge!r}") from None
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """What only some models have; None where it was not given."""
+        outside = self.outside_good or None
+        return {"loss": self.loss, "function": self.function, "ties": self.ties, "outside_good": outside}
+
     def parameters(self, model: str) -> dict[str, Any]:
         """Return what the estimator is made with."""
-        given = {"loss": self.loss, "function": self.function, "outside_good": self.outside_good or None}
-        found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        found: dict[str, Any] = {name: value for name, value in self.own.items() if value is not None}
         found |= {"tol": self.tol, "max_iter": self.max_iter, "random_state": self.seed}
         if self.ridge != "auto":
             found["ridge"] = float(self.ridge)

@@ -64,6 +64,8 @@ class FitReport:
         Of rows that were not fitted.
     level : float
         Cover of the intervals.
+    counts : bool
+        Whether the target counts choices, so that its totals say nothing.
     """
 
     title: str
@@ -81,6 +83,7 @@ class FitReport:
     statistics: Any = None
     scores: tuple[Any, ...] = ()
     level: float = 0.95
+    counts: bool = False
 
     @property
     def n_dropped(self) -> int:
@@ -170,6 +173,8 @@ class FitReport:
                 "add --outside-good if the rest went elsewhere",
             ),
         ):
+            if self.counts:
+                continue
             if n and self.n_groups == 1:
                 remarks.append(f"The target sums to {kind} ({examples[0][1]:.6g}); {remedy}")
             elif n:
