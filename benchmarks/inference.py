@@ -89,6 +89,9 @@ def drawn(n_rows: int, seed: int = 0) -> dict[str, Any]:
 
 def reads(options: argparse.Namespace) -> str:
     """Reads and seconds of what follows a fit, in units of a value and gradient."""
+    # Compiling is not part of a fit, and only large data call for compiled loops.
+    small = drawn(100_000)
+    SoftmaxRegressor("cross_entropy").fit(small["X"], small["y"], groups=small["groups"]).covariance("robust")
     d = drawn(options.rows)
     model = SoftmaxRegressor("cross_entropy")
     began = perf_counter()

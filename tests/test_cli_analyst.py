@@ -156,6 +156,10 @@ def test_clusters_are_held_out_whole(folder, tmp_path):
         "Held out 3 of 31 clusters at random (seed 0)", "Cross-validated, 3 folds of clusters",
     ]  # fmt: skip
     assert len(found["scores"][1]["values"]["hit rate"]) == 3
+    result = run(*about, "--cv", "3", "--json", tmp_path / "all.json")
+    values = json.loads((tmp_path / "all.json").read_text())["scores"][0]["values"]["log loss"]
+    told = f"log loss {np.mean(values):.6g} (standard error {np.std(values, ddof=1) / np.sqrt(3):.2g})"
+    assert told in result.stdout and "equal shares 1.38629, hit rate" in result.stdout
 
 
 def test_folds_are_those_of_scikit_learn(folder, frame, tmp_path):

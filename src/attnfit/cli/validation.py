@@ -40,7 +40,8 @@ class Scores:
         told = []
         for name, found in self.values.items():
             mean = f"{name} {np.mean(found):.6g}"
-            if len(found) > 1:
+            # Folds that agree to rounding have no error worth a word.
+            if len(found) > 1 and np.ptp(found) > 1e-12 * abs(np.mean(found)):
                 mean += f" (standard error {np.std(found, ddof=1) / np.sqrt(len(found)):.2g})"
             told.append(mean)
         return told
