@@ -68,6 +68,8 @@ def test_everything_is_there(folder, ending):
         "SHA-256", f"{model.fit_statistics().log_likelihood:.7g}",
     ):  # fmt: skip
         assert told.replace(" ", "") in re.sub(r"[\s&|]", "", text), told
+    # A likelihood ratio would take every row for one draw, which clustered errors do not.
+    assert "likelihood ratio" not in text
     test = model.wald_test(np.eye(8))
     assert f"{test.statistic:.6g}" in text
 
