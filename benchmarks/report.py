@@ -23,6 +23,7 @@ PACKAGES = (
     "tabmat",
     "statsmodels",
     "xlogit",
+    "pyfixest",
     "numba",
     "torch",
     "transformers",

@@ -21,10 +21,13 @@ from attnfit.writing import write
 READ = {
     "fit softmax": {"data"},
     "fit exponential": {"data"},
+    "fit poisson": {"data"},
     "fit rescaled": {"data"},
     "fit attention": {"queries", "keys", "maps", "mask", "weights", "holdout"},
     "fit mixture": {"signatures", "spectra"},
     "predict": {"model", "data"},
+    "score": {"model", "data"},
+    "elasticities": {"model", "data"},
     "invert": {"layer", "output", "embedding", "known"},
     "audit": {"texts", "chat", "tokens"},
     "reproduce": {"texts"},
@@ -33,10 +36,14 @@ READ = {
 CALLS = {
     "fit softmax": (["d.csv"], ["--target", "y", "--group", "g", "--features", "x"]),
     "fit exponential": (["d.csv"], ["--target", "y", "--features", "x,one"]),
+    "fit poisson": (["d.csv"], ["--target", "y", "--features", "x,one"]),
     "fit rescaled": (["d.csv"], ["--target", "y", "--group", "g", "--features", "x"]),
     "fit attention": (["q.npy", "k.npy", "maps.npy"], []),
     "fit mixture": (["signatures.csv", "spectra.csv"], []),
     "predict": (["m.safetensors", "d.csv"], ["--group", "g"]),
+    "score": (["m.safetensors", "d.csv"], ["--group", "g", "--target", "y"]),
+    "elasticities": (["m.safetensors", "d.csv"], ["--group", "g", "--variable", "x"]),
+    "example": (["cars"], []),
     "invert": (["layer.safetensors", "b.npy"], ["--starts", "1"]),
     "audit": (["model", "--texts", "texts.txt"], []),
     "reproduce": (["data-recovery", "--texts", "texts.txt"], []),
@@ -47,6 +54,9 @@ NAMES = {
     ("fit mixture", "--save"): "out.csv",
     ("predict", "--output"): "out.csv",
 }
+
+
+ENDINGS = {"--plot": "out.png", "--json": "out.json", "--report": "out.html"}
 
 
 def outputs():
@@ -76,7 +86,7 @@ QUICK = [(name, option) for name, option in FILES if name != "audit" and option 
 
 def test_the_table_knows_every_command_that_writes():
     assert {name for name, _ in OUTPUTS} == set(CALLS)
-    assert len(OUTPUTS) == 25
+    assert len(OUTPUTS) == 37
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +270,7 @@ def test_json_knows_no_nan():
 
 
 def name_of(name, option):
-    return NAMES.get((name, option), {"--plot": "out.png", "--json": "out.json"}.get(option, "out"))
+    return NAMES.get((name, option), ENDINGS.get(option, "out"))
 
 
 @pytest.fixture

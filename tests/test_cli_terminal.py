@@ -30,7 +30,7 @@ def test_narrow_terminals_lose_columns_not_digits(cars):
         width: run("fit", "softmax", cars, *CARS, width=width).stdout.splitlines() for width in ("80", "40")
     }
     heads = {width: next(line for line in lines if "std." in line) for width, lines in printed.items()}
-    assert heads["80"].split() == ["coefficient", "std.", "error", "t", "95", "%", "from", "to"]
+    assert heads["80"].split() == ["coefficient", "std.", "error", "t", "p", "95", "%", "from", "to"]
     assert heads["40"].split() == ["coefficient", "std.", "error", "t"]
 
 

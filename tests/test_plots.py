@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from attnfit import datasets, minimize, plots, problems
+from attnfit import ExponentialRegressor, SoftmaxRegressor, datasets, minimize, plots, problems
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +136,74 @@ def test_attention_maps():
         plots.attention_maps(maps, maps[:2])
     with pytest.raises(ValueError, match="no positive entry"):
         plots.attention_maps(np.zeros((2, 2)), np.zeros((2, 2)))
+
+
+# ---- fitted models -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def travel_model():
+    travel = datasets.load_travel_mode()
+    return SoftmaxRegressor("cross_entropy").fit(travel.A, travel.b, groups=travel.groups)
+
+
+def test_coefficients_of_a_model_in_their_units(travel_model):
+    figure = plots.coefficients(travel_model, units=True, level=0.9)
+    ends = travel_model.conf_int(level=0.9)
+    assert len(figure.axes) == 6 and "90 %" in figure.get_suptitle()
+    for ax, x, interval in zip(figure.axes, travel_model.coef_, ends, strict=True):
+        zero, bar, dot = ax.lines
+        assert dot.get_xdata()[0] == x and zero.get_xdata() == [0.0, 0.0]
+        np.testing.assert_array_equal(bar.get_xdata(), interval)
+        low, high = ax.get_xlim()
+        assert low < min(0.0, interval[0]) and high > max(0.0, interval[1])
+
+
+def test_coefficients_of_a_model_over_their_errors(travel_model):
+    figure = plots.coefficients(travel_model, level=0.9)
+    (ax,) = figure.axes
+    dots = ax.lines[1].get_xdata()
+    np.testing.assert_allclose(dots, travel_model.coef_ / travel_model.standard_errors_)
+    segments = ax.collections[0].get_segments()
+    np.testing.assert_allclose(np.diff(segments[0][:, 0]), 2 * 1.6448536, rtol=1e-6)
+
+
+def test_what_has_no_finite_value_is_said():
+    figure = plots.coefficients(["a", "b"], [np.inf, 1.0], [np.nan, 0.5], units=True)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no finite value"]
+    with pytest.raises(ValueError, match="leave ax out"):
+        plots.coefficients(["a"], [1.0], ax=figure.axes[0], units=True)
+
+
+def test_fitted_values_of_a_model():
+    data = datasets.load_car_shares()
+    model = SoftmaxRegressor().fit(data.A, data.b, groups=data.groups)
+    offsets = plots.fitted_versus_observed(model).axes[0].collections[0].get_offsets()
+    expected = plots.fitted_versus_observed(data.b, model.predict(data.A, groups=data.groups))
+    np.testing.assert_allclose(offsets, expected.axes[0].collections[0].get_offsets(), rtol=1e-12)
+    weighted = ExponentialRegressor().fit(data.A[:50], data.b[:50], sample_weight=np.arange(1, 51))
+    y, fitted, weights = weighted.training_fit()
+    np.testing.assert_array_equal(weights, np.arange(1, 51))
+    np.testing.assert_allclose(fitted, weighted.predict(data.A[:50]), rtol=1e-12)
+    np.testing.assert_array_equal(y, data.b[:50])
+    import pickle
+
+    with pytest.raises(AttributeError, match="training_fit needs the training data"):
+        pickle.loads(pickle.dumps(model)).training_fit()
+
+
+def test_convergence_of_a_model_and_a_result(travel_model):
+    lines = [
+        plots.convergence(of).axes[0].lines[0].get_ydata()
+        for of in (travel_model, travel_model.result_, travel_model.result_.history)
+    ]
+    assert (lines[0] == lines[1]).all() and (lines[1] == lines[2]).all()
+
+
+def test_a_result_is_a_table_in_a_notebook(travel_model):
+    from dataclasses import replace
+
+    result = replace(travel_model.result_, message="<b>&", local_values={"a<b": 1.0})
+    told = result._repr_html_()
+    assert "converged: &lt;b&gt;&amp;" in told and "1 (a&lt;b)" in told and "<b>" not in told
+    assert f"{result.value:.10g}" in told

@@ -1,4 +1,4 @@
-"""The command line: ``attnfit fit | predict | invert | audit | reproduce | demo | bench``.
+"""The command line: ``attnfit fit | predict | score | elasticities | example``, ``invert``, ``audit`` ...
 
 Nothing here computes: commands read a file, call the library and print what it returns.
 """

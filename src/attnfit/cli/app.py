@@ -12,13 +12,17 @@ from attnfit.cli.audit import audit
 from attnfit.cli.bench import bench
 from attnfit.cli.console import problem
 from attnfit.cli.demo import demo
+from attnfit.cli.elasticities import elasticities_command
 from attnfit.cli.errors import EXIT_CODES, Exit, suggest
+from attnfit.cli.example import example
 from attnfit.cli.fit import command_for
 from attnfit.cli.invert import invert
 from attnfit.cli.mixture import fit_mixture
 from attnfit.cli.models import OPTIONS
+from attnfit.cli.origin import TYPED
 from attnfit.cli.predict import predict
 from attnfit.cli.reproduce import reproduce
+from attnfit.cli.score import score_command
 from attnfit.cli.warmup import warmup
 from attnfit.version import __version__
 
@@ -27,6 +31,11 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 class Commands(TyperGroup):
     """Commands that end with the exit codes of the table, however they end."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Keep what was typed, which a report repeats."""
+        TYPED.set(tuple(args))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -90,9 +99,10 @@ fits.command("mixture", epilog=EXIT_CODES)(fit_mixture)
 app.add_typer(
     fits,
     name="fit",
-    help="Fit a model: softmax, exponential, rescaled, attention or mixture.",
+    help="Fit a model: softmax, exponential, poisson, rescaled, attention or mixture.",
     epilog=EXIT_CODES,
 )
-for command in (predict, invert, audit, reproduce, demo, warmup):
+ANALYST = (predict, score_command, elasticities_command, example)
+for command in (*ANALYST, invert, audit, reproduce, demo, warmup):
     app.command(epilog=EXIT_CODES)(command)
 app.command(context_settings={"ignore_unknown_options": True, **SETTINGS}, epilog=EXIT_CODES)(bench)

@@ -29,10 +29,15 @@ class Roles:
     weight: str | None = None
     offset: str | None = None
     exclude: tuple[str, ...] = ()
+    clusters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise InputError if one column has two parts to play."""
         named = [name for name in (self.target, self.group, self.weight, self.offset) if name is not None]
+        if len(self.clusters) > 2:
+            raise InputError(f"--cluster takes one column or two, not {len(self.clusters)}")
+        # Groups may well be the clusters.
+        named += [name for name in self.clusters if name != self.group]
         if len(self.taken) < len(named):
             twice = next(name for k, name in enumerate(named) if name in named[:k])
             raise InputError(
@@ -60,7 +65,13 @@ class Roles:
             "--weight": self.weight,
             "--offset": self.offset,
         }
-        return {name: option for option, name in options.items() if name is not None}
+        found = {name: option for option, name in options.items() if name is not None}
+        return dict.fromkeys(self.clusters, "--cluster") | found
+
+    @property
+    def labelled(self) -> tuple[str, ...]:
+        """The columns of labels, which are read as text."""
+        return tuple(dict.fromkeys([*([] if self.group is None else [self.group]), *self.clusters]))
 
 
 def listed(names: str | None) -> tuple[str, ...] | None:
@@ -144,7 +155,7 @@ def left_out(table: Table, roles: Roles) -> list[str]:
     ]
 
 
-def without_missing(table: Table, names: Sequence[str], group: str | None, missing: str) -> Table:
+def without_missing(table: Table, names: Sequence[str], labelled: Sequence[str], missing: str) -> Table:
     """Return the table without rows in which one of the columns has no value, and say how many; with
     ``missing`` "error" all rows.
 
@@ -153,12 +164,12 @@ def without_missing(table: Table, names: Sequence[str], group: str | None, missi
     InputError
         If no row is left, or ``missing`` is neither "drop" nor "error".
     """
-    kept = complete_rows(table, names, group, missing)
+    kept = complete_rows(table, names, labelled, missing)
     return table if kept is None else table.rows(kept)
 
 
 def complete_rows(
-    table: Table, names: Sequence[str], group: str | None, missing: str
+    table: Table, names: Sequence[str], labelled: Sequence[str], missing: str
 ) -> NDArray[np.bool_] | None:
     """Return which rows have a value in all of these columns, and say how many have not; None where all are
     to be kept.
@@ -169,8 +180,9 @@ def complete_rows(
     empty: dict[str, NDArray[np.bool_]] = {
         name: np.isnan(table.numbers[name]) for name in dict.fromkeys(names) if name in table.numbers
     }
-    if group is not None and group in table.labels:
-        empty[group] = np.array([label.lower() in MISSING for label in table.labels[group]])
+    for name in labelled:
+        if name in table.labels:
+            empty[name] = np.array([label.lower() in MISSING for label in table.labels[name]])
     counts = {name: int(there.sum()) for name, there in empty.items()}
     keep = ~np.logical_or.reduce(list(empty.values()), axis=0) if empty else np.ones(table.n_rows, dtype=bool)
     tell_missing(table.path, counts, int(keep.sum()), table.n_rows)
@@ -231,15 +243,15 @@ def numbers(table: Table, name: str, option: str, *, non_negative: bool = False)
     return values
 
 
-def labels(table: Table, name: str) -> NDArray[Any]:
-    """Return the group of every row.
+def labels(table: Table, name: str, option: str = "--group") -> NDArray[Any]:
+    """Return the group, or another label, of every row.
 
     Raises
     ------
     InputError
         If the column is missing, or a label is.
     """
-    require(table, name, "--group")
+    require(table, name, option)
     values = table.labels[name]
     for row, label in enumerate(values):
         if label.lower() in MISSING:

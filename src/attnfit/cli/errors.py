@@ -122,7 +122,7 @@ def in_options(sentence: str) -> str:
     )
     sentence = re.sub(r"\b[by] is negative at index (\d+)", _target, sentence)
     sentence = sentence.replace("memory_limit", "--memory-limit").replace("resume=False", "--afresh")
-    return re.sub(r"\b(loss|function|max_iter)(?:='?(\w+)'?)", _option, sentence)
+    return re.sub(r"\b(loss|function|max_iter|ties)(?:='?(\w+)'?)", _option, sentence)
 
 
 def _option(match: re.Match[str]) -> str:

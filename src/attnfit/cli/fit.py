@@ -1,11 +1,9 @@
-"""``attnfit fit softmax | exponential | rescaled``: a model of a file's columns."""
+"""``attnfit fit softmax | exponential | poisson | rescaled``: a model of a file's columns."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,27 +13,33 @@ import typer
 from attnfit.cli.columns import Roles, listed
 from attnfit.cli.console import note, problem
 from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
-from attnfit.cli.models import FUNCTIONS, LOSSES, check_options, fit_named, new_model
+from attnfit.cli.models import check_options, fit_named, new_model
+from attnfit.cli.options import (
+    ColumnOptions,
+    InferenceOptions,
+    ModelOptions,
+    OutputOptions,
+    ReadOptions,
+    ScaleOptions,
+    flat,
+)
 from attnfit.cli.output import check_paths, put, put_json, results
 from attnfit.cli.progress import FitProgress
 from attnfit.cli.report import FitReport, end_of_fit
-from attnfit.cli.rows import Reading, Rows, Scale, read_rows
+from attnfit.cli.rows import Rows, read_rows
+from attnfit.cli.validation import Scores, cross_validate, hold_out, measures, units_of
+
+# Lines of a summary about its standard errors.
+ERRORS = ("standard errors", "note: ")
+# Models whose target is shares or choices.
+SHARES = ("softmax", "rescaled")
 
 
 def command_for(model: str) -> Callable[..., None]:
     """Return the command that fits one kind of model: `fit` with ``model`` given."""
-
-    @wraps(fit)
-    def command(**options: Any) -> None:
-        fit(model=model, **options)
-
-    signature = inspect.signature(fit, eval_str=True)
-    options = [p for name, p in signature.parameters.items() if name != "model"]
-    command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
-    return command
+    return one_sentence(flat(fit, model=model))
 
 
-@one_sentence
 def fit(
     model: str,
     data: Annotated[
@@ -44,149 +48,169 @@ def fit(
             help="CSV, Excel, parquet, feather or Stata, also packed; - for stdin.", metavar="DATA"
         ),
     ],
-    target: Annotated[str, typer.Option(help="Column to explain: shares, choices, outcomes.")],
-    group: Annotated[
-        str | None, typer.Option(help="Column of the market, traveller or origin of a row.")
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            help="Columns to explain it with, separated by commas; by default the numeric ones left that do "
-            "not number rows."
-        ),
-    ] = None,
-    exclude: Annotated[
-        str | None, typer.Option(help="Columns to leave out of the default features, separated by commas.")
-    ] = None,
-    loss: Annotated[
-        str | None, typer.Option(help=f"For softmax: {', '.join(LOSSES)}.", show_default=LOSSES[0])
-    ] = None,
-    function: Annotated[
-        str | None,
-        typer.Option(
-            help=f"For exponential and rescaled: {', '.join(FUNCTIONS)}.", show_default=FUNCTIONS[0]
-        ),
-    ] = None,
-    weight: Annotated[str | None, typer.Option(help="Column of row weights.")] = None,
-    offset: Annotated[str | None, typer.Option(help="Column added to the linear predictor.")] = None,
-    outside_good: Annotated[
-        bool,
-        typer.Option(
-            "--outside-good", help="Add to each group a row of zeros with the share that is left to one."
-        ),
-    ] = False,
-    constant: Annotated[bool, typer.Option("--constant", help="Add a column of ones.")] = False,
-    counts: Annotated[
-        bool, typer.Option("--counts", help="The target counts choices: small whole numbers are no codes.")
-    ] = False,
-    missing: Annotated[
-        str, typer.Option(help="Rows with a missing value: drop (and say how many) or error.")
-    ] = "error",
-    decimal: Annotated[
-        str | None, typer.Option(help="Decimal mark of the file: . or , (by default as its entries show).")
-    ] = None,
-    separation: Annotated[
-        str,
-        typer.Option(
-            help="Where there is no finite minimum: warn, or drop the rows that say so and fit the rest."
-        ),
-    ] = "warn",
-    starts: Annotated[
-        int | None, typer.Option(min=1, help="Number of descents of a problem that is not convex.")
-    ] = None,
-    ridge: Annotated[float, typer.Option(help="Penalty 0.5 ridge |x|^2.")] = 0.0,
-    tol: Annotated[
-        float, typer.Option(help="Largest change of a fitted logit that the next step may make.")
-    ] = 1e-8,
-    max_iter: Annotated[int, typer.Option(help="Largest number of steps.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of the row samples on large data.")] = 0,
-    dask: Annotated[
-        str | None,
-        typer.Option(help="Fit on a Dask cluster: the address of its scheduler (tcp://...), or local."),
-    ] = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(help="Take no more memory than this, such as 1GB; parquet is read in pieces."),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Keep the state of the fit here; the same command goes on from it.")
-    ] = None,
-    afresh: Annotated[
-        bool, typer.Option("--afresh", help="Start anew although the checkpoint exists.")
-    ] = False,
-    save: Annotated[Path | None, typer.Option(help="Write the model here (.safetensors).")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the fit here (.png, .pdf, .svg).")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    columns: ColumnOptions,
+    reading: ReadOptions,
+    how: ModelOptions,
+    inference: InferenceOptions,
+    scale: ScaleOptions,
+    outputs: OutputOptions,
     debug: Debug = False,
 ) -> None:
     """Fit a model to the columns of a file and print its coefficients."""
-    if separation not in ("warn", "drop"):
-        raise InputError(f"--separation must be warn or drop, not {separation!r}")
-    given = {"loss": loss, "function": function, "group": group, "outside_good": outside_good or None}
-    check_options(model, given)
-    outputs = {"--save": save, "--plot": plot, "--json": json_path}
-    check_paths({"DATA": data}, outputs, {"--checkpoint": checkpoint})
-    if plot is not None:
-        from attnfit.cli.figure import check_plot
-
-        check_plot(plot)
-    roles = Roles(target, listed(features), group, weight, offset, listed(exclude) or ())
-    own = {key: value for key, value in given.items() if value is not None and key != "group"}
-    parameters: dict[str, Any] = own | {
-        "ridge": ridge,
-        "tol": tol,
-        "max_iter": max_iter,
-        "random_state": seed,
-    }
-    if starts is not None:
-        from attnfit.solvers import Newton
-
-        parameters["solver"] = Newton(n_starts=starts)
-    limits = {"checkpoint": checkpoint, "resume": not afresh, "memory_limit": memory_limit}
-    scale = Scale(dask, memory_limit)
-    with FitProgress(tol) as progress, ExitStack() as stack:
-        rows = read_rows(
-            data, roles, scale, Reading(decimal, missing), stack,
-            shares=model != "exponential" and not counts,
-            positive=model == "softmax" and loss in (None, "cross_entropy", "kl"),
-        )  # fmt: skip
-        if constant:
-            rows = rows.with_constant()
-        elif rows.here:
-            remark(rows, model, outside_good=outside_good)
-        if plot is not None and group is None and model != "exponential":
+    check(model, data, columns, how, inference, scale, outputs)
+    parameters = how.parameters(model)
+    parameters["covariance"] = inference.kind(columns.cluster is not None)
+    parameters["weight_type"] = inference.weight_type
+    with FitProgress(how.tol) as progress, ExitStack() as stack:
+        rows = read(model, data, columns, reading, how, scale, stack)
+        if outputs.plot is not None and columns.group is None and model in SHARES:
             rows.require_here()
+        held = None
+        if inference.holdout is not None:
+            rows, held, title = hold_out(rows, inference.holdout, how.seed)
+        scores: list[Scores] = []
+        if how.ridge == "auto":
+            progress.say("choosing the ridge")
+            parameters["ridge"], found = choose_ridge(parameters, rows, inference.cv or 5)
+            scores.append(found)
         progress.say("fitting")
         estimator = new_model(model, parameters)
         progress.watch(estimator)
-        fit_named(estimator, rows.X, rows.names, rows.inputs | limits)
+        fit_named(estimator, rows, scale.limits)
         end_of_fit(estimator.result_)
-        n_rows, n_groups = estimator.n_rows_, getattr(estimator, "n_groups_", 0)
-        shown = None if plot is None else rows.drawn(roles, n_rows, n_groups)
+        shown = None
+        if outputs.plot is not None:
+            roles = roles_of(columns)
+            shown = rows.drawn(roles, estimator.n_rows_, getattr(estimator, "n_groups_", 0))
+        if held is not None:
+            seen = measures(estimator, held.X, held.inputs)
+            scores.append(Scores(title, {name: [value] for name, value in seen.items()}))
+        if inference.cv is not None:
+            progress.say("cross-validating")
+            scores.append(
+                cross_validate(
+                    lambda: new_model(model, parameters), lambda one, some: fit_named(one, some, {}),
+                    rows, inference.cv,
+                )
+            )  # fmt: skip
         progress.say("standard errors and certificate")
-        report = make_report(estimator, model, target, rows.repeated, rest_of(estimator, separation))
-    report.show(results(save, json_path))
-    if save is not None:
+        rest = rest_of(estimator, how.separation)
+        named = {"group": columns.group, "cluster": columns.cluster}
+        report = make_report(
+            estimator, model, rows, rest, scores, inference.level, named, counts=columns.counts
+        )
+        if outputs.report is not None:
+            from attnfit.cli.handover import Handover
+
+            page = Handover.of(estimator, report, rows, data).written(outputs.report)
+    report.show(results(outputs.save, outputs.json_path, outputs.report))
+    if outputs.save is not None:
         from attnfit.estimators.files import dumps
 
-        put(save, dumps(estimator))
-    put_json(json_path, report.as_json())
-    if plot is not None and shown is not None:
+        put(outputs.save, dumps(estimator))
+    put_json(outputs.json_path, report.as_json())
+    if outputs.report is not None:
+        put(outputs.report, page)
+    if outputs.plot is not None and shown is not None:
         from attnfit.cli.figure import draw
 
-        draw(plot, estimator, *shown, report)
+        draw(outputs.plot, estimator, *shown, report)
     if report.result.status == "precision":
         # As good as float64 allows is not a failure, whatever the tolerance.
         note(report.message)
     elif not report.result.converged:
-        problem(f"{report.message}{offer(report.result, separation)}")
+        problem(f"{report.message}{offer(report.result, how.separation)}")
         raise typer.Exit(Exit.BAD_NEWS)
+
+
+def check(
+    model: str,
+    data: Path,
+    columns: ColumnOptions,
+    how: ModelOptions,
+    inference: InferenceOptions,
+    scale: ScaleOptions,
+    outputs: OutputOptions,
+) -> None:
+    """Raise InputError, before any work, for options that do not go together or cannot be written."""
+    check_options(model, how.own | {"group": columns.group})
+    check_paths({"DATA": data}, outputs.named, {"--checkpoint": scale.checkpoint})
+    if outputs.plot is not None:
+        from attnfit.cli.figure import check_plot
+
+        check_plot(outputs.plot)
+    if outputs.report is not None:
+        from attnfit.cli.handover import check_report
+
+        check_report(outputs.report)
+    inference.kind(columns.cluster is not None)
+    away = scale.dask is not None or scale.memory_limit is not None
+    once = {"--holdout": inference.holdout, "--cv": inference.cv, "--formula": columns.formula}
+    whole = next((option for option, value in once.items() if value is not None), None)
+    if away and whole is not None:
+        raise InputError(f"{whole} needs the rows in memory; leave out --dask and --memory-limit")
+    if columns.formula is not None:
+        from attnfit.cli.formula import check_formula
+
+        check_formula(columns)
+    elif columns.target is None:
+        raise InputError('Name the column to explain with --target, or give --formula "target ~ terms"')
+    elif columns.alternatives is not None:
+        raise InputError("--alternatives goes with --formula; leave it out")
+
+
+def roles_of(columns: ColumnOptions) -> Roles:
+    """Return which column plays which part in a fit without a formula."""
+    return Roles(
+        columns.target or "", listed(columns.features), columns.group, columns.weight, columns.offset,
+        listed(columns.exclude) or (), listed(columns.cluster) or (),
+    )  # fmt: skip
+
+
+def read(
+    model: str,
+    data: Path,
+    columns: ColumnOptions,
+    reading: ReadOptions,
+    how: ModelOptions,
+    scale: ScaleOptions,
+    stack: ExitStack,
+) -> Rows:
+    """Read the rows of the fit, by a formula or column by column."""
+    shares = model in SHARES and not columns.counts
+    if columns.formula is not None:
+        from attnfit.cli.formula import read_formula
+
+        constants = model not in SHARES or how.outside_good
+        return read_formula(data, columns, reading, shares=shares, constants=constants)
+    positive = model == "poisson" or (model == "softmax" and how.loss in (None, "cross_entropy", "kl"))
+    rows = read_rows(data, roles_of(columns), scale, reading, stack, shares=shares, positive=positive)
+    if columns.constant:
+        return rows.with_constant()
+    if rows.here:
+        remark(rows, model, outside_good=how.outside_good)
+    return rows
+
+
+def choose_ridge(parameters: dict[str, Any], rows: Rows, n_folds: int) -> tuple[float, Scores]:
+    """Return the ridge with the least log loss of folds, and the path."""
+    from attnfit.model_selection import SoftmaxRegressorCV
+
+    own = ("n_starts", "solver", "ties")
+    model = SoftmaxRegressorCV(
+        cv=n_folds, **{"loss": "cross_entropy", **{k: v for k, v in parameters.items() if k not in own}}
+    )
+    inputs = {name: of for name, of in rows.inputs.items() if of is not None}
+    model.fit(rows.X, **inputs)
+    k = int(np.argmax(model.ridges_ == model.ridge_))
+    title = f"Ridge {model.ridge_:.6g}, of {len(model.ridges_)} by {n_folds} folds of {units_of(rows).name}"
+    return model.ridge_, Scores(title, {"log loss": model.scores_[k].tolist()})
 
 
 def remark(rows: Rows, model: str, *, outside_good: bool) -> None:
     """Say what the columns leave open."""
     X = rows.X
-    if (model == "exponential" or outside_good) and not (X[0] == X).all(axis=0).any():
+    if (model not in SHARES or outside_good) and not (X[0] == X).all(axis=0).any():
         note("No feature is constant, so the model has no intercept; add --constant for one.")
     if model == "softmax" and "groups" not in rows.inputs:
         note("All rows form one group; if there are several, name the column of the market with --group.")
@@ -221,25 +245,63 @@ def offer(result: Any, separation: str) -> str:
 
 
 def make_report(
-    estimator: Any, model: str, target: str, repeated: Callable[[Sequence[Any]], int], rest: Any
+    estimator: Any,
+    model: str,
+    rows: Rows,
+    rest: Any,
+    scores: Sequence[Scores] = (),
+    level: float = 0.95,
+    named: Mapping[str, str | None] | None = None,
+    *,
+    counts: bool = False,
 ) -> FitReport:
-    """Collect what is said about a fitted estimator; where ``rest`` is given, of the fit of these rows."""
-    choice = f"loss {estimator.loss}" if model == "softmax" else f"function {estimator.function}"
+    """Collect what is said about a fitted estimator.
+
+    Parameters
+    ----------
+    estimator : fitted estimator
+    model : str
+    rows : Rows
+    rest : Result, optional
+        The fit of the rows that remain, where the others were dropped.
+    scores, level
+        See `FitReport`.
+    named : dict, optional
+        The columns of groups and clusters, by which the errors name their unit.
+    counts : bool
+        Whether the user has said that the target counts choices.
+    """
+    choices = {"loss": ("softmax",), "function": ("exponential", "rescaled")}
+    choice = "".join(f", {name} {getattr(estimator, name)}" for name, of in choices.items() if model in of)
     totals = getattr(estimator, "share_totals_", None)
     separation, n_rows = estimator.result_.separation, estimator.n_rows_
     separated = np.zeros(0, dtype=int) if separation is None else np.asarray(separation.rows)
     # Rows of zeros that the estimator adds stand after those of the data.
     outside = int((separated >= n_rows).sum())
+    summary = estimator.summary(level=level)
     return FitReport(
-        title=f"{model} regression of {target}, {choice}",
-        columns={key: list(values) for key, values in estimator.summary().columns().items()},
+        title=f"{model} regression of {rows.target}{choice}",
+        columns={key: list(values) for key, values in summary.columns().items()},
         result=estimator.result_ if rest is None else rest,
         certificate=estimator.certificate_ if rest is None else rest.certificate(),
         loss=estimator.loss_value_,
         n_rows=n_rows,
         n_groups=getattr(estimator, "n_groups_", 0),
         totals=totals,
-        n_repeated=repeated([label for label, _ in totals.above]) if totals and totals.n_above else 0,
+        n_repeated=rows.repeated([label for label, _ in totals.above]) if totals and totals.n_above else 0,
         vanishing=(len(separated) - outside, outside),
         dropped=rest is not None,
+        errors=tuple(_with_unit(line, named or {}) for line in summary.lines if line.startswith(ERRORS)),
+        statistics=estimator.__dict__.get("_statistics"),
+        scores=tuple(scores),
+        level=level,
+        counts=counts,
     )
+
+
+def _with_unit(line: str, named: Mapping[str, str | None]) -> str:
+    """Name the unit of the errors as the file does."""
+    for unit, column in named.items():
+        if column is not None:
+            line = line.replace(f"unit {unit},", f"unit {unit} ({column}),")
+    return line

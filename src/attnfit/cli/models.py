@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from attnfit.cli.columns import numbers
+from attnfit.cli.columns import numbers, require
 from attnfit.cli.errors import InputError, suggest
 from attnfit.cli.tables import Array, Table
 
@@ -16,8 +17,9 @@ LOSSES = ("cross_entropy", "squared", "kl", "linear_cross_entropy", "entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")
 # Options that only some models have.
 OPTIONS = {
-    "softmax": ("loss", "group", "outside_good"),
+    "softmax": ("loss", "group", "ties", "outside_good"),
     "exponential": ("function",),
+    "poisson": (),
     "rescaled": ("function", "group", "outside_good"),
 }
 # Name of the column of ones; no file has a column of this name by accident.
@@ -46,23 +48,35 @@ def new_model(model: str, parameters: dict[str, Any]) -> Any:
         return estimators.SoftmaxRegressor(**{"loss": "cross_entropy", **parameters})
     if model == "exponential":
         return estimators.ExponentialRegressor(**parameters)
+    if model == "poisson":
+        return estimators.PoissonRegressor(**parameters)
     return estimators.RescaledSoftmaxRegressor(**parameters)
 
 
-def fit_named(estimator: Any, X: Array, names: list[str], inputs: dict[str, Any]) -> None:
-    """Fit on an array whose columns have names, which the estimator keeps."""
+def fit_named(estimator: Any, rows: Any, limits: dict[str, Any]) -> None:
+    """Fit on rows whose columns have names, which the estimator keeps, and the formula with them."""
     from sklearn.exceptions import ConvergenceWarning
+
+    from attnfit.estimators.formula import keep
 
     with warnings.catch_warnings():
         # The report says it with the names of the columns.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "y sums to .* and the shares of one group to 1")
-        estimator.fit(X, **{name: value for name, value in inputs.items() if value is not None})
-    estimator.feature_names_in_ = np.array(names, dtype=object)
+        inputs = {name: value for name, value in rows.inputs.items() if value is not None}
+        estimator.fit(rows.X, **inputs, **limits)
+    estimator.feature_names_in_ = np.array(rows.names, dtype=object)
+    if rows.training is not None:
+        keep(estimator, rows.training, rows.formula)
 
 
 def predict_named(estimator: Any, X: Array, where: dict[str, Any]) -> Any:
-    """Predict from an array whose columns were picked by name: scikit-learn need not ask for names."""
+    """Predict from an array whose columns were picked by name, or made by the model's formula: scikit-learn
+    need not ask for names, nor the model for a data frame.
+    """
+    if isinstance(X, np.ndarray) and "_formula" in estimator.__dict__:
+        estimator = copy(estimator)
+        del estimator._formula
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "X does not have valid feature names")
         return estimator.predict(X, **where)
@@ -91,8 +105,63 @@ def read_model(path: Path) -> Any:
     return estimator
 
 
-def model_matrix(table: Table, estimator: Any) -> Array:
-    """Return the model's columns in its order, ones for the constant that the fit added."""
-    ones = np.ones(table.n_rows)
-    names = [str(name) for name in estimator.feature_names_in_]
-    return np.column_stack([ones if n == CONSTANT else numbers(table, n, "the model") for n in names])
+def text_columns(estimator: Any) -> list[str]:
+    """Return the columns of a model's formula that hold words."""
+    design = estimator.__dict__.get("_formula")
+    levels = {} if design is None else design.levels
+    return [name for name, known in levels.items() if any(isinstance(level, str) for level in known)]
+
+
+def column_of(estimator: Any, part: str) -> str | None:
+    """Return the column that the fit took for groups or alternatives by a formula."""
+    name = estimator.__dict__.get("_names_of", {}).get(part)
+    return None if name is None else str(name)
+
+
+def needed(table: Table, estimator: Any, offset: str | None) -> list[str]:
+    """Return the columns of the table that predictions are made of."""
+    design = estimator.__dict__.get("_formula")
+    own = map(str, estimator.feature_names_in_) if design is None else design.variables
+    names = [*own, *([] if offset is None else [offset])]
+    return [name for name in names if name in table.names]
+
+
+def model_matrix(table: Table, estimator: Any) -> Any:
+    """Return what the model predicts from: its columns in its order, ones for the constant that the fit
+    added; a data frame where it has a formula.
+    """
+    design = estimator.__dict__.get("_formula")
+    if design is None:
+        ones = np.ones(table.n_rows)
+        names = [str(name) for name in estimator.feature_names_in_]
+        return np.column_stack([ones if n == CONSTANT else numbers(table, n, "the model") for n in names])
+    import pandas as pd
+
+    columns: dict[str, Any] = {}
+    for name in design.variables:
+        require(table, name, "the model")
+        known = design.levels.get(name)
+        if name in table.labels:
+            values, places = table.labels[name], {str(level): level for level in known or ()}
+            bad = next((k for k, value in enumerate(values) if value not in places), None)
+            if bad is not None:
+                raise InputError(
+                    f"Column {name!r} has {values[bad]!r} in {table.where(bad)}, which the training data did "
+                    f"not have{suggest(values[bad], places, 'it had')}"
+                )
+            columns[name] = np.array([places[value] for value in values], dtype=object)
+            continue
+        columns[name] = numbers(table, name, "the model")
+        if known is not None:
+            _require_known(table, name, known, columns[name])
+            columns[name] = columns[name].astype(type(known[0]))
+    return pd.DataFrame(columns, index=range(table.n_rows))
+
+
+def _require_known(table: Table, name: str, known: Any, values: Array) -> None:
+    bad = np.flatnonzero(~np.isin(values, np.asarray(known, dtype=np.float64)))
+    if len(bad):
+        raise InputError(
+            f"Column {name!r} has {values[bad[0]]:g} in {table.where(bad[0])}, which the training data did "
+            f"not have; it had: {', '.join(f'{level:g}' for level in known[:12])}"
+        )

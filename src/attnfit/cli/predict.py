@@ -14,7 +14,7 @@ import typer
 from attnfit.cli import columns
 from attnfit.cli.console import note
 from attnfit.cli.errors import Debug, InputError, one_sentence
-from attnfit.cli.models import model_matrix, predict_named, read_model
+from attnfit.cli.models import column_of, model_matrix, needed, predict_named, read_model, text_columns
 from attnfit.cli.output import STREAM, check_paths, put
 from attnfit.cli.sources import is_parquet
 from attnfit.cli.tables import Array, Table, read_table
@@ -57,16 +57,19 @@ def predict(
     estimator = read_model(model)
     if group is not None and not hasattr(estimator, "n_groups_"):
         raise InputError(f"{model} is an exponential model, which has no groups; leave --group out")
+    group = column_of(estimator, "groups") if group is None else group
     if group is None and getattr(estimator, "n_groups_", 1) > 1:
         raise InputError(
             f"{model} was fitted on {estimator.n_groups_:,} groups; name their column with --group"
         )
-    table = read_table(data, () if group is None else (group,), decimal)
+    labelled = [] if group is None else [group]
+    words = text_columns(estimator)
+    table = read_table(data, [*labelled, *words], decimal)
     if is_parquet(output) and table.frame is None:
         raise InputError(f"--output: {data} is text, so its copy is too; give a name that ends in .csv")
     if PREDICTED in table.names:
         raise InputError(f"{data} already has a column {PREDICTED!r}; rename it")
-    kept = columns.complete_rows(table, needed(table, estimator, offset), group, missing)
+    kept = columns.complete_rows(table, needed(table, estimator, offset), [*labelled, *words], missing)
     table = table if kept is None else table.rows(kept)
     where: dict[str, Any] = {}
     if group is not None:
@@ -74,7 +77,7 @@ def predict(
     if offset is not None:
         where["offset"] = columns.numbers(table, offset, "--offset")
     X = model_matrix(table, estimator)
-    table.tell([*map(str, estimator.feature_names_in_), *([] if offset is None else [offset])])
+    table.tell(needed(table, estimator, offset))
     predicted = predict_named(estimator, X, where)
     if is_parquet(output):
         put(output, rendered(with_prediction(table, predicted).write_parquet))
@@ -83,12 +86,6 @@ def predict(
         put(output, gzip.compress(text.encode(), mtime=0) if output.suffix.lower() == ".gz" else text)
     if output != STREAM:
         note(f"{len(predicted):,} rows with a column {PREDICTED!r} written to {output}.")
-
-
-def needed(table: Table, estimator: Any, offset: str | None) -> list[str]:
-    """Return the columns of numbers that predictions are made of."""
-    names = [*map(str, estimator.feature_names_in_), *([] if offset is None else [offset])]
-    return [name for name in names if name in table.numbers]
 
 
 def as_csv(table: Table, predicted: Array, kept: Any = None) -> str:

@@ -22,14 +22,15 @@ HEADERS = {
     "standard_error": "std. error",
     "z": "z",
     "t": "t",
-    "lower": "95 % from",
+    "p_value": "p",
+    "lower": "from",
     "upper": "to",
 }
 # Trailing zeros are kept: digits that line up are easier to compare.
 FORMATS = {"coefficient": "#.6g", "standard_error": "#.4g", "lower": "#.5g", "upper": "#.5g"}
 FORMATS |= {"z": ".2f", "t": ".2f"}
 # A narrow terminal loses whole columns rather than digits of a number; these together, in this order.
-DISPENSABLE = (("lower", "upper"), ("z", "t"), ("standard_error",))
+DISPENSABLE = (("lower", "upper"), ("z", "t"), ("p_value",), ("standard_error",))
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,15 @@ class FitReport:
         Rows of the data whose outputs go to zero, and groups in which that of the outside good does.
     dropped : bool
         Whether they were left out.
+    errors : tuple of str
+        Which kind of standard errors is shown and why, and what to know of them.
+    statistics : FitStatistics, optional
+    scores : tuple of Scores
+        Of rows that were not fitted.
+    level : float
+        Cover of the intervals.
+    counts : bool
+        Whether the target counts choices, so that its totals say nothing.
     """
 
     title: str
@@ -69,6 +79,11 @@ class FitReport:
     n_repeated: int = 0
     vanishing: tuple[int, int] = (0, 0)
     dropped: bool = False
+    errors: tuple[str, ...] = ()
+    statistics: Any = None
+    scores: tuple[Any, ...] = ()
+    level: float = 0.95
+    counts: bool = False
 
     @property
     def n_dropped(self) -> int:
@@ -158,6 +173,8 @@ class FitReport:
                 "add --outside-good if the rest went elsewhere",
             ),
         ):
+            if self.counts:
+                continue
             if n and self.n_groups == 1:
                 remarks.append(f"The target sums to {kind} ({examples[0][1]:.6g}); {remedy}")
             elif n:
@@ -188,8 +205,13 @@ class FitReport:
     def show(self, console: Literal) -> None:
         """Print the report."""
         console.say(self.title, "bold")
-        print_whole(console, _fitting(self.columns, console))
-        for line in ["; ".join(self.facts()), *self.remarks()]:
+        print_whole(console, _fitting(self.columns, console, self.level))
+        lines = ["; ".join(self.facts()), *self.errors]
+        if self.statistics is not None:
+            value = self.statistics.log_likelihood
+            before = "" if value is None else f"log likelihood {value:.10g}, "
+            lines += [before + line for line in self.statistics.describe()]
+        for line in [*lines, *(found.sentence() for found in self.scores), *self.remarks()]:
             console.say(line)
 
     def as_json(self) -> dict[str, Any]:
@@ -224,6 +246,10 @@ class FitReport:
                 "coefficient_radius": certificate.coefficient_radius.tolist(),
                 "reason": certificate.reason,
             },
+            "standard_errors": list(self.errors),
+            "level": self.level,
+            "statistics": {} if self.statistics is None else self.statistics.values(),
+            "scores": [{"title": found.title, "values": found.values} for found in self.scores],
         }
 
 
@@ -254,23 +280,24 @@ def print_whole(console: Console, table: Table) -> None:
     console.width = width
 
 
-def _fitting(columns: dict[str, list[Any]], console: Console) -> Table:
+def _fitting(columns: dict[str, list[Any]], console: Console, level: float) -> Table:
     """Return the coefficient table with as many columns as the terminal holds."""
     shown = {name: values for name, values in columns.items() if name in HEADERS}
-    table = _coefficients(shown)
+    table = _coefficients(shown, level)
     for names in DISPENSABLE:
         if width_of(console, table) <= console.width:
             break
         for name in names:
             shown.pop(name, None)
-        table = _coefficients(shown)
+        table = _coefficients(shown, level)
     return table
 
 
-def _coefficients(columns: dict[str, list[Any]]) -> Table:
+def _coefficients(columns: dict[str, list[Any]], level: float) -> Table:
     table = Grid(padding=(0, 1, 0, 0))
+    heads = HEADERS | {"lower": f"{100 * level:g} % from"}
     for k, name in enumerate(columns):
-        table.add_column(HEADERS[name], justify="right" if k else "left", no_wrap=True)
+        table.add_column(heads[name], justify="right" if k else "left", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*(_cell(name, value) for name, value in zip(columns, row, strict=True)))
     return table
@@ -281,6 +308,8 @@ def _cell(column: str, value: Any) -> str:
         return str(value)
     if not math.isfinite(value):
         return "-"
+    if column == "p_value":
+        return "<.0001" if value < 1e-4 else f"{value:.4f}"
     # Of data without noise: two decimals of a huge number say nothing.
     shape = "#.4g" if column in ("z", "t") and abs(value) >= 1e6 else FORMATS[column]
     return format(value, shape)

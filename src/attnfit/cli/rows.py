@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from attnfit.cli.columns import Roles
 from attnfit.cli.console import note
 from attnfit.cli.errors import InputError, suggest
 from attnfit.cli.models import CONSTANT
+from attnfit.cli.options import ReadOptions, ScaleOptions
 from attnfit.cli.output import STREAM, require_input
 from attnfit.cli.sources import is_parquet
 from attnfit.cli.suspects import refuse_codes
@@ -25,30 +27,6 @@ from attnfit.cli.tables import MISSING, Table, read_table
 SEEN, MOST = 1_000_000, 5_000_000
 # Rows that a picture shows of data that are not in memory.
 SHOWN = 20_000
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How a large fit is run; all None for an ordinary one.
-
-    Attributes
-    ----------
-    dask : str
-        Address of a Dask scheduler, or "local" for workers on this machine.
-    memory_limit : str
-        Such as "1GB": parquet is read from disk in pieces.
-    """
-
-    dask: str | None = None
-    memory_limit: str | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a file is read: the decimal mark, and what becomes of rows with a missing value."""
-
-    decimal: str | None = None
-    missing: str = "error"
 
 
 @dataclass
@@ -68,6 +46,10 @@ class Rows:
         Whether they are in memory.
     some : callable, optional
         Where they are not, returns the rows of some groups, or so many, as a table.
+    training : Training, optional
+        What a formula made of them.
+    target, formula : str
+        What is explained, and by which formula.
     """
 
     X: Any
@@ -76,6 +58,9 @@ class Rows:
     repeated: Callable[[Sequence[Any]], int]
     here: bool = field(default=False)
     some: Callable[[Any], Any] | None = None
+    training: Any = None
+    target: str = ""
+    formula: str = ""
 
     def with_constant(self) -> Rows:
         """Return the rows with a column of ones in front."""
@@ -122,8 +107,8 @@ class Rows:
 def read_rows(
     data: Path,
     roles: Roles,
-    scale: Scale,
-    reading: Reading,
+    scale: ScaleOptions,
+    reading: ReadOptions,
     stack: ExitStack,
     *,
     shares: bool,
@@ -152,6 +137,8 @@ def read_rows(
     stored = data != STREAM and (data.is_dir() or is_parquet(data))
     away = scale.dask is not None or (scale.memory_limit is not None and stored)
     columns.check_missing(reading.missing)
+    if away and len(roles.clusters) > 1:
+        raise InputError("--cluster takes one column where the data stay on disk or on workers")
     if scale.dask is not None:
         if data == STREAM:
             raise InputError("--dask needs a file that all workers can read, not standard input")
@@ -174,28 +161,32 @@ def read_rows(
     return rows
 
 
-def _in_memory(data: Path, roles: Roles, reading: Reading, *, shares: bool, positive: bool) -> Rows:
-    table = read_table(data, () if roles.group is None else (roles.group,), reading.decimal)
+def _in_memory(data: Path, roles: Roles, reading: ReadOptions, *, shares: bool, positive: bool) -> Rows:
+    table = read_table(data, roles.labelled, reading.decimal)
     # The target first: a slip there should not read as a complaint about some feature.
     for name, option in roles.taken.items():
         columns.require(table, name, option)
     if roles.target in table.text:
         columns.numbers(table, roles.target, "--target")
     names = columns.features_of(table, roles)
-    used = [*(name for name in roles.taken if name != roles.group), *names]
-    table = columns.without_missing(table, used, roles.group, reading.missing)
+    used = [*(name for name in roles.taken if name not in roles.labelled), *names]
+    table = columns.without_missing(table, used, roles.labelled, reading.missing)
     table.tell(used)
     inputs: dict[str, Any] = {"y": columns.numbers(table, roles.target, "--target", non_negative=positive)}
     if shares:
         refuse_codes(inputs["y"], roles.target, table.names)
     if roles.group is not None:
         inputs["groups"] = columns.labels(table, roles.group)
+    if roles.clusters:
+        labels = [columns.labels(table, name, "--cluster") for name in roles.clusters]
+        inputs["clusters"] = labels[0] if len(labels) == 1 else np.column_stack(labels)
     if roles.weight is not None:
         inputs["sample_weight"] = columns.numbers(table, roles.weight, "--weight", non_negative=True)
     if roles.offset is not None:
         inputs["offset"] = columns.numbers(table, roles.offset, "--offset")
     X = columns.matrix(table, names)
-    return Rows(X, inputs, names, lambda labels: _repeated_here(X, inputs, table, labels), here=True)
+    repeated = partial(_repeated_here, X, inputs, table)
+    return Rows(X, inputs, names, repeated, here=True, target=roles.target)
 
 
 def _repeated_here(X: Any, inputs: dict[str, Any], table: Table, labels: Sequence[Any]) -> int:
@@ -249,6 +240,9 @@ def _on_disk(data: Path, roles: Roles, *, drop: bool) -> Rows:
         return frame.dropna() if drop else frame
 
     inputs = {argument: final(name) for argument, name in _arguments(roles).items() if name is not None}
+    if roles.clusters:
+        # Labels are needed all at once, and are small beside the features.
+        inputs["clusters"] = np.asarray(inputs["clusters"].read(0, int(inputs["y"].shape[0])))
 
     def repeated(labels: Sequence[Any]) -> int:
         if roles.group is None and dataset.count_rows() > MOST:
@@ -260,7 +254,7 @@ def _on_disk(data: Path, roles: Roles, *, drop: bool) -> Rows:
         table = dataset.to_table(columns=whole, filter=chosen)
         return int(table.num_rows - table.group_by(whole).aggregate([]).num_rows)
 
-    return Rows(final(names), inputs, names, repeated, some=some)
+    return Rows(final(names), inputs, names, repeated, some=some, target=roles.target)
 
 
 def _complete(paths: Sequence[str], data: Path, used: list[str], group: str | None) -> Any:
@@ -353,7 +347,7 @@ def _in_dask(data: Path, roles: Roles, parquet: bool, *, drop: bool) -> Rows:
         rows = frame[frame[roles.group].isin([_plain(label) for label in labels])]
         return int(rows[[*seen, roles.group]].compute().duplicated().sum())
 
-    return Rows(frame[names], inputs, names, repeated, some=some)
+    return Rows(frame[names], inputs, names, repeated, some=some, target=roles.target)
 
 
 def _without_missing(frame: Any, data: Path) -> Any:
@@ -372,6 +366,7 @@ def _arguments(roles: Roles) -> dict[str, str | None]:
         "groups": roles.group,
         "sample_weight": roles.weight,
         "offset": roles.offset,
+        "clusters": roles.clusters[0] if roles.clusters else None,
     }
 
 
@@ -413,7 +408,7 @@ def _names(
         if name not in known:
             hint = suggest(name, known, "its columns are")
             raise InputError(f"{data} has no column {name!r}, which {option} needs{hint}")
-        if option != "--group":
+        if option not in ("--group", "--cluster"):
             _require_numbers(data, name, numeric)
     for name in roles.features or ():
         if name in known:

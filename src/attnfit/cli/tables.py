@@ -16,7 +16,7 @@ from attnfit.cli.errors import InputError
 from attnfit.cli.sources import Source, open_source, with_encoding
 from attnfit.cli.spelling import MISSING, WORDS, Spelled, is_spelled, read_spelled
 
-__all__ = ["MISSING", "Array", "Table", "read_table"]
+__all__ = ["MISSING", "Array", "Table", "read_table", "with_text"]
 
 Array = NDArray[np.float64]
 
@@ -123,6 +123,26 @@ def read_table(path: Path, as_text: Collection[str] = (), decimal: str | None = 
     if not table.n_rows:
         raise InputError(f"{path} has a header but no rows; give a file with data")
     return table
+
+
+def with_text(table: Table, names: Collection[str]) -> Table:
+    """Return the table with more columns as they are written."""
+    if not names:
+        return table
+    assert table.source is not None
+    if table.frame is not None:
+        found = {name: _as_cells(table.frame[name]) for name in names}
+    else:
+        with table.source.rows() as (reader, _):
+            next(reader)
+            cells = zip(*(row for row in reader if row), strict=True)
+            found = {
+                name: [cell.strip() for cell in column]
+                for name, column in zip(table.names, cells, strict=True)
+                if name in names
+            }
+    labels = {name: np.array(cells, dtype=object) for name, cells in found.items()}
+    return replace(table, labels=table.labels | labels)
 
 
 def _read_text(source: Source, as_text: Collection[str], decimal: str | None) -> Table:

@@ -265,17 +265,34 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
     # ---- computed when asked for
     # ------------------------------------------------------------------------------
 
-    @cached_property
-    def r2_(self) -> float:
-        """Coefficient of determination on the training rows; NaN where they are not in memory."""
-        problem = self._training_problem("r2_")
+    def training_fit(self) -> tuple[Array, Array, Array | None]:
+        """Return target, fitted values and weights of the training rows, each of shape (n,); the weights are
+        None where all are one.
+
+        Raises
+        ------
+        AttributeError
+            If the model has no training data any more, or they are not in memory.
+        """
+        problem = self._training_problem("training_fit")
         if self._training is None:
-            return float("nan")
+            raise AttributeError(
+                "training_fit needs the training rows in memory; use predict on some of them"
+            )
         y, weights, counts = self._training
         fitted = problem.predict(self._point)[: len(y)]
         if counts is not None:
             # The problem gives the sum over the copies of a row.
             fitted, weights = fitted / counts, counts
+        return y, fitted, weights
+
+    @cached_property
+    def r2_(self) -> float:
+        """Coefficient of determination on the training rows; NaN where they are not in memory."""
+        self._training_problem("r2_")
+        if self._training is None:
+            return float("nan")
+        y, fitted, weights = self.training_fit()
         return float(r2_score(y, fitted, sample_weight=weights)) if len(y) > 1 else float("nan")
 
     @cached_property

@@ -40,14 +40,41 @@ def require_safe(formula: str, columns: Iterable[str]) -> None:
     for bad in "{}[]`\\;@%^|&!<>\n\r":
         if bad in (formula if bad == "\\" else outside_strings):
             raise _refused(bad)
-    # An interaction is a product as far as the syntax goes.
-    pieces = re.split(r"('[^'\\]*'|\"[^\"\\]*\")", formula)
-    text = "".join(piece if k % 2 else piece.replace(":", "*") for k, piece in enumerate(pieces))
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        tree = ast.parse(_as_expression(formula), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the formula cannot be read: {error}") from None
     _check(tree.body, frozenset(columns))
+
+
+def names_in(formula: str) -> list[str]:
+    """Return the names that a right-hand side looks up as columns, in order, without evaluating it.
+
+    Raises
+    ------
+    ValueError
+        If it is not written as formulas are.
+
+    Examples
+    --------
+    >>> names_in("cost + log(time):C(mode, contr.treatment('car'))")
+    ['cost', 'time', 'mode']
+    """
+    try:
+        tree = ast.parse(_as_expression(formula), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the formula cannot be read: {error}") from None
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    roots = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called | roots]
+    found.sort(key=lambda node: (node.lineno, node.col_offset))
+    return list(dict.fromkeys(node.id for node in found))
+
+
+def _as_expression(formula: str) -> str:
+    # An interaction is a product as far as the syntax goes.
+    pieces = re.split(r"('[^'\\]*'|\"[^\"\\]*\")", formula)
+    return "".join(p if k % 2 else p.replace(":", "*") for k, p in enumerate(pieces)).strip()
 
 
 def _check(node: ast.AST, columns: frozenset[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnfit.plots.canvas import COLOURS, GREY, new_axes
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from attnfit.solvers.result import Record
 
 
-def convergence(history: Sequence[Record], tol: float | None = None, ax: Axes | None = None) -> Figure:
+def convergence(history: Sequence[Record] | Any, tol: float | None = None, ax: Axes | None = None) -> Figure:
     """Plot the relative gradient against the reads of the data.
 
     Parameters
     ----------
-    history : sequence of Record
+    history : sequence of Record, Result or fitted model
         ``result.history``.
     tol : float, optional
         Mark this relative gradient.
@@ -30,6 +30,8 @@ def convergence(history: Sequence[Record], tol: float | None = None, ax: Axes | 
     -------
     matplotlib.figure.Figure
     """
+    history = getattr(history, "result_", history)
+    history = getattr(history, "history", history)
     ax = new_axes(ax)
     phases = list(dict.fromkeys(record.phase for record in history))
     for k, phase in enumerate(phases):

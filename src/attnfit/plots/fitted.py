@@ -18,7 +18,7 @@ MOST_POINTS = 5_000
 WIDE = 1.5
 
 
-def fitted_versus_observed(y: Any, fitted: Any, weights: Any = None, ax: Axes | None = None) -> Figure:
+def fitted_versus_observed(y: Any, fitted: Any = None, weights: Any = None, ax: Axes | None = None) -> Figure:
     """Plot fitted against observed values with the diagonal.
 
     Both axes are logarithmic where the values span several decades; zeros are then drawn at the edge. One-hot
@@ -26,8 +26,8 @@ def fitted_versus_observed(y: Any, fitted: Any, weights: Any = None, ax: Axes | 
 
     Parameters
     ----------
-    y : array_like, shape (n,)
-        Observed values.
+    y : array_like, shape (n,), or fitted model
+        Observed values; of a model those that it was fitted to, as long as it has them.
     fitted : array_like, shape (n,)
         Fitted values, from ``estimator.predict`` or ``problem.predict(result.x)``.
     weights : array_like, shape (n,), optional
@@ -39,6 +39,9 @@ def fitted_versus_observed(y: Any, fitted: Any, weights: Any = None, ax: Axes | 
     -------
     matplotlib.figure.Figure
     """
+    if hasattr(y, "coef_"):
+        y, fitted, of_rows = y.training_fit()
+        weights = of_rows if weights is None else weights
     y, fitted = np.asarray(y, dtype=np.float64), np.asarray(fitted, dtype=np.float64)
     weights = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=np.float64)
     ax = new_axes(ax)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,25 @@ class Result:
     decrement: float = float("nan")
     n_flat: int | None = None
     separation: Separation | None = None
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "status": f"{self.status}: {self.message}",
+            "value": f"{self.value:.10g}",
+            "x": f"shape {self.x.shape}, {np.array2string(self.x, precision=6, threshold=8, edgeitems=3)}",
+            "relative gradient": f"{self.gradient_norm:.2e}",
+            "largest change by another step": f"{self.move:.2e}",
+            "steps, reads of the data": f"{self.n_iter}, {self.n_passes:.2f}",
+            "seconds": f"{self.seconds:.3g}",
+            "solver": self.solver,
+        }
+        if self.local_values:
+            facts["local minima"] = ", ".join(f"{v:.8g} ({name})" for name, v in self.local_values.items())
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(told)}</td></tr>"
+            for name, told in facts.items()
+        )
+        return f"<table>{rows}</table>"
 
     def certificate(self, rigorous: bool = False) -> Certificate:
         """Return the Newton-Kantorovich certificate at x: a radius within which the exact stationary point
