@@ -151,10 +151,11 @@ def minimize_many(
     array([-0.0151, -0.0143, -0.0149])
     """
     started = time.perf_counter()
-    if not isinstance(problem, RowProblem) or not problem.rows.is_whole:
+    over_rows = getattr(problem, "rows_can_be_left_out", False)
+    if not over_rows or not problem.rows.is_whole:
         raise TypeError(
             f"minimize_many takes a problem over rows in one place, not {type(problem).__name__}"
-            + ("" if not isinstance(problem, RowProblem) else " on Dask; compute() the columns first")
+            + (" on Dask; compute() the columns first" if over_rows else "")
         )
     if problem.penalty is not None:
         raise ValueError("row_penalty belongs to no unit; leave it out, or use ridge")
