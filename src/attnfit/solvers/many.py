@@ -148,7 +148,7 @@ def minimize_many(
     >>> many.x.shape, bool(many.converged.all())
     ((100, 6), True)
     >>> minimize_many(problem, ridge=[0.1, 1.0, 10.0]).x[:, 3].round(4)
-    array([-0.0151, -0.0143, -0.0149])
+    array([-0.0152, -0.0134, -0.0094])
     """
     started = time.perf_counter()
     over_rows = getattr(problem, "rows_can_be_left_out", False)
