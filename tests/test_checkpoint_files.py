@@ -179,6 +179,7 @@ def test_an_answer_is_not_lost_to_a_full_disk(path, monkeypatch):
 
 LIMITED = """
 import os, resource, sys
+sys.dont_write_bytecode = True
 from attnfit.solvers import checkpoint
 from benchmarks import faults
 checkpoint.PAUSE = 0.0

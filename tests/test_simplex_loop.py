@@ -37,10 +37,11 @@ def test_answers_are_optimal(seed, shape):
 def test_answers_are_those_of_nnls_with_a_heavy_sum():
     A, B, G, c = quadratics(7)
     f, _ = over_simplex(G[None], c, np.full(40, 1e-14), 1000)
-    heavy = 1e5
+    # The weight h of the sum leaves an error of 1 / h^2, and h^2 of the rounding.
+    heavy = 1e4
     stacked = np.vstack([A, np.full((1, 12), heavy)])
     for b, found in zip(B, f, strict=True):
-        assert np.allclose(found, nnls(stacked, np.append(b, heavy))[0], atol=1e-7)
+        assert np.allclose(found, nnls(stacked, np.append(b, heavy))[0], atol=1e-6)
 
 
 def test_a_quadratic_of_its_own_for_each():
