@@ -20,6 +20,7 @@ PACKAGES = (
     "scipy",
     "scikit-learn",
     "glum",
+    "pyfixest",
     "tabmat",
     "statsmodels",
     "xlogit",

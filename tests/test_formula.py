@@ -277,8 +277,6 @@ def test_refusals():
     ):
         with pytest.raises(error, match=told):
             from_formula(formula, table)
-    with pytest.raises(ValueError, match="absorb is not supported"):
-        from_formula("choice ~ gc", absorb="mode")
     never = data.assign(mode=data["mode"].where(data["mode"] != "bus", "coach"))
     never["choice"] = never.choice * (never["mode"] != "coach")
     with pytest.warns(Warning, match="separa"):

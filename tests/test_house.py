@@ -14,6 +14,7 @@ ROOMS = [
     {"version", "segments", "writing"},
     {"losses", "data"},
     {"objectives"},
+    {"effects"},
     {"problems"},
     {"solvers"},
     {"certificates"},

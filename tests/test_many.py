@@ -273,7 +273,7 @@ def test_what_cannot_be_fitted_together():
         minimize_many(built("squared", A, u, row_penalty=1.0), ridge=[1.0])
     with pytest.raises(TypeError, match="not TwoLayer"):
         minimize_many(problems.TwoLayer(A[:5], np.eye(5), np.zeros(5)), ridge=[1.0])
-    with pytest.raises(TypeError, match="not Attention$"):
+    with pytest.raises(TypeError, match=r"not Attention$"):
         minimize_many(problems.Attention(A[:6], A[:5], np.full((6, 5), 0.2)), ridge=[1.0])
     b = u / np.bincount(IDS, weights=u)[IDS]
     lazy = problems.Softmax(da.from_array(A, chunks=(80, D)), da.from_array(b, chunks=80), IDS)

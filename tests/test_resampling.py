@@ -171,3 +171,13 @@ def test_outside_goods_and_labels_in_any_order():
     first = plain.bootstrap(5, clusters=labels, random_state=4)
     second = mixed.bootstrap(5, clusters=labels.iloc[order], random_state=4)
     assert np.allclose(first.coefs, second.coefs, atol=1e-6)
+
+
+def test_absorbed_effects_are_refused():
+    rng = np.random.default_rng(0)
+    x, origin, other = rng.standard_normal((400, 1)), rng.integers(0, 20, 400), rng.integers(0, 10, 400)
+    y = rng.poisson(np.exp(0.3 * x[:, 0] + 0.1 * origin))
+    model = PoissonRegressor().fit(x, y, absorb=[origin, other])
+    for draw in (lambda: model.bootstrap(3), model.jackknife):
+        with pytest.raises(ValueError, match="absorbed effects have effects of their own"):
+            draw()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, overload
 
+from attnfit.effects import AbsorbedProblem
+from attnfit.effects.doors import Exponential, Poisson, Softmax
 from attnfit.losses.elementwise import FunctionName
 from attnfit.objectives.attention import Attention as _FullRank
 from attnfit.objectives.attention import AttentionLoss
@@ -11,10 +13,11 @@ from attnfit.objectives.full_attention import FullAttention
 from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layers import ReluSoftmax, ThreeLayer, TwoLayer
 from attnfit.objectives.low_rank import LowRankAttention
-from attnfit.objectives.models import Exponential, Poisson, Rescaled, Softmax
+from attnfit.objectives.models import Rescaled
 from attnfit.objectives.rows import RowProblem
 
 __all__ = [
+    "AbsorbedProblem",
     "Attention",
     "Exponential",
     "FullAttention",

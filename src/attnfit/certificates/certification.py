@@ -20,7 +20,7 @@ from attnfit.objectives.attention import Attention
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.moves import counting_rows
-from attnfit.objectives.objective import Evaluation
+from attnfit.objectives.objective import Evaluation, Offer
 from attnfit.objectives.part import Part
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.units import centred
@@ -75,6 +75,11 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
 
 
 def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
+    if Offer.ABSORBED in problem.offers:
+        return refused(
+            "none is known where effects are absorbed; where they are few, pass them as dummies in sparse "
+            "columns"
+        )
     if rigorous and (isinstance(problem, Attention) or not isinstance(problem, RowProblem)):
         return refused(
             f"no rigorous certificate is known for {type(problem).__name__}; call certificate() without "

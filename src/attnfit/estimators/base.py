@@ -256,10 +256,12 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         self.result_ = result
         self.coef_ = result.x
         self._limit = None if result.separation is None else result.separation.point
+        if result.absorbed is not None and not np.isfinite(result.x).all():
+            self._limit = result.absorbed.at.x
         # The first evaluation may be the last; scikit-learn counts it as an iteration.
         self.n_iter_ = max(1, result.n_iter)
         self.n_rows_ = problem.n_rows if training is None else len(training[0])
-        self.loss_value_ = loss_without_penalties(problem, result.x, result.value)
+        self.loss_value_ = loss_without_penalties(problem, self._point, result.value)
         self._training = training
 
     # ---- computed when asked for
@@ -281,6 +283,9 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
             )
         y, weights, counts = self._training
         fitted = problem.predict(self._point)[: len(y)]
+        if weights is not None and not np.isfinite(fitted).all():
+            # Rows of weight zero whose effects nothing tells.
+            fitted = np.where(weights > 0.0, fitted, y)
         if counts is not None:
             # The problem gives the sum over the copies of a row.
             fitted, weights = fitted / counts, counts
@@ -338,10 +343,13 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         Raises
         ------
         ValueError
-            If a parameter has no form in JSON (a solver of one's own, a generator as random_state).
+            If a parameter has no form in JSON (a solver of one's own, a generator as random_state), or the
+            model has absorbed effects.
         """
         from attnfit.estimators.files import save
 
+        if getattr(self, "result_", None) is not None and self.result_.effects is not None:
+            raise ValueError("model files do not hold absorbed effects; pickle the model, or save coef_")
         save(self, path)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -350,5 +358,5 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         for name in ("_training", "_fitted", "_data", "_index"):
             state.pop(name, None)
         if "result_" in state:
-            state["result_"] = replace(state["result_"], problem=None, separation=None)
+            state["result_"] = replace(state["result_"], problem=None, separation=None, absorbed=None)
         return state

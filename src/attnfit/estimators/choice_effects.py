@@ -17,7 +17,7 @@ from attnfit.estimators.variables import covariance_for, variable_of
 from attnfit.inference import Fitted
 from attnfit.inference.effects import Effects, ScenarioComparison, effects_of, ratio_of
 from attnfit.inference.scenario import MAX_PAIRS, LogSums, Scenario, library_and_index
-from attnfit.problems import Softmax
+from attnfit.objectives.models import Softmax
 
 Array = NDArray[np.float64]
 
@@ -344,6 +344,7 @@ class ChoiceEffectsMixin:
     def _look(self, options: dict[str, Any]) -> tuple[Scenario, dict[str, Any]]:
         """Return the choice sets asked for, and the options that are left."""
         check_is_fitted(self)
+        self._require_no_effects("this effect")  # type: ignore[attr-defined]
         options = dict(options)
         data = {name: options.pop(name, None) for name in ("X", "groups", "offset", "weights")}
         unknown = set(options) - {"kind", "clusters", "correction", "df", "level"}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import d2_tweedie_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
+from attnfit.estimators.absorbing import AbsorbingMixin
 from attnfit.estimators.base import BaseRegressor, Limits, with_callbacks, with_options
 from attnfit.estimators.formula import OutcomeFormulaMixin
 from attnfit.estimators.outcome_effects import OutcomeEffectsMixin
@@ -24,12 +25,12 @@ from attnfit.estimators.reading import (
     read_weights,
 )
 from attnfit.losses.elementwise import FUNCTIONS, FunctionName
-from attnfit.problems import Exponential, Poisson
+from attnfit.objectives.models import Exponential, Poisson
 
 Array = NDArray[np.float64]
 
 
-class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
+class OutcomeRegressor(AbsorbingMixin, OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
     """A regression of outcomes without a normaliser on ``u(X coef + offset)``: fit and prediction."""
 
     row_penalty: Any
@@ -43,6 +44,7 @@ class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
         sample_weight: Any = None,
         offset: Any = None,
         *,
+        absorb: Any = None,
         clusters: Any = None,
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = True,
@@ -58,6 +60,10 @@ class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
             A weight w is the same as the row w times.
         offset : array_like, shape (n,), optional
             Added to ``X coef``.
+        absorb : list, optional
+            Labels of sets of fixed effects, which are fitted without a column each: names of columns of the
+            data frame X, which are then no features, or arrays of shape (n,); a tuple is one set, of
+            combinations. By default those of the constructor. See `attnfit.problems.Poisson`.
         clusters : array_like, shape (n,) or (n, 2), optional
             Labels of what was drawn independently, one set or two; or the name of a column of X, which is
             then no feature. They enter the standard errors only.
@@ -75,6 +81,8 @@ class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
             On input that is not finite, of the wrong shape or sign; the message names argument and index.
         OverflowError
             If the loss exceeds float64 at the start.
+        NotImplementedError
+            For ``absorb`` with data on Dask, a row penalty, a checkpoint or a memory limit.
 
         Notes
         -----
@@ -82,6 +90,7 @@ class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
         where they are, and ``r2_`` is NaN.
         """
         rows, clusters = read_groups(X, clusters, "clusters")
+        rows = self._take_labels(rows, absorb)
         given = {"sample_weight": sample_weight, "offset": offset, "clusters": clusters}
         return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
 
@@ -94,30 +103,46 @@ class OutcomeRegressor(OutcomeFormulaMixin, OutcomeEffectsMixin, BaseRegressor):
     def _row_penalty(self, rows: Rows) -> Any:
         return read_penalty(self.row_penalty, len(rows.y), rows.weights)
 
-    def predict(self, X: Any, offset: Any = None) -> Array:
-        """Return the outcome that the model expects, ``u(X coef_ + offset)``, shape (n,).
+    def predict(self, X: Any, offset: Any = None, absorb: Any = None) -> Array:
+        """Return the outcome that the model expects, ``u(X coef_ + effects + offset)``, shape (n,).
+
+        Parameters
+        ----------
+        X : array, sparse matrix, memory map or data frame, shape (n, d)
+        offset : array_like, shape (n,), optional
+        absorb : list, optional
+            Labels of the effects as in `fit`; those that the constructor names are taken from X. Rows with a
+            label that the fit has not seen, or with levels that cannot be compared, get NaN.
 
         Raises
         ------
         OverflowError
             Where the answer exceeds float64.
+        ValueError
+            If labels are missing.
         """
         check_is_fitted(self)
+        X, effects = self._effects_of(X, absorb)
         design = read_features(self, self._rows_of(X), reset=False)
         z = linear_predictor(design, self._point, read_offset(offset, int(design.shape[0])))
+        z = z if effects is None else z + effects
         with np.errstate(over="ignore"):
             out = FUNCTIONS[self._function](z, 0.0)[0]
-        if not np.isfinite(out).all():
-            i = int(np.flatnonzero(~np.isfinite(out))[0])
+        bad = ~np.isfinite(out) if effects is None else np.isinf(out)
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
             raise OverflowError(
                 f"{self._function}({z[i]:.4g}) of row {i} overflows float64; "
                 "X lies far outside the training data"
             )
         return out
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
-        """Return the coefficient of determination of ``predict(X, offset)``."""
-        return float(r2_score(y, self.predict(X, offset=offset), sample_weight=sample_weight))
+    def score(
+        self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None, absorb: Any = None
+    ) -> float:
+        """Return the coefficient of determination of ``predict(X, offset, absorb)``."""
+        predicted = self.predict(X, offset=offset, absorb=absorb)
+        return float(r2_score(y, predicted, sample_weight=sample_weight))
 
 
 @with_options
@@ -134,6 +159,9 @@ class ExponentialRegressor(OutcomeRegressor):
     ridge : float
     row_penalty : float or array_like of shape (n,)
     %(options)s
+    absorb : list of str, optional
+        Sets of fixed effects by name of the column of X; a tuple of names is one set, of combinations. See
+        `fit`.
 
     Attributes
     ----------
@@ -177,6 +205,7 @@ class ExponentialRegressor(OutcomeRegressor):
         separation: Literal["warn", "drop", "keep"] = "warn",
         covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
         weight_type: Literal["sampling", "frequency"] = "sampling",
+        absorb: Any = None,
     ) -> None:
         self._remember(locals())
 
@@ -209,6 +238,9 @@ class PoissonRegressor(OutcomeRegressor):
     ridge : float
     row_penalty : float or array_like of shape (n,)
     %(options)s
+    absorb : list of str, optional
+        Sets of fixed effects by name of the column of X; a tuple of names is one set, of combinations. See
+        `fit`.
 
     Attributes
     ----------
@@ -254,6 +286,7 @@ class PoissonRegressor(OutcomeRegressor):
         separation: Literal["warn", "drop", "keep"] = "warn",
         covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
         weight_type: Literal["sampling", "frequency"] = "sampling",
+        absorb: Any = None,
     ) -> None:
         self._remember(locals())
 
@@ -272,8 +305,10 @@ class PoissonRegressor(OutcomeRegressor):
             ridge=self.ridge,
         )
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
+    def score(
+        self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None, absorb: Any = None
+    ) -> float:
         """Return ``1 - D / D_0``, the share of the Poisson deviance of the constant that is explained."""
         # A row that was separated is predicted to be zero, exactly where it is.
-        predicted = np.maximum(self.predict(X, offset=offset), np.finfo(np.float64).tiny)
+        predicted = np.maximum(self.predict(X, offset=offset, absorb=absorb), np.finfo(np.float64).tiny)
         return float(d2_tweedie_score(y, predicted, sample_weight=sample_weight, power=1))

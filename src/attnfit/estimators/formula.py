@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Self
 
+from attnfit.estimators.absorbing import Absorbed, name_of
 from attnfit.estimators.reading import read_groups
 from attnfit.formulas import FormulaDesign, Training, read_training
 
 # Attributes that a formula leaves on a model; a fit on arrays forgets them.
-ATTRIBUTES = ("_formula", "_names_of", "_alternatives", "_data", "_library", "_index", "notes_", "formula_")
+ATTRIBUTES = (
+    *("_formula", "_names_of", "_alternatives", "_data", "_library", "_index", "notes_", "formula_"),
+    "_absorb_names",
+)
 
 
 def caller(depth: int) -> Mapping[str, Any]:
@@ -28,6 +33,40 @@ def keep(model: Any, training: Training, formula: str) -> None:
     model._data = training.frame
     model._library, model._index = library_and_index(training.frame)
     model.notes_ = tuple(training.design.notes)
+
+
+def absorbed_columns(absorb: Any) -> dict[str, Any]:
+    """Return the columns of the sets of effects by a name for each: of a set of combinations several."""
+    if absorb is None:
+        return {}
+    sets = [absorb] if isinstance(absorb, str) else list(absorb)
+    parts = [list(entry) if isinstance(entry, tuple) else [entry] for entry in sets]
+    return {f"absorb {s} {k}": part for s, entry in enumerate(parts) for k, part in enumerate(entry)}
+
+
+def absorbed_labels(absorb: Any, given: dict[str, Any]) -> Absorbed | None:
+    """Return the labels of the rows that are left, from what `absorbed_columns` named."""
+    if absorb is None:
+        return None
+    sets = [absorb] if isinstance(absorb, str) else list(absorb)
+    labels, names = [], []
+    for s, entry in enumerate(sets):
+        n_parts = len(entry) if isinstance(entry, tuple) else 1
+        columns = tuple(given[f"absorb {s} {k}"] for k in range(n_parts))
+        labels.append(columns if n_parts > 1 else columns[0])
+        names.append(name_of(entry, s))
+    return Absorbed(labels, names)
+
+
+def without_constant(training: Training) -> Training:
+    """Return the training data without the constant, which effects hold already."""
+    constant = "Intercept"
+    if constant not in training.design.columns:
+        return training
+    training.design.columns.remove(constant)
+    if not training.design.columns:
+        raise ValueError("the formula has no column but the constant, which the effects hold already")
+    return replace(training, matrix=training.matrix.drop(columns=[constant]))
 
 
 class FormulaMixin:
@@ -74,8 +113,9 @@ class ChoiceFormulaMixin(FormulaMixin):
         data : pandas or polars data frame, one row an alternative
         groups, alternatives, clusters, weights, offset : str or array_like, shape (n,)
             Columns by name, or values; of clusters also two.
-        absorb : None
-            Fixed effects are terms of the formula, such as ``C(destination)``.
+        absorb : str, or list of str, of tuples of str or of array_like, optional
+            Sets of fixed effects besides the groups, fitted without a column each: see
+            `attnfit.problems.Softmax`. Few levels can as well be terms of the formula, ``C(destination)``.
         missing : {"drop", "drop_rows", "raise"}
             What becomes of missing values: the whole group is left out, or the row, or an error.
         **constructor
@@ -100,14 +140,13 @@ class ChoiceFormulaMixin(FormulaMixin):
         ValueError
             For dates, infinite entries, repeated alternatives, or a target that cannot be read.
         """
-        if absorb is not None:
-            raise ValueError("absorb is not supported here; write C(column) into the formula instead")
         given = {
             "groups": groups,
             "alternatives": alternatives,
             "clusters": clusters,
             "weights": weights,
             "offset": offset,
+            **absorbed_columns(absorb),
         }
         if groups is None:
             raise ValueError("groups is missing: the column that says which rows compete")
@@ -121,8 +160,10 @@ class ChoiceFormulaMixin(FormulaMixin):
             sample_weight=found.given.get("weights"),
             offset=found.given.get("offset"),
             clusters=found.given.get("clusters"),
+            absorb=absorbed_labels(absorb, found.given),
         )
         keep(model, found, formula)
+        model._absorb_names = absorb  # type: ignore[attr-defined]
         return model
 
     def _rows_of(self, X: Any, groups: Any) -> tuple[Any, Any]:
@@ -159,8 +200,9 @@ class OutcomeFormulaMixin(FormulaMixin):
         data : pandas or polars data frame
         clusters, weights, offset : str or array_like, shape (n,)
             Columns by name, or values; of clusters also two.
-        absorb : None
-            Fixed effects are terms of the formula.
+        absorb : str, or list of str, of tuples of str or of array_like, optional
+            Sets of fixed effects, fitted without a column each: see `attnfit.problems.Poisson`. The constant
+            is then one of them.
         missing : {"drop", "drop_rows", "raise"}
             What becomes of rows with missing values: left out, or an error.
         **constructor
@@ -173,19 +215,20 @@ class OutcomeFormulaMixin(FormulaMixin):
         ValueError
             For dates, infinite entries, or a target that cannot be read.
         """
-        if absorb is not None:
-            raise ValueError("absorb is not supported here; write C(column) into the formula instead")
-        given = {"clusters": clusters, "weights": weights, "offset": offset}
+        given = {"clusters": clusters, "weights": weights, "offset": offset, **absorbed_columns(absorb)}
         model = cls(**constructor)
         found = read_training(formula, data, given, missing, constants=True, context=caller(2))
+        found = found if absorb is None else without_constant(found)
         model.fit(  # type: ignore[attr-defined]
             found.matrix,
             found.y,
             sample_weight=found.given.get("weights"),
             offset=found.given.get("offset"),
             clusters=found.given.get("clusters"),
+            absorb=absorbed_labels(absorb, found.given),
         )
         keep(model, found, formula)
+        model._absorb_names = absorb  # type: ignore[attr-defined]
         return model
 
     def _rows_of(self, X: Any) -> Any:

@@ -15,6 +15,7 @@ from attnfit.data.inputs import choose
 from attnfit.estimators.choices import Choices
 from attnfit.estimators.summary import Summary, at_hand, summarise
 from attnfit.inference import Covariance, Fitted
+from attnfit.inference.absorbed import AbsorbedFitted
 from attnfit.inference.covariance import KINDS, Kind
 from attnfit.inference.exact_ties import ExactFitted, ExactTies
 from attnfit.inference.hypotheses import LikelihoodRatio, WaldTest, likelihood_ratio, wald
@@ -78,11 +79,17 @@ class InferenceMixin:
             counts = np.concatenate([counts, np.ones(outside)])
         objective = self.result_.problem
         kind: Any = ExactFitted if isinstance(objective, ExactTies) else Fitted
+        given: tuple[Any, ...] = (objective if kind is ExactFitted else problem,)
+        n_separated = 0 if separation is None else len(separation.rows)
+        end = self.result_.absorbed
+        if end is not None:
+            kind, given = AbsorbedFitted, (objective, end)
+            n_separated = end.prepared.dropped.n_without_weight
         self._fitted = kind(
-            objective if kind is ExactFitted else problem,
-            self.coef_ if separation is None else separation.point,
+            *given,
+            self._point if separation is None else separation.point,  # type: ignore[attr-defined]
             finite=np.isfinite(self.coef_),
-            n_separated=0 if separation is None else len(separation.rows),
+            n_separated=n_separated,
             determined=separation is None or separation.has_rest,
             counts=counts,
             kept=rows.kept,

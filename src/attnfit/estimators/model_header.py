@@ -65,6 +65,8 @@ UNKNOWN = ("gradient_norm", "move", "decrement", "n_flat")
 STORED = ("ExponentialRegressor", "PoissonRegressor", "RescaledSoftmaxRegressor", "SoftmaxRegressor")
 # Parameters that older files do not have.
 LATER = {"n_starts": "auto", "separation": "warn", "covariance": "auto", "weight_type": "sampling"}
+# Of the classes that absorb effects; a model that did has no file.
+ABSORBING = ("ExponentialRegressor", "PoissonRegressor", "SoftmaxRegressor")
 # Entries of the header that older files do not have.
 OPTIONAL = {"covariance", "formula", "statistics"}
 SOLVERS = ("Newton", "LevenbergMarquardt", "GradientDescent")
@@ -92,6 +94,7 @@ def new_model(header: dict[str, Any], arrays: dict[str, Any]) -> BaseRegressor:
     params = header["params"]
     _require(isinstance(params, dict), "params is not an object")
     own = LATER | ({"ties": None} if name == "SoftmaxRegressor" else {})
+    own |= {"absorb": None} if name in ABSORBING else {}
     params = own | params
     if "row_penalty" in arrays:
         _require("row_penalty" not in params, "row_penalty is given twice")
@@ -240,6 +243,7 @@ def _check_param(name: str, value: Any) -> None:
         "separation": lambda: value in ("warn", "drop", "keep"),
         "covariance": lambda: value in KINDS,
         "ties": lambda: value in (None, "counts", "exact"),
+        "absorb": lambda: value is None,
         "weight_type": lambda: value in ("sampling", "frequency"),
     }
     _require(checks[name](), f"parameter {name} is {value!r}, which is not allowed")

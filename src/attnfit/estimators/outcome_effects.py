@@ -16,8 +16,8 @@ from attnfit.inference.choice_effects import Variable
 from attnfit.inference.effects import Effects, effects_of, ratio_of
 from attnfit.inference.outcome_effects import outcome_rows, outcome_sum
 from attnfit.inference.scenario import library_and_index
+from attnfit.objectives.models import Exponential
 from attnfit.objectives.objective import Evaluation
-from attnfit.problems import Exponential
 
 Array = NDArray[np.float64]
 
@@ -123,6 +123,7 @@ class OutcomeEffectsMixin:
     def _look(self, options: dict[str, Any]) -> tuple[Any, int, tuple[Any, ...], dict[str, Any]]:
         """Return the rows asked for, their number, library and index, and the options that are left."""
         check_is_fitted(self)
+        self._require_no_effects("this effect")  # type: ignore[attr-defined]
         options = dict(options)
         X, offset = options.pop("X", None), options.pop("offset", None)
         if X is None:

@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from attnfit.data.groups import parse_groups
 from attnfit.estimators import reading
+from attnfit.estimators.absorbing import AbsorbingMixin
 from attnfit.estimators.base import BaseRegressor, Limits, with_callbacks
 from attnfit.estimators.choices import Choices, read_choices
 from attnfit.estimators.formula import ChoiceFormulaMixin
@@ -33,7 +34,7 @@ Array = NDArray[np.float64]
 SEVERAL = 1.5
 
 
-class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
+class ShareRegressor(AbsorbingMixin, ChoiceFormulaMixin, BaseRegressor):
     """What softmax and rescaled regression share: groups, outside good, and the normaliser for `predict`."""
 
     ridge: float
@@ -57,6 +58,7 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
         sample_weight: Any = None,
         offset: Any = None,
         *,
+        absorb: Any = None,
         clusters: Any = None,
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = True,
@@ -79,6 +81,10 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
             by row, and a weight w on all rows of a group is the same as the group w times.
         offset : array_like, shape (n,), optional
             Added to the logits.
+        absorb : list, optional
+            Labels of sets of fixed effects besides the groups, of `SoftmaxRegressor`: names of columns of the
+            data frame X, which are then no features, or arrays of shape (n,); a tuple is one set, of
+            combinations. By default those of the constructor. See `attnfit.problems.Softmax`.
         clusters : array_like, shape (n,) or (n, 2), optional
             Labels of what was drawn independently, such as persons with several choices, one set or two; or
             the name of a column of X, which is then no feature. They enter the standard errors only.
@@ -95,6 +101,8 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
         ------
         ValueError
             On input that is not finite, of the wrong shape or sign; the message names argument and index.
+        NotImplementedError
+            For ``absorb`` with data on Dask, a row penalty, a checkpoint or a memory limit.
 
         Notes
         -----
@@ -104,8 +112,23 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
         self._loss()
         rows, groups = reading.read_groups(X, groups)
         rows, clusters = reading.read_groups(rows, clusters, "clusters")
+        rows = self._take_labels(rows, absorb)
+        if self._labels is not None:
+            self._check_absorb(groups, sample_weight)
         given = {"groups": groups, "sample_weight": sample_weight, "offset": offset, "clusters": clusters}
         return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
+
+    def _check_absorb(self, groups: Any, sample_weight: Any) -> None:
+        if self.outside_good:
+            raise ValueError(
+                "outside_good=True does not go with absorb: an outside good has no label; add a row of zeros "
+                "with a label of its own to each group"
+            )
+        if groups is None and sample_weight is not None:
+            raise ValueError(
+                "sample_weight repeats rows where there are no groups, which does not go with absorb; pass "
+                "groups (np.zeros(n) for one group)"
+            )
 
     def _read(
         self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None
@@ -167,7 +190,7 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
         """Bring shares of rows that were not in the group into the range of a share."""
         return shares
 
-    def predict(self, X: Any, groups: Any = None, offset: Any = None) -> Array:
+    def predict(self, X: Any, groups: Any = None, offset: Any = None, absorb: Any = None) -> Array:
         """Return the share of each row, shape (n,).
 
         Parameters
@@ -180,20 +203,25 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
             there is none, and groups are required.
         offset : array_like, shape (n,), optional
             Added to the logits.
+        absorb : list, optional
+            Labels of the effects as in `fit`; those that the constructor names are taken from X. Groups with
+            a label that the fit has not seen get NaN.
 
         Raises
         ------
         ValueError
-            If the model was fitted on several groups and none are given.
+            If the model was fitted on several groups and none are given, or labels are missing.
         OverflowError
             Where the answer exceeds float64.
         """
         check_is_fitted(self)
+        X, effects = self._effects_of(X, absorb)
         X, groups = self._rows_of(X, groups)
         design = reading.read_features(self, X, reset=False)
         n = int(design.shape[0])
         self._require_groups(groups)
         z = reading.linear_predictor(design, self._point, reading.read_offset(offset, n))
+        z = z if effects is None else z + effects
         sets, loss = parse_groups(groups, n), self._loss()
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if groups is None and hasattr(self, self._normaliser_name):
@@ -206,8 +234,9 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
                     normaliser = loss.merge_references(normaliser, loss.reference(np.zeros(len(sets)), alone))
                 state = [segments.spread(normaliser)]
             shares = self._bounded(sets.unsort(loss.fitted(sets.sort(z), state)))
-        if not np.isfinite(shares).all():
-            i = int(np.flatnonzero(~np.isfinite(shares))[0])
+        bad = ~np.isfinite(shares) if effects is None else np.isinf(shares)
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
             scale = float(sets.unsort(np.broadcast_to(state[0], (n,)))[i])
             raise OverflowError(
                 f"the share of row {i} is not finite (X coef_ + offset is {z[i]:.4g}, the normaliser is "
@@ -226,12 +255,18 @@ class ShareRegressor(ChoiceFormulaMixin, BaseRegressor):
             )
 
     def score(
-        self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None
+        self,
+        X: Any,
+        y: Any,
+        groups: Any = None,
+        sample_weight: Any = None,
+        offset: Any = None,
+        absorb: Any = None,
     ) -> float:
-        """Return the coefficient of determination of ``predict(X, groups, offset)``."""
+        """Return the coefficient of determination of ``predict(X, groups, offset, absorb)``."""
         check_is_fitted(self)
         X, groups = self._rows_of(X, groups)
-        shares = self.predict(X, groups=groups, offset=offset)
+        shares = self.predict(X, groups=groups, offset=offset, absorb=absorb)
         n = len(shares)
         weights = reading.read_weights(sample_weight, n, None if groups is None else parse_groups(groups, n))
         return float(r2_score(y, shares, sample_weight=weights))

@@ -18,7 +18,7 @@ from attnfit.estimators.shares import ShareRegressor
 from attnfit.inference.exact_ties import ExactTies
 from attnfit.losses.loss import Loss
 from attnfit.losses.softmax import LossName, find_loss
-from attnfit.problems import Softmax
+from attnfit.objectives.models import Softmax
 
 Array = NDArray[np.float64]
 TIES = ("counts", "exact")
@@ -54,6 +54,9 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
         What several ones in a group are under cross entropy: counts, each a choice from the whole group (the
         default, with a warning), or one choice of so many rows, as in the conditional logit of Stata and
         statsmodels.
+    absorb : list of str, optional
+        Sets of fixed effects besides the groups by name of the column of X; a tuple of names is one set, of
+        combinations. See `fit`.
 
     Attributes
     ----------
@@ -113,6 +116,7 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
         covariance: Literal["auto", "classic", "robust", "row", "cluster"] = "auto",
         weight_type: Literal["sampling", "frequency"] = "sampling",
         ties: Literal["counts", "exact"] | None = None,
+        absorb: Any = None,
     ) -> None:
         self._remember(locals())
 
@@ -157,8 +161,11 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
     def _objective(self, problem: Any) -> Any:
         if self.ties is not None:
             choose(self.ties, dict.fromkeys(TIES), "ties")
+        objective = super()._objective(problem)
         if self.ties != "exact":
-            return problem
+            return objective
+        if objective is not problem:
+            raise ValueError("ties='exact' does not go with absorb; leave ties out")
         if self.loss != "cross_entropy":
             raise ValueError(f"ties='exact' is a likelihood: use loss='cross_entropy', not {self.loss!r}")
         return ExactTies(problem)

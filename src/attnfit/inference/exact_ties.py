@@ -11,7 +11,7 @@ from scipy.special import expit, gammaln
 
 from attnfit.inference.fitted import Fitted
 from attnfit.inference.statistics import user_columns
-from attnfit.inference.sweep import LongFacts, Sums, Wanted
+from attnfit.inference.sweep import Known, LongFacts, Sums, Wanted
 from attnfit.inference.targets import TargetFacts, target_facts
 from attnfit.inference.units import Labels
 from attnfit.objectives.objective import Evaluation, Moved, Problem
@@ -186,16 +186,6 @@ class ExactTies(Problem):
         return np.diag(self.hessian_at(at)).copy()
 
 
-class _Known:
-    """A matrix in place of the accumulator that would give it."""
-
-    def __init__(self, matrix: Array) -> None:
-        self._matrix = matrix
-
-    def result(self) -> Array:
-        return self._matrix
-
-
 class ExactFitted(Fitted):
     """What inference sees of a fit with exact ties: one score a group."""
 
@@ -240,7 +230,7 @@ class ExactFitted(Fitted):
         copies = exact.weights if wanted.frequency else np.ones(len(scores))
         meat = (scores / np.where(copies > 0.0, copies, 1.0)[:, None]).T @ scores
         found = Sums(
-            _Known(information), None, _Known(meat), _Known(meat), None, np.diag(information).copy(),
+            Known(information), None, Known(meat), Known(meat), None, np.diag(information).copy(),
             scores.sum(axis=0), np.zeros((0, d)), np.zeros((0, 2)), LongFacts.empty(len(wanted.n_units), 0),
         )  # fmt: skip
         found.totals = {"log_loss": float(exact.weights @ value), "brier": np.nan, "hits": np.nan}

@@ -185,6 +185,11 @@ class Fitted:
         return bread_of(sums.information.result(), penalty, sums.sizes)
 
     @property
+    def n_effects(self) -> int:
+        """Parameters besides the coefficients: of absorbed effects."""
+        return 0
+
+    @property
     def penalised(self) -> bool:
         """Whether a penalty moves the fit."""
         return self.problem.penalty is not None or bool(np.any(self.problem.ridge))
@@ -268,7 +273,7 @@ class Fitted:
         if isinstance(loss, SquaredExponential):
             sums = self.usual()
             inner = bread_of(sums.jacobian.result(), np.zeros_like(matrix), sums.sizes).inverse
-            matrix = sums.totals["brier"] / max(n - bread.rank, 1.0) * inner
+            matrix = sums.totals["brier"] / max(n - bread.rank - self.n_effects, 1.0) * inner
             unit = "residual variance times inverse (J^T J)"
         elif self.penalised and not posterior:
             matrix = bread.inverse @ bread.information @ bread.inverse
@@ -278,7 +283,9 @@ class Fitted:
         factor = 1.0
         if isinstance(correction, str) or not isinstance(correction, bool | np.bool_):
             n_groups = self.problem.n_groups if loss.coupled else 0
-            factor = small_sample_factor(correction, "classic", n_units, n, bread.rank, n_groups, nested=True)
+            factor = small_sample_factor(
+                correction, "classic", n_units, n, bread.rank + self.n_effects, n_groups, nested=True
+            )
         return self._covariance(factor * matrix, "classic", unit, n_units, np.inf, factor, [])
 
     def _sandwich(self, kind: str, labels: Labels | None, correction: Any) -> Covariance:
@@ -303,7 +310,7 @@ class Fitted:
             "row" if row and not self.by_row else kind if not row or coupled else "row",
             draws.n_units,
             n - self.n_separated,
-            len(self.x),
+            len(self.x) + self.n_effects,
             self.problem.n_groups if coupled and not (row and self.by_row) else 0,
             nested=draws.nested,
         )

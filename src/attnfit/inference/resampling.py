@@ -151,6 +151,11 @@ def _units(fitted: Fitted, clusters: Any) -> tuple[Index | None, int, Array | No
     """Return the units as labels of rows (None: groups, or rows where the loss has none), how many there are,
     and how many copies each unit stands for where weights are frequencies.
     """
+    if fitted.n_effects:
+        raise ValueError(
+            "samples of units of a fit with absorbed effects have effects of their own; use covariance() or "
+            "summary(), whose errors are those of a fit with dummies"
+        )
     labels = fitted.clusters if clusters is None else fitted.read_labels(clusters)
     rows: Any = fitted.given.rows
     if labels is not None and len(labels.numbers) > 1:

@@ -96,6 +96,7 @@ def statistics_of(fitted: Fitted, alternatives: Any = None) -> FitStatistics:
     """Return the statistics of a fit."""
     loss, facts = fitted.problem.loss, fitted.facts
     k = fitted.bread.effective_parameters if fitted.penalised else float(fitted.bread.rank)
+    k += fitted.n_effects
     totals = fitted.usual().totals
     if not loss.coupled:
         return _of_outcomes(fitted, k, totals)
@@ -208,9 +209,7 @@ def _of_outcomes(fitted: Fitted, k: float, totals: dict[str, float]) -> FitStati
         total = facts["wyy"] - facts["wy"] ** 2 / facts["w"]
         rss = totals["brier"]
         found |= {"deviance": rss, "null_deviance": total, "pseudo_r2": 1.0 - rss / total if total else None}
-        found["residual_scale"] = (
-            float(np.sqrt(rss / (n - fitted.bread.rank))) if n > fitted.bread.rank else None
-        )
+        found["residual_scale"] = float(np.sqrt(rss / (n - k))) if n > k else None
         notes.append("no likelihood: least squares")
     elif isinstance(loss, PoissonDeviance):
         saturated = facts["ylogy"] - facts["wy"]

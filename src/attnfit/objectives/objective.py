@@ -232,6 +232,8 @@ class Offer(Enum):
     INVERSION = auto()
     # Outputs with the values projected out, at several points at once.
     PROJECTION = auto()
+    # Fixed effects that are eliminated together with the fit: `descend`.
+    ABSORBED = auto()
 
 
 class Problem(ABC):

@@ -333,7 +333,8 @@ class Outcome:
     """What a solver hands to `minimize`; ``message`` replaces the usual one, ``column_status`` is one a
     right-hand side.
 
-    ``local_values`` lists distinct minima that were accepted, ``n_starts`` counts the descents.
+    ``local_values`` lists distinct minima that were accepted, ``n_starts`` counts the descents. ``absorbed``
+    is the end of a fit with absorbed effects.
     """
 
     best: Descent
@@ -343,6 +344,7 @@ class Outcome:
     message: str = ""
     column_status: NDArray[Any] | None = None
     n_starts: int = 1
+    absorbed: Any = None
 
     @classmethod
     def of(

@@ -34,6 +34,10 @@ def default_solver(problem: Problem) -> Any:
     which for layered problems goes on from false optima.
     """
     offers = problem.offers
+    if Offer.ABSORBED in offers:
+        from attnfit.solvers.absorbed import AbsorbedNewton
+
+        return AbsorbedNewton()
     if Offer.INVERSION in offers:
         from attnfit.solvers.damped import LevenbergMarquardt
 
@@ -156,6 +160,8 @@ def minimize(
     solver = default_solver(problem if reduction is None else reduction.problem) if solver is None else solver
     solver = solver if n_starts == "auto" else _with_starts(solver, n_starts)
     fit = (problem, reduction, point, solver, tol, max_iter, separation)
+    if checkpoint is not None and Offer.ABSORBED in problem.offers:
+        raise NotImplementedError("checkpoint does not go with absorb; leave it out, the fit takes few reads")
     if checkpoint is None:
         result = _fit(*fit, callback, np.random.default_rng(random_state))
     else:
@@ -219,6 +225,8 @@ def _fit(
     lift = None if reduction is None else reduction.lift
     end = End(status, verdict, tol, max_iter, outcome.n_starts, given, gradient_norm, lift, reason)
     message = outcome.message or end.message()
+    ended = outcome.absorbed
+    message += f"; {ended.note}" if ended is not None and ended.note else ""
     if status is Status.CONVERGED and problem.is_trivial(best.at):
         message += "; all outputs are zero there, where the loss vanishes whatever the target: pass x0"
     if reduction is not None:
@@ -239,6 +247,8 @@ def _fit(
             message = f"{found.rest.message}; {end.rows_left_out()}"
         if reduction is not None:
             x = reduction.lift(x)
+    if ended is not None:
+        x = ended.x
     if found is not None and reduction is not None:
         found = found.lifted(given, reduction.lift, 0.0 if reduction.keeps_unknowns else 1e-12)
     return Result(
@@ -262,6 +272,9 @@ def _fit(
         decrement=verdict.decrement,
         n_flat=None if verdict.flat is None else int(verdict.flat.shape[1]),
         separation=found,
+        effects=None if ended is None else ended.effects,
+        dropped=None if ended is None else ended.dropped,
+        absorbed=ended,
     )
 
 

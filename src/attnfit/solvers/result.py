@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from attnfit.certificates import Certificate
+    from attnfit.effects import Effects
     from attnfit.solvers.separation import Separation
     from attnfit.solvers.verdicts import Status
 
@@ -135,6 +136,12 @@ class Result:
         Where there is no finite minimum: ``direction``, ``columns``, ``rows``, ``remaining`` and ``fit()``.
         ``x`` is then the fit of the remaining rows, -inf or inf where a coefficient has no finite value, NaN
         where only its combinations with others have one.
+    effects : Effects, optional
+        Of a problem with absorbed effects: ``effects[s]`` has the labels of set s, their values, components
+        and what is identified.
+    dropped : dict, optional
+        What such a fit leaves out: "zero weight" (rows), "all-zero level" (labels by set), "separated" (row
+        numbers), and "singletons" (levels with one row by set, which stay unless they are "singleton rows").
     """
 
     x: Array
@@ -157,6 +164,10 @@ class Result:
     decrement: float = float("nan")
     n_flat: int | None = None
     separation: Separation | None = None
+    effects: Effects | None = None
+    dropped: dict[str, Any] | None = field(default=None, repr=False)
+    # The end of a fit with absorbed effects, from which standard errors and predictions go on.
+    absorbed: Any = field(default=None, repr=False)
 
     def _repr_html_(self) -> str:
         facts = {
