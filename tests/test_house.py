@@ -21,7 +21,7 @@ ROOMS = [
     {"inference", "formulas"},
     {"metrics", "datasets", "reshape", "theory", "inversion", "incontext", "estimators"},
     {"scorers", "model_selection", "plots"},
-    {"reproduction", "audit"},
+    {"reproduction", "audit", "heads"},
     {"cli"},
 ]
 FLOOR = {room: k for k, rooms in enumerate(ROOMS) for room in rooms}

@@ -172,3 +172,22 @@ def test_pairs_of_columns_are_told_apart_from_the_same_pair():
         expected = np.zeros(4)
         expected[[i, j]] = 3.0, 1.0
         assert np.allclose(np.abs(basis[:, 0]), np.abs(expected) / np.sqrt(10.0), atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gap", [0.0, 2.0**-30, 2.0**-23])
+def test_pairs_of_queries_and_keys(gap, masked):
+    """Columns of the queries, and a feature, alike or nearly: as in the matrix of all pairs, made by hand."""
+    rng = np.random.default_rng(14)
+    A1, A2, mask = dyadic(rng, 5, 2), dyadic(rng, 6, 2), np.ones((5, 6), dtype=bool)
+    A1 = np.column_stack([A1, A1[:, 0] + gap * dyadic(rng, 5)])
+    feature = A1[:, [1]] * A2[:, 0] + gap * dyadic(rng, 5, 6)
+    if masked:
+        mask[rng.integers(5, size=6), rng.integers(6, size=6)] = False
+    B = mask / mask.sum(axis=1, keepdims=True)
+    problem = problems.Attention(
+        A1, A2, B, loss="cross_entropy", mask=mask if masked else None, pair_features=[feature]
+    )
+    by_hand = np.column_stack([np.kron(A1, A2), feature.ravel()])[mask.ravel()]
+    queries = np.repeat(np.arange(5), 6)[mask.ravel()]
+    assert unseen(problem).shape[1] == nullity(differences(by_hand, queries))

@@ -21,7 +21,8 @@ import importlib, pkgutil
 import numpy as np
 import attnfit
 
-EXTRA = {"audit", "cli", "plots", "reproduction", "dask", "zarr_chunks", "parquet", "trained_attention"}
+EXTRA = {"audit", "cli", "heads", "plots", "reproduction", "dask", "zarr_chunks", "parquet"}
+EXTRA.add("trained_attention")
 for module in pkgutil.walk_packages(attnfit.__path__, "attnfit."):
     if not EXTRA & set(module.name.split(".")) and not module.name.endswith("__main__"):
         importlib.import_module(module.name)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
+import numpy as np
+
+from attnfit.data.inputs import as_ridge
 from attnfit.effects import AbsorbedProblem
 from attnfit.effects.doors import Exponential, Poisson, Softmax
 from attnfit.losses.elementwise import FunctionName
 from attnfit.objectives.attention import Attention as _FullRank
 from attnfit.objectives.attention import AttentionLoss
 from attnfit.objectives.full_attention import FullAttention
+from attnfit.objectives.head_reading import read_head
+from attnfit.objectives.heads import HeadAttention
 from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layers import ReluSoftmax, ThreeLayer, TwoLayer
 from attnfit.objectives.low_rank import LowRankAttention
 from attnfit.objectives.models import Rescaled
+from attnfit.objectives.rotary import Rotary
 from attnfit.objectives.rows import RowProblem
 
 __all__ = [
@@ -25,6 +31,7 @@ __all__ = [
     "Poisson",
     "ReluSoftmax",
     "Rescaled",
+    "Rotary",
     "RowProblem",
     "Softmax",
     "ThreeLayer",
@@ -47,6 +54,10 @@ def Attention(
     pair_features: Any = None,
     row_penalty: Any = 0.0,
     ridge: float = 0.0,
+    rotary: None = None,
+    softcap: None = None,
+    sink: Literal[False] = False,
+    qk_norm: None = None,
 ) -> _FullRank: ...
 
 
@@ -65,7 +76,33 @@ def Attention(
     pair_features: Any = None,
     row_penalty: Any = 0.0,
     ridge: float = 0.0,
+    rotary: None = None,
+    softcap: None = None,
+    sink: Literal[False] = False,
+    qk_norm: None = None,
 ) -> LowRankAttention: ...
+
+
+@overload
+def Attention(
+    A1: Any,
+    A2: Any,
+    B: Any = None,
+    loss: AttentionLoss = "squared",
+    mask: Any = None,
+    rank: int | None = None,
+    *,
+    function: FunctionName = "exp",
+    weights: Any = None,
+    offset: Any = None,
+    pair_features: Any = None,
+    row_penalty: Any = 0.0,
+    ridge: float = 0.0,
+    rotary: Rotary | None = None,
+    softcap: float | None = None,
+    sink: bool = False,
+    qk_norm: float | None = None,
+) -> HeadAttention: ...
 
 
 def Attention(
@@ -82,7 +119,11 @@ def Attention(
     pair_features: Any = None,
     row_penalty: Any = 0.0,
     ridge: float = 0.0,
-) -> _FullRank | LowRankAttention:
+    rotary: Rotary | None = None,
+    softcap: float | None = None,
+    sink: bool = False,
+    qk_norm: float | None = None,
+) -> _FullRank | LowRankAttention | HeadAttention:
     """Fit X so that ``softmax(A1 X A2^T)``, row by row, is a given map:
     ``sum_i Phi(softmax(z_i)) + penalties``.
 
@@ -136,12 +177,27 @@ def Attention(
         such lists. The unknown is then the vector (X in C order, c): see `split`.
     row_penalty : float or array_like, shape (n1, n2)
     ridge : float
+    rotary : Rotary, optional
+        Turn queries and keys by their positions, as in nearly every model since 2022. This and the next three
+        act on queries ``A1 W_Q`` and keys ``A2 W_K`` of width ``rank``, which is then required and may exceed
+        d1 and d2; the unknown is that of `attnfit.objectives.heads.HeadAttention`. The losses "squared",
+        "cross_entropy", "kl" and "log_ratio" are offered, B may hold several heads that share W_K, shape
+        (heads, n1, n2), and the ridge is ``0.5 ridge`` times the square of all unknowns.
+    softcap : float, optional
+        Keep logits below this size: ``cap tanh(q . k / cap)``, before features and offset are added.
+    sink : bool
+        Let part of each row go nowhere: row t is ``exp(z_ts) / (exp(sigma) + sum_s exp(z_ts))``, with sigma
+        unknown.
+    qk_norm : float, optional
+        Divide queries and keys by the root of their mean square plus this, and multiply them by gains, before
+        they are turned.
 
     Raises
     ------
     ValueError
         If anything is not finite, of the wrong shape or sign, a mask empties a row, or the rank exceeds
-        min(d1, d2); the message names the argument and the index.
+        min(d1, d2), or, with rotary, is less than the columns turned; if a loss or a row penalty is not
+        offered together with rotary, softcap, sink or qk_norm. The message names the argument and the index.
 
     Notes
     -----
@@ -163,6 +219,16 @@ def Attention(
     >>> bool(abs(minimize(problems.Attention(A, A, maps)).x - X).max() < 1e-12)
     True
     """
+    if rotary is not None or softcap is not None or sink or qk_norm is not None:
+        if np.any(np.asarray(row_penalty, dtype=np.float64)):
+            raise ValueError("row_penalty is not offered with rotary, softcap, sink or qk_norm; use ridge")
+        read = read_head(
+            A1, A2, B, loss, mask, rank, rotary=rotary, softcap=softcap, sink=sink, qk_norm=qk_norm,
+            weights=weights, offset=offset, pair_features=pair_features,
+        )  # fmt: skip
+        if B is None:
+            raise ValueError(f"B is missing; loss {loss!r} needs the maps, shape (queries, keys)")
+        return HeadAttention(read, as_ridge(ridge))
     options: dict[str, Any] = {
         "function": function,
         "weights": weights,

@@ -33,6 +33,15 @@ def partitions(values: Any) -> list[Any]:
     return list(np.asarray(values.to_delayed(), dtype=object).ravel())
 
 
+def from_tensor(values: Any) -> Any:
+    """Return a torch tensor of any type, on any device, as an array; anything else as it is."""
+    if not (hasattr(values, "detach") and hasattr(values, "cpu")):
+        return values
+    tensor = values.detach().cpu()
+    # NumPy has no bfloat16; single precision holds it.
+    return (tensor.float() if str(tensor.dtype).endswith("bfloat16") else tensor).numpy()
+
+
 def pieces(values: Any) -> Iterator[tuple[slice, Array]]:
     """Yield (rows, values) of a vector in memory or on disk."""
     for rows in values.spans() if hasattr(values, "spans") else [slice(0, len(values))]:

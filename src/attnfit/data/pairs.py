@@ -52,6 +52,16 @@ class PairRows:
         n_rows = q * n2 if self.mask is None else int(np.count_nonzero(self.mask))
         return n_rows, self.queries.shape[1] * self.keys.shape[1] + len(self.features)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the entries."""
+        return self.queries.dtype
+
+    def __abs__(self) -> PairRows:
+        """Return the rows with entries by size: a product's size is the product of the sizes."""
+        features = [np.abs(column) for column in self.features]
+        return PairRows(np.abs(self.queries), np.abs(self.keys), self.mask, features)
+
     def __matmul__(self, x: Array) -> Array:
         """Return the product with a vector, shape (n_rows,), or with the columns of a matrix."""
         if x.ndim == 2:

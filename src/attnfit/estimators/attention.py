@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,10 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from attnfit import problems
+from attnfit.estimators.head_fit import FittedHead, held_out_head, point_of, rotary_matrices, unseen_note
 from attnfit.objectives.attention import Attention, AttentionLoss
+from attnfit.objectives.head_checks import distance_note, few_pairs_note, sums_note
+from attnfit.objectives.rotary import Rotary
 from attnfit.solvers import Result, minimize
 
 Array = NDArray[np.float64]
@@ -30,23 +34,46 @@ class AttentionRegressor(BaseEstimator):
     loss : str
         A loss of `attnfit.problems.Attention`. "auto" is "log_ratio" where all entries are positive, or zeros
         are explained by rounding to half or single precision; else "cross_entropy".
-    mask : "causal" or None
-        "causal": a query attends to no later key. Any other mask goes to `fit`.
+    mask : {"causal", "causal:W", "window:W"} or None
+        "causal": a query attends to no later key; with W, to the last W keys only, its own included.
+        "window:W": to keys at distances up to W. Any other mask goes to `fit`.
     ridge : float
     solver : optional
         A solver of `attnfit.solvers`.
     tol : float
     max_iter : int
     random_state : int, optional
+    rotary : attnfit.problems.Rotary, optional
+        Queries and keys are turned by their positions. This and the next three need ``rank``, the width of
+        the head, and ask for losses "squared", "cross_entropy", "kl" or "log_ratio".
+    softcap : float, optional
+        Logits are ``cap tanh(q . k / cap)``.
+    sink : bool
+        Part of each row goes nowhere: rows may sum to less than one.
+    qk_norm : float, optional
+        Queries and keys are divided by the root of their mean square plus this.
+    n_starts : int
+        Random starts of such a fit; the best goes on.
 
     Attributes
     ----------
     coef_ : ndarray, shape (d1, d2)
-        X, of least norm among all that fit as well.
+        X, of least norm among all that fit as well; not where queries and keys are turned or normed, or
+        logits capped.
     factors_ : tuple of ndarray
-        U (d1, rank) and V (d2, rank) with X = U V^T where a rank was given.
+        U (d1, rank) and V (d2, rank) with X = U V^T where a rank was given; W_Q and W_K of a head with
+        rotary, softcap, sink or qk_norm, W_Q of shape (heads, d1, rank) for several.
     feature_coef_ : ndarray, shape (p,)
-        Coefficients of the pair features.
+        Coefficients of the pair features; for several heads (heads, p).
+    sink_ : float, or ndarray of shape (heads,)
+        Logit of the sink.
+    gains_ : tuple of ndarray, shape (rank,)
+        Gains of queries and keys, with qk_norm.
+    frequencies_identified_ : ndarray of bool, shape (F,)
+        Which frequencies turn by more than a radian over the distances of the fit: of slower ones only sums
+        are known.
+    distances_ : tuple of float
+        The smallest and largest distance of a query from a key it attends to, with rotary.
     relative_error_ : float
         ``||fitted - maps||_F / ||maps||_F`` on the training maps.
     loss_ : str
@@ -83,6 +110,11 @@ class AttentionRegressor(BaseEstimator):
         tol: float = 1e-8,
         max_iter: int = 100,
         random_state: int | None = None,
+        rotary: Rotary | None = None,
+        softcap: float | None = None,
+        sink: bool = False,
+        qk_norm: float | None = None,
+        n_starts: int = 4,
     ) -> None:
         self.rank = rank
         self.loss = loss
@@ -92,6 +124,17 @@ class AttentionRegressor(BaseEstimator):
         self.tol = tol
         self.max_iter = max_iter
         self.random_state = random_state
+        self.rotary = rotary
+        self.softcap = softcap
+        self.sink = sink
+        self.qk_norm = qk_norm
+        self.n_starts = n_starts
+
+    @property
+    def _is_head(self) -> bool:
+        """Whether a setting is more than a bilinear form has."""
+        settings = (self.rotary, self.softcap, self.qk_norm)
+        return bool(self.sink) or any(setting is not None for setting in settings)
 
     def fit(
         self,
@@ -99,6 +142,7 @@ class AttentionRegressor(BaseEstimator):
         maps: Any,
         keys: Any = None,
         *,
+        positions: Any = None,
         mask: Any = None,
         sample_weight: Any = None,
         offset: Any = None,
@@ -112,9 +156,12 @@ class AttentionRegressor(BaseEstimator):
         queries : array_like, shape (n1, d1), or a list of them
             A list means several sequences that share X; all other arguments are then lists too.
         maps : array_like, shape (n1, n2)
-            Non-negative; rows over unmasked keys should sum to one.
+            Non-negative; rows over unmasked keys should sum to one. Tensors of torch of any type will do.
+            With rotary, softcap, sink or qk_norm also (heads, n1, n2), of heads that share their keys.
         keys : array_like, shape (n2, d2), optional
             The queries by default.
+        positions : array_like, shape (n2,), optional
+            Positions of the keys, with rotary; 0, 1, ... by default.
         mask : array_like of bool, shape (n1, n2), optional
             True where a query attends to a key; replaces the parameter of the same name.
         sample_weight : array_like, shape (n1,) or (n1, n2), optional
@@ -133,9 +180,30 @@ class AttentionRegressor(BaseEstimator):
         ------
         ValueError
             As `attnfit.problems.Attention`.
+
+        Warns
+        -----
+        UserWarning
+            Where rows of maps do not sum to one, pairs are fewer than unknowns, or what is left without
+            rotary depends on the distance; with numbers and the remedy.
         """
+        same = keys is None
         keys = queries if keys is None else keys
         mask = self.mask if mask is None else mask
+        if not self.sink:
+            _warn(sums_note(maps, mask))
+        if self._is_head:
+            head = FittedHead.fit(
+                self, queries, keys, maps, mask, positions, sample_weight, offset, pair_features, callback
+            )
+            for name, value in head.attributes().items():
+                setattr(self, name, value)
+            _warn(few_pairs_note(head.problem))
+            return self
+        if positions is not None:
+            raise ValueError(
+                "positions are for rotary embeddings; pass rotary=Rotary(...), or leave them out"
+            )
         options = {"weights": sample_weight, "offset": offset, "pair_features": pair_features}
         loss: AttentionLoss = "cross_entropy" if self.loss == "auto" else self.loss
         full: Attention = Attention(queries, keys, maps, loss, mask, **options)
@@ -162,13 +230,34 @@ class AttentionRegressor(BaseEstimator):
         self.n_iter_ = max(1, self.result_.n_iter)
         self.loss_value_ = self.result_.value
         self.relative_error_ = problem.relative_error(self.result_.x)
+        if same and loss == "log_ratio":
+            _warn(distance_note(full, self._point(), self.relative_error_))
         return self
+
+    def rotary_matrices_(self) -> tuple[NDArray[np.complex128], Array]:
+        """Return M, shape (F, d1, d2), and X_0, shape (d1, d2): the logit of tokens x and y at distance D is
+        ``x' X_0 y + Re sum_f exp(i w_f D) x' M_f y`` before a cap.
+
+        M_f has complex rank one. Compare two fits by these: the factors themselves are known up to a complex
+        number a frequency. Of several heads both have the heads first.
+
+        Raises
+        ------
+        ValueError
+            If the fit had no rotary embedding, or norms, which are not bilinear.
+        """
+        check_is_fitted(self)
+        if self.rotary is None or self.qk_norm is not None:
+            raise ValueError("rotary_matrices_ needs a fit with rotary=Rotary(...) and without qk_norm")
+        W_Q, W_K = self.factors_
+        return rotary_matrices(W_Q, W_K, self.rotary)
 
     def predict(
         self,
         queries: Any,
         keys: Any = None,
         *,
+        positions: Any = None,
         mask: Any = None,
         offset: Any = None,
         pair_features: Any = None,
@@ -177,6 +266,12 @@ class AttentionRegressor(BaseEstimator):
 
         Parameters are those of `fit`. Raises ValueError where features are not those of the fit.
         """
+        if self._is_head:
+            check_is_fitted(self)
+            head = held_out_head(self, queries, None, keys, positions, mask, offset, pair_features)
+            _warn(unseen_note(head, self))
+            found: Array | list[Array] = head.predict(point_of(self, head))
+            return found
         problem = self._held_out(queries, None, keys, mask, offset, pair_features)
         maps: NDArray[np.float64] | list[NDArray[np.float64]] = problem.predict(self._point())
         return maps
@@ -187,11 +282,17 @@ class AttentionRegressor(BaseEstimator):
         maps: Any,
         keys: Any = None,
         *,
+        positions: Any = None,
         mask: Any = None,
         offset: Any = None,
         pair_features: Any = None,
     ) -> float:
         """Return ``||predicted - maps||_F / ||maps||_F`` over unmasked pairs."""
+        if self._is_head:
+            check_is_fitted(self)
+            head = held_out_head(self, queries, maps, keys, positions, mask, offset, pair_features)
+            _warn(unseen_note(head, self))
+            return head.relative_error(point_of(self, head))
         problem = self._held_out(queries, maps, keys, mask, offset, pair_features)
         return problem.relative_error(self._point())
 
@@ -221,3 +322,8 @@ class AttentionRegressor(BaseEstimator):
 
     def _point(self) -> Array:
         return np.concatenate([self.coef_.reshape(-1), self.feature_coef_])
+
+
+def _warn(note: str | None) -> None:
+    if note is not None:
+        warnings.warn(note, UserWarning, stacklevel=3)

@@ -234,6 +234,8 @@ class Offer(Enum):
     PROJECTION = auto()
     # Fixed effects that are eliminated together with the fit: `descend`.
     ABSORBED = auto()
+    # Two factors that enter one product: `gauss_newton_operator`, `metric`, `first_factor`.
+    FACTORS = auto()
 
 
 class Problem(ABC):

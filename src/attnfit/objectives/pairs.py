@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.inputs import as_design, as_vector, pieces, require_finite_matrix, require_finite_rows
+from attnfit.data.inputs import (
+    as_design,
+    as_vector,
+    from_tensor,
+    pieces,
+    require_finite_matrix,
+    require_finite_rows,
+)
 from attnfit.data.on_disk import Column, stored_source
 from attnfit.data.pairs import Block, KroneckerDesign, PairColumn
 from attnfit.data.sources import Source
@@ -65,7 +72,7 @@ def per_sequence(values: Any, n: int | None, name: str) -> list[Any]:
     A list or tuple of matrices means several sequences; ``n`` is the number expected, None for any.
     """
     several = isinstance(values, list | tuple) and len(values) > 0 and _ndim(values[0]) == 2
-    entries = list(values) if several else [values]
+    entries = [from_tensor(entry) for entry in values] if several else [from_tensor(values)]
     if n is not None and len(entries) != n:
         raise ValueError(f"{name} has {len(entries)} sequences but A1 has {n}; pass one matrix a sequence")
     return entries
@@ -113,7 +120,7 @@ def read_pairs(
                 "one X, so give each the same features"
             )
     shapes = [(len(q), len(k)) for q, k in zip(queries, keys, strict=True)]
-    masks = [_mask(m, shape, name) for (m, name), shape in _with(mask, shapes, "mask")]
+    masks = [expand_mask(m, shape, name) for (m, name), shape in _with(mask, shapes, "mask")]
     features = _features(pair_features, shapes)
     parts = zip(queries, keys, masks, features, strict=True)
     design = KroneckerDesign([Block(q, k, m, f) for q, k, m, f in parts])
@@ -121,7 +128,8 @@ def read_pairs(
     def by_pair(values: Any, name: str, **options: Any) -> Any:
         if values is None:
             return None
-        read = [_cells(v, shape, label, **options) for (v, label), shape in _with(values, shapes, name)]
+        entries = zip(_with(values, shapes, name), masks, strict=True)
+        read = [_cells(without_masked(v, m), shape, label, **options) for ((v, label), shape), m in entries]
         if any(isinstance(v, Source) for v in read):
             return PairColumn(design, read)
         flat = [v.reshape(-1) if m is None else v[m] for v, m in zip(read, masks, strict=True)]
@@ -159,19 +167,31 @@ def read_factor(values: Any, name: str) -> Array:
     return np.asarray(block.toarray() if sparse.issparse(block) else block)
 
 
-def _mask(mask: Any, shape: tuple[int, int], name: str) -> NDArray[np.bool_] | None:
+def expand_mask(mask: Any, shape: tuple[int, int], name: str) -> NDArray[np.bool_] | None:
+    """Return a mask as booleans; None where it hides nothing."""
     if mask is None:
         return None
     n1, n2 = shape
     if isinstance(mask, str):
-        if mask != "causal":
-            raise ValueError(f"{name} must be 'causal' or an array of booleans, not {mask!r}")
+        kind, _, width = mask.partition(":")
+        if mask != "causal" and not (kind in ("causal", "window") and width.isdigit()):
+            raise ValueError(
+                f"{name} must be 'causal', 'causal:W' (the last W keys, its own included), 'window:W' (keys "
+                f"at distances up to W) or an array of booleans, not {mask!r}"
+            )
         if n1 > n2:
             raise ValueError(
-                f"mask='causal' needs at least as many keys as queries, not {n2} for {n1}; pass an array"
+                f"mask={mask!r} needs at least as many keys as queries, not {n2} for {n1}; pass an array"
             )
         # The last query sees every key, as where earlier keys are cached.
-        return np.tri(n1, n2, n2 - n1, dtype=np.bool_)
+        seen = np.tri(n1, n2, n2 - n1, dtype=np.bool_)
+        if kind == "window":
+            seen = np.tri(n1, n2, n2 - n1 + int(width), dtype=np.bool_)
+        if width:
+            if kind == "causal" and int(width) == 0:
+                raise ValueError(f"{name}={mask!r} leaves every query without a key; use at least causal:1")
+            seen &= ~np.tri(n1, n2, n2 - n1 - int(width) - (kind == "window"), dtype=np.bool_)
+        return None if seen.all() else seen
     array = np.asarray(mask)
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}; expected {shape}, True where a key is attended to")
@@ -223,6 +243,13 @@ def _require_finite(array: NDArray[Any], name: str) -> None:
             require_finite_matrix(array[bad[0][0] :][:1].astype(np.float32), name, int(bad[0][0]))
         return
     require_finite_matrix(array, name)
+
+
+def without_masked(values: Any, mask: NDArray[np.bool_] | None) -> Any:
+    """Return cells with zeros behind the mask, where anything may stand, even NaN."""
+    if mask is None or not isinstance(values, np.ndarray) or values.shape != mask.shape:
+        return values
+    return values if values.dtype.kind != "f" else np.where(mask, values, values.dtype.type(0))
 
 
 def _features(pair_features: Any, shapes: list[tuple[int, int]]) -> list[list[NDArray[Any]]]:

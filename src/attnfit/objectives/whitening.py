@@ -32,12 +32,15 @@ class Side:
     rank: int
 
     @classmethod
-    def of(cls, factors: list[Array]) -> Side:
-        """Decompose the factors stacked; singular values within rounding of zero are dropped."""
+    def of(cls, factors: list[Array], share: float = 0.0) -> Side:
+        """Decompose the factors stacked; singular values within rounding of zero, or below a share of the
+        largest, are dropped.
+        """
         stacked = np.concatenate([np.linalg.qr(f, mode="r") for f in factors])
         _, sizes, rows = np.linalg.svd(stacked, full_matrices=False)
         longest = max(sum(len(f) for f in factors), rows.shape[1])
-        keep = sizes > longest * np.finfo(np.float64).eps * max(float(sizes[0]), np.finfo(np.float64).tiny)
+        least = max(longest * float(np.finfo(np.float64).eps), share)
+        keep = sizes > least * max(float(sizes[0]), np.finfo(np.float64).tiny)
         rank = int(keep.sum())
         # A factor without any size still leaves one direction: a problem needs an unknown.
         keep[0] = True

@@ -3,6 +3,7 @@
 from attnfit.solvers.batched import BatchedNewton
 from attnfit.solvers.check import check_solver
 from attnfit.solvers.damped import LevenbergMarquardt
+from attnfit.solvers.factors import FactorLevenbergMarquardt
 from attnfit.solvers.gradient_descent import GradientDescent
 from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit
 from attnfit.solvers.many import ManyResult, minimize_many
@@ -21,6 +22,7 @@ __all__ = [
     "BatchedNewton",
     "CheckpointError",
     "Descent",
+    "FactorLevenbergMarquardt",
     "GradientDescent",
     "History",
     "LevenbergMarquardt",

@@ -30,8 +30,8 @@ Array = NDArray[np.float64]
 
 def default_solver(problem: Problem) -> Any:
     """Return the exact solver for mixtures, all columns at once where there are several, restarts for the
-    inversion of a layer, many starts for attention outputs whose maps fit in memory, else Newton's method,
-    which for layered problems goes on from false optima.
+    inversion of a layer, many starts for attention outputs whose maps fit in memory, alternating factors for
+    heads, else Newton's method, which for layered problems goes on from false optima.
     """
     offers = problem.offers
     if Offer.ABSORBED in offers:
@@ -42,6 +42,10 @@ def default_solver(problem: Problem) -> Any:
         from attnfit.solvers.damped import LevenbergMarquardt
 
         return LevenbergMarquardt()
+    if Offer.FACTORS in offers:
+        from attnfit.solvers.factors import FactorLevenbergMarquardt
+
+        return FactorLevenbergMarquardt()
     if Offer.PROJECTION in offers:
         from attnfit.solvers.variable_projection import VariableProjection
 
