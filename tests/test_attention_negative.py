@@ -94,6 +94,7 @@ def test_low_rank_and_the_estimator_take_them_too():
     full = minimize(problems.Attention(A1, A2, B, ridge=0.1))
     assert full.converged
     assert np.isfinite(minimize(problems.Attention(A1, A2, B, rank=1, ridge=0.1), random_state=0).value)
-    np.testing.assert_allclose(
-        AttentionRegressor(loss="squared", ridge=0.1).fit(A1, B, A2).coef_, full.x, atol=1e-6
-    )
+    # Rows with noise added to them do not sum to one, which an estimator of maps mentions.
+    with pytest.warns(UserWarning, match="12 of 12 rows sum to"):
+        found = AttentionRegressor(loss="squared", ridge=0.1).fit(A1, B, A2)
+    np.testing.assert_allclose(found.coef_, full.x, atol=1e-6)

@@ -220,7 +220,7 @@ def test_warmup(monkeypatch):
     monkeypatch.setattr(
         "attnfit.objectives.compiled.warm_up", lambda everything: asked.append(everything) or 7
     )
-    assert run("warmup").stdout.startswith("7 loops compiled in ")
+    assert run("warmup").stdout.startswith("8 loops compiled in ")
     run("warmup", "--all")
     assert asked == [False, True]
 

@@ -190,14 +190,13 @@ class AttentionRegressor(BaseEstimator):
         same = keys is None
         keys = queries if keys is None else keys
         mask = self.mask if mask is None else mask
-        if not self.sink:
-            _warn(sums_note(maps, mask))
         if self._is_head:
             head = FittedHead.fit(
                 self, queries, keys, maps, mask, positions, sample_weight, offset, pair_features, callback
             )
             for name, value in head.attributes().items():
                 setattr(self, name, value)
+            _warn(None if self.sink else sums_note(maps, mask))
             _warn(few_pairs_note(head.problem))
             return self
         if positions is not None:
@@ -212,6 +211,7 @@ class AttentionRegressor(BaseEstimator):
         problem: Any = problems.Attention(
             queries, keys, maps, loss, mask, self.rank, ridge=self.ridge, **options
         )
+        _warn(sums_note(maps, mask))
         self.loss_ = loss
         self.result_ = minimize(
             problem,
