@@ -16,8 +16,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from attnfit import PoissonRegressor
+from benchmarks.effects_data import bipartite, gravity, matched
 from benchmarks.report import table, write
-from tests.effects_data import bipartite, gravity, matched
 
 Data = tuple[Any, Any, list[Any]]
 CASES: dict[str, Callable[[], Data]] = {

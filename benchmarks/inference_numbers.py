@@ -12,7 +12,7 @@ import numpy as np
 
 from attnfit import datasets
 from attnfit.estimators import ExponentialRegressor, PoissonRegressor, SoftmaxRegressor
-from tests import inference_data as data
+from benchmarks import inference_data as data
 
 ROBUST = {"kind": "robust", "df": "normal"}
 CANADA = (

@@ -22,9 +22,9 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from attnfit import minimize, problems
+from benchmarks.exact_answers import DIGITS, error_of, exact_answer, stationarity
 from benchmarks.report import table, write
 from benchmarks.verdict_problems import LIST, make
-from tests.exact_answers import DIGITS, error_of, exact_answer, stationarity
 
 FALSE, SEEN, OPTIMUM = 1e-5, 1e-6, 1e-7
 CERTIFIED = {"exponential": "Exponential", "rescaled": "Rescaled"}

@@ -58,7 +58,7 @@ def test_byte_level_text_comes_back(smollm2):
     assert smollm2.detokenise(smollm2.tokenise(text)) == text
 
 
-@pytest.mark.parametrize(("layer", "text"), zip(LAYERS, (9, 13, 9), strict=True))
+@pytest.mark.parametrize(("layer", "text"), list(zip(LAYERS, (9, 13, 9), strict=True)))
 def test_hidden_states_give_the_text_away(smollm2, layer, text):
     found = audit.invert(smollm2, audit.observe(smollm2, SENTENCES[text], f"hidden:{layer}"))
     assert found.text == SENTENCES[text]

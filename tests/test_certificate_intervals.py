@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from autodiff import Objective, as_tensor
-from exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 from hypothesis import given
 from hypothesis import strategies as st
 from instances import ALL_LOSSES, instance
@@ -30,6 +29,7 @@ from attnfit.certificates.rigorous import (
     _third_of_exponential,
     _whitening,
 )
+from benchmarks.exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")

@@ -8,7 +8,6 @@ from dataclasses import replace
 import mpmath
 import numpy as np
 import pytest
-from exact_answers import DIGITS, error_of, exact_answer, stationarity
 from instances import ALL_LOSSES, instance
 
 from attnfit import SoftmaxRegressor, certificates, minimize, problems
@@ -17,6 +16,7 @@ from attnfit.losses.activations import ACTIVATIONS, Activation
 from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss, Squared
 from attnfit.objectives.rows import RowProblem
+from benchmarks.exact_answers import DIGITS, error_of, exact_answer, stationarity
 
 
 def quietly(problem, **options):

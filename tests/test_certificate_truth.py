@@ -7,10 +7,10 @@ import warnings
 import mpmath
 import numpy as np
 import pytest
-from exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 from instances import ALL_LOSSES, instance
 
 from attnfit import certificates, minimize
+from benchmarks.exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 
 DRAWS = 22
 

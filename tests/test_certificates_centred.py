@@ -7,13 +7,13 @@ import warnings
 import mpmath
 import numpy as np
 import pytest
-from exact_answers import DIGITS, error_of, exact_answer, stationarity
 from instances import instance
 from scipy import sparse
 
 from attnfit import certificates, minimize, problems
 from attnfit.data.centred import GroupReference
 from attnfit.data.gram import centre_rows
+from benchmarks.exact_answers import DIGITS, error_of, exact_answer, stationarity
 
 SHIFT = 1e7
 

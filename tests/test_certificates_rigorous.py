@@ -7,7 +7,6 @@ import warnings
 import mpmath
 import numpy as np
 import pytest
-from exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 from hypothesis import given
 from hypothesis import strategies as st
 from instances import instance
@@ -18,6 +17,7 @@ from attnfit.certificates.lipschitz import Interval
 from attnfit.certificates.rigorous import Enclosure, _range, _sums, gamma
 from attnfit.losses.softmax import LOSSES
 from attnfit.segments import Segments
+from benchmarks.exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
 FUNCTIONS = ("exp", "cosh", "sinh")

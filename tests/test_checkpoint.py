@@ -25,6 +25,7 @@ from instances import instance
 from scipy import sparse
 
 from attnfit import minimize, problems
+from attnfit.objectives import models
 from attnfit.objectives.leverage import RowSampler, leverage_sketch
 from attnfit.solvers import (
     CheckpointError,
@@ -150,7 +151,7 @@ def test_the_problem_of_the_user_is_left_alone(path):
     problem = large()
     result = minimize(problem, checkpoint=path)
     assert result.problem is problem
-    assert type(problem) is problems.Softmax
+    assert type(problem) is models.Softmax
     assert result.certificate().valid
 
 
@@ -287,7 +288,7 @@ def test_a_fit_that_does_not_repeat_itself_goes_on(path):
 def test_overflows_are_part_of_the_journal(path, monkeypatch):
     """A step beyond the range of float64 is rejected again without a read."""
     case, points = "exact", []
-    own = problems.Softmax.evaluate
+    own = models.Softmax.evaluate
 
     def evaluate(self, x, *arguments, **options):
         points.append(x.copy())
@@ -295,7 +296,7 @@ def test_overflows_are_part_of_the_journal(path, monkeypatch):
             raise OverflowError("overflow")
         return own(self, x, *arguments, **options)
 
-    monkeypatch.setattr(problems.Softmax, "evaluate", evaluate)
+    monkeypatch.setattr(models.Softmax, "evaluate", evaluate)
     fit(case)
     reference = fit(case)
     assert not np.isfinite([r.value for r in reference.history]).all()

@@ -31,7 +31,7 @@ def test_narrow_terminals_lose_columns_not_digits(cars):
     }
     heads = {width: next(line for line in lines if "std." in line) for width, lines in printed.items()}
     assert heads["80"].split() == ["coefficient", "std.", "error", "t", "p", "95", "%", "from", "to"]
-    assert heads["40"].split() == ["coefficient", "std.", "error", "t"]
+    assert heads["40"].split() == ["coefficient", "std.", "error", "p"]
 
 
 @pytest.mark.parametrize("width", ["200", "90", "80", "50", "30"])

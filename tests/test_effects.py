@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from conftest import shrink_blocks
 
 from attnfit import datasets
 from attnfit.estimators import ExponentialRegressor, PoissonRegressor, SoftmaxRegressor
-from tests import inference_data as data
-from tests.conftest import shrink_blocks
+from benchmarks import inference_data as data
 
 COLUMNS = ["asc_train", "asc_car", "time", "cost"]
 ROBUST = {"kind": "robust", "df": "normal"}

@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import PoissonRegressor, minimize, problems
 from attnfit.solvers import Newton
-from tests.effects_data import bipartite, dummies, gravity, matched, statsmodels_fit
+from benchmarks.effects_data import bipartite, dummies, gravity, matched, statsmodels_fit
 
 
 def kept_rows(result, n):

@@ -7,7 +7,7 @@ import torch
 from attnfit import minimize, problems
 from attnfit.effects import laplacian, schur, squared
 from attnfit.effects.levels import sort_into_cells
-from tests.effects_data import gravity, matched
+from benchmarks.effects_data import gravity, matched
 
 
 def graph(seed=0, n=400, sizes=(30, 12), spread=1.0):

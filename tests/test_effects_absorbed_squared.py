@@ -5,7 +5,7 @@ import pytest
 
 from attnfit import ExponentialRegressor, SoftmaxRegressor, minimize, problems
 from attnfit.solvers import Newton
-from tests.effects_data import bipartite
+from benchmarks.effects_data import bipartite
 
 
 def shares(*sizes, seed=0):

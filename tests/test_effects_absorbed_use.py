@@ -10,7 +10,7 @@ from scipy import sparse
 
 from attnfit import ExponentialRegressor, PoissonRegressor, SoftmaxRegressor, minimize, problems
 from attnfit.data import open_source
-from tests.effects_data import bipartite, dummies, matched, statsmodels_fit
+from benchmarks.effects_data import bipartite, dummies, matched, statsmodels_fit
 
 
 def frame(seed=3):

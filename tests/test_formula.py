@@ -12,7 +12,7 @@ from attnfit.estimators import ExponentialRegressor, PoissonRegressor, SoftmaxRe
 from attnfit.estimators.files import write
 from attnfit.estimators.model_header import ModelFileError
 from attnfit.formulas.safe import require_safe
-from tests import inference_data
+from benchmarks import inference_data
 
 pytest.importorskip("formulaic")
 CANADA = (

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import shrink_blocks
 from scipy import sparse
 
 from attnfit import datasets
@@ -14,7 +15,6 @@ from attnfit.estimators import (
     SoftmaxRegressor,
 )
 from attnfit.inference.covariance import nearest_covariance
-from tests.conftest import shrink_blocks
 
 TRAVEL = datasets.load_travel_mode()
 

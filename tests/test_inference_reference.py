@@ -9,7 +9,7 @@ import statsmodels.api as sm
 
 from attnfit import datasets
 from attnfit.estimators import ExponentialRegressor, PoissonRegressor, SoftmaxRegressor
-from tests import inference_data as data
+from benchmarks import inference_data as data
 
 COLUMNS = ["asc_train", "asc_car", "time", "cost"]
 TIGHT = {"rtol": 1e-6, "atol": 0}

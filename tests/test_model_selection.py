@@ -9,7 +9,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, cross_validate
 from attnfit import datasets, metrics, scorers
 from attnfit.estimators import SoftmaxRegressor, load
 from attnfit.model_selection import SoftmaxRegressorCV
-from tests import inference_data
+from benchmarks import inference_data
 
 TRAVEL = datasets.load_travel_mode()
 

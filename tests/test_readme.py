@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from test_cli import run, write_rows
 
+# Lines go on from what lines before them have written.
+pytestmark = pytest.mark.xdist_group("readme")
 README = (Path(__file__).parent.parent / "README.md").read_text()
 LINES = re.findall(r"^    (attnfit .*)$", README, re.MULTILINE)
 # What a gate may end with: good news, leaks found, not all tested.

@@ -7,7 +7,7 @@ import pytest
 
 from attnfit.estimators import SoftmaxRegressor
 from attnfit.reshape import explode_rankings, long_to_wide, wide_to_long
-from tests import inference_data
+from benchmarks import inference_data
 
 MODES = ["train", "sm", "car"]
 
