@@ -186,8 +186,8 @@ def test_sizes_that_are_none(size):
 
 
 def test_a_fit_that_is_too_large_says_what_to_do(tmp_path):
-    wide = problems.Softmax(np.eye(2500), np.full(2500, 1 / 2500))
-    assert wide.memory_estimate().parts[CURVATURE] == 6 * 8 * 2500**2
+    wide = problems.Softmax(np.eye(800), np.full(800, 1 / 800))
+    assert wide.memory_estimate().parts[CURVATURE] == 6 * 8 * 800**2
     assert "total" in str(wide.memory_estimate())
     with pytest.raises(MemoryError, match=r"memory_limit is 1 MB; .* is the largest part"):
         minimize(wide, memory_limit="1MB")
