@@ -1,8 +1,11 @@
 """The linear algebra behind absorbed effects: against dense matrices, autodiff and exact solutions."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
 from attnfit.effects import laplacian, schur, squared
@@ -185,3 +188,52 @@ def test_what_is_called_converged_moves_no_logit_by_more_than_the_tolerance(tol)
         assert np.abs(result.x - exact.x).max() <= tol
         moves.append(result.move)
     assert len(set(moves)) == 8
+
+
+# Fits that do not get to an end, and say so.
+REFUSED = {
+    ("of a column", 1e-8, "squared shares"),
+    ("of the effects", 0.0, "exponential"),
+    ("of the effects", 1e-4, "poisson"),
+    ("of the effects", 1e-4, "shares"),
+}
+
+
+@pytest.mark.parametrize("kind", ["poisson", "exponential", "shares", "squared shares"])
+@pytest.mark.parametrize("gap", [0.0, 1e-8, 1e-6, 1e-4])
+@pytest.mark.parametrize("twin", ["of a column", "of the effects"])
+def test_a_column_that_rows_hardly_tell_apart_is_not_called_collinear(kind, gap, twin):
+    """Exact relations leave out a column, hardly seen ones end as "flat", and what can be told is fitted as
+    well as a column of ordinary size in its place.
+    """
+    rng = np.random.default_rng(0)
+    n = 600
+    one, other = rng.integers(0, 20, n), rng.integers(0, 15, n)
+    x, z = rng.standard_normal((2, n))
+    eta = 0.5 * x + 0.2 * z + 0.3 * np.sin(one) + 0.2 * np.cos(other)
+    y = rng.poisson(5.0 * np.exp(eta)) + 1.0
+    like = x if twin == "of a column" else np.sin(one) + np.cos(other)
+
+    def fit(X):
+        if kind == "poisson":
+            return minimize(problems.Poisson(X, y, absorb=[one, other]))
+        if kind == "exponential":
+            return minimize(problems.Exponential(X, y, absorb=[one, other]))
+        b = y / np.bincount(one, weights=y)[one]
+        loss = "squared" if kind == "squared shares" else "cross_entropy"
+        return minimize(problems.Softmax(X, b, one, loss=loss, absorb=[other]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = fit(np.column_stack([x, like + gap * z]))
+    if (twin, gap, kind) in REFUSED:
+        assert found.status in ("max_iter", "precision")
+    elif gap == 0.0:
+        assert found.status == "converged" and "collinear with the effects" in found.message
+    elif gap < 1e-5:
+        assert found.status == "flat" and "collinear" not in found.message
+        assert np.isnan(found.x[1])
+    else:
+        plain = fit(np.column_stack([x, z]))
+        assert found.status == plain.status == "converged"
+        assert found.x[1] * gap == pytest.approx(plain.x[1], rel=1e-5)

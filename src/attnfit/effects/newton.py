@@ -40,6 +40,9 @@ LARGEST_STEP = 2.0
 SUFFICIENT, NOISE, MAX_HALVINGS = 1e-4, 1e-12, 30
 # A column keeps less than this share of its square once effects are taken out: they explain it.
 COLLINEAR, OPEN = 1e-10, 1e-5
+# Rows that change by a larger share of their terms, along a direction with as little curvature, see it: what
+# effects do explain leaves 3e-10 of them at most, columns alike but for 1e-8 leave 5e-9.
+SEEN = 2e-9
 # From this share on C is solved for more precisely before it is judged.
 SUSPECT, PRECISE = 1e-2, 1e-7
 # A fit that keeps its stride: the decrement falls by about 1/e, and a logit moves by about one, three times.
@@ -58,6 +61,8 @@ class Ending(Enum):
     PRECISION = auto()
     OVERFLOW = auto()
     SADDLE = auto()
+    # A direction has too little curvature for a step, although the rows see it.
+    FLAT = auto()
 
 
 @dataclass(frozen=True)

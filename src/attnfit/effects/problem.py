@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from attnfit.data.inputs import as_design, choose, is_dask
 from attnfit.effects.levels import read_sets
-from attnfit.effects.newton import ROUNDING_C, ConvexFit, Curvature, Ending, Point
+from attnfit.effects.newton import ROUNDING_C, SEEN, ConvexFit, Curvature, Ending, Point
 from attnfit.effects.prepared import Data, Prepared
 from attnfit.effects.rows import Features
 from attnfit.effects.values import Effects, effects_at, fitted_rows
@@ -314,6 +314,14 @@ class AbsorbedProblem(Problem):
         found[rows.features.places[moved < -small]] = True
         return found
 
+    def _sees(self, fit: ConvexFit, point: Point, here: Curvature) -> bool:
+        """Whether the rows see a direction that is left out for want of curvature."""
+        precise = fit.curvature(point, here, PRECISE, ROUNDING_C)
+        for step in (precise.open / np.sqrt(precise.sizes)[:, None]).T:
+            if self._current.rows.seen(step, -precise.C @ step, -precise.C_first @ step) > SEEN:
+                return True
+        return False
+
     def _ended(
         self,
         ending: Ending,
@@ -334,9 +342,10 @@ class AbsorbedProblem(Problem):
         if len(collinear):
             some = ", ".join(map(str, collinear[:5])) + (", ..." if len(collinear) > 5 else "")
             told = ("s", "are", "they have") if len(collinear) > 1 else ("", "is", "it has")
-            notes.append(
-                f"column{told[0]} {some} {told[1]} collinear with the effects: {told[2]} no coefficient"
-            )
+            how = "collinear with the effects"
+            if ending in (Ending.CONVERGED, Ending.AT_FLOOR) and self._sees(fit, point, here):
+                ending, how = Ending.FLAT, "hardly told from the effects, or from one another"
+            notes.append(f"column{told[0]} {some} {told[1]} {how}: {told[2]} no coefficient")
         constant = [s.name for k, s in enumerate(data.sets) if k not in prepared.order]
         if constant:
             notes.append(f"{', '.join(constant)} has one level: a constant that the other effects hold")

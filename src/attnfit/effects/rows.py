@@ -378,6 +378,17 @@ class SortedRows:
                 explained += C[rest[where, s]]
             yield where, block - explained
 
+    def seen(self, d_beta: Array, d_a: Array, d_first: Array) -> float:
+        """Return the largest change of a logit along a step as a share of its terms in the columns: two
+        reads.
+        """
+        largest = max(
+            (float((np.abs(block) @ np.abs(d_beta)).max()) for _, block in self.features.blocks(self.cuts)),
+            default=0.0,
+        )
+        moved = float(np.abs(self.along(d_beta, d_a, d_first)).max(initial=0.0))
+        return moved / largest if largest > 0.0 else 0.0
+
     def along(self, d_beta: Array, d_a: Array, d_first: Array) -> Array:
         """Return the change of each row's logit along a step, shape (n,): one read."""
         first, rest = self.codes_by_row()

@@ -22,6 +22,7 @@ STATUS = {
     Ending.PRECISION: Status.PRECISION,
     Ending.OVERFLOW: Status.OVERFLOW,
     Ending.SADDLE: Status.SADDLE,
+    Ending.FLAT: Status.FLAT,
 }
 
 
