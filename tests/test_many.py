@@ -226,9 +226,18 @@ def test_steps_that_do_not_descend_are_halved(monkeypatch):
     W = bootstrap(rng, G, R=5)
     expected = minimize_many(built("cross_entropy", A, u), W)
     monkeypatch.setattr(module, "_inverses", too_long)
+    plain, rises = module._Together._round, []
+
+    def watched(self, state, target):
+        after = plain(self, state, target)
+        rises.append(float((after[0].value - state.value).max() / np.abs(state.value).max()))
+        return after
+
+    monkeypatch.setattr(module._Together, "_round", watched)
     many = minimize_many(built("cross_entropy", A, u), W)
     assert many.converged.all()
     assert np.allclose(many.x, expected.x, atol=1e-6)
+    assert rises and max(rises) < 1e-9
 
 
 def test_reads_are_shared():
