@@ -93,6 +93,8 @@ def Poisson(
 
     Notes
     -----
+    Gradient ``A^T (w (exp(eta) - b))``, Hessian ``A^T diag(w exp(eta)) A``: convex.
+
     Rows that carry no information leave before the fit, and ``result.dropped`` names them: those of weight
     zero, of levels without outcomes, and separated ones (for two sets exactly: see
     `attnfit.effects.separation.separated_by_pair`). ``result.effects[s]`` holds the effects of set s,
@@ -216,8 +218,14 @@ def Softmax(
 
     Notes
     -----
-    Gradient and Hessian: `attnfit.objectives.models.Softmax`. With ``absorb`` cross entropy is the Poisson
-    model with one effect a group: see `Poisson`, also for what leaves before the fit.
+    With ``f`` the softmax, ``p = Phi'(f)``, ``C`` the rows centred at ``A^T f`` of their group: gradient
+    ``C^T (p f)``, Hessian ``C^T diag(t) C`` with ``t = f (Phi'' f + p - <p, f>)``. Sources: "In-Context
+    Learning for Attention Scheme: from Single Softmax Regression to Multiple Softmax Regression via a Tensor
+    Trick", Section 5; "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression",
+    Lemma 4.5 (sign corrected).
+
+    With ``absorb`` cross entropy is the Poisson model with one effect a group: see `Poisson`, also for what
+    leaves before the fit.
 
     Examples
     --------
@@ -316,6 +324,13 @@ def Exponential(
     -----
     With ``v = u'`` and ``c = u - b``: gradient ``A^T (w c v)``, Hessian ``A^T diag(w (v^2 + c u)) A``.
     Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 7.5.
+
+    Examples
+    --------
+    >>> from attnfit import minimize, problems
+    >>> doubling = problems.Exponential([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]], [1.0, 2.0, 4.0])
+    >>> abs(minimize(doubling).x).round(4)
+    array([0.    , 0.6931])
     """
     given: dict[str, Any] = {"weights": weights, "offset": offset, "ridge": ridge}
     if absorb is None:

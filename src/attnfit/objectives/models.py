@@ -15,29 +15,7 @@ from attnfit.objectives.rows import RowProblem
 class Exponential(RowProblem):
     """``L(x) = 0.5 sum w (u(A x + offset) - b)^2 + 0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``.
 
-    Parameters
-    ----------
-    A : array, sparse matrix, memory map or data frame, shape (n, d)
-    b : array_like, shape (n,)
-    function : {"exp", "cosh", "sinh"}
-        The function u.
-    weights, offset : array_like, shape (n,), optional
-        Row weights w and an addition to the logits.
-    row_penalty : float or array_like of shape (n,)
-        The papers' regulariser w.
-    ridge : float
-
-    Raises
-    ------
-    ValueError
-        On input that is not finite, of the wrong shape or sign; the message names the index.
-    OverflowError
-        From `value` and its kin where ``u(Ax)^2`` exceeds float64.
-
-    Notes
-    -----
-    With ``v = u'`` and ``c = u - b``: gradient ``A^T (w c v)``, Hessian ``A^T diag(w (v^2 + c u)) A``.
-    Source: "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression", Definition 7.5.
+    Formulas, parameters and errors are those of `attnfit.problems.Exponential`, which makes it.
     """
 
     def __init__(
@@ -77,28 +55,12 @@ class Poisson(RowProblem):
     pseudo-likelihood whose answer is consistent whenever ``E b = exp(eta)`` (Santos Silva and Tenreyro, "The
     Log of Gravity" (2006), doi:10.1162/rest.88.4.641).
 
-    Parameters
-    ----------
-    A : array, sparse matrix, memory map or data frame, shape (n, d)
-    b : array_like, shape (n,)
-        Counts, or any numbers that are not negative; zeros are data.
-    weights, offset : array_like, shape (n,), optional
-        Row weights w, and an addition to the logits: the logarithm of an exposure.
-    row_penalty : float or array_like of shape (n,)
-    ridge : float
-
-    Raises
-    ------
-    ValueError
-        On input that is not finite, of the wrong shape, or negative; the message names the index.
-    OverflowError
-        From `value` and its kin where ``exp(eta)`` exceeds float64.
+    Parameters and errors are those of `attnfit.problems.Poisson`, which makes it.
 
     Notes
     -----
-    Gradient ``A^T (w (exp(eta) - b))``, Hessian ``A^T diag(w exp(eta)) A``: convex. Where a combination of
-    columns is zero on all rows with ``b > 0`` and of one sign on the others there is no finite minimum:
-    ``result.separation`` says so.
+    Where a combination of columns is zero on all rows with ``b > 0`` and of one sign on the others there is
+    no finite minimum: ``result.separation`` says so.
 
     Examples
     --------
@@ -134,58 +96,7 @@ class Poisson(RowProblem):
 class Softmax(RowProblem):
     """Softmax regression: ``L(x) = sum_g Phi(softmax(A_g x + offset_g)) + penalties``.
 
-    ======================= =================================
-    loss                    Phi(f)
-    ======================= =================================
-    "squared"               ``0.5 sum w (f - b)^2``
-    "cross_entropy"         ``-sum w b log f``
-    "kl"                    ``sum w b (log b - log f)``
-    "linear_cross_entropy"  ``-sum w b f``
-    "entropy"               ``-sum w f log f`` (b does not enter)
-    ======================= =================================
-
-    The penalties are ``0.5 ||diag(row_penalty) A x||^2 + 0.5 ridge ||x||^2``. The papers print the squared
-    loss without the 0.5.
-
-    Parameters
-    ----------
-    A : array, sparse matrix, memory map or data frame, shape (n, d)
-        Rows are alternatives; a row of zeros is an outside option.
-    b : array_like, shape (n,)
-        Target, usually shares of the group; zeros are data. It need not sum to one.
-    groups : array_like, optional
-        n labels in any order, or offsets ``0 < ... < n``; one group by default.
-    loss : str or Loss
-        A name of the table, one that a package registers, or a loss of your own: see `attnfit.losses`.
-    weights : array_like, shape (n,) or (n_groups,), optional
-        Row weights w, or one weight a group (groups in order of first appearance).
-    offset : array_like, shape (n,), optional
-        Added to the logits.
-    row_penalty : float or array_like of shape (n,)
-        The papers' regulariser w.
-    ridge : float
-
-    Raises
-    ------
-    ValueError
-        On input that is not finite, of the wrong shape or sign; the message names the index.
-
-    Notes
-    -----
-    With ``f`` the softmax, ``p = Phi'(f)``, ``C`` the rows centred at ``A^T f`` of their group: gradient
-    ``C^T (p f)``, Hessian ``C^T diag(t) C`` with ``t = f (Phi'' f + p - <p, f>)``. Sources: "In-Context
-    Learning for Attention Scheme: from Single Softmax Regression to Multiple Softmax Regression via a Tensor
-    Trick", Section 5; "The Closeness of In-Context Learning and Weight Shifting for Softmax Regression",
-    Lemma 4.5 (sign corrected).
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from attnfit import minimize, problems
-    >>> A = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    >>> problem = problems.Softmax(A, [0.5, 0.25, 0.25])
-    >>> minimize(problem).x.round(4) + 0.0
-    array([0.6931, 0.    ])
+    Losses, formulas, parameters and errors are those of `attnfit.problems.Softmax`, which makes it.
     """
 
     def __init__(
