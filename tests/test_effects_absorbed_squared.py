@@ -1,7 +1,10 @@
 """Squared losses with absorbed effects: against fits with a dummy for every level, and published numbers."""
 
+import warnings
+
 import numpy as np
 import pytest
+from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import ExponentialRegressor, SoftmaxRegressor, minimize, problems
 from attnfit.solvers import Newton
@@ -102,3 +105,31 @@ def test_a_level_whose_best_effect_is_minus_infinity():
     expected = minimize(problems.Exponential(X[rest], y[rest], absorb=[one[rest], other[rest]]))
     np.testing.assert_allclose(result.x, expected.x, atol=1e-9)
     assert result.value == pytest.approx(expected.value + 0.5 * np.sum(~rest), rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "exponential"])
+@pytest.mark.parametrize("empty", [0.0, 1.0])
+def test_effects_that_fall_for_ever_are_no_minimum(kind, empty):
+    """A level without outcomes: the coefficients are those of the fit without its rows, as far as rounding
+    lets its outputs be told from zero; with outcomes the fit converges, and its next step is short.
+    """
+    rng = np.random.default_rng(0)
+    n = 600
+    one, other, x = rng.integers(0, 20, n), rng.integers(0, 15, n), rng.standard_normal((n, 2))
+    y = rng.poisson(5.0 * np.exp(x @ [0.5, -0.2] + 0.3 * np.sin(one))) + 1.0
+    y[other == 4] *= empty
+
+    def fit(rows):
+        if kind == "exponential":
+            return minimize(problems.Exponential(x[rows], y[rows], absorb=[one[rows], other[rows]]))
+        b = (y / np.bincount(one, weights=y)[one])[rows]
+        return minimize(problems.Softmax(x[rows], b, one[rows], absorb=[other[rows]]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = fit(np.full(n, True))
+    if empty == 0.0:
+        assert found.status == "no_minimum" and "fall for ever" in found.message
+        assert np.allclose(found.x, fit(other != 4).x, atol=1e-7)
+    else:
+        assert found.converged and found.move <= 1e-8

@@ -63,6 +63,8 @@ class Ending(Enum):
     SADDLE = auto()
     # A direction has too little curvature for a step, although the rows see it.
     FLAT = auto()
+    # Effects of some levels fall without end; all else is at its optimum.
+    ENDLESS = auto()
 
 
 @dataclass(frozen=True)

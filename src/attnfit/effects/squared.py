@@ -21,6 +21,8 @@ RESIDUAL, TIGHTEST, MAX_PRODUCTS = 1e-4, 1e-7, 500
 # A step that keeps more of its promise than the second widens the region, one that keeps less than the first
 # shrinks it.
 POOR, GOOD, TAKEN = 0.25, 0.75, 1e-4
+# Outputs of a level below this share of those of the largest have gone to zero.
+GONE = 1e-12
 # Below this share of the loss its changes are rounding; a step that moves no logit by more than STAY is then
 # taken on the word of the gradient.
 NOISE, STAY, MAX_REJECTIONS = 1e-12, 1e-5, 40
@@ -210,11 +212,29 @@ class SquaredFit(ConvexFit):
         return Descent(point, here, Ending.MAX_ITER, max_iter)
 
     def _judged(self, point: Point, n_iter: int, ending: Ending) -> Descent:
-        """Return the end: a saddle where the curvature is not positive definite."""
+        """Return the end: a saddle where the curvature is not positive definite; no minimum where the step
+        that is left is one of levels without outputs, which no curvature holds.
+        """
         here = self.curvature(point, None, 1e-8)
         lowest = np.linalg.eigvalsh(here.G)[0] if len(here.G) else 0.0
         definite = lowest >= -1e-10 * float(np.abs(here.G).max(initial=0.0)) and not self.factors.bent
-        return Descent(point, here, ending if definite else Ending.SADDLE, n_iter)
+        if not definite:
+            return Descent(point, here, Ending.SADDLE, n_iter)
+        enough = max(self.tol, AT_FLOOR)
+        if not here.move <= enough:
+            ending = Ending.ENDLESS if self._move_of_outputs(point, here) <= enough else Ending.PRECISION
+        return Descent(point, here, ending, n_iter)
+
+    def _move_of_outputs(self, point: Point, here: Curvature) -> float:
+        """Return the move of a step without the levels whose outputs have gone to zero."""
+        rows, moments = self.rows, point.moments
+        assert isinstance(rows, SquaredRows)
+        outputs = rows.by_rest(rows.by_cell(moments.mu))
+        d_a = np.where(outputs <= GONE * outputs.max(initial=0.0), 0.0, here.d_a)
+        d_first = -moments.first_columns @ here.d_beta - moments.curvature.average(d_a[:, None])[:, 0]
+        d_first[~np.isfinite(moments.first)] = 0.0
+        moved = kernels.largest_move()(d_a, d_first, rows.cells.level_starts, rows.cells.rest)
+        return float(moved + np.abs(here.d_beta) @ rows.features.largest)
 
     def _curvature_of(self, point: Point, step: Step) -> Curvature:
         """Return the step as others see it."""

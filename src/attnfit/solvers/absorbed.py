@@ -23,6 +23,7 @@ STATUS = {
     Ending.OVERFLOW: Status.OVERFLOW,
     Ending.SADDLE: Status.SADDLE,
     Ending.FLAT: Status.FLAT,
+    Ending.ENDLESS: Status.NO_MINIMUM,
 }
 
 
@@ -79,6 +80,11 @@ class AbsorbedNewton(Solver):
             message = (
                 "the data are separable: a coefficient that result.x shows as infinite has no finite value; "
                 "the others are those of the fit of the remaining rows"
+            )
+        if status is Status.NO_MINIMUM:
+            message = (
+                "no minimum: the effects of some levels fall for ever, and the outputs of their rows go to "
+                "zero; coefficients and other effects are those of the limit"
             )
         here = end.curvature
         best = Descent.begin(seen[0] if seen else end.at)
