@@ -104,6 +104,8 @@ class Curvature:
         ``-g . step``.
     move : float
         Bound of the largest change of a logit along the step.
+    unsolved : ndarray, shape (M,)
+        Of that, by how much each level may move for what is left of the residual.
     """
 
     G: Array
@@ -116,6 +118,7 @@ class Curvature:
     d_first: Array
     decrement: float
     move: float
+    unsolved: Array = field(default_factory=lambda: np.zeros(0))
 
     @property
     def unknown(self) -> NDArray[np.bool_]:
@@ -225,12 +228,14 @@ class ConvexFit:
         d_first = -moments.first_columns @ d_beta - schur.average(d_a[:, None])[:, 0]
         decrement = -float(gradient @ d_beta + moments.gradient_rest @ d_a)
         # What is left of the residual counts too, level by level.
-        unsolved = np.abs(left[seen, K]) / diagonal[seen] if M else np.zeros(0)
+        unsolved = np.zeros(M)
+        if M:
+            unsolved[seen] = np.abs(left[seen, K]) / diagonal[seen]
         moved = kernels.largest_move()(d_a, d_first, rows.cells.level_starts, rows.cells.rest)
         moved += unsolved.max(initial=0.0)
         move = float(moved + np.abs(d_beta) @ rows.features.largest)
         C_first = moments.first_columns - schur.average(C)
-        return Curvature(G, C, C_first, open_, sizes, d_beta, d_a, d_first, decrement, move)
+        return Curvature(G, C, C_first, open_, sizes, d_beta, d_a, d_first, decrement, move, unsolved)
 
     def descend(
         self,

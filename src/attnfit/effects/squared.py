@@ -230,11 +230,12 @@ class SquaredFit(ConvexFit):
         rows, moments = self.rows, point.moments
         assert isinstance(rows, SquaredRows)
         outputs = rows.by_rest(rows.by_cell(moments.mu))
-        d_a = np.where(outputs <= GONE * outputs.max(initial=0.0), 0.0, here.d_a)
+        gone = outputs <= GONE * outputs.max(initial=0.0)
+        d_a, unsolved = np.where(gone, 0.0, here.d_a), here.unsolved[~gone].max(initial=0.0)
         d_first = -moments.first_columns @ here.d_beta - moments.curvature.average(d_a[:, None])[:, 0]
         d_first[~np.isfinite(moments.first)] = 0.0
         moved = kernels.largest_move()(d_a, d_first, rows.cells.level_starts, rows.cells.rest)
-        return float(moved + np.abs(here.d_beta) @ rows.features.largest)
+        return float(moved + unsolved + np.abs(here.d_beta) @ rows.features.largest)
 
     def _curvature_of(self, point: Point, step: Step) -> Curvature:
         """Return the step as others see it."""
