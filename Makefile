@@ -70,7 +70,7 @@ lint: $(VENV)/.lint
 # The tests that guard it, of which none takes long.
 GUARDS = losses open_losses activations certificate_constants certificate_intervals certificate_statements \
 	certificates_centred certificates_rigorous good_start layer_bounds layer_constants mixture_uniqueness evidence \
-	separation recession trust_region verdict_rules verdict_messages log_start
+	separation recession trust_region verdict_rules verdict_messages verdict_rounding log_start
 
 coverage: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/coverage run -m pytest -q -n 2 $(GUARDS:%=tests/test_%.py)
