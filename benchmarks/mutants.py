@@ -72,7 +72,7 @@ GUARDS = {
     "solvers/evidence": ["evidence"],
     "solvers/separation": SEPARATION,
     "solvers/subproblem": ["trust_region"],
-    "solvers/verdicts": ["verdict_rules", "verdict_messages", "separation"],
+    "solvers/verdicts": ["verdict_rules", "verdict_rounding", "verdict_messages", "separation"],
     "objectives/surrogate": ["log_start"],
     "objectives/moves": SEPARATION,
     "objectives/recession": SEPARATION,
