@@ -95,8 +95,6 @@ def test_columns_by_name_and_new_labels():
         assert np.isnan(model.predict(new)[[1, 3]]).all()
     kept = pickle.loads(pickle.dumps(model))
     np.testing.assert_allclose(kept.predict(table), ours, rtol=1e-12)
-    with pytest.raises(ValueError, match="model files do not hold absorbed effects"):
-        model.save("model.safetensors")
     with pytest.raises(ValueError, match=r"absorb is missing.*absorb\[0\]"):
         arrays.predict(table[["a", "b", "c"]].to_numpy())
     with pytest.raises(NotImplementedError, match="not available with absorbed effects"):

@@ -19,7 +19,8 @@ def test_a_model_of_every_version_predicts_what_it_did(path):
     model = attnfit.load(path)
     assert type(model).__name__ == expected["class"]
     groups = [[0, 1, 1]] if hasattr(model, "n_groups_") else []
-    found = model.predict(ROWS, *groups)
+    labels = {"absorb": expected["absorb"]} if "absorb" in expected else {}
+    found = model.predict(ROWS, *groups, **labels)
     assert np.allclose(found, expected["predicted"], rtol=1e-12, atol=1e-300)
     if hasattr(model, "summary"):
         assert str(model.summary())

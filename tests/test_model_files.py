@@ -212,7 +212,7 @@ def drop(*keys):
 
 
 HOSTILE = {
-    "other version": (put("format_version", value=3), "format version 3, this attnfit reads versions 1 to 2"),
+    "other version": (put("format_version", value=4), "format version 4, this attnfit reads versions 1 to 3"),
     "true is not one": (put("format_version", value=True), "format version True"),
     "class": (put("class", value="os.system"), "unknown class 'os.system'"),
     "class is a list": (put("class", value=[]), "unknown class"),

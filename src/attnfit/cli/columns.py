@@ -30,14 +30,17 @@ class Roles:
     offset: str | None = None
     exclude: tuple[str, ...] = ()
     clusters: tuple[str, ...] = ()
+    absorb: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Raise InputError if one column has two parts to play."""
         named = [name for name in (self.target, self.group, self.weight, self.offset) if name is not None]
         if len(self.clusters) > 2:
             raise InputError(f"--cluster takes one column or two, not {len(self.clusters)}")
-        # Groups may well be the clusters.
-        named += [name for name in self.clusters if name != self.group]
+        # Groups may well be the clusters, and levels too.
+        levels = dict.fromkeys(name for parts in self.absorb for name in parts)
+        named += [name for name in self.clusters if name != self.group and name not in levels]
+        named += [name for name in levels if name != self.group]
         if len(self.taken) < len(named):
             twice = next(name for k, name in enumerate(named) if name in named[:k])
             raise InputError(
@@ -66,12 +69,14 @@ class Roles:
             "--offset": self.offset,
         }
         found = {name: option for option, name in options.items() if name is not None}
-        return dict.fromkeys(self.clusters, "--cluster") | found
+        levels = dict.fromkeys((name for parts in self.absorb for name in parts), "--absorb")
+        return dict.fromkeys(self.clusters, "--cluster") | levels | found
 
     @property
     def labelled(self) -> tuple[str, ...]:
         """The columns of labels, which are read as text."""
-        return tuple(dict.fromkeys([*([] if self.group is None else [self.group]), *self.clusters]))
+        levels = [name for parts in self.absorb for name in parts]
+        return tuple(dict.fromkeys([*([] if self.group is None else [self.group]), *self.clusters, *levels]))
 
 
 def listed(names: str | None) -> tuple[str, ...] | None:
@@ -80,6 +85,14 @@ def listed(names: str | None) -> tuple[str, ...] | None:
         return None
     rows = list(csv.reader([names], skipinitialspace=True))
     return tuple(name.strip() for name in rows[0] if name.strip()) if rows else ()
+
+
+def levels_of(absorb: str | None) -> tuple[tuple[str, ...], ...]:
+    """Return the sets of effects of an option, each as the columns whose combinations are its levels."""
+    sets = [tuple(part.strip() for part in name.split("*")) for name in listed(absorb) or ()]
+    if absorb is not None and not (sets and all(all(parts) for parts in sets)):
+        raise InputError(f'--absorb {absorb!r} must name columns, such as "origin,destination*year"')
+    return tuple(sets)
 
 
 def choose_features(

@@ -151,9 +151,8 @@ def _describe(error: Exception) -> tuple[str, Exit]:
     if isinstance(error, InputError):
         return str(error), Exit.BAD_INPUT
     # The library's own messages already name argument, index and remedy.
-    if isinstance(error, CheckpointError) or (
-        isinstance(error, ValueError | OverflowError | ModuleNotFoundError) and _is_deliberate(error)
-    ):
+    refusals = ValueError | OverflowError | ModuleNotFoundError | NotImplementedError
+    if isinstance(error, CheckpointError) or (isinstance(error, refusals) and _is_deliberate(error)):
         return in_options(str(error)), Exit.BAD_INPUT
     if isinstance(error, MemoryError) and "memory_limit" in str(error):
         return in_options(str(error)), Exit.BAD_INPUT

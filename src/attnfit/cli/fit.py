@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from attnfit.cli.columns import Roles, listed
+from attnfit.cli.columns import Roles, levels_of, listed
 from attnfit.cli.console import note, problem
 from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
 from attnfit.cli.models import check_options, fit_named, new_model
@@ -144,6 +144,8 @@ def check(
 
         check_report(outputs.report)
     inference.kind(columns.cluster is not None)
+    if columns.absorb is not None:
+        check_absorb(model, columns, how, scale)
     away = scale.dask is not None or scale.memory_limit is not None
     once = {"--holdout": inference.holdout, "--cv": inference.cv, "--formula": columns.formula}
     whole = next((option for option, value in once.items() if value is not None), None)
@@ -159,11 +161,29 @@ def check(
         raise InputError("--alternatives goes with --formula; leave it out")
 
 
+def check_absorb(model: str, columns: ColumnOptions, how: ModelOptions, scale: ScaleOptions) -> None:
+    """Raise InputError for what absorbed effects have no form for."""
+    without = {
+        "--constant": columns.constant and "the effects hold the constant",
+        "--outside-good": how.outside_good and "an outside good has no label",
+        "--ridge auto": how.ridge == "auto" and "give a number",
+        "--checkpoint": scale.checkpoint is not None and "such a fit is not recorded",
+        "--dask": scale.dask is not None and "labels and cells are held in memory",
+        "--memory-limit": scale.memory_limit is not None and "labels and cells are held in memory",
+        "--ties exact": how.ties == "exact" and "the number of ones is not conditioned on",
+    }  # fmt: skip
+    for option, why in without.items():
+        if why:
+            raise InputError(f"{option} does not go with --absorb ({why}); leave one of them out")
+    if model == "rescaled":
+        raise InputError("--absorb is for softmax, poisson and exponential")
+
+
 def roles_of(columns: ColumnOptions) -> Roles:
     """Return which column plays which part in a fit without a formula."""
     return Roles(
         columns.target or "", listed(columns.features), columns.group, columns.weight, columns.offset,
-        listed(columns.exclude) or (), listed(columns.cluster) or (),
+        listed(columns.exclude) or (), listed(columns.cluster) or (), levels_of(columns.absorb),
     )  # fmt: skip
 
 
@@ -210,7 +230,11 @@ def choose_ridge(parameters: dict[str, Any], rows: Rows, n_folds: int) -> tuple[
 def remark(rows: Rows, model: str, *, outside_good: bool) -> None:
     """Say what the columns leave open."""
     X = rows.X
-    if (model not in SHARES or outside_good) and not (X[0] == X).all(axis=0).any():
+    if (
+        "absorb" not in rows.inputs
+        and (model not in SHARES or outside_good)
+        and not (X[0] == X).all(axis=0).any()
+    ):
         note("No feature is constant, so the model has no intercept; add --constant for one.")
     if model == "softmax" and "groups" not in rows.inputs:
         note("All rows form one group; if there are several, name the column of the market with --group.")
@@ -296,7 +320,20 @@ def make_report(
         scores=tuple(scores),
         level=level,
         counts=counts,
+        absorbed=absorbed_lines(estimator.result_),
     )
+
+
+def absorbed_lines(result: Any) -> tuple[str, ...]:
+    """Return what is said of absorbed effects: their levels, what can be compared, who was left out."""
+    effects = result.effects
+    if effects is None:
+        return ()
+    told = ", ".join(f"{s.name} ({len(s):,} levels)" for s in effects)
+    n = effects.n_components
+    apart = f"; {n:,} components, between which effects cannot be compared" if n > 1 else ""
+    left = result.absorbed.note.replace(": result.dropped", "")
+    return (f"effects absorbed: {told}{apart}", *([left] if left else []))
 
 
 def _with_unit(line: str, named: Mapping[str, str | None]) -> str:

@@ -17,6 +17,7 @@ from attnfit.cli.output import STREAM, require_input
 from attnfit.cli.rows import Rows
 from attnfit.cli.suspects import refuse_codes
 from attnfit.cli.tables import MISSING, Table, read_table, with_text
+from attnfit.estimators.formula import absorbed_columns, absorbed_labels, without_constant
 from attnfit.formulas import read_training
 from attnfit.formulas.safe import names_in, require_safe
 
@@ -76,7 +77,10 @@ def read_formula(
     columns.check_missing(reading.missing)
     target, right = split_formula(given.formula or "")
     clusters = columns.listed(given.cluster) or ()
-    roles = columns.Roles(target, (), given.group, given.weight, given.offset, clusters=clusters)
+    levels = columns.levels_of(given.absorb)
+    roles = columns.Roles(
+        target, (), given.group, given.weight, given.offset, clusters=clusters, absorb=levels
+    )
     table = read_table(data, roles.labelled, reading.decimal)
     for name, option in roles.taken.items():
         columns.require(table, name, "--formula" if option == "--target" else option)
@@ -124,6 +128,7 @@ def _rows(
         "groups": given.group, "alternatives": given.alternatives, "weights": given.weight,
         "offset": given.offset,
         "clusters": list(roles.clusters) if len(roles.clusters) > 1 else next(iter(roles.clusters), None),
+        **absorbed_columns(list(roles.absorb) or None),
     }  # fmt: skip
     formula = given.formula or ""
     try:
@@ -135,12 +140,15 @@ def _rows(
         if not _of_formulaic(error):
             raise
         raise InputError(f"--formula cannot be evaluated: {' '.join(str(error).split())}") from error
+    if roles.absorb:
+        found = without_constant(found)
     inputs = {
         "y": found.y,
         "groups": found.given.get("groups"),
         "clusters": found.given.get("clusters"),
         "sample_weight": found.given.get("weights"),
         "offset": found.given.get("offset"),
+        "absorb": absorbed_labels(list(roles.absorb) or None, found.given),
     }
     X = np.asarray(found.matrix, dtype=np.float64)
     return Rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from copy import copy
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.cli.columns import numbers, require
+from attnfit.cli.columns import labels, numbers, require
 from attnfit.cli.errors import InputError, suggest
 from attnfit.cli.tables import Array, Table
 
@@ -79,6 +80,7 @@ def predict_named(estimator: Any, X: Array, where: dict[str, Any]) -> Any:
         del estimator._formula
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "X does not have valid feature names")
+        warnings.filterwarnings("ignore", ".* with labels that the fit has not seen")
         return estimator.predict(X, **where)
 
 
@@ -110,6 +112,46 @@ def text_columns(estimator: Any) -> list[str]:
     design = estimator.__dict__.get("_formula")
     levels = {} if design is None else design.levels
     return [name for name, known in levels.items() if any(isinstance(level, str) for level in known)]
+
+
+def level_columns(estimator: Any) -> tuple[tuple[str, ...], ...]:
+    """Return the columns of the labels of a model with absorbed effects.
+
+    Raises
+    ------
+    InputError
+        If the model does not know them.
+    """
+    if estimator.result_.effects is None:
+        return ()
+    names = estimator.__dict__.get("_absorb_names")
+    if names is None:
+        raise InputError(
+            "The model was fitted on labels without names of columns; fit it with attnfit fit --absorb"
+        )
+    return tuple((name,) if isinstance(name, str) else tuple(name) for name in names)
+
+
+def levels_in(table: Table, estimator: Any) -> Any:
+    """Return the labels of a file's rows in the sets of effects of a model, as the model holds them."""
+    columns = level_columns(estimator)
+    if not columns:
+        return None
+    found = []
+    for parts, known in zip(columns, estimator.result_.effects, strict=True):
+        cells = [labels(table, name, "the model") for name in parts]
+        examples = known.labels[0] if len(parts) > 1 else known.labels[:1].tolist()
+        typed = [_as(one, example) for one, example in zip(cells, examples, strict=True)]
+        found.append(typed[0] if len(parts) == 1 else tuple(typed))
+    return found
+
+
+def _as(cells: Any, example: Any) -> Any:
+    """Return labels of a file as whole numbers where those of the fit were; the others are none of it."""
+    if isinstance(example, str):
+        return cells
+    whole = [int(cell) if re.fullmatch(r"[+-]?\d{1,18}", cell.strip()) else None for cell in cells]
+    return np.array(whole, dtype=object)
 
 
 def column_of(estimator: Any, part: str) -> str | None:

@@ -49,6 +49,13 @@ class ColumnOptions:
         str | None,
         typer.Option(help="Column of what was drawn independently, such as persons; two with a comma."),
     ] = None
+    absorb: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns with an effect for each of their labels, fitted without a column each: "
+            "origin*year,destination*year; * joins columns to one set of combinations."
+        ),
+    ] = None
     weight: Annotated[str | None, typer.Option(help="Column of row weights.")] = None
     offset: Annotated[str | None, typer.Option(help="Column added to the linear predictor.")] = None
     constant: Annotated[bool, typer.Option("--constant", help="Add a column of ones.")] = False

@@ -9,12 +9,22 @@ from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from attnfit.cli import columns
 from attnfit.cli.console import note
 from attnfit.cli.errors import Debug, InputError, one_sentence
-from attnfit.cli.models import column_of, model_matrix, needed, predict_named, read_model, text_columns
+from attnfit.cli.models import (
+    column_of,
+    level_columns,
+    levels_in,
+    model_matrix,
+    needed,
+    predict_named,
+    read_model,
+    text_columns,
+)
 from attnfit.cli.output import STREAM, check_paths, put
 from attnfit.cli.sources import is_parquet
 from attnfit.cli.tables import Array, Table, read_table
@@ -62,7 +72,10 @@ def predict(
         raise InputError(
             f"{model} was fitted on {estimator.n_groups_:,} groups; name their column with --group"
         )
-    labelled = [] if group is None else [group]
+    labelled = [
+        *([] if group is None else [group]),
+        *(n for parts in level_columns(estimator) for n in parts),
+    ]
     words = text_columns(estimator)
     table = read_table(data, [*labelled, *words], decimal)
     if is_parquet(output) and table.frame is None:
@@ -76,6 +89,9 @@ def predict(
         where["groups"] = columns.labels(table, group)
     if offset is not None:
         where["offset"] = columns.numbers(table, offset, "--offset")
+    levels = levels_in(table, estimator)
+    if levels is not None:
+        where["absorb"] = levels
     X = model_matrix(table, estimator)
     table.tell(needed(table, estimator, offset))
     predicted = predict_named(estimator, X, where)
@@ -84,6 +100,12 @@ def predict(
     else:
         text = as_csv(table, predicted, kept) if table.frame is None else frame_as_csv(table, predicted)
         put(output, gzip.compress(text.encode(), mtime=0) if output.suffix.lower() == ".gz" else text)
+    if levels is not None and not np.isfinite(predicted).all():
+        n = int(np.count_nonzero(~np.isfinite(predicted)))
+        note(
+            f"Without a prediction (nan): {n:,} of {len(predicted):,} rows, for labels that the fit has not "
+            "seen."
+        )
     if output != STREAM:
         note(f"{len(predicted):,} rows with a column {PREDICTED!r} written to {output}.")
 

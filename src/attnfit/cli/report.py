@@ -66,6 +66,8 @@ class FitReport:
         Cover of the intervals.
     counts : bool
         Whether the target counts choices, so that its totals say nothing.
+    absorbed : tuple of str
+        What is said of absorbed effects.
     """
 
     title: str
@@ -84,6 +86,7 @@ class FitReport:
     scores: tuple[Any, ...] = ()
     level: float = 0.95
     counts: bool = False
+    absorbed: tuple[str, ...] = ()
 
     @property
     def n_dropped(self) -> int:
@@ -211,7 +214,7 @@ class FitReport:
             value = self.statistics.log_likelihood
             before = "" if value is None else f"log likelihood {value:.10g}, "
             lines += [before + line for line in self.statistics.describe()]
-        for line in [*lines, *(found.sentence() for found in self.scores), *self.remarks()]:
+        for line in [*lines, *self.absorbed, *(found.sentence() for found in self.scores), *self.remarks()]:
             console.say(line)
 
     def as_json(self) -> dict[str, Any]:
@@ -247,6 +250,7 @@ class FitReport:
                 "reason": certificate.reason,
             },
             "standard_errors": list(self.errors),
+            "absorbed": list(self.absorbed),
             "level": self.level,
             "statistics": {} if self.statistics is None else self.statistics.values(),
             "scores": [{"title": found.title, "values": found.values} for found in self.scores],

@@ -180,6 +180,8 @@ def _in_memory(data: Path, roles: Roles, reading: ReadOptions, *, shares: bool, 
     if roles.clusters:
         labels = [columns.labels(table, name, "--cluster") for name in roles.clusters]
         inputs["clusters"] = labels[0] if len(labels) == 1 else np.column_stack(labels)
+    if roles.absorb:
+        inputs["absorb"] = absorbed(roles.absorb, lambda name: columns.labels(table, name, "--absorb"))
     if roles.weight is not None:
         inputs["sample_weight"] = columns.numbers(table, roles.weight, "--weight", non_negative=True)
     if roles.offset is not None:
@@ -187,6 +189,15 @@ def _in_memory(data: Path, roles: Roles, reading: ReadOptions, *, shares: bool, 
     X = columns.matrix(table, names)
     repeated = partial(_repeated_here, X, inputs, table)
     return Rows(X, inputs, names, repeated, here=True, target=roles.target)
+
+
+def absorbed(sets: Sequence[tuple[str, ...]], labels: Callable[[str], Any]) -> Any:
+    """Return the labels of sets of effects, which the model keeps with the names of their columns."""
+    from attnfit.estimators.absorbing import Absorbed, name_of
+
+    columns_of = [parts[0] if len(parts) == 1 else parts for parts in sets]
+    found = [labels(one) if isinstance(one, str) else tuple(map(labels, one)) for one in columns_of]
+    return Absorbed(found, [name_of(one, k) for k, one in enumerate(columns_of)], columns_of)
 
 
 def _repeated_here(X: Any, inputs: dict[str, Any], table: Table, labels: Sequence[Any]) -> int:

@@ -8,7 +8,15 @@ from typing import Any
 
 from attnfit.cli import columns
 from attnfit.cli.errors import InputError
-from attnfit.cli.models import column_of, model_matrix, needed, read_model, text_columns
+from attnfit.cli.models import (
+    column_of,
+    level_columns,
+    levels_in,
+    model_matrix,
+    needed,
+    read_model,
+    text_columns,
+)
 from attnfit.cli.options import ReadOptions
 from attnfit.cli.tables import Table, read_table
 
@@ -23,6 +31,8 @@ class SavedRows:
     table : Table
     X : ndarray or data frame
     groups, offset, alternatives : ndarray or None
+    absorb : list of ndarray or None
+        Labels of sets of effects.
     """
 
     estimator: Any
@@ -31,11 +41,12 @@ class SavedRows:
     groups: Any = None
     offset: Any = None
     alternatives: Any = None
+    absorb: Any = None
 
     @property
     def where(self) -> dict[str, Any]:
         """What predictions take besides X."""
-        found = {"groups": self.groups, "offset": self.offset}
+        found = {"groups": self.groups, "offset": self.offset, "absorb": self.absorb}
         return {name: of for name, of in found.items() if of is not None}
 
 
@@ -74,9 +85,10 @@ def read_saved(
             f"{model} was fitted on {estimator.n_groups_:,} groups; name their column with --group"
         )
     labels = {"--group": group, "--alternatives": alternatives}
-    labelled = [name for name in labels.values() if name is not None]
+    levels = [name for parts in level_columns(estimator) for name in parts]
+    labelled = [*(name for name in labels.values() if name is not None), *levels]
     table = read_table(data, [*labelled, *text_columns(estimator)], reading.decimal)
-    for option, name in labels.items():
+    for option, name in [*labels.items(), *(("the model", name) for name in levels)]:
         if name is not None:
             columns.require(table, name, option)
     used = [*needed(table, estimator, offset), *more]
@@ -87,4 +99,5 @@ def read_saved(
         None if group is None else columns.labels(table, group),
         None if offset is None else columns.numbers(table, offset, "--offset"),
         None if alternatives is None else columns.labels(table, alternatives, "--alternatives"),
+        levels_in(table, estimator),
     )  # fmt: skip

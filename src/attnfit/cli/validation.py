@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit import metrics
+from attnfit.cli.console import note
 from attnfit.cli.errors import InputError
 from attnfit.cli.models import predict_named
 from attnfit.cli.rows import Rows
 
 Index = NDArray[np.intp]
 # Entries of `Rows.inputs` that predictions take.
-WHERE = ("groups", "offset")
+WHERE = ("groups", "offset", "absorb")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,25 @@ class Scores:
 
 def measures(estimator: Any, X: Any, inputs: dict[str, Any]) -> dict[str, float]:
     """Return the measures that fit the model: log loss, Brier score and hits of shares and choices;
-    deviance and explained part of outcomes.
+    deviance and explained part of outcomes. Rows with a label whose effect the fit does not know are left
+    out, and of shares their whole group.
+
+    Raises
+    ------
+    InputError
+        If no row is left.
     """
     where = {name: inputs[name] for name in WHERE if inputs.get(name) is not None}
     y, weights = inputs["y"], inputs.get("sample_weight")
-    fitted = predict_named(estimator, X, where)
+    fitted: Any = predict_named(estimator, X, where)
+    groups = inputs.get("groups")
+    if "absorb" in where:
+        known = _known(fitted, groups)
+        y, fitted = y[known], fitted[known]
+        weights = None if weights is None else weights[known]
+        groups = None if groups is None else groups[known]
     if not hasattr(estimator, "n_groups_"):
         return _of_outcomes(estimator, y, fitted, weights)
-    groups = inputs.get("groups")
     about: dict[str, Any] = {"groups": groups, "sample_weight": weights}
     about["outside_good"] = bool(estimator.outside_good)
     with warnings.catch_warnings():
@@ -73,6 +85,20 @@ def measures(estimator: Any, X: Any, inputs: dict[str, Any]) -> dict[str, float]
     if groups is not None and not estimator.outside_good and np.isin(y, (0.0, 1.0)).all():
         found["hit rate"] = _hits(y, fitted, groups)
     return found
+
+
+def _known(fitted: Any, groups: Any) -> Any:
+    """Return which rows have a prediction, of shares in a group where all have."""
+    known = np.isfinite(fitted)
+    if groups is not None:
+        unknown = np.unique(np.asarray(groups)[~known])
+        known = ~np.isin(groups, unknown)
+    if not known.any():
+        raise InputError("No row has labels that the fit has seen, so there is nothing to score")
+    if not known.all():
+        n = int(np.count_nonzero(~known))
+        note(f"Not scored: {n:,} row{'s'[: n > 1]}, for labels that the fit has not seen.")
+    return known
 
 
 def _equal(groups: Any, n: int, estimator: Any) -> Any:
@@ -129,10 +155,12 @@ class Units:
 
 
 def units_of(rows: Rows) -> Units:
-    """Return what is held out together; clusters that cut across groups leave groups whole."""
+    """Return what is held out together; clusters that cut across groups leave groups whole, and effects of
+    levels are known only where rows of a cluster stay.
+    """
     inputs, n = rows.inputs, len(rows.inputs["y"])
     groups, clusters = inputs.get("groups"), inputs.get("clusters")
-    if clusters is not None and np.ndim(clusters) == 1:
+    if "absorb" not in inputs and clusters is not None and np.ndim(clusters) == 1:
         units = np.unique(np.asarray(clusters).astype(str), return_inverse=True)[1]
         if groups is None or _nested(groups, units):
             return Units(units, "clusters")
@@ -162,7 +190,10 @@ def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows, str]:
 
 def take(rows: Rows, keep: Any) -> Rows:
     """Return some of the rows."""
-    inputs = {name: None if of is None else np.asarray(of)[keep] for name, of in rows.inputs.items()}
+    inputs = {
+        name: None if of is None else of.rows(keep) if hasattr(of, "rows") else np.asarray(of)[keep]
+        for name, of in rows.inputs.items()
+    }
     training = rows.training
     if training is not None:
         places = np.flatnonzero(keep) if np.asarray(keep).dtype == bool else np.asarray(keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import narwhals as nw
@@ -18,10 +19,16 @@ Array = NDArray[np.float64]
 
 
 class Absorbed(NamedTuple):
-    """Labels of the sets of effects, and the names of the sets."""
+    """Labels of the sets of effects, the names of the sets, and their columns if all have names."""
 
     labels: list[Any]
     names: list[str]
+    columns: list[Any] | None = None
+
+    def rows(self, keep: Any) -> Absorbed:
+        """Return the labels of some of the rows."""
+        some = [tuple(part[keep] for part in c) if isinstance(c, tuple) else c[keep] for c in self.labels]
+        return self._replace(labels=some)
 
 
 def read_absorb(X: Any, absorb: Any) -> tuple[Any, Absorbed | None]:
@@ -46,7 +53,9 @@ def read_absorb(X: Any, absorb: Any) -> tuple[Any, Absorbed | None]:
         absorb = [absorb]
     if nw.dependencies.is_into_dataframe(absorb):
         frame = nw.from_native(absorb, eager_only=True)
-        return X, Absorbed([frame[name].to_numpy() for name in frame.columns], list(frame.columns))
+        return X, Absorbed(
+            [frame[name].to_numpy() for name in frame.columns], list(frame.columns), list(frame.columns)
+        )
     if not isinstance(absorb, list | tuple) or not len(absorb):
         absorb = list(np.asarray(absorb).T) if np.ndim(absorb) == 2 else [absorb]
     if not any(map(_is_named, absorb)) and np.ndim(absorb[0]) == 0:
@@ -67,7 +76,19 @@ def read_absorb(X: Any, absorb: Any) -> tuple[Any, Absorbed | None]:
         used += parts
     if used:
         X = nw.from_native(X, eager_only=True).drop(list(dict.fromkeys(used))).to_native()
-    return X, Absorbed(labels, names)
+    return X, Absorbed(labels, names, named_columns(absorb))
+
+
+def named_columns(absorb: Any) -> list[Any] | None:
+    """Return the sets of effects as names of columns; None where one is given as values."""
+    sets = [absorb] if isinstance(absorb, str) else list(absorb)
+    return sets if all(map(_is_named, sets)) else None
+
+
+def flat_names(columns: Sequence[Any]) -> list[str]:
+    """Return the columns of all sets, each once."""
+    parts = [[entry] if isinstance(entry, str) else list(entry) for entry in columns]
+    return list(dict.fromkeys(name for part in parts for name in part))
 
 
 def name_of(entry: Any, place: int) -> str:
@@ -89,6 +110,7 @@ class AbsorbingMixin:
     absorb: Any
     result_: Result
     _labels: Absorbed | None
+    _absorb_names: list[Any] | None
 
     def _take_labels(self, X: Any, absorb: Any) -> Any:
         """Return X without the columns that hold labels of effects, and keep the labels for the fit."""
@@ -101,6 +123,7 @@ class AbsorbingMixin:
         if labels is None:
             return problem
         require_absorbable(problem)
+        self._absorb_names = labels.columns
         data = Data(problem, problem.design, labels.labels, drop_singletons=False, names=labels.names)
         return AbsorbedProblem(data)
 
@@ -113,21 +136,22 @@ class AbsorbingMixin:
             If labels are missing that the model was fitted with, or given to one that was not.
         """
         effects = self.result_.effects
-        by_formula = self.__dict__.get("_absorb_names")
-        wanted = getattr(self, "absorb", None) if absorb is None else absorb
-        wanted = by_formula if wanted is None else wanted
         if effects is None:
             if absorb is not None:
                 raise ValueError("absorb is given, but the model was fitted without; leave it out")
             return X, None
-        if wanted is None:
+        names = self.__dict__.get("_absorb_names")
+        known = set(getattr(X, "columns", ()))
+        if absorb is None and names is not None and known.issuperset(flat_names(names)):
+            absorb = names
+        if absorb is None:
             raise ValueError(
                 "absorb is missing: the model was fitted with effects of "
                 f"{', '.join(s.name for s in effects)}; pass their labels"
             )
-        features, labels = read_absorb(X, wanted)
+        features, labels = read_absorb(X, absorb)
         # A formula picks its columns itself, and may use one of labels too.
-        X = features if by_formula is None else X
+        X = X if "_formula" in self.__dict__ else features
         assert labels is not None
         if len(labels.labels) != len(effects):
             raise ValueError(

@@ -343,13 +343,11 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         Raises
         ------
         ValueError
-            If a parameter has no form in JSON (a solver of one's own, a generator as random_state), or the
-            model has absorbed effects.
+            If a parameter has no form in JSON (a solver of one's own, a generator as random_state), or labels
+            of absorbed effects are neither numbers, text nor times.
         """
         from attnfit.estimators.files import save
 
-        if getattr(self, "result_", None) is not None and self.result_.effects is not None:
-            raise ValueError("model files do not hold absorbed effects; pickle the model, or save coef_")
         save(self, path)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from math import isfinite
 from os import PathLike
 from pathlib import Path
@@ -18,13 +18,15 @@ from safetensors.numpy import save as to_bytes
 from attnfit import solvers
 from attnfit.estimators import model_header
 from attnfit.estimators.base import BaseRegressor
+from attnfit.estimators.effects_file import described, restored
 from attnfit.estimators.model_header import ModelFileError
 from attnfit.formulas import FormulaDesign
 from attnfit.inference import Covariance, FitStatistics
 from attnfit.solvers import History, Result, Status
 from attnfit.writing import write as write_file
 
-FORMAT_VERSION = 2
+# Effects came with the third; what has none is written so that older versions read it.
+FORMAT_VERSION, EFFECTS_VERSION = 2, 3
 HEADER, DIGEST = "attnfit", "sha256"
 
 
@@ -52,9 +54,14 @@ def dumps(model: Any) -> bytes:
     if np.ndim(params["row_penalty"]):
         arrays["row_penalty"] = np.asarray(params.pop("row_penalty"), dtype=np.float64)
     params["solver"] = _encode_solver(params["solver"])
+    effects, version = None, FORMAT_VERSION
+    if model.result_.effects is not None:
+        effects, more = described(model.result_.effects, model.__dict__.get("_absorb_names"))
+        arrays, version = arrays | more, EFFECTS_VERSION
+        params["absorb"] = None
     names = getattr(model, "feature_names_in_", None)
     header = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "class": type(model).__name__,
         "params": params,
         "n_features_in": model.n_features_in_,
@@ -66,7 +73,7 @@ def dumps(model: Any) -> bytes:
         "formula": _formula(model) if "_formula" in model.__dict__ else None,
         "statistics": _finite(asdict(model._statistics)) if "_statistics" in model.__dict__ else None,
         "result": {name: _finite(getattr(model.result_, name)) for name in model_header.RESULT},
-    }
+    } | ({} if effects is None else {"effects": effects})
     try:
         text = json.dumps(header, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
@@ -113,9 +120,9 @@ def load(path: str | PathLike[str]) -> BaseRegressor:
     if not isinstance(header, dict):
         raise ModelFileError(f"{path}: the header is not a JSON object")
     version = header.get("format_version")
-    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+    if version not in (1, FORMAT_VERSION, EFFECTS_VERSION) or isinstance(version, bool):
         raise ModelFileError(
-            f"{path}: format version {version!r}, this attnfit reads versions 1 to {FORMAT_VERSION}; "
+            f"{path}: format version {version!r}, this attnfit reads versions 1 to {EFFECTS_VERSION}; "
             "save the model again with this version, or install the one that wrote it"
         )
     if version == 1:
@@ -123,10 +130,17 @@ def load(path: str | PathLike[str]) -> BaseRegressor:
         arrays = {name: a for name, a in arrays.items() if name not in ("covariance", "identified")}
     try:
         model = model_header.new_model(header, arrays)
+        of_effects = {name: arrays.pop(name) for name in list(arrays) if name.startswith("effects ")}
         model_header.check_arrays(arrays, header["n_features_in"], header["result"]["status"])
+        effects, columns = None, None
+        if header.get("effects") is not None:
+            effects, columns = restored(header["effects"], of_effects)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
     _restore(model, header, arrays)
+    if effects is not None:
+        model.result_ = replace(model.result_, effects=effects)
+        model._absorb_names = columns
     return model
 
 

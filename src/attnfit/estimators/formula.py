@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self
 
-from attnfit.estimators.absorbing import Absorbed, name_of
+from attnfit.estimators.absorbing import Absorbed, name_of, named_columns
 from attnfit.estimators.reading import read_groups
 from attnfit.formulas import FormulaDesign, Training, read_training
 
@@ -55,7 +55,7 @@ def absorbed_labels(absorb: Any, given: dict[str, Any]) -> Absorbed | None:
         columns = tuple(given[f"absorb {s} {k}"] for k in range(n_parts))
         labels.append(columns if n_parts > 1 else columns[0])
         names.append(name_of(entry, s))
-    return Absorbed(labels, names)
+    return Absorbed(labels, names, named_columns(absorb))
 
 
 def without_constant(training: Training) -> Training:
@@ -163,7 +163,6 @@ class ChoiceFormulaMixin(FormulaMixin):
             absorb=absorbed_labels(absorb, found.given),
         )
         keep(model, found, formula)
-        model._absorb_names = absorb  # type: ignore[attr-defined]
         return model
 
     def _rows_of(self, X: Any, groups: Any) -> tuple[Any, Any]:
@@ -228,7 +227,6 @@ class OutcomeFormulaMixin(FormulaMixin):
             absorb=absorbed_labels(absorb, found.given),
         )
         keep(model, found, formula)
-        model._absorb_names = absorb  # type: ignore[attr-defined]
         return model
 
     def _rows_of(self, X: Any) -> Any:

@@ -65,10 +65,10 @@ UNKNOWN = ("gradient_norm", "move", "decrement", "n_flat")
 STORED = ("ExponentialRegressor", "PoissonRegressor", "RescaledSoftmaxRegressor", "SoftmaxRegressor")
 # Parameters that older files do not have.
 LATER = {"n_starts": "auto", "separation": "warn", "covariance": "auto", "weight_type": "sampling"}
-# Of the classes that absorb effects; a model that did has no file.
+# Classes that absorb effects, whose labels stand in the constructor of none that is stored.
 ABSORBING = ("ExponentialRegressor", "PoissonRegressor", "SoftmaxRegressor")
 # Entries of the header that older files do not have.
-OPTIONAL = {"covariance", "formula", "statistics"}
+OPTIONAL = {"covariance", "formula", "statistics", "effects"}
 SOLVERS = ("Newton", "LevenbergMarquardt", "GradientDescent")
 
 
