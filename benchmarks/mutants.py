@@ -43,10 +43,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TRIED = ROOT / ".mutants" / "tried.tsv"
 
 # The tests that guard each module, without those that take long.
-LOSSES = ["losses", "certificate_constants"]
-BALLS = ["certificate_constants", "certificate_intervals", "certificate_statements", "certificates_centred"]
+LOSSES = ["losses", "segments", "certificate_constants"]
+BALLS = [
+    "certificate_constants",
+    "kantorovich",
+    "certificate_intervals",
+    "certificate_statements",
+    "certificates_centred",
+]
 PROVEN = ["certificate_intervals", "certificates_rigorous"]
-SEPARATION = ["recession", "separation"]
+SEPARATION = ["recession", "moves", "separation", "separation_programme"]
 GUARDS = {
     "losses/loss": [*LOSSES, "certificate_statements", "open_losses"],
     "segments": LOSSES,

@@ -57,7 +57,7 @@ def minilm():
 
 @needs_minilm
 @pytest.mark.xdist_group("minilm")
-@pytest.mark.parametrize(("defence", "text"), [(None, "the code is 4471."), ("float16", "my code")])
+@pytest.mark.parametrize(("defence", "text"), [(None, "the code is 4471."), ("float16", "code")])
 def test_encoder_attention(minilm, defence, text):
     found = audit.invert(minilm, audit.observe(minilm, text, "attention:0", defence))
     assert found.text == text

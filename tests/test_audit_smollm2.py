@@ -33,7 +33,7 @@ def smollm2(audit_cache):  # noqa: F811
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         # A coarser calibration than usual: a few searches take longer.
-        for name, value in (("N_SEQUENCES", 40), ("N_FIRST", 1000), ("N_CONTEXTS", 12)):
+        for name, value in (("N_SEQUENCES", 20), ("N_FIRST", 500), ("N_CONTEXTS", 10)):
             patch.setattr(calibration, name, value)
         with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
             model = audit.load("smollm2")

@@ -29,6 +29,7 @@ from attnfit.certificates.rigorous import (
     _third_of_exponential,
     _whitening,
 )
+from attnfit.losses.elementwise import output_range
 from benchmarks.exact_answers import DIGITS, error_of, exact_answer, scaled_error_of, stationarity
 
 SOFTMAX = ("cross_entropy", "kl", "squared", "entropy", "linear_cross_entropy")
@@ -347,3 +348,14 @@ def test_slopes_that_cancel_are_known_to_the_rounding_of_their_terms(loss, commo
     term = np.abs(b) if loss == "linear_cross_entropy" else np.abs(f - b)
     worst = 4.0 * EPS * float(f * term @ own)
     assert worst <= RowBall(problem, at, np.eye(2)).rounding() <= 20.0 * worst
+
+
+@pytest.mark.parametrize("function", ["exp", "cosh", "sinh"])
+@pytest.mark.parametrize("ends", [(-2.0, -0.5), (-1.0, 2.0), (-3.0, 1.0), (0.2, 1.5), (0.7, 0.7)])
+def test_the_range_of_an_output(function, ends):
+    grid = as_tensor(np.linspace(*ends, 2001)).requires_grad_()
+    u = getattr(torch, function)(grid)
+    v = torch.autograd.grad(u.sum(), grid)[0]
+    found = output_range(function, np.array([ends[0]]), np.array([ends[1]]))
+    expected = [e.item() for e in (u.min(), u.max(), v.min(), v.max())]
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)

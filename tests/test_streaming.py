@@ -10,6 +10,8 @@ from scipy import sparse
 
 from attnfit import problems
 from attnfit.data import DenseDesign, SparseDesign
+from attnfit.losses.elementwise import PoissonDeviance
+from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LOSSES
 
 LONG = (500, 3, 2, 300)
@@ -295,3 +297,27 @@ def test_rows_of_entropy_are_drawn_uniformly():
     drawn = draw_rows(problem.rows, 3000, rng)
     # Two rows of a long group are certain.
     assert len(np.unique(drawn.inclusion)) == 2
+
+
+def test_which_predictions_of_a_normaliser_fail():
+    for name in ("squared", "cross_entropy", "kl", "linear_cross_entropy", "entropy"):
+        loss, true = LOSSES[name], np.array([[1.0, -2.0, 8.0]])
+        for off, failed in [
+            (4.0, False),
+            (-4.0, False),
+            (6.0, True),
+            (-6.0, True),
+            (60.0, True),
+            (np.nan, True),
+        ]:
+            assert loss.reference_failed(true[0] + np.array([0.0, off, 0.0]), true) == failed
+    loss, true = SquaredRescaled("sinh"), np.array([[1.0, -2.0]])
+    for reference, failed in [
+        ((9.0, -2.0), False),
+        ((12.0, -2.0), True),
+        ((1.0, 17.0), False),
+        ((1.0, 19.0), True),
+    ]:
+        assert loss.reference_failed(np.array(reference), true) == failed
+    assert loss.reference_failed(np.ones(1), np.zeros((1, 1)))
+    assert not PoissonDeviance().reference_failed(np.zeros(1), np.ones((1, 1)))

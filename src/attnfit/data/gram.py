@@ -142,8 +142,9 @@ class Gram:
         if sparse.issparse(block):
             self._add_rows(block, t if r is None else t * r * r)
             return
+        scale = np.sqrt(np.abs(t)) if r is None else np.sqrt(np.abs(t)) * r
         for part in self._parts(len(t)):
-            self._add_dense(block[part] if r is None else block[part] * r[part, None], t[part])
+            self._add_dense(block[part] * scale[part, None], t[part])
 
     def add_centred(
         self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Any, starts: Index
@@ -158,7 +159,9 @@ class Gram:
                 if isinstance(q, np.ndarray):
                     centre *= q[part, None]
                 rows = block[part] if r is None else block[part] * r[part, None]
-                self._add_dense(np.subtract(rows, centre, out=centre), t[part])
+                np.subtract(rows, centre, out=centre)
+                centre *= np.sqrt(np.abs(t[part]))[:, None]
+                self._add_dense(centre, t[part])
             return
         tr = t if r is None else t * r
         self._add_rows(block, tr if r is None else tr * r)
@@ -177,7 +180,9 @@ class Gram:
             for part in self._parts(len(t)):
                 rows = block[part] if r is None else block[part] * r[part, None]
                 centre = np.multiply.outer(q[part], mu) if isinstance(q, np.ndarray) else mu
-                self._add_dense(rows - centre, t[part])
+                rows = rows - centre
+                rows *= np.sqrt(np.abs(t[part]))[:, None]
+                self._add_dense(rows, t[part])
             return
         tr = t if r is None else t * r
         self._add_rows(block, tr if r is None else tr * r)
@@ -207,12 +212,13 @@ class Gram:
         return total
 
     def _add_dense(self, rows: Array, t: Array) -> None:
-        if (t >= 0.0).all():
-            # numpy recognises X^T X and calls the symmetric product: half the arithmetic.
-            rows = rows * np.sqrt(t)[:, None]
-            self._total += rows.T @ rows
-        else:
-            self._total += (rows * t[:, None]).T @ rows
+        """Add rows that carry the root of the size of their weight."""
+        # numpy recognises X^T X and calls the symmetric product: half the arithmetic.
+        self._total += rows.T @ rows
+        negative = np.flatnonzero(t < 0.0)
+        if len(negative):
+            rows = rows[negative]
+            self._total -= 2.0 * (rows.T @ rows)
 
     def _add_rows(self, block: Any, weights: Array) -> None:
         if not self._lower.size:

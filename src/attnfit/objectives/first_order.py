@@ -157,12 +157,13 @@ def _read_and_draw_part(
     sampler: RowSampler | None = None,
 ) -> tuple[Totals, list[Chunk]]:
     """Read one part of the data; return its totals and the rows drawn from it."""
-    if sampler is None and not hessian and part.loss.compiled and part.design.storage is not None:
+    sum_up_run: Any = None
+    if part.loss.compiled and part.design.storage is not None:
         # Numba takes a third of a second to import.
-        from attnfit.objectives.compiled import sum_up
+        from attnfit.objectives.compiled import sum_up, sum_up_run
 
         # Where a logit is not finite it must be named: the chunks do that.
-        found = sum_up(part, chunks, x, reference, long_states)
+        found = None if hessian or sampler is not None else sum_up(part, chunks, x, reference, long_states)
         if found is not None:
             return found, []
     totals = Totals.zero(part.n_unknowns, part.n_long)
@@ -170,7 +171,12 @@ def _read_and_draw_part(
     draws = None if sampler is None else Draws()
     for chunk in part.prefetch(chunks):
         block, z = part.logits(chunk, x)
-        state = _add_chunk(part, chunk, block, z, reference, long_states, totals)
+        state: list[Array] = []
+        if sum_up_run is None or part.design.on_disk or (part.loss.coupled and chunk.long < 0):
+            state = _add_chunk(part, chunk, block, z, reference, long_states, totals)
+        else:
+            # What the rows weigh in the Hessian needs their logits only, which are finite.
+            totals = totals.merge(sum_up_run(part, [chunk], x, reference, long_states))
         if sampler is None and not hessian:
             continue
         if chunk.long >= 0:
