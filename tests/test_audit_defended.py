@@ -113,7 +113,7 @@ def test_consistent_texts_of_several_are_not_verified(tiny):  # noqa: F811
     found = audit.invert(tiny, audit.observe(tiny, tiny.private_texts[0], "hidden:1", "noise:2.0"))
     assert not found.verified
     assert "they give the observation, but so would others" in found.message
-    assert min(found.leads) < 5.0
+    assert min(found.log_odds) < 5.0
 
 
 def test_leads_are_log_odds(tiny):  # noqa: F811
@@ -121,13 +121,13 @@ def test_leads_are_log_odds(tiny):  # noqa: F811
     tokens = tiny.tokenise(tiny.private_texts[0])
     seen = audit.observe(tiny, tiny.private_texts[0], "hidden:1", "noise:0.7")
     found = audit.invert(tiny, seen)
-    place = int(np.argmin(found.leads))
+    place = int(np.argmin(found.log_odds))
     states = np.stack([tiny.states([*tokens[:place], token], 1)[-1] for token in range(tiny.n_vocabulary)])
     chances = -0.5 * np.square((states - seen.array[place]) / seen.error[place]).sum(1)
     others = np.delete(chances, found.tokens[place])
     expected = chances[found.tokens[place]] - np.logaddexp.reduce(others)
     assert found.tokens[:place] == tokens[:place]
-    assert found.leads[place] == pytest.approx(expected, rel=0.02)
+    assert found.log_odds[place] == pytest.approx(expected, rel=0.02)
 
 
 def test_noise_is_not_claimed_to_be_text(tiny):  # noqa: F811
@@ -149,8 +149,8 @@ def test_rounding_never_errs_by_more_than_said(defence):
     rng = np.random.default_rng(0)
     array = (rng.standard_normal((20, 30)) * np.exp(2 * rng.standard_normal(30))).astype(np.float32)
     defended = apply_defence(array, defence)
-    assert (np.abs(defended.array - array) <= 1.0001 * defended.reach + 1e-7).all()
-    assert np.isinf(apply_defence(array, f"{defence}+noise:0.1").reach).all()
+    assert (np.abs(defended.array - array) <= 1.0001 * defended.error_bound + 1e-7).all()
+    assert np.isinf(apply_defence(array, f"{defence}+noise:0.1").error_bound).all()
 
 
 def test_states_within_the_bounds_fit_exactly():
@@ -159,7 +159,7 @@ def test_states_within_the_bounds_fit_exactly():
     truth = torch.tensor([0.24, -0.24, 0.74, 1.24])
     seen = torch.round(truth / step) * step
     error = torch.full((4,), step / 12**0.5)
-    target = Target(seen, error, torch.ones(4), reach=torch.full((4,), step / 2))
+    target = Target(seen, error, torch.ones(4), error_bound=torch.full((4,), step / 2))
     nearer = seen + torch.tensor([0.0, 0.0, 0.0, 0.3])
     assert float((nearer - seen).norm()) < float((truth - seen).norm())
     fits = target.misfits(torch.stack([truth, nearer]))

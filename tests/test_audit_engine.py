@@ -7,12 +7,12 @@ from audit_models import audit_cache, tiny  # noqa: F401
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from attnfit.audit.candidates import CandidateSet  # noqa: E402
 from attnfit.audit.embedding_newton import EmbeddingNewton  # noqa: E402
 from attnfit.audit.engine.prefix import Prefix  # noqa: E402
 from attnfit.audit.engine.prior import Prior  # noqa: E402
 from attnfit.audit.engine.ways import Fast  # noqa: E402
 from attnfit.audit.errors import AuditError  # noqa: E402
-from attnfit.audit.evaluated import Evaluated  # noqa: E402
 from attnfit.audit.logits import last_states  # noqa: E402
 from attnfit.audit.models.blocks import capture  # noqa: E402
 from attnfit.audit.models.directory import attention_for  # noqa: E402
@@ -159,7 +159,7 @@ def test_the_jacobian_is_autodiffs(model):
     prefix.extend(TOKENS[:4])
     e = model.embeddings[17].clone()
     target = Target(torch.zeros(48), torch.zeros(48), torch.full((48,), 2.0))
-    search = EmbeddingNewton(Evaluated(prefix, target), model.embeddings, 10**6)
+    search = EmbeddingNewton(CandidateSet(prefix, target), model.embeddings, 10**6)
     found = search._jacobian(e, prefix.embedded(e[None])[0]).matrix
 
     def plain(vector):
@@ -177,7 +177,7 @@ def test_newton_finds_a_token_it_was_not_told(model):
     truth = 321
     state = prefix.candidates([truth])[0]
     scale = prefix.candidates(range(0, 800, 20)).std(0)
-    evaluated = Evaluated(prefix, Target(state, torch.zeros(48), scale))
+    evaluated = CandidateSet(prefix, Target(state, torch.zeros(48), scale))
     evaluated.add(list(range(16)))
     assert EmbeddingNewton(evaluated, model.embeddings, 10**6).search()
     assert evaluated.nearest()[0] == truth

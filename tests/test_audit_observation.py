@@ -82,7 +82,7 @@ def test_accesses_agree_with_the_model(tiny):  # noqa: F811
 def test_dropping_position_zero(tiny):  # noqa: F811
     text = tiny.private_texts[0]
     seen = audit.observe(tiny, text, "topk:3", "drop0")
-    assert len(seen.array) == len(seen.shown) == len(seen.reach) == len(tiny.tokenise(text)) - 1
+    assert len(seen.array) == len(seen.shown) == len(seen.error_bound) == len(tiny.tokenise(text)) - 1
 
 
 def test_text_beyond_the_positions(tiny):  # noqa: F811

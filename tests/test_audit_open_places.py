@@ -162,8 +162,8 @@ class Coarse(audit.Defence):
         if not self.seeded:
             rounded += np.float32(0.01 * np.random.default_rng().random())
         left = self.first
-        reach = np.full_like(array, self.reached * 0.05)
-        return audit.Defended(rounded[left:], error[left:], reach[left:], (1,) * left)
+        error_bound = np.full_like(array, self.reached * 0.05)
+        return audit.Defended(rounded[left:], error[left:], error_bound[left:], (1,) * left)
 
 
 def test_a_defence_of_ones_own():
@@ -178,7 +178,7 @@ def test_a_defence_of_ones_own():
         ({"stated": 0.5}, "is stated"),
         ({"reached": -1.0}, "negative"),
         ({"stated": np.inf}, "not finite"),
-        ({"reached": 0.9}, "beyond reach"),
+        ({"reached": 0.9}, "beyond error_bound"),
         ({"seeded": False}, "each time"),
         ({"first": 1}, "only the first"),
     ],

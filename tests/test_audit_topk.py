@@ -14,7 +14,7 @@ from attnfit.audit.engine.prefix import Prefix  # noqa: E402
 
 def search_of(model, text, access="topk:5", defence="round:2"):
     seen = audit.observe(model, text, access, defence)
-    checked = topk._checked(model, seen.shown, seen.array, seen.error, seen.reach)
+    checked = topk._checked(model, seen.shown, seen.array, seen.error, seen.error_bound)
     return topk.TopkSearch(model, *checked, model.n_vocabulary)
 
 
@@ -46,7 +46,7 @@ def test_cheap_comparisons_are_lower_bounds(tiny, access):  # noqa: F811
     prefix.extend(tokens[:4])
     states = prefix.candidates(range(1024))
     shown, values, allowed = search._shown[4], search._values[4], search._allowed[4]
-    tried = topk.Tried(tiny, shown, values, allowed)
+    tried = topk.ShownCandidates(tiny, shown, values, allowed)
     for first in range(0, 1024, 100):
         tried.add(list(range(first, min(first + 100, 1024))), states[first : first + 100])
     # In float64, from the same states: what the library computes in float32 is off by the rounding of sums
@@ -80,7 +80,7 @@ def test_one_candidate_proves_nothing(tiny, budget):  # noqa: F811
     text = tiny.private_texts[0]
     seen = audit.observe(tiny, text, "topk:5", "round:2")
     found = audit.invert(tiny, seen, known_prefix=tiny.tokenise(text)[:-1], budget=budget)
-    assert found.positions[-1].lead < 5.0 if budget == 1 else found.text == text
+    assert found.positions[-1].log_odds < 5.0 if budget == 1 else found.text == text
     assert not (budget == 1 and found.verified)
 
 
@@ -112,7 +112,7 @@ def test_the_next_position_removes_doubt(tiny, monkeypatch):  # noqa: F811
     """A rival of a token must also give what follows: most that come near at one position do not.
 
     Three numbers with one decimal leave doubt. Rounding of a forward pass moves a gap by a thousandth of
-    itself, and so a lead by 0.003 nats.
+    itself, and so log odds of 0.003 nats.
     """
     monkeypatch.setattr(topk, "MANY", 128)
     text = tiny.private_texts[0]
@@ -121,12 +121,12 @@ def test_the_next_position_removes_doubt(tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(topk, "RIVALS", 10**6)
     before = audit.invert(tiny, seen)
     assert after.text == before.text == text
-    gained = np.subtract(after.leads, before.leads)
-    certain = topk.certain_lead(len(before.tokens))
+    gained = np.subtract(after.log_odds, before.log_odds)
+    certain = topk.certain_log_odds(len(before.tokens))
     assert (gained >= 0.0).all()
     assert any(
         gain > 1.0 and old < certain - 0.3 and new > certain + 0.3
-        for gain, old, new in zip(gained, before.leads, after.leads, strict=True)
+        for gain, old, new in zip(gained, before.log_odds, after.log_odds, strict=True)
     )
 
 

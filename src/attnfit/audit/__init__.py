@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from attnfit.audit.check import check_access, check_defence
     from attnfit.audit.checks import check_states
     from attnfit.audit.defences import Defence, Defended
-    from attnfit.audit.found import Found, Position
     from attnfit.audit.inverting import invert
     from attnfit.audit.logits import invert_logits
-    from attnfit.audit.masked import MaskedFound, recover_masked
+    from attnfit.audit.masked import MaskedResult, recover_masked
     from attnfit.audit.models import Model, load
     from attnfit.audit.observation import Observation, observe
     from attnfit.audit.relaxation import Relaxation, masked_relaxation
     from attnfit.audit.report import Report
+    from attnfit.audit.result import InversionResult, Position
     from attnfit.audit.running import run
     from attnfit.audit.states import StatesAccess, invert_attention, invert_hidden
     from attnfit.audit.topk import invert_topk
@@ -35,11 +35,11 @@ _HOMES = {
     "Access": "access",
     "Defence": "defences",
     "Defended": "defences",
-    "Found": "found",
-    "MaskedFound": "masked",
+    "InversionResult": "result",
+    "MaskedResult": "masked",
     "Model": "models",
     "Observation": "observation",
-    "Position": "found",
+    "Position": "result",
     "Relaxation": "relaxation",
     "Report": "report",
     "StatesAccess": "states",
@@ -65,9 +65,9 @@ __all__ = [
     "AuditError",
     "Defence",
     "Defended",
-    "Found",
+    "InversionResult",
     "MalformedModel",
-    "MaskedFound",
+    "MaskedResult",
     "Model",
     "ModelTooLarge",
     "NoRoundTrip",

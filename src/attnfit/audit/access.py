@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from attnfit.audit.engine.prefix import Prefix
 from attnfit.audit.errors import AuditError
-from attnfit.audit.found import Found
 from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.result import InversionResult
 
 if TYPE_CHECKING:
     from attnfit.audit.observation import Observation
@@ -32,7 +32,7 @@ class Leak(NamedTuple):
 class Search(Protocol):
     """The inversion of one observation."""
 
-    def run(self, known: Tokens) -> Found:
+    def run(self, known: Tokens) -> InversionResult:
         """Return everything that could be recovered, given the first tokens."""
 
     def contradiction(self, truth: Tokens) -> str:

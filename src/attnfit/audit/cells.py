@@ -16,7 +16,7 @@ from attnfit.audit.engine.prefix import check_text
 from attnfit.audit.errors import AuditError, Unsupported
 from attnfit.audit.forms import parse_access
 from attnfit.audit.inverting import search_for
-from attnfit.audit.masked import COMMON, MaskedFound, common_words, recover_masked
+from attnfit.audit.masked import COMMON, MaskedResult, common_words, recover_masked
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text, is_chat, tokenised
 from attnfit.audit.observation import Observation, observe
@@ -133,7 +133,7 @@ class Attack:
     ) -> None:
         self._model, self._texts, self._truths = model, texts, truths
         self._seed = random_state
-        self._masked: dict[int, MaskedFound] = {}
+        self._masked: dict[int, MaskedResult] = {}
         self._ways: dict[tuple[str, int, bool], str] = {}
 
     def run(self, key: Key, seconds: float) -> Cell:

@@ -101,7 +101,7 @@ def check_defence(defence: str, array: Any = None) -> None:
 
     The same seed must give the same numbers; what is given must be left alone; errors must be finite and as
     large as stated, on average, to a factor of 1.5, and never beyond
-    ``reach``; only first positions may be withheld.
+    ``error_bound``; only first positions may be withheld.
 
     Parameters
     ----------
@@ -141,11 +141,11 @@ def check_defence(defence: str, array: Any = None) -> None:
                 f"{name} must be float32 of shape {left.shape}, not {values.dtype} of shape {values.shape}"
             )
     assert np.isfinite(found.array).all() and np.isfinite(found.error).all(), "numbers are not finite"
-    assert (found.reach >= 0.0).all(), "a largest error is negative"
+    assert (found.error_bound >= 0.0).all(), "a largest error is negative"
     made = np.abs(found.array.astype(np.float64) - left)
     # A stated step is itself rounded to float32.
-    room = found.reach * (1.0 + 1e-5) + 1e-6 * np.abs(left)
-    assert (made <= room).all(), "an error is beyond reach: state the largest, or infinity"
+    room = found.error_bound * (1.0 + 1e-5) + 1e-6 * np.abs(left)
+    assert (made <= room).all(), "an error is beyond error_bound: state the largest, or infinity"
     stated = float(np.sqrt(np.mean(np.square(found.error.astype(np.float64)))))
     actual = float(np.sqrt(np.mean(made**2)))
     assert stated / HONEST <= actual <= stated * HONEST or max(stated, actual) <= 1e-6 * np.abs(left).max(), (

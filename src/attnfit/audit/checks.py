@@ -15,7 +15,7 @@ from attnfit.audit.uncertainty import Uncertainty
 EVERYTHING = 2
 
 
-def check_states(model: Model, states: Any, error: Any, reach: Any = None) -> tuple[Any, Uncertainty]:
+def check_states(model: Model, states: Any, error: Any, error_bound: Any = None) -> tuple[Any, Uncertainty]:
     """Return states as a float32 tensor of shape (n, width), and what is known about their errors."""
     array = np.asarray(states, dtype=np.float32)
     if array.ndim != 2 or array.shape[1] != model.width or not len(array):
@@ -30,9 +30,9 @@ def check_states(model: Model, states: Any, error: Any, reach: Any = None) -> tu
         )
     likely, largest = (
         None if one is None else torch.from_numpy(np.broadcast_to(one, array.shape).astype(np.float32))
-        for one in (error, reach)
+        for one in (error, error_bound)
     )
-    return torch.from_numpy(array.copy()), Uncertainty(likely, reach=largest)
+    return torch.from_numpy(array.copy()), Uncertainty(likely, error_bound=largest)
 
 
 def check_budget(budget: int | None, model: Model) -> int:

@@ -34,7 +34,7 @@ class Defended:
     error : ndarray, shape (n, width)
         Standard deviation of what was added to each number, as an attacker who knows the defence estimates
         it.
-    reach : ndarray, shape (n, width)
+    error_bound : ndarray, shape (n, width)
         The largest error that each number can have; infinite where noise was added.
     dropped : tuple of int
         Positions that were withheld.
@@ -42,7 +42,7 @@ class Defended:
 
     array: Array
     error: Array
-    reach: Array
+    error_bound: Array
     dropped: tuple[int, ...] = ()
 
     @classmethod
@@ -224,15 +224,15 @@ class Chain:
 
     def apply(self, array: Array, rng: np.random.Generator) -> Defended:
         """Return what leaves; variances and largest errors add up."""
-        squares, reach = np.zeros_like(array), np.zeros_like(array)
+        squares, error_bound = np.zeros_like(array), np.zeros_like(array)
         dropped: tuple[int, ...] = ()
         for part in self.parts:
             found = part.apply(array, rng)
             n = len(found.dropped)
             dropped += tuple(len(dropped) + place for place in found.dropped)
             array = found.array
-            squares, reach = squares[n:] + np.square(found.error), reach[n:] + found.reach
-        return Defended(array, np.sqrt(squares), reach.astype(np.float32), dropped)
+            squares, error_bound = squares[n:] + np.square(found.error), error_bound[n:] + found.error_bound
+        return Defended(array, np.sqrt(squares), error_bound.astype(np.float32), dropped)
 
 
 def apply_defence(array: Array, defence: str | None, random_state: int = 0) -> Defended:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attnfit.audit.evaluated import Evaluated
+from attnfit.audit.candidates import CandidateSet
 
 # Embeddings move by this share of their standard deviation to form the Jacobian.
 STEP = 0.01
@@ -29,14 +29,14 @@ class EmbeddingNewton:
 
     Parameters
     ----------
-    evaluated : Evaluated
+    evaluated : CandidateSet
         Candidates tried so far; those tried here are added.
     table : Tensor, shape (n_vocabulary, width)
     budget : int
         Largest number of candidates for the position.
     """
 
-    def __init__(self, evaluated: Evaluated, table: Any, budget: int) -> None:
+    def __init__(self, evaluated: CandidateSet, table: Any, budget: int) -> None:
         self._evaluated, self._table, self._budget = evaluated, table, budget
         self._scale = evaluated.target.scale
         self._step = STEP * float(table.std())

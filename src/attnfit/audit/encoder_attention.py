@@ -13,8 +13,8 @@ from scipy.linalg import block_diag
 
 from attnfit.audit.checks import check_states
 from attnfit.audit.errors import AuditError
-from attnfit.audit.found import Found, Position
 from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.result import InversionResult, Position
 from attnfit.inversion import recover
 from attnfit.objectives.inverse_curvature import heads_of_projections
 from attnfit.problems import LayerInversion
@@ -88,7 +88,7 @@ class EncoderSearch:
         place[:, position] = 1.0
         return np.hstack([rows, place])
 
-    def run(self, known: Tokens) -> Found:
+    def run(self, known: Tokens) -> InversionResult:
         """Return everything that could be recovered."""
         if known:
             raise AuditError(
@@ -117,7 +117,7 @@ class EncoderSearch:
             Position(token, found.residual, float(margin) - found.residual, model.n_vocabulary, "scan")
             for token, margin in zip(tokens, found.margins, strict=True)
         )
-        return Found(
+        return InversionResult(
             text=model.detokenise(tokens),
             tokens=tokens,
             verified=verified,

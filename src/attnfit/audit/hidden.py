@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from attnfit.audit.calibration import calibrate
+from attnfit.audit.candidates import CandidateSet
 from attnfit.audit.checks import check_prefix
 from attnfit.audit.engine.prefix import Prefix, alternatives
 from attnfit.audit.engine.prior import Prior
 from attnfit.audit.errors import ObservationMismatch
-from attnfit.audit.evaluated import Evaluated
-from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.position import Clues, PositionSearch
+from attnfit.audit.result import Cost, InversionResult, Position, certain_log_odds, conclude
 from attnfit.audit.target import Target
 from attnfit.audit.uncertainty import Uncertainty
 
@@ -63,7 +63,7 @@ class HiddenSearch:
         self._positions: list[Position] = []
         self._n_drafted = 0
 
-    def run(self, known: Tokens) -> Found:
+    def run(self, known: Tokens) -> InversionResult:
         """Return everything that could be recovered."""
         reason = ""
         try:
@@ -110,9 +110,15 @@ class HiddenSearch:
                 self._note(token, float(target.distances(state)), inf, 0, "known")
 
     def _note(
-        self, token: int, distance: float, margin: float, n_candidates: int, method: str, lead: float = inf
+        self,
+        token: int,
+        distance: float,
+        margin: float,
+        n_candidates: int,
+        method: str,
+        log_odds: float = inf,
     ) -> None:
-        self._positions.append(Position(token, distance, margin, n_candidates, method, lead))
+        self._positions.append(Position(token, distance, margin, n_candidates, method, log_odds))
 
     def _verify(self, draft: Tokens) -> tuple[int, Any] | None:
         """Accept the draft as far as it is right; return the first wrong token and its state, if any."""
@@ -130,7 +136,7 @@ class HiddenSearch:
     def _search(self, at: int, tried: tuple[int, Any] | None) -> str:
         """Find one token; return why not, if not."""
         target, tokens = self._targets[at], self._prefix.tokens
-        evaluated = Evaluated(self._prefix, target)
+        evaluated = CandidateSet(self._prefix, target)
         if tried is not None:
             evaluated.note(*tried)
         names = ("running", "within") if at else ("first", "first")
@@ -139,7 +145,7 @@ class HiddenSearch:
         search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget, cheap=self._cheap)
         method: str | None
         if target.noisy:
-            certain = certain_lead(len(self._states))
+            certain = certain_log_odds(len(self._states))
             # After a wrong token nothing agrees: the whole vocabulary would be tried in vain.
             lost = any(position.method == "nearest" for position in self._positions)
             method = search.most_likely(certain, thorough=target.bounded and not lost)
@@ -149,11 +155,11 @@ class HiddenSearch:
         if method is None:
             return describe_failure(self._model, at, evaluated)
         token, distance, margin = evaluated.nearest()
-        self._note(token, distance, margin, count, method, evaluated.lead)
+        self._note(token, distance, margin, count, method, evaluated.log_odds)
         self._prefix.extend([token])
         return ""
 
-    def _found(self, reason: str) -> Found:
+    def _found(self, reason: str) -> InversionResult:
         tokens = [position.token for position in self._positions]
         consistent = not reason and self._reproduced(tokens)
         others = alternatives(self._prefix, tokens, self._agrees) if consistent else {}
@@ -198,7 +204,7 @@ def contradicted(targets: Sequence[Target], states: Any, first: int = 0) -> str:
     return ""
 
 
-def describe_failure(model: Model, at: int, evaluated: Evaluated) -> str:
+def describe_failure(model: Model, at: int, evaluated: CandidateSet) -> str:
     """Say what is known about a position that was not solved."""
     token, distance, _ = evaluated.nearest()
     told = (

@@ -8,9 +8,9 @@ from dataclasses import replace
 from attnfit.audit.access import Search
 from attnfit.audit.checks import check_budget
 from attnfit.audit.errors import ObservationMismatch
-from attnfit.audit.found import Found
 from attnfit.audit.models.model import Model
 from attnfit.audit.observation import Observation
+from attnfit.audit.result import InversionResult
 
 
 def invert(
@@ -20,7 +20,7 @@ def invert(
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
     first_position: int | None = None,
-) -> Found:
+) -> InversionResult:
     """Recover the text behind an observation.
 
     Parameters
@@ -37,7 +37,7 @@ def invert(
 
     Returns
     -------
-    Found
+    InversionResult
 
     Raises
     ------

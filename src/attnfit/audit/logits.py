@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from attnfit.audit.access import Leak
 from attnfit.audit.checks import check_budget
 from attnfit.audit.errors import ObservationMismatch
-from attnfit.audit.found import Found
 from attnfit.audit.hidden import HiddenSearch
 from attnfit.audit.logit_target import LogitUncertainty
 from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.result import InversionResult
 from attnfit.audit.states import StatesAccess
 from attnfit.audit.target import SLACK
 from attnfit.audit.uncertainty import Uncertainty
@@ -51,7 +51,7 @@ class Logits(StatesAccess):
 
     def states(self, model: Model, observation: Observation) -> tuple[Any, Uncertainty]:
         """Return the normed last states behind them."""
-        return logit_states(model, observation.array, observation.error, observation.reach)
+        return logit_states(model, observation.array, observation.error, observation.error_bound)
 
     def metric(self, model: Model) -> NDArray[np.float64]:
         """Return L with |centred logits of y| = |y L|."""
@@ -68,10 +68,10 @@ def invert_logits(
     logits: Any,
     *,
     error: Any = 0.0,
-    reach: Any = None,
+    error_bound: Any = None,
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
-) -> Found:
+) -> InversionResult:
     """Recover the tokens from the next-token logits, or log-probabilities, at every position.
 
     Logits are linear in the normed last state: ``logits - mean = (U - mean(U)) y``, whatever constant was
@@ -84,7 +84,7 @@ def invert_logits(
     logits : array_like, shape (n, n_vocabulary)
     error : array_like, broadcastable to logits
         Standard deviation of the error of each number.
-    reach : array_like, broadcastable to logits, optional
+    error_bound : array_like, broadcastable to logits, optional
         The largest error of each number, as half a step where they were rounded.
     known_prefix : sequence of int
         Tokens known to come first.
@@ -93,28 +93,28 @@ def invert_logits(
 
     Returns
     -------
-    Found
+    InversionResult
 
     Raises
     ------
     ObservationMismatch
         If the logits have another width, are not finite, or no states of this model explain them.
     """
-    states, uncertainty = logit_states(model, logits, error, reach)
+    states, uncertainty = logit_states(model, logits, error, error_bound)
     search = HiddenSearch(model, model.n_layers + 1, states, uncertainty, check_budget(budget, model))
     return search.run(list(known_prefix))
 
 
-def logit_states(model: Model, logits: Any, error: Any, reach: Any) -> tuple[Any, Uncertainty]:
+def logit_states(model: Model, logits: Any, error: Any, error_bound: Any) -> tuple[Any, Uncertainty]:
     """Return the normed last states behind some logits, to be compared by logits where these were rounded."""
     states, uncertainty = last_states(model, logits, error)
-    if reach is not None:
+    if error_bound is not None:
         uncertainty = LogitUncertainty(
             uncertainty.error,
             uncertainty.basis,
             model=model,
             logits=torch.from_numpy(np.array(logits, dtype=np.float32)),
-            widths=torch.from_numpy(np.broadcast_to(reach, np.shape(logits)).astype(np.float32)),
+            widths=torch.from_numpy(np.broadcast_to(error_bound, np.shape(logits)).astype(np.float32)),
         )
     return states, uncertainty
 

@@ -65,7 +65,7 @@ class Masked(Access):
 
 
 @dataclass(frozen=True)
-class MaskedFound:
+class MaskedResult:
     """The likeliest beginning found.
 
     Attributes
@@ -115,7 +115,7 @@ def recover_masked(
     n_masked: int = 2,
     *,
     admissible: Sequence[Any] | None = None,
-) -> list[MaskedFound]:
+) -> list[MaskedResult]:
     """Recover masked beginnings: the tokens before a known part of which the model is likeliest to have
     learned it.
 
@@ -137,7 +137,7 @@ def recover_masked(
 
     Returns
     -------
-    list of MaskedFound
+    list of MaskedResult
 
     Raises
     ------
@@ -292,7 +292,7 @@ def _joined(beginnings: Any, known: Tokens) -> Any:
 
 def _found(
     model: Model, known: Tokens, allowed: list[Any], ranking: _Ranking, forwards: float, seconds: float
-) -> MaskedFound:
+) -> MaskedResult:
     tokens = [int(token) for token in ranking.beginnings[0]]
     exposures = np.full((len(tokens), model.n_vocabulary), np.nan, dtype=np.float32)
     for place, some in enumerate(allowed):
@@ -301,7 +301,7 @@ def _found(
         exposures[place, some] = np.log2(0.5 * (len(met) + 1 + len(some)))
         exposures[place, met] = np.log2(np.arange(1, len(met) + 1))
     losses = ranking.losses
-    return MaskedFound(
+    return MaskedResult(
         tokens=tokens,
         text=model.detokenise([*tokens, *known]),
         loss=float(losses[0]),

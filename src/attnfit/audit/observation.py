@@ -29,7 +29,7 @@ class Observation:
         States, outputs of an attention, logits, or the log-probabilities shown, largest first.
     error : ndarray, shape of array
         Standard deviation of the error that the defence adds to each number, as far as the defence is known.
-    reach : ndarray, shape of array, optional
+    error_bound : ndarray, shape of array, optional
         The largest error that each number can have; infinite, as without it, where noise was added.
     shown : ndarray of int, shape of array, optional
         With "topk": the tokens that the log-probabilities belong to.
@@ -51,7 +51,7 @@ class Observation:
     dropped: tuple[int, ...] = ()
     defence: str | None = None
     fingerprint: str = ""
-    reach: Array | None = field(default=None, repr=False)
+    error_bound: Array | None = field(default=None, repr=False)
     first_position: int = 0
     run: RunError | None = field(default=None, repr=False)
 
@@ -113,10 +113,10 @@ def observe(
         run = run_error(model, layer, dtype)
     array, shown = form.leak(model if dtype is None else model.in_dtype(dtype), tokens)
     defended = apply_defence(array, rest, random_state)
-    error, reach = defended.error, defended.reach
+    error, error_bound = defended.error, defended.error_bound
     if run is not None:
         own = run.errors(len(defended.array), len(defended.dropped))
-        error, reach = np.hypot(error, own), np.full_like(reach, np.inf)
+        error, error_bound = np.hypot(error, own), np.full_like(error_bound, np.inf)
     if shown is not None:
         shown = shown[len(defended.dropped) :]
     return Observation(
@@ -127,7 +127,7 @@ def observe(
         defended.dropped,
         defence,
         model.fingerprint,
-        reach,
+        error_bound,
         model.first_position,
         run,
     )

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from attnfit.audit.candidates import CandidateSet
 from attnfit.audit.embedding_newton import EmbeddingNewton
 from attnfit.audit.engine.prior import with_surprises
-from attnfit.audit.evaluated import Evaluated
 from attnfit.audit.ordering import interleaved
 from attnfit.audit.probes import Ranker
 from attnfit.audit.regression import regressed_embedding
@@ -21,8 +21,8 @@ BATCHES = (16, 16, 32, *(64,) * 8)
 # Candidates whose lessons order the rest.
 N_REGRESSED = 1024
 NOISY_SHORTLIST, NOISY_WIDER = 64, 1024
-# A token this many times the certain lead away from the best one, in squared errors, cannot be the true one
-# while the best explains the state.
+# A token this many times the certain log odds away from the best one, in squared errors, cannot be the true
+# one while the best explains the state.
 FAR, RIVALS = 16.0, 64
 
 
@@ -50,7 +50,7 @@ class PositionSearch:
 
     Parameters
     ----------
-    evaluated : Evaluated
+    evaluated : CandidateSet
     clues : Clues
     table : Tensor, shape (n_vocabulary, width)
     budget : int
@@ -60,7 +60,9 @@ class PositionSearch:
         errors leave doubt, many are tried, and all where none of them explains the state.
     """
 
-    def __init__(self, evaluated: Evaluated, clues: Clues, table: Any, budget: int, *, cheap: bool) -> None:
+    def __init__(
+        self, evaluated: CandidateSet, clues: Clues, table: Any, budget: int, *, cheap: bool
+    ) -> None:
         self._evaluated, self._clues, self._table, self._budget = evaluated, clues, table, budget
         self._cheap = cheap
 
@@ -81,7 +83,7 @@ class PositionSearch:
         Parameters
         ----------
         certain : float
-            The lead in nats over its rivals at which a candidate leaves no doubt.
+            The log odds in nats over its rivals at which a candidate leaves no doubt.
         thorough : bool
             Whether the state is known to be that of a token after this prefix, so that all are worth trying.
         """
@@ -89,7 +91,7 @@ class PositionSearch:
         self.shortlist(NOISY_SHORTLIST)
         for size in BATCHES:
             best = found.best
-            if found.solved and found.lead >= certain:
+            if found.solved and found.log_odds >= certain:
                 break
             self._regress_once(size)
             if found.solved and found.best == best:
@@ -114,7 +116,7 @@ class PositionSearch:
             if found.best == best:
                 break
         fits = float(found.misfits.min()) <= found.target.limit
-        if fits and found.apart > FAR * certain and found.lead >= certain:
+        if fits and found.apart > FAR * certain and found.log_odds >= certain:
             return
         if self._cheap:
             self.shortlist(NOISY_WIDER)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.audit.errors import AuditError
-from attnfit.audit.masked import MaskedFound, common_words, recover_masked
+from attnfit.audit.masked import MaskedResult, common_words, recover_masked
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.relaxation import Relaxation, masked_relaxation
 from attnfit.audit.versions import versions
@@ -61,7 +61,7 @@ class Reproduction:
         Mean loss a position of every repeat.
     success : ndarray, shape (k,)
         Share of repeats whose masked tokens are right.
-    found : tuple of MaskedFound
+    found : tuple of MaskedResult
         What `recover_masked` finds for the same texts.
     n_found : int
         How many of these are right.
@@ -79,7 +79,7 @@ class Reproduction:
     steps: NDArray[np.int64] = field(repr=False)
     losses: NDArray[np.float64] = field(repr=False)
     success: NDArray[np.float64] = field(repr=False)
-    found: tuple[MaskedFound, ...] = field(repr=False)
+    found: tuple[MaskedResult, ...] = field(repr=False)
     n_found: int
     forwards: float
     seconds: float

@@ -14,10 +14,10 @@ from attnfit.audit.access import Access, Leak, Search, no_attack_on_encoder, no_
 from attnfit.audit.checks import check_budget, check_states
 from attnfit.audit.encoder_attention import EncoderSearch
 from attnfit.audit.errors import AuditError
-from attnfit.audit.found import Found
 from attnfit.audit.hidden import HiddenSearch
 from attnfit.audit.lower_precision import as_error
 from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.result import InversionResult
 from attnfit.audit.uncertainty import Uncertainty
 from attnfit.audit.withheld import WithheldSearch
 
@@ -71,7 +71,9 @@ class HiddenStates(StatesAccess):
 
     def states(self, model: Model, observation: Observation) -> tuple[Any, Uncertainty]:
         """Return them as they are."""
-        states, uncertainty = check_states(model, observation.array, observation.error, observation.reach)
+        states, uncertainty = check_states(
+            model, observation.array, observation.error, observation.error_bound
+        )
         return states, replace(uncertainty, run=observation.run)
 
     def run_layer(self, model: Model) -> Layer | None:
@@ -158,10 +160,10 @@ def invert_hidden(
     layer: int,
     *,
     error: Any = 0.0,
-    reach: Any = None,
+    error_bound: Any = None,
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
-) -> Found:
+) -> InversionResult:
     """Recover the tokens from the states after one block.
 
     A linear probe drafts all tokens, one forward pass verifies the draft, and the first wrong token is
@@ -179,7 +181,7 @@ def invert_hidden(
         Standard deviation of the error of each number, or that they are of a run in bfloat16, whose errors
         are measured once for each layer. Where it matters, the best candidate is taken instead
         of the first that agrees.
-    reach : array_like, broadcastable to states, optional
+    error_bound : array_like, broadcastable to states, optional
         The largest error of each number, as half a step where numbers were rounded: a candidate must then lie
         within it.
     known_prefix : sequence of int
@@ -189,7 +191,7 @@ def invert_hidden(
 
     Returns
     -------
-    Found
+    InversionResult
 
     Raises
     ------
@@ -200,7 +202,7 @@ def invert_hidden(
     """
     if model.kind != "causal":
         raise AuditError(f"model {model.name!r} is an encoder: its states depend on all tokens at once")
-    return _inverted(model, layer, states, error, reach, known_prefix, budget)
+    return _inverted(model, layer, states, error, error_bound, known_prefix, budget)
 
 
 def invert_attention(
@@ -209,10 +211,10 @@ def invert_attention(
     block: int = 0,
     *,
     error: Any = 0.0,
-    reach: Any = None,
+    error_bound: Any = None,
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
-) -> Found:
+) -> InversionResult:
     """Recover the tokens from the output of a block's self-attention.
 
     In a causal model row t depends on the tokens up to t: the same search as for hidden states, with the
@@ -229,7 +231,7 @@ def invert_attention(
     error : array_like, broadcastable to output, or "run:bfloat16"
         Standard deviation of the error of each number; of a causal model also that they are of a run in
         bfloat16 (see `invert_hidden`).
-    reach : array_like, broadcastable to output, optional
+    error_bound : array_like, broadcastable to output, optional
         The largest error of each number, of a causal model.
     known_prefix : sequence of int
         Tokens known to come first, of a causal model.
@@ -238,7 +240,7 @@ def invert_attention(
 
     Returns
     -------
-    Found
+    InversionResult
 
     Raises
     ------
@@ -250,13 +252,19 @@ def invert_attention(
     form = AttentionOutput(block)
     if model.kind == "encoder":
         return form.of_encoder(model, output, error).run(list(known_prefix))
-    return _inverted(model, form.layer(model), output, error, reach, known_prefix, budget)
+    return _inverted(model, form.layer(model), output, error, error_bound, known_prefix, budget)
 
 
 def _inverted(
-    model: Model, layer: Layer, states: Any, error: Any, reach: Any, known: Sequence[int], budget: int | None
-) -> Found:
+    model: Model,
+    layer: Layer,
+    states: Any,
+    error: Any,
+    error_bound: Any,
+    known: Sequence[int],
+    budget: int | None,
+) -> InversionResult:
     error, run = as_error(model, layer, error, len(states))
-    observed, uncertainty = check_states(model, states, error, reach)
+    observed, uncertainty = check_states(model, states, error, error_bound)
     uncertainty = replace(uncertainty, run=run)
     return HiddenSearch(model, layer, observed, uncertainty, check_budget(budget, model)).run(list(known))

@@ -32,7 +32,7 @@ class Target:
         Standard deviation of each channel over text in general.
     basis : Tensor, shape (width, k), optional
         Directions in which errors are independent; the channels unless given.
-    reach : Tensor, shape (width,), optional
+    error_bound : Tensor, shape (width,), optional
         The largest error that each channel can have.
     most : float, optional
         The misfit of the true state at most, where it was measured; errors are correlated then, and count
@@ -43,7 +43,7 @@ class Target:
     error: Any
     scale: Any
     basis: Any = None
-    reach: Any = None
+    error_bound: Any = None
     most: float | None = None
 
     def distances(self, states: Any) -> Any:
@@ -57,7 +57,7 @@ class Target:
         gives the observation itself.
         """
         if self.bounded:
-            beyond = ((states - self.state).abs() - self.reach).clamp_min(0.0)
+            beyond = ((states - self.state).abs() - self.error_bound).clamp_min(0.0)
             return (beyond / (BEYOND * self.scale)).square().mean(-1).sqrt()
         return (self._squares(states, self.state) / len(self.error)).sqrt()
 
@@ -86,7 +86,7 @@ class Target:
     @cached_property
     def bounded(self) -> bool:
         """Whether the error matters and cannot exceed a known size."""
-        return self.noisy and self.reach is not None and bool(self.reach.isfinite().all())
+        return self.noisy and self.error_bound is not None and bool(self.error_bound.isfinite().all())
 
     @property
     def bound(self) -> float:

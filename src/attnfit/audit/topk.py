@@ -17,10 +17,10 @@ from attnfit.audit.checks import check_budget, check_prefix
 from attnfit.audit.engine.prefix import Prefix, alternatives
 from attnfit.audit.engine.prior import Prior, with_surprises
 from attnfit.audit.errors import AuditError, ObservationMismatch
-from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.ordering import interleaved
-from attnfit.audit.tried import ROUNDING, Tried, likelihoods
+from attnfit.audit.result import Cost, InversionResult, Position, certain_log_odds, conclude
+from attnfit.audit.shown_candidates import ROUNDING, ShownCandidates, likelihoods
 
 if TYPE_CHECKING:
     from attnfit.audit.observation import Observation
@@ -67,7 +67,7 @@ class TopLogProbabilities(Access):
         if observation.dropped:
             raise no_attack_without_first(f"access {str(self)!r}")
         return topk_search(
-            model, observation.shown, observation.array, observation.error, observation.reach, budget
+            model, observation.shown, observation.array, observation.error, observation.error_bound, budget
         )
 
 
@@ -77,10 +77,10 @@ def invert_topk(
     values: Any,
     *,
     error: Any = 0.0,
-    reach: Any = None,
+    error_bound: Any = None,
     known_prefix: Sequence[int] = (),
     budget: int | None = None,
-) -> Found:
+) -> InversionResult:
     """Recover the tokens from the largest log-probabilities at every position.
 
     Candidates are tried in the order of the model's own next-token distribution and of what those before
@@ -96,7 +96,7 @@ def invert_topk(
         These log-probabilities.
     error : array_like, broadcastable to values
         Standard deviation of their errors.
-    reach : array_like, broadcastable to values, optional
+    error_bound : array_like, broadcastable to values, optional
         The largest error of each.
     known_prefix : sequence of int
         Tokens known to come first. Without any, all tokens are equally likely at position 0.
@@ -105,15 +105,17 @@ def invert_topk(
 
     Returns
     -------
-    Found
+    InversionResult
     """
-    search = topk_search(model, shown, values, error, reach, check_budget(budget, model))
+    search = topk_search(model, shown, values, error, error_bound, check_budget(budget, model))
     return search.run(list(known_prefix))
 
 
-def topk_search(model: Model, shown: Any, values: Any, error: Any, reach: Any, budget: int) -> TopkSearch:
+def topk_search(
+    model: Model, shown: Any, values: Any, error: Any, error_bound: Any, budget: int
+) -> TopkSearch:
     """Return the inversion of log-probabilities, checked."""
-    return TopkSearch(model, *_checked(model, shown, values, error, reach), budget)
+    return TopkSearch(model, *_checked(model, shown, values, error, error_bound), budget)
 
 
 class TopkSearch:
@@ -133,7 +135,7 @@ class TopkSearch:
         self._rivals: tuple[Any, Any, int] | None = None
         self._n_compared = 0
 
-    def run(self, known: list[int]) -> Found:
+    def run(self, known: list[int]) -> InversionResult:
         """Return everything that could be recovered."""
         reason = ""
         if known:
@@ -193,9 +195,9 @@ class TopkSearch:
         limit = min(limit, len(prior))
         expected = with_surprises(prior)
         left = expected.clone()
-        tried = Tried(self._model, self._shown[at], self._values[at], self._allowed[at])
-        certain = certain_lead(len(self._shown))
-        lead, size = 0.0, FIRST_BATCH
+        tried = ShownCandidates(self._model, self._shown[at], self._values[at], self._allowed[at])
+        certain = certain_log_odds(len(self._shown))
+        log_odds, size = 0.0, FIRST_BATCH
         while len(tried.tokens) < limit:
             told = likelihoods(self._model.embeddings, tried.tokens, tried.missed)
             count = min(size, limit - len(tried.tokens))
@@ -205,12 +207,12 @@ class TopkSearch:
             size = min(GROWTH * size, LARGEST_BATCH)
             agreeing = tried.agreeing
             if len(agreeing):
-                lead = self._lead(tried, certain)
+                log_odds = self._log_odds(tried, certain)
                 score = expected[tried.tokens][agreeing] - 0.5 * (WIDTHS * tried.gaps[agreeing]).square()
                 # No token that is left can score better than by being expected.
                 settled = bool(score.max() >= left.max())
                 many = len(tried.tokens) >= MANY
-                if lead >= certain or many or (settled and self._doubtful(tried, lead, certain)):
+                if log_odds >= certain or many or (settled and self._doubtful(tried, log_odds, certain)):
                     break
         if not len(agreeing):
             tried.sharpen()
@@ -220,12 +222,12 @@ class TopkSearch:
                 + ("; before it several tokens agree, and one may be wrong" if any(self._others) else "")
             )
         ranked = agreeing[score.argsort(descending=True)].tolist()
-        best, *others = [tried.position(place, lead) for place in ranked[: 1 + BRANCHES]]
+        best, *others = [tried.position(place, log_odds) for place in ranked[: 1 + BRANCHES]]
         self._positions.append(best)
         self._others.append(others[::-1])
         self._prefix.extend([best.token])
         self._reconsider(at, certain)
-        if lead < certain:
+        if log_odds < certain:
             tried.sharpen(RIVALS + 1)
         near = tried.gaps.argsort()
         near = near[near != ranked[0]][: RIVALS + 1]
@@ -237,10 +239,10 @@ class TopkSearch:
 
         Only where the next token is certain, so that a rival would not go on with another one.
         """
-        if self._rivals is None or self._others[-2] or self._positions[-2].lead >= certain:
+        if self._rivals is None or self._others[-2] or self._positions[-2].log_odds >= certain:
             return
         rivals, gaps, count = self._rivals
-        if self._positions[-1].lead < certain or len(rivals) <= RIVALS:
+        if self._positions[-1].log_odds < certain or len(rivals) <= RIVALS:
             return
         sequences = torch.tensor(self._prefix.tokens).repeat(RIVALS, 1)
         sequences[:, -2] = rivals[:RIVALS]
@@ -251,10 +253,10 @@ class TopkSearch:
         both = torch.maximum(gaps[:RIVALS], self._gaps(at, seen[:, -1]).gaps)
         # Those not compared are at least as far as they are at their own position.
         nearest = min(float(both.min()), float(gaps[RIVALS]))
-        lead = max(self._positions[-2].lead, self._lead_over(nearest, count))
-        self._positions[-2] = replace(self._positions[-2], lead=lead)
+        log_odds = max(self._positions[-2].log_odds, self._log_odds_over(nearest, count))
+        self._positions[-2] = replace(self._positions[-2], log_odds=log_odds)
 
-    def _lead(self, tried: Tried, certain: float) -> float:
+    def _log_odds(self, tried: ShownCandidates, certain: float) -> float:
         """Return how unlikely it is, in nats, that a token agrees by accident: a lower bound if certain.
 
         Zero where two agree, or no other was tried.
@@ -264,38 +266,41 @@ class TopkSearch:
             return 0.0
         if len(tried.gaps) == self._model.n_vocabulary:
             return inf
-        lead = self._lead_over(tried.nearest_but(agreeing[0]), len(tried.gaps))
-        if lead < certain:
+        log_odds = self._log_odds_over(tried.nearest_but(agreeing[0]), len(tried.gaps))
+        if log_odds < certain:
             tried.sharpen()
-            lead = self._lead_over(tried.nearest_but(agreeing[0]), len(tried.gaps))
-        return lead
+            log_odds = self._log_odds_over(tried.nearest_but(agreeing[0]), len(tried.gaps))
+        return log_odds
 
-    def _lead_over(self, nearest: float, count: int) -> float:
-        """Return the lead of a token over others of which `count` were tried, the nearest missing by so much.
+    def _log_odds_over(self, nearest: float, count: int) -> float:
+        """Return the log odds of a token against others of which `count` were tried, the nearest missing by
+        so much.
 
         The k numbers of wrong tokens spread over k dimensions: as the nearest of those tried misses by g, one
         of them in ``g^k`` comes within 1, and all tokens are to those tried as their numbers.
         """
         return int(self._shown.shape[1]) * log(max(1.0, nearest)) + log(count / self._model.n_vocabulary)
 
-    def _doubtful(self, tried: Tried, lead: float, certain: float) -> bool:
+    def _doubtful(self, tried: ShownCandidates, log_odds: float, certain: float) -> bool:
         """Return whether doubt will be left however many candidates are tried.
 
-        The lead grows with the share of the vocabulary tried, and by nothing else; where two tokens agree it
-        stays zero.
+        The log odds grow with the share of the vocabulary tried, and by nothing else; where two tokens agree
+        they stay zero.
         """
-        if lead == 0.0:
+        if log_odds == 0.0:
             return True
-        return self._model.n_vocabulary > MANY and lead + log(max(1.0, MANY / len(tried.tokens))) < certain
+        return (
+            self._model.n_vocabulary > MANY and log_odds + log(max(1.0, MANY / len(tried.tokens))) < certain
+        )
 
-    def _gaps(self, at: int, states: Any) -> Tried:
+    def _gaps(self, at: int, states: Any) -> ShownCandidates:
         """Compare states with what is shown at a position."""
-        tried = Tried(self._model, self._shown[at], self._values[at], self._allowed[at])
+        tried = ShownCandidates(self._model, self._shown[at], self._values[at], self._allowed[at])
         tried.add([-1] * len(states), states)
         tried.sharpen()
         return tried
 
-    def _found(self, reason: str) -> Found:
+    def _found(self, reason: str) -> InversionResult:
         tokens = [position.token for position in self._positions]
         consistent = False
         if not reason:
@@ -315,7 +320,7 @@ class TopkSearch:
         return len(self._gaps(at, state[None]).agreeing) == 1
 
 
-def _checked(model: Model, shown: Any, values: Any, error: Any, reach: Any) -> tuple[Any, Any, Any]:
+def _checked(model: Model, shown: Any, values: Any, error: Any, error_bound: Any) -> tuple[Any, Any, Any]:
     """Return tokens, log-probabilities and the errors that they may have as tensors of one shape."""
     tokens, chances = np.asarray(shown), np.asarray(values, dtype=np.float32)
     if tokens.ndim != 2 or tokens.shape != chances.shape or not tokens.size:
@@ -335,7 +340,7 @@ def _checked(model: Model, shown: Any, values: Any, error: Any, reach: Any) -> t
             f"values[{row}, {place}] is {chances[row, place]}: observations must be finite"
         )
     widest = WIDTHS * np.broadcast_to(np.asarray(error, dtype=np.float32), chances.shape)
-    allowed = (widest if reach is None else np.minimum(widest, reach)) + ROUNDING
+    allowed = (widest if error_bound is None else np.minimum(widest, error_bound)) + ROUNDING
     return (
         torch.from_numpy(tokens.astype(np.int64)),
         torch.from_numpy(chances),

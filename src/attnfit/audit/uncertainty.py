@@ -27,7 +27,7 @@ class Uncertainty:
     basis : Tensor, shape (width, k), optional
         Directions in which errors are independent, the channels unless given. What lies across all of them
         was not observed.
-    reach : Tensor, shape (n, width), optional
+    error_bound : Tensor, shape (n, width), optional
         The largest error that each channel can have; infinite where unknown.
     run : RunError, optional
         The run in fewer digits that the errors are, in part at least, those of.
@@ -35,14 +35,14 @@ class Uncertainty:
 
     error: Any
     basis: Any = None
-    reach: Any = None
+    error_bound: Any = None
     run: RunError | None = None
 
     def target(self, place: int, state: Any, scale: Any) -> Target:
         """Return what is to be explained at a position."""
-        reach = None if self.reach is None else self.reach[place]
+        error_bound = None if self.error_bound is None else self.error_bound[place]
         most = None if self.run is None else self.run.limit
-        return Target(state, self.error[place], scale, self.basis, reach, most)
+        return Target(state, self.error[place], scale, self.basis, error_bound, most)
 
     def preceded(self) -> Uncertainty:
         """Return the same with a row before the first that has no error."""

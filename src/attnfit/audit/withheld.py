@@ -12,9 +12,9 @@ import torch
 from attnfit.audit.calibration import calibrate
 from attnfit.audit.engine.prior import Prior
 from attnfit.audit.errors import AuditError
-from attnfit.audit.found import Cost, Found, Position, certain_lead, conclude
 from attnfit.audit.hidden import HiddenSearch, contradicted
 from attnfit.audit.models.model import Layer, Model, Tokens
+from attnfit.audit.result import Cost, InversionResult, Position, certain_log_odds, conclude
 from attnfit.audit.uncertainty import Uncertainty
 
 # First tokens that stand for all others while the second is looked for, and pairs with them.
@@ -54,18 +54,18 @@ class WithheldSearch:
         self._calibration = calibrate(model, [layer])[layer]
         scale = self._calibration.running.scale
         self._targets = [uncertainty.target(place, state, scale) for place, state in enumerate(states)]
-        self._certain = certain_lead(len(states) + 1)
+        self._certain = certain_log_odds(len(states) + 1)
 
     def contradiction(self, truth: Tokens) -> str:
         """Return why the true tokens would not be accepted; empty if they would."""
         states = torch.from_numpy(self._model.states(truth, self._layer))
         return contradicted(self._targets, states[1:], first=1)
 
-    def run(self, known: Tokens) -> Found:
+    def run(self, known: Tokens) -> InversionResult:
         """Return everything that could be recovered."""
         if known:
             raise AuditError("known_prefix cannot be used where the first position was withheld")
-        best: Found | None = None
+        best: InversionResult | None = None
         for first in self._firsts():
             found = self._after(first)
             if best is None or len(found.tokens) > len(best.tokens) or found.failed_at is None:
@@ -125,14 +125,14 @@ class WithheldSearch:
             total.append(torch.stack(rows).sum(0))
         return torch.cat(total)
 
-    def _after(self, first: int) -> Found:
+    def _after(self, first: int) -> InversionResult:
         """Invert the rest as if the withheld state had been seen to be that of a token."""
         state = torch.from_numpy(self._model.states([first], self._layer))
         states = torch.cat([state, self._states])
         search = HiddenSearch(self._model, self._layer, states, self._uncertainty.preceded(), self._budget)
         return search.run([first])
 
-    def _settled(self, found: Found) -> Found:
+    def _settled(self, found: InversionResult) -> InversionResult:
         """Choose the first token that all states together make likeliest."""
         tokens = found.tokens
         if found.failed_at is not None or len(tokens) < 2:
@@ -148,8 +148,8 @@ class WithheldSearch:
                 break
         place = int(likely.argmax())
         others = torch.cat([likely[:place], likely[place + 1 :]])
-        lead = float(likely[place] - others.logsumexp(0)) if len(others) else 0.0
-        first = Position(int(order[place]), 0.0, inf, len(likely), "joint", lead)
+        log_odds = float(likely[place] - others.logsumexp(0)) if len(others) else 0.0
+        first = Position(int(order[place]), 0.0, inf, len(likely), "joint", log_odds)
         positions = [first, *found.positions[1:]]
         chosen = [position.token for position in positions]
         states = torch.from_numpy(self._model.states(chosen, self._layer))[1:]

@@ -31,7 +31,7 @@ class Position:
     method : {"known", "draft", "shortlist", "regression", "newton", "scan", "joint", "nearest"}
         The stage that found it; "joint" with all later positions, as its own was withheld; "nearest" is a
         best guess that the noise does not explain.
-    lead : float
+    log_odds : float
         Its log odds against all others that the errors could hide: by how many nats the observation prefers
         it to them together.
     """
@@ -41,12 +41,12 @@ class Position:
     margin: float
     n_candidates: int
     method: str
-    lead: float = math.inf
+    log_odds: float = math.inf
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an inversion took, as in Found."""
+    """What an inversion took, as in InversionResult."""
 
     n_candidates: int
     n_forwards: int
@@ -54,7 +54,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Found:
+class InversionResult:
     """The text behind an observation.
 
     Attributes
@@ -102,9 +102,9 @@ class Found:
         return [position.margin for position in self.positions]
 
     @property
-    def leads(self) -> list[float]:
+    def log_odds(self) -> list[float]:
         """By how many nats the observation prefers each token to all others together."""
-        return [position.lead for position in self.positions]
+        return [position.log_odds for position in self.positions]
 
     @property
     def methods(self) -> list[str]:
@@ -115,8 +115,8 @@ class Found:
         return self.message
 
 
-def certain_lead(length: int) -> float:
-    """Return the lead in nats at which no token of a text of some length is in doubt."""
+def certain_log_odds(length: int) -> float:
+    """Return the log odds in nats at which no token of a text of some length is in doubt."""
     return math.log(max(1, length) / DOUBT)
 
 
@@ -128,7 +128,7 @@ def conclude(
     consistent: bool,
     cost: Cost,
     alternatives: dict[int, Tokens] | None = None,
-) -> Found:
+) -> InversionResult:
     """Put a result together.
 
     Parameters
@@ -149,8 +149,8 @@ def conclude(
     others = alternatives or {}
     tokens = [position.token for position in positions]
     guessed = [place for place, position in enumerate(positions) if position.method == "nearest"]
-    doubtful = min(range(len(positions)), key=lambda place: positions[place].lead, default=0)
-    sure = bool(positions) and positions[doubtful].lead >= certain_lead(expected)
+    doubtful = min(range(len(positions)), key=lambda place: positions[place].log_odds, default=0)
+    sure = bool(positions) and positions[doubtful].log_odds >= certain_log_odds(expected)
     if reason:
         message = f"{len(tokens)} of {expected} tokens recovered: {reason}"
     elif not consistent:
@@ -163,9 +163,9 @@ def conclude(
         message = f"{expected} tokens found, ambiguous: {', '.join(told[:NAMED])}{more}"
     elif not sure:
         message = f"{expected} tokens guessed: they give the observation, but so would others"
-        lead = positions[doubtful].lead
+        log_odds = positions[doubtful].log_odds
         message += f" (at position {doubtful} other tokens are " + (
-            f"only {lead:.1f} nats less likely)" if lead > 0 else "no less likely)"
+            f"only {log_odds:.1f} nats less likely)" if log_odds > 0 else "no less likely)"
         )
     else:
         message = (
@@ -174,4 +174,6 @@ def conclude(
     failed = len(tokens) if reason else None
     text = model.detokenise(tokens)
     verified = not reason and consistent and sure and not others
-    return Found(text, tokens, verified, tuple(positions), failed, message, **vars(cost), alternatives=others)
+    return InversionResult(
+        text, tokens, verified, tuple(positions), failed, message, **vars(cost), alternatives=others
+    )

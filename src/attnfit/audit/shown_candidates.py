@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from attnfit.audit.found import Position
 from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.result import Position
 
 # Log-probabilities agree up to this beyond the stated error: rounding of the forward passes.
 ROUNDING = 2e-3
@@ -18,7 +18,7 @@ EXACT = 32
 LEARNED, RIDGE = 4096, 2.0
 
 
-class Tried:
+class ShownCandidates:
     """Candidates for one position.
 
     Attributes
@@ -67,11 +67,11 @@ class Tried:
         """Places of the candidates that give what is shown: the numbers, and no other tokens."""
         return (~self._excluded & (self.gaps <= 1.0)).nonzero()[:, 0]
 
-    def position(self, place: int, lead: float) -> Position:
+    def position(self, place: int, log_odds: float) -> Position:
         """Return what is known of one of those that agree."""
         gap = float(self.gaps[place])
         margin = self.nearest_but(place) - gap
-        return Position(self.tokens[place], gap, margin, len(self.gaps), "shortlist", lead)
+        return Position(self.tokens[place], gap, margin, len(self.gaps), "shortlist", log_odds)
 
     def nearest_but(self, place: int) -> float:
         """Return the smallest gap of all others, infinite where there are none."""

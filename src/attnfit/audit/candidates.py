@@ -11,7 +11,7 @@ from attnfit.audit.models.model import Tokens
 from attnfit.audit.target import Target
 
 
-class Evaluated:
+class CandidateSet:
     """Tokens tried after a prefix, with their states, and how well each explains the observation.
 
     Attributes
@@ -76,7 +76,7 @@ class Evaluated:
         return float(squares.min())
 
     @property
-    def lead(self) -> float:
+    def log_odds(self) -> float:
         """By how many nats the observation prefers the best token to all others tried together."""
         likely = self.target.likelihoods(self.states)
         others = torch.cat([likely[: self.best], likely[self.best + 1 :]])
