@@ -15,14 +15,14 @@ pytest.importorskip("transformers")
 import audit_reports
 from audit_reports import TEXTS, report
 
-from attnfit.audit.advice import percent
+from attnfit.audit.advice import options, percent, scope
 from attnfit.audit.page import Column, Entry, number, templates
 from attnfit.audit.page.chart import Chart, Line
 from attnfit.audit.report_html import render
 
 KEYS = {
     *("schema", "verdict", "advice", "model", "settings", "coverage", "pairs", "breakpoints", "controls"),
-    *("cells", "seconds", "versions", "command"),
+    *("cells", "seconds", "versions", "command", "made", "owner", "scope", "options"),
 }
 PAIR_KEYS = {
     *("access", "defence", "n_texts", "n_cut", "n_errors", "tokens_right", "tokens", "sentences_exact"),
@@ -124,8 +124,9 @@ def test_verdict_and_advice():
     found = report()
     assert found.verdict == (
         "Not tested: hidden:1 with drop0, topk:5 with drop0; "
-        "model <x>: up to 100 % of tokens recovered without a defence (hidden:1); with noise:9.0, the best "
-        "tried, up to 0 % (hidden:1); 1 of 25 cells not run: budget"
+        "model <x>: up to 100 % of tokens recovered without a defence (hidden:1), 5 of 5 tokens, 2 of 2 "
+        "texts whole, 95 % at least 57 %; with noise:9.0, the best tried, up to 0 % (hidden:1), 0 of 5 "
+        "tokens, 0 of 2 texts whole, 95 % at most 43 %; 1 of 25 cells not run: budget"
     )
     hidden, topk, masked, untested = found.advice
     assert "int8 100 %, noise:1.0 60 %" in hidden
@@ -135,6 +136,44 @@ def test_verdict_and_advice():
     assert (
         "no proof of protection: hidden:1 with drop0; topk:5 with drop0 (position 0 was withheld)" in untested
     )
+
+
+def test_what_to_do_is_ranked_by_what_it_costs():
+    """What is enough first, the cheapest first, then what is not, by what still comes back."""
+    found = options(report(), 0.05)
+    assert [(o.what, o.enough) for o in found] == [
+        ("keep hidden:1, topk:5 on your own machines", True),
+        ("noise:9.0", True),
+        ("noise:1.0", False),
+        ("int8", False),
+    ]
+    assert [o.leak for o in found] == [0.0, 0.0, 0.6, 1.0]
+    assert (found[1].divergence, found[1].agreement) == (2.1, 0.5)
+    # A defence that was not tried on all that leaks is no way out, nor is one where something was cut.
+    assert "drop0" not in [o.what for o in found]
+    cells = tuple(
+        replace(cell, status="cut", right=[]) if cell.key.defence == "noise:9.0" else cell
+        for cell in report().cells
+    )
+    pairs = tuple(replace(p, n_cut=1) if p.defence == "noise:9.0" else p for p in report().pairs)
+    assert not options(replace(report(), cells=cells, pairs=pairs), 0.05)[1].enough
+    assert options(report(), 1.0) == []
+
+
+def test_who_attacks_and_what_was_tried_is_said():
+    told = scope(report())
+    assert "has the weights of the model" in told["Who attacks"]
+    assert told["What was tried"].startswith("2 texts, 3 forms of access, 5 defences (none, int8")
+    assert "not proven to be safe" in told["What was not"]
+
+
+def test_the_first_screen_answers_what_leaks_to_whom_and_what_to_do():
+    page = render(replace(report(), owner="Legal <b>", made="2026-01-31"))
+    order = ["verdict", "What is exposed today", "Legal &lt;b&gt;", "2026-01-31", "Who attacks",
+             "What to do instead", "All combinations"]  # fmt: skip
+    body = page[page.index("<h1>") :]
+    places = [body.index(words) for words in order]
+    assert places == sorted(places)
 
 
 def test_a_withheld_token_that_was_not_found_proves_little(monkeypatch):
@@ -170,7 +209,7 @@ def test_the_page_is_well_formed_and_alone():
     page = render(report(), redact=False)
     counts = checked(page).counts
     assert counts["svg"] == 1
-    assert counts["table"] == 5
+    assert counts["table"] == 6
     assert "://" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert "model &lt;x&gt;" in page and "model <x>" not in page
     assert "<b>Bob" not in page

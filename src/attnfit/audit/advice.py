@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from attnfit.audit.cells import NONE
 from attnfit.audit.defences import Chain
 from attnfit.audit.forms import parse_access
+from attnfit.audit.intervals import wilson
 from attnfit.audit.lower_precision import split_run
 
 if TYPE_CHECKING:
@@ -46,14 +48,93 @@ def verdict(report: Report) -> str:
         line = f"{name}: nothing was tested to its end"
     else:
         line = f"{name}: up to {percent(bare.leak)} of tokens recovered without a defence ({bare.access})"
+        line += f", {_counted(bare)} at least {percent(_interval(bare)[0])}"
     defended = {d: _worst(report, d) for d in report.settings.judged if d != NONE and _all_tested(report, d)}
     worst = {defence: pair for defence, pair in defended.items() if pair is not None}
     if bare is not None and worst:
         defence, pair = min(worst.items(), key=lambda one: one[1].leak)
         line += f"; with {defence}, the best tried, up to {percent(pair.leak)} ({pair.access})"
+        line += f", {_counted(pair)} at most {percent(_interval(pair)[1])}"
     told.append(line + (f"; {report.coverage}" if report.coverage else ""))
     first = told[0]
     return "; ".join([first if first.startswith(name) else first[0].upper() + first[1:], *told[1:]])
+
+
+def _counted(pair: Pair) -> str:
+    """Return a share as counts, before one end of its interval."""
+    right = pair.tokens_right + pair.tokens_ambiguous
+    whole = f"{pair.sentences_exact} of {pair.n_texts} text{'s' if pair.n_texts != 1 else ''} whole"
+    return f"{right:,} of {pair.tokens:,} tokens, {whole}, 95 %"
+
+
+def _interval(pair: Pair) -> tuple[float, float]:
+    return wilson(pair.tokens_right + pair.tokens_ambiguous, pair.tokens)
+
+
+def scope(report: Report) -> dict[str, str]:
+    """Return who is assumed to attack, what was tried, and what was not, in words."""
+    forms = [parse_access(access) for access in report.settings.access]
+    seen = [form.description for form in forms if form.observed]
+    n, n_defences = len(report.settings.texts), len(report.settings.judged)
+    attacker = "has the weights of the model"
+    if seen:
+        attacker += f", sees {', or '.join(seen)}, and knows what was done to it"
+    told = {"Who attacks": f"Somebody who {attacker}. The texts themselves are not known."}
+    if any(not form.observed for form in forms):
+        told["Who attacks"] += " For masked, only the model and the rest of a text."
+    told["What was tried"] = (
+        f"{n} text{'s' if n != 1 else ''}, {len(forms)} form{'s' if len(forms) != 1 else ''} of access, "
+        f"{n_defences} defence{'s' if n_defences != 1 else ''} ({', '.join(report.settings.judged)})."
+    )
+    told["What was not"] = (
+        "Other texts, attacks without the weights, and better attacks than these: what does not come back "
+        "here is not proven to be safe."
+    )
+    return told
+
+
+@dataclass(frozen=True)
+class Option:
+    """Something to do instead, and what it costs.
+
+    Attributes
+    ----------
+    what : str
+    leak : float
+        The largest share of tokens that still comes back from any form of access.
+    divergence, agreement : float or None
+        What it costs the model's predictions: nats a token, and the share of first choices that stay.
+    enough : bool
+        Whether no more than the limit comes back, and all of it was tested.
+    """
+
+    what: str
+    leak: float
+    divergence: float | None
+    agreement: float | None
+    enough: bool
+
+
+def options(report: Report, limit: float) -> list[Option]:
+    """Return what can be done, first what is enough, the cheapest first; empty where nothing leaks."""
+    exposed = [
+        pair.access
+        for pair in report.pairs
+        if pair.defence == NONE and pair.leak > limit and parse_access(pair.access).observed
+    ]
+    if not exposed:
+        return []
+    found = [Option(f"keep {', '.join(exposed)} on your own machines", 0.0, 0.0, 1.0, True)]
+    for defence in report.settings.defences:
+        pairs = [p for p in report.pairs if p.defence == defence and p.access in exposed]
+        if defence == NONE or not pairs or not all(pair.tested for pair in pairs):
+            continue
+        leak = max(pair.leak for pair in pairs)
+        costs = [pair.divergence for pair in pairs if pair.divergence is not None]
+        kept = [pair.agreement for pair in pairs if pair.agreement is not None]
+        enough = leak <= limit and all(pair.complete for pair in pairs)
+        found.append(Option(defence, leak, max(costs, default=None), min(kept, default=None), enough))
+    return sorted(found, key=lambda o: (not o.enough, (o.divergence or 0.0) if o.enough else o.leak))
 
 
 def _listed(pairs: list[Pair]) -> str:

@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from itertools import pairwise
 from os import PathLike
 from typing import Any
 
-from attnfit.audit.advice import advise, verdict
+from attnfit.audit.advice import advise, options, scope, verdict
 from attnfit.audit.breakpoints import BITS, NOISE, Forecast
 from attnfit.audit.cells import NONE, Cell, Key, as_record
 from attnfit.audit.forms import parse_access
@@ -47,6 +48,10 @@ class Report:
     seconds : float
     command : str
         What to type to run it again.
+    made : str
+        Day of the audit, as 2026-01-31.
+    owner : str
+        Who answers for the model, as given.
     """
 
     model: dict[str, Any]
@@ -60,6 +65,8 @@ class Report:
     interrupted: bool
     seconds: float
     command: str = ""
+    made: str = ""
+    owner: str = ""
 
     @classmethod
     def of(
@@ -100,6 +107,7 @@ class Report:
             n_planned,
             interrupted,
             seconds,
+            made=date.today().isoformat(),
         )
 
     def pair(self, access: str, defence: str = NONE) -> Pair | None:
@@ -184,6 +192,10 @@ class Report:
             {
                 "schema": SCHEMA,
                 "verdict": self.verdict,
+                "made": self.made,
+                "owner": self.owner,
+                "scope": scope(self),
+                "options": [vars(option) for option in options(self, LIMIT)],
                 "advice": self.advice,
                 "model": self.model,
                 "settings": settings | {"n_texts": len(self.settings.texts)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from attnfit.audit.advice import percent
+from attnfit.audit.advice import Option, options, percent, scope
 from attnfit.audit.cells import Cell
 from attnfit.audit.page import Column, Entry, number, page, word
 from attnfit.audit.report import LIMIT, Report
@@ -30,13 +30,16 @@ def render(report: Report, redact: bool = True) -> str:
         report=report,
         redact=redact,
         safe=not report.failures(LIMIT) and not report.contradictions(),
+        about=_about(report),
         heat=heat_map(report),
+        options=(OPTION_COLUMNS, [_option_row(option) for option in options(report, LIMIT)]),
         charts=curves(report),
         pairs=(PAIR_COLUMNS, [_pair_row(pair) for pair in report.pairs]),
         points=(POINT_COLUMNS, [_point_row(point) for point in report.breakpoints]),
         examples=_examples(report, redact),
         controls=(CONTROL_COLUMNS, [_control_row(control) for control in report.controls]),
         facts=_facts(report),
+        limit=percent(LIMIT),
     )
 
 
@@ -56,6 +59,13 @@ PAIR_COLUMNS = [
     Column("seconds"),
     Column("remarks", word=True),
 ]
+OPTION_COLUMNS = [
+    Column("what", word=True),
+    Column("still comes back, at most"),
+    Column("enough", word=True),
+    Column("cost, nats a token"),
+    Column("first choices kept"),
+]
 POINT_COLUMNS = [
     Column("access", word=True),
     Column("unit", word=True),
@@ -71,6 +81,24 @@ CONTROL_COLUMNS = [
     Column("claims to be right"),
     Column("false claims"),
 ]
+
+
+def _about(report: Report) -> list[tuple[str, str]]:
+    """Return the facts that whoever signs the page looks for first."""
+    model = report.model
+    known = f"{model['name']}, a model of {model['layers']} layers, fingerprint {model['fingerprint']}"
+    named = {"Model": known, "Owner": report.owner or "not given (--owner)", "Date": report.made}
+    return [*named.items(), *scope(report).items()]
+
+
+def _option_row(option: Option) -> list[Entry]:
+    return [
+        word(option.what, "long"),
+        _share(option.leak),
+        word("yes" if option.enough else "no"),
+        number(option.divergence, ".2g"),
+        _share(option.agreement),
+    ]
 
 
 def _pair_row(pair: Pair) -> list[Entry]:

@@ -8,6 +8,7 @@ import shlex
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,6 +123,7 @@ def audit(
     first_position: Annotated[
         int, typer.Option(min=0, help="Position of the first token of every text, where padding goes before.")
     ] = 0,
+    owner: Annotated[str, typer.Option(help="Who answers for the model; stands on the report.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of noise and controls.")] = 0,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run any code.")
@@ -165,7 +167,9 @@ def audit(
                 progress, dask,
             )  # fmt: skip
         settings = {**sources, "--report": report, "--json": json_path, "--fail-above": fail_above}
-        found = found.with_command(_command(model, found.settings, defences, settings, reveal))
+        found = replace(
+            found.with_command(_command(model, found.settings, defences, settings, reveal)), owner=owner
+        )
         lines = {} if given is None else dict(enumerate(given))
         show(results(report, json_path), found, lines)
         if report is not None:
