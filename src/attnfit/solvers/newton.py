@@ -71,6 +71,7 @@ class Newton(Solver):
     globalisation: Literal["trust_region", "none"] = "trust_region"
     sample_rows: int | None = None
     n_starts: int | Literal["auto"] = "auto"
+    records_points = True
 
     def __post_init__(self) -> None:
         require_starts(self.n_starts)
@@ -233,6 +234,7 @@ class EscapingNewton(Solver):
     """
 
     newton: Newton = field(default_factory=Newton)
+    records_points = True
 
     def run(
         self,
