@@ -13,7 +13,8 @@ from attnfit.certificates.good_start import TwoLayerSizes
 from attnfit.solvers import Descent, GradientDescent, LevenbergMarquardt, Newton, Outcome, Solver
 from attnfit.theory import instances
 from attnfit.theory.bounds.newton import ill_conditioned
-from attnfit.theory.convergence import descent_factors, printed_factor, readings, scaled_factor, steps_needed
+from attnfit.theory.convergence import printed_factor, scaled_factor
+from attnfit.theory.main_theorems import descent_factors, readings, steps_needed
 
 A = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, -0.5]])
 SWAP = np.array([[0.0, 1.0], [1.0, 0.0]])

@@ -9,14 +9,13 @@ from attnfit.certificates.lipschitz import missing_bound
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layers import TwoLayer
 from attnfit.objectives.rows import RowProblem
-from attnfit.theory.convergence import (
+from attnfit.theory.convergence import induction, shrinking
+from attnfit.theory.main_theorems import (
     descent,
-    induction,
     inversion_newton,
     main_rescaled,
     main_two_layer,
     sampled_rows,
-    shrinking,
 )
 from attnfit.theory.theorem import Theorem
 from attnfit.theory.trajectory import Trajectory
