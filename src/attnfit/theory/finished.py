@@ -108,7 +108,7 @@ def on(result: Any, *, x_ref: Any = None, epsilon0: float | None = None, gamma: 
     >>> from attnfit import minimize, problems, theory
     >>> A = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, -0.5]])
     >>> problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
-    >>> result = minimize(problem, [0.11, 0.05], history="points")
+    >>> result = minimize(problem, [0.103, 0.047], history="points")
     >>> report = theory.on(result)
     >>> report["RH-5.5"].status
     'holds'
