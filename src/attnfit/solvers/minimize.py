@@ -24,7 +24,7 @@ from attnfit.solvers.starts import Start
 from attnfit.solvers.verdicts import MAX_TOL, Status, Verdict, assess
 
 # Ends that need no second look.
-ENDED = (Status.INTERRUPTED, Status.OVERFLOW)
+ENDED = (Status.INTERRUPTED, Status.OVERFLOW, Status.INDEFINITE)
 Array = NDArray[np.float64]
 
 
@@ -376,6 +376,8 @@ class End:
                 return "a step overflowed; scale the data, or use a smaller step_size"
             case Status.INTERRUPTED:
                 return "interrupted; x is the best point so far"
+            case Status.INDEFINITE:
+                return "a Hessian is not positive definite; use Newton(), or start nearer"
             case Status.FALSE_OPTIMUM:
                 return f"not a minimum: {self.reason}; pass another x0, or add ridge"
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from attnfit.certificates import Certificate
     from attnfit.effects import Effects
+    from attnfit.solvers.published import Sampling
     from attnfit.solvers.separation import Separation
     from attnfit.solvers.verdicts import Status
 
@@ -128,7 +129,7 @@ class Result:
     status : Status
         A string: "converged"; "separable" and "no_minimum" (see ``separation``); "flat" (directions without
         curvature in float64 although the data see them), "saddle", "precision", "max_iter", "overflow",
-        "interrupted", "false_optimum".
+        "interrupted", "false_optimum", "indefinite" (`Newton.as_published` takes no other step then).
     message : str
         The status in a sentence, with the remedy where there is one; where the fit was resumed, from which
         checkpoint and after how many reads.
@@ -195,7 +196,7 @@ class Result:
     effects: Effects | None = None
     dropped: dict[str, Any] | None = field(default=None, repr=False)
     points: Array | None = field(default=None, repr=False)
-    sampling: Any = field(default=None, repr=False)
+    sampling: Sampling | None = field(default=None, repr=False)
     # The end of a fit with absorbed effects, from which standard errors and predictions go on.
     absorbed: Any = field(default=None, repr=False)
 
