@@ -206,7 +206,7 @@ class PublishedNewton(Solver):
                 with tracker.timed("model"):
                     hessian = draws.hessian(problem, run.at, run.n_iter)
                 with tracker.timed("step"):
-                    step = _solved(hessian, run.at.gradient)
+                    step = solved(hessian, run.at.gradient)
                 if step is None:
                     ended = Status.INDEFINITE
                     break
@@ -272,7 +272,7 @@ class PublishedNewton(Solver):
         return None
 
 
-def _solved(hessian: Array, gradient: Array) -> Array | None:
+def solved(hessian: Array, gradient: Array) -> Array | None:
     """Return ``H~^-1 g``, None where H~ is not positive definite."""
     scale = np.sqrt(np.abs(np.diag(hessian)))
     scale = np.where(scale > 0.0, scale, 1.0)
