@@ -45,7 +45,7 @@ def costs(read=1.0, rows=0.0, gram=3.0, factor=2.8):
     return (
         [(k, 8 * k, (8 * k) ** read) for k in n],
         [(k, 1.0, k**rows, 1.0) for k in n],
-        [(k, k**gram, k**factor) for k in d],
+        [(k, k**gram, 2 * k, k**factor) for k in d],
     )
 
 
@@ -63,6 +63,7 @@ def test_claims_on_cost_can_fail(change, expected):
 
 def test_slopes_are_between_the_two_largest():
     assert slope([1.0, 10.0, 100.0], [9.0, 1.0, 1000.0]) == pytest.approx(3.0)
+    assert slope([1.0, 10.0, 100.0], [9.0, 1.0, 900.0], first=0) == pytest.approx(1.0)
 
 
 def test_what_is_timed_is_the_work_on_sizes_that_grow():

@@ -342,3 +342,48 @@ def test_what_keeps_no_points_is_refused():
         theory.on(result, x_ref=[1.0])
     with pytest.raises(KeyError, match="'RH-9' is no convergence theorem"):
         theory.on(result)["RH-9"]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_fit_too_large_or_of_several_targets_is_refused(monkeypatch):
+    problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
+    result = minimize(problem, history="points")
+    monkeypatch.setattr("attnfit.theory.finished.MAX_DENSE", 1)
+    with pytest.raises(ValueError, match="Hessians of 2 unknowns, more than 1"):
+        theory.on(result)
+    monkeypatch.undo()
+    layers = problems.TwoLayer(A, np.eye(3), [[0.5, 0.3], [0.2, 0.1], [0.1, 0.0]], row_penalty=1.0)
+    several = minimize(layers, np.zeros((2, 2)), Newton(), history="points")
+    with pytest.raises(ValueError, match="one right-hand side, not 2"):
+        theory.on(several)
+    full = problems.FullAttention(A, A, A, A)
+    with pytest.raises(ValueError, match="no convergence theorem for FullAttention"):
+        theory.on(minimize(full, np.ones(full.shape), Newton(), max_iter=2, history="points"))
+
+
+@pytest.mark.parametrize("loss", ["squared", "rescaled"])
+def test_attention_is_a_loss_of_rows(loss):
+    rng = np.random.default_rng(0)
+    problem = problems.Attention(
+        [[1.0]], rng.standard_normal((4, 2)), rng.dirichlet(np.ones(4), 1), loss, row_penalty=1.0
+    )
+    x = minimize(problem, np.zeros((1, 2))).x
+    result = minimize(problem, x + 1e-4, Newton(hessian="exact"), history="points")
+    report = theory.on(result)
+    assert report["RH-5.5"].status == "holds"
+    if loss == "rescaled":
+        assert report["RH-1.5"].status.startswith("assumption not met: w_i^2 >= 100 M")
+
+
+def test_other_losses_than_the_papers_have_no_main_theorem():
+    for options in ({"weights": [1.0, 2.0, 1.0]}, {"offset": [0.1, 0.0, 0.0]}, {"ridge": 0.1}):
+        problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0, **options)
+        report = theory.on(minimize(problem, [0.11, 0.05], history="points"))
+        assert report["RH-1.5"].reason == "it is about one group, without weights, offset and ridge"
+        assert report["RH-5.5"].rows
+    groups = problems.Rescaled(A, [0.5, 0.3, 0.2], groups=[0, 0, 1], row_penalty=1.0)
+    assert theory.on(minimize(groups, [0.11, 0.05], history="points"))["RH-1.5"].reason
+    cosh = problems.Rescaled(A, [0.5, 0.3, 0.2], "cosh", row_penalty=1.0)
+    report = theory.on(minimize(cosh, [0.1, 0.0], history="points"))
+    assert report["RH-11.1"].reason == "it is about Rescaled with function='exp'"
+    assert not report["RH-1.5"].reason

@@ -233,13 +233,13 @@ def _of_rows(problem: RowProblem, start: Array, reference: Array) -> Condition:
     at = problem.evaluate(reference)
     hessian = _hessian(problem, at)
     identity = np.eye(len(reference))
-    data = sums_on_ball(problem, at, identity, _data, 0.0)
+    gram, targets = row_sizes(problem, at)
     R = max(
         4.0,
-        float(np.sqrt(largest_eigenvalue(data["rows"], identity))),
+        float(np.sqrt(largest_eigenvalue(gram, identity))),
         float(np.linalg.norm(start)),
         float(np.linalg.norm(reference)),
-        float(np.sqrt(data["targets"])),
+        targets,
     )
     return Condition(
         "Definition 5.1 (rescaled hyperbolic functions)",
@@ -250,6 +250,12 @@ def _of_rows(problem: RowProblem, start: Array, reference: Array) -> Condition:
         partial(lipschitz_constant, problem, at),
         float(4.0 * np.log10(problem.n_rows) + 20.0 * R**2 / LOG10),
     )
+
+
+def row_sizes(problem: RowProblem, at: Any) -> tuple[Any, float]:
+    """Return ``A^T A``, accumulated, and ``|b|``: one pass, wherever the rows are."""
+    data = sums_on_ball(problem, at, np.eye(len(at.x)), _data, 0.0)
+    return data["rows"], float(np.sqrt(data["targets"]))
 
 
 def _data(rows: ChunkRows, radius: float) -> Stages:

@@ -189,17 +189,22 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
         n_times *= 4
 
 
-def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Return the growth of seconds with size between the two largest, in log-log scale."""
-    return float(np.log(seconds[-1] / seconds[-2]) / np.log(sizes[-1] / sizes[-2]))
+def slope(sizes: Sequence[float], seconds: Sequence[float], first: int = -2) -> float:
+    """Return the growth of seconds with size, in log-log scale, between the largest and one before."""
+    first = max(first, -len(sizes))
+    return float(np.log(seconds[-1] / seconds[first]) / np.log(sizes[-1] / sizes[first]))
 
 
 def cost_by_nonzeros(quick: bool, measure: Measure = cpu_seconds) -> list[tuple[Any, ...]]:
-    """Time the read (logits, u, gradient) of rows with eight nonzeros each, against their number."""
+    """Time the read (logits, u, gradient) of rows with eight nonzeros each, against their number; near a
+    point that has been read, as in a fit.
+    """
     rows = []
-    for power in (12, 14) if quick else (14, 16, 18, 20):
+    for power in (12, 14) if quick else (16, 18, 20, 22):
         problem, x = sparse_problem(2**power, NONZEROS)
-        rows.append((2**power, NONZEROS * 2**power, measure(lambda p=problem, x=x: p.evaluate(x))))  # type: ignore[misc]
+        near = problem.evaluate(x)
+        seconds = measure(lambda p=problem, x=x, near=near: p.evaluate(x, near))  # type: ignore[misc]
+        rows.append((2**power, NONZEROS * 2**power, seconds))
     return rows
 
 
@@ -207,14 +212,15 @@ def cost_by_rows(quick: bool, measure: Measure = cpu_seconds) -> list[tuple[Any,
     """Time the products with A and A^T at a fixed number of nonzeros, against the number of rows; what works
     on vectors of that length is timed apart.
     """
-    nonzeros = 2 ** (15 if quick else 20)
+    nonzeros = 2 ** (15 if quick else 21)
     rows = []
-    for per_row in (8, 4, 2):
+    for per_row in (16, 8, 4):
         n = nonzeros // per_row
         problem, x = sparse_problem(n, per_row)
-        A, weights = problem.design.block(slice(None)), np.ones(n)
+        A, weights, near = problem.design.block(slice(None)), np.ones(n), problem.evaluate(x)
         products = measure(lambda A=A, x=x, s=weights: (A @ x, A.T @ s))  # type: ignore[misc]
-        rows.append((n, nonzeros, products, measure(lambda p=problem, x=x: p.evaluate(x)) - products))  # type: ignore[misc]
+        read = measure(lambda p=problem, x=x, near=near: p.evaluate(x, near))  # type: ignore[misc]
+        rows.append((n, nonzeros, products, read - products))
     return rows
 
 
@@ -232,13 +238,15 @@ def sparse_problem(n: int, per_row: int) -> tuple[Rescaled, Array]:
 
 
 def cost_by_unknowns(quick: bool, measure: Measure = cpu_seconds) -> list[tuple[Any, ...]]:
-    """Time the Gram of ten rows an unknown, and the solution with it, against the number of unknowns."""
+    """Time the Gram of ten rows an unknown, and the solution with a matrix of twice the order, against the
+    number of unknowns: a solution is cubic for large ones only.
+    """
     rng, rows = np.random.default_rng(0), []
     for d in (64, 128) if quick else (128, 256, 512, 1_024):
         A = rng.standard_normal((ROWS_PER_UNKNOWN * d, d))
-        H, g = A.T @ A, rng.standard_normal(d)
         gram = measure(lambda A=A: A.T @ A)  # type: ignore[misc]
-        rows.append((d, gram, measure(lambda H=H, g=g: solved(H, g))))  # type: ignore[misc]
+        H, g = np.eye(2 * d) + 1.0 / d, rng.standard_normal(2 * d)
+        rows.append((d, gram, 2 * d, measure(lambda H=H, g=g: solved(H, g))))  # type: ignore[misc]
     return rows
 
 
@@ -305,9 +313,11 @@ def cost_claims(
     quick: bool,
 ) -> list[Claim]:
     """Return what a step is claimed to cost, and what it did cost; quick sizes are too small to tell."""
-    read = slope(*column(by_nonzeros, 1, 2))
-    rows = slope(*column(by_rows, 0, 2))
-    gram, factor = (slope(*column(by_unknowns, 0, k)) for k in (1, 2))
+    read = slope(column(by_nonzeros, 1), column(by_nonzeros, 2))
+    rows = slope(column(by_rows, 0), column(by_rows, 2), first=0)
+    # Over two doublings: the caches that one of them leaves tell in each.
+    gram = slope(column(by_unknowns, 0), column(by_unknowns, 1), first=-3)
+    factor = slope(column(by_unknowns, 2), column(by_unknowns, 3), first=-3)
     return [
         Claim(
             "a step costs nnz(A)",
@@ -324,9 +334,9 @@ def cost_claims(
     ]
 
 
-def column(rows: Sequence[tuple[Any, ...]], *numbers: int) -> list[list[Any]]:
-    """Return columns of a table."""
-    return [[row[k] for row in rows] for k in numbers]
+def column(rows: Sequence[tuple[Any, ...]], k: int) -> list[float]:
+    """Return a column of a table."""
+    return [float(row[k]) for row in rows]
 
 
 def tables(
@@ -356,5 +366,5 @@ def tables(
             ("rows", "nonzeros", "products with A", "vectors of length n"),
             by_rows,
         ),
-        Table("Seconds of what does not grow with n", ("unknowns", "Gram", "solution"), by_unknowns),
+        Table("Seconds of what does not grow with n", ("unknowns", "Gram", "order", "solution"), by_unknowns),
     ]  # fmt: skip

@@ -274,13 +274,13 @@ class PublishedNewton(Solver):
 
 def solved(hessian: Array, gradient: Array) -> Array | None:
     """Return ``H~^-1 g``, None where H~ is not positive definite."""
-    scale = np.sqrt(np.abs(np.diag(hessian)))
-    scale = np.where(scale > 0.0, scale, 1.0)
+    # Errors of a Cholesky factor do not depend on how columns are scaled. The transpose is in the order of
+    # LAPACK, and copied much faster.
     try:
-        factor = linalg.cho_factor(hessian / scale / scale[:, None], lower=True)
+        factor = linalg.cho_factor(hessian.T, lower=True)
     except (linalg.LinAlgError, ValueError):
         return None
-    return np.asarray(linalg.cho_solve(factor, gradient / scale) / scale)
+    return np.asarray(linalg.cho_solve(factor, gradient))
 
 
 def inverse_root(gram: Array) -> Array:

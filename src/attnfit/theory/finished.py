@@ -8,6 +8,7 @@ from typing import Any
 from attnfit.certificates.lipschitz import missing_bound
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layers import TwoLayer
+from attnfit.objectives.objective import MAX_DENSE
 from attnfit.objectives.rows import RowProblem
 from attnfit.theory.convergence import induction, shrinking
 from attnfit.theory.main_theorems import (
@@ -120,6 +121,16 @@ def on(result: Any, *, x_ref: Any = None, epsilon0: float | None = None, gamma: 
     if gamma is not None and not gamma >= 0.0:
         raise ValueError(f"gamma must not be negative, not {gamma!r}")
     problem = result.problem
+    if result.points is None or problem is None:
+        raise ValueError(
+            "result has no points: the theorems speak of the iterates; fit again with "
+            'minimize(..., history="points")'
+        )
+    if problem.n_unknowns > MAX_DENSE:
+        raise ValueError(
+            f"the theorems take Hessians of {problem.n_unknowns:,} unknowns, more than {MAX_DENSE:,}; fit "
+            "fewer"
+        )
     if not isinstance(problem, RowProblem | TwoLayer | LayerProblem):
         raise ValueError(
             f"the papers state no convergence theorem for {type(problem).__name__}; pass the fit of Softmax, "

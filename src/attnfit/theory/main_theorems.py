@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.certificates.good_start import spectral_norm, two_layer_sizes
+from attnfit.certificates.good_start import row_sizes, spectral_norm, two_layer_sizes
 from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.objectives.attention import Attention
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.objective import Offer
 from attnfit.objectives.rows import RowProblem
@@ -16,6 +17,8 @@ from attnfit.theory.convergence import ACCURATE, PERCENT, START, NewtonRun, newt
 from attnfit.theory.theorem import Assumption, Row, Theorem, compared
 from attnfit.theory.trajectory import Trajectory
 
+# The accuracy eps that is asked for lies below.
+EPS = 0.1
 REPAIRED = "T >= (ln(r_0/eps) + 0.5 ln cond H*)/ln 2.5"
 
 
@@ -40,7 +43,7 @@ def _counted(run: Trajectory, printed: Callable[[float], float], *, newton: bool
     applies = newton and found.eps <= PERCENT * (1 + 1e-9) and found.theta(float(run.scaled[0])) <= START
     out = []
     for t in np.flatnonzero(run.resolved):
-        if t == 0 or not run.r[t] < run.r[:t].min():
+        if t == 0 or not run.r[t] < min(EPS, run.r[:t].min()):
             continue
         ratio = float(run.r[0] / run.r[t])
         allowed = printed(ratio)
@@ -48,7 +51,7 @@ def _counted(run: Trajectory, printed: Callable[[float], float], *, newton: bool
         out.append(
             Row(
                 int(t), float(run.r[t]), float(t), allowed, bool(t <= allowed),
-                "" if run.r[t] < 0.1 else "eps not in (0, 0.1)",
+                "",
                 float(t) if applies else np.nan, repaired, bool(t <= repaired) if applies else None,
             )
         )  # fmt: skip
@@ -77,8 +80,9 @@ def main_rescaled(id: str, run: Trajectory, sampling: Any) -> Theorem:
     found = NewtonRun(run)
     if not found.l > 0.0:
         return Theorem(id, formula, REPAIRED, tuple(found.assumptions(ACCURATE, strict=True)))
-    A = np.linalg.eigvalsh(_row_gram(problem))
-    b = float(np.linalg.norm(problem.b))
+    rows_only = problem.dense() if isinstance(problem, Attention) else problem
+    gram, b = row_sizes(rows_only, rows_only.evaluate(run.reference.at.x))
+    A = np.linalg.eigvalsh(gram.result())
     R = max(4.0, float(np.sqrt(A[-1])), float(np.linalg.norm(run.reference.at.x)), b)
     log10_M = run.condition.log10_constant
     M = float(10.0**log10_M) if log10_M < 300 else np.inf
@@ -126,15 +130,6 @@ PLAIN = "without weights, offset and ridge"
 def _plain(problem: Any) -> bool:
     """Return whether the loss is the paper's, with its regulariser alone."""
     return problem.weights is None and problem.offset is None and not np.any(problem.ridge)
-
-
-def _row_gram(problem: Any) -> Any:
-    """Return ``A^T A``, one pass."""
-    gram = problem.design.gram()
-    for chunk in problem.rows.prefetch(problem.rows.chunks):
-        block = problem.rows.fetch(chunk)
-        gram.add(block, np.ones(block.shape[0]))
-    return gram.result()
 
 
 def main_two_layer(id: str, run: Trajectory) -> Theorem:

@@ -145,14 +145,9 @@ class Trajectory:
         Raises
         ------
         ValueError
-            If the result has no points, or several right-hand sides.
+            If the fit has several right-hand sides, or ended before its first evaluation.
         """
         problem, points = result.problem, result.points
-        if points is None or problem is None:
-            raise ValueError(
-                "result has no points: the theorems speak of the iterates; fit again with "
-                'minimize(..., history="points")'
-            )
         if getattr(problem, "n_columns", 1) > 1:
             raise ValueError(
                 f"the theorems speak of one right-hand side, not {problem.n_columns}; fit one column of b"
