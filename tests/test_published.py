@@ -208,6 +208,30 @@ def test_mu_bounds_what_scores_miss(sampling, monkeypatch):
     assert result.converged
 
 
+def test_the_metric_of_the_step_before_serves_within_its_bound():
+    split = split_hessian(PROBLEM, PROBLEM.evaluate(STAR))
+    D = split.weights
+    draws = published._Draws(Newton.as_published(epsilon0=0.3, sampling="approximate"), RNG)
+    assert draws._reuse(split, D) is None
+    draws._last = np.eye(8), D
+    assert draws._reuse(split, D) == pytest.approx(1.3)
+    # Four fifths of the weight before, in one row: G is at least that much of the one before.
+    less = D.copy()
+    less[3] *= 0.8
+    assert draws._reuse(split, less) == pytest.approx(1.3 / 0.8)
+    less[3] *= 0.5
+    assert draws._reuse(split, less) is None
+    less[3] = 0.0
+    assert draws._reuse(split, less) == pytest.approx(1.3)
+    draws._last = np.eye(8), np.where(np.arange(len(D)) == 3, 0.0, D)
+    assert draws._reuse(split, D) is None
+    draws._last = np.eye(8)[:, :7], D
+    assert draws._reuse(split, D) is None
+    centred = split_hessian(CASES["softmax"], CASES["softmax"].evaluate(np.zeros(3)))
+    draws._last = np.eye(3), np.abs(centred.weights)
+    assert draws._reuse(centred, np.abs(centred.weights)) is None
+
+
 def test_errors_are_measured():
     result = fit(T=2, measure=True, history="points")
     assert fit(T=2).sampling.steps[0].error is None
@@ -295,10 +319,12 @@ def test_an_indefinite_hessian_ends_the_run():
 
 
 def test_a_step_that_overflows_ends_the_run():
-    problem = problems.Exponential(A * 10, np.exp(A[:, 0]), row_penalty=1e-3)
-    result = fit(problem, np.array([-3.0, 0.0, 0.0]), negative="absolute", T=20)
-    assert result.status in ("overflow", "indefinite", "max_iter")
-    assert np.isfinite(result.value)
+    # The curvature exp(-10) asks for a step beyond all that exp can take.
+    problem = problems.Poisson(np.ones((20, 1)), np.full(20, 3.0))
+    result = fit(problem, np.array([-10.0]), T=20)
+    assert result.status == "overflow"
+    assert result.n_iter == 0
+    assert np.array_equal(result.x, [-10.0])
 
 
 def test_an_interruption_keeps_the_point():

@@ -15,7 +15,9 @@ from attnfit.theory import instances
 from attnfit.theory.bounds.newton import ill_conditioned
 from attnfit.theory.convergence import printed_factor, scaled_factor
 from attnfit.theory.main_theorems import descent_factors, readings, steps_needed
+from attnfit.theory.theorem import compared
 
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 A = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, -0.5]])
 SWAP = np.array([[0.0, 1.0], [1.0, 0.0]])
 
@@ -57,7 +59,6 @@ def rescaled():
     return report_of(problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0), [0.1, 0.05], 0.030267, (2, 1))
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 class TestWorkedExamples:
     def test_a_rescaled(self, rescaled):
         run = rescaled.trajectory
@@ -230,7 +231,6 @@ def test_least_accuracy_is_that_of_some_hessian():
         assert np.linalg.norm(c * Q, 2) == pytest.approx(c)
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_far_start_holds_nothing():
     problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
     report = theory.on(minimize(problem, [2.0, -1.0], history="points"))
@@ -254,7 +254,6 @@ def test_another_reference_is_no_minimum():
     assert own.trajectory.reference.at.x == pytest.approx(result.x, abs=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_gradient_descent_is_not_newton_and_a_line_search_has_no_constant_step():
     problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
     searched = minimize(problem, [0.2, 0.1], GradientDescent(), history="points")
@@ -344,7 +343,6 @@ def test_what_keeps_no_points_is_refused():
         theory.on(result)["RH-9"]
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_fit_too_large_or_of_several_targets_is_refused(monkeypatch):
     problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
     result = minimize(problem, history="points")
@@ -387,3 +385,68 @@ def test_other_losses_than_the_papers_have_no_main_theorem():
     report = theory.on(minimize(cosh, [0.1, 0.0], history="points"))
     assert report["RH-11.1"].reason == "it is about Rescaled with function='exp'"
     assert not report["RH-1.5"].reason
+
+
+# ---- what rounding, and a step out of the theorem's range, may not decide
+
+
+def test_below_the_resolution_nothing_is_said():
+    problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
+    x = minimize(problem, [0.1, 0.05], tol=1e-12).x
+    report = theory.on(minimize(problem, x + 1e-3, Off(), max_iter=12, history="points"))
+    run, rho = report.trajectory, report.trajectory.reference.radius
+    assert len(run.points) > 10
+    shown = [row.t for row in report["RH-5.5"].rows]
+    assert 4 <= len(shown) < 10
+    assert all(run.r[t] >= 10 * rho for t in shown)
+    assert report["RH-5.5"].status == "holds"
+    assert f"{len(run.points) - len(shown)} points closer than ten times that are left out" in str(report)
+
+
+def test_errors_of_both_sides_leave_a_step_open():
+    def right(r):
+        return 2.0 * r
+
+    assert compared(1.0, 0.1, right, 0.6, 0.0) is True
+    assert compared(1.0, 0.1, right, 0.6, 0.1) is None
+    assert compared(1.0, 0.3, right, 0.6, 0.0) is None
+    assert compared(1.3, 0.05, right, 0.6, 0.0) is False
+    assert compared(1.3, 0.05, right, 0.6, 0.1) is None
+    assert compared(0.0, 0.0, right, 0.1, 1.0) is True
+
+
+def test_steps_after_one_that_shrank_too_little_are_not_judged():
+    problem = problems.Rescaled(A * [1.0, 1e-3], [0.5, 0.3, 0.2], row_penalty=1.0)
+    report = report_of(problem, [0.1, 45.0], 2e-9, (1, 0), n_steps=2)
+    run, theorem = report.trajectory, report["RH-5.6"]
+    assert run.r[1] > 0.4 * run.r[0]
+    assert theorem[0].obstacle == ""
+    assert theorem[1].obstacle == "r_i > 0.4 r_{i-1} before"
+    assert report["RH-5.5"][1].obstacle == ""
+    # Of distances only those count that no step before had reached.
+    assert 1 not in [row.t for row in report["RH-1.5"].rows]
+
+
+def test_corrected_forms_stay_within_their_range():
+    problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
+    x = minimize(problem, [0.1, 0.05], tol=1e-12).x
+    coarse = theory.on(minimize(problem, x + 1e-3, Off(0.05 * SWAP), max_iter=3, history="points"))
+    assert coarse["RH-5.6"].status.startswith("assumption not met: eps0 <= 0.01: 0.05")
+    assert coarse["RH-5.6"].corrected_status == "not applicable"
+    assert coarse["RH-5.5"].status == coarse["RH-5.5"].corrected_status == "holds"
+    assert all(np.isnan(row.corrected_right) for row in coarse["RH-11.1"].rows)
+    far = theory.on(minimize(problem, [2.0, -1.0], history="points", tol=1e-10))
+    assert far["RH-5.5"][0].corrected_right == np.inf
+    assert far["RH-5.5"][0].right == np.inf
+    assert far["RH-1.5"].rows[0].r < 0.1 < far.trajectory.r[0]
+    assert far["RH-5.5"].corrected_status != "fails"
+    assert scaled_factor(0.01, 1.0) == scaled_factor(1.0, 0.01) == np.inf
+    assert scaled_factor(0.01, 0.1) == pytest.approx(0.18, abs=3e-3)
+
+
+def test_an_accuracy_equal_to_the_limit_of_5_5_is_beyond_it():
+    problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
+    result = minimize(problem, [0.101, 0.046], history="points")
+    assert theory.on(result, epsilon0=0.1)["RH-5.5"].unmet == "eps0 < 0.1: 0.1 against 0.1"
+    assert theory.on(result, epsilon0=0.099)["RH-5.5"].unmet == ""
+    assert theory.on(result, epsilon0=0.01)["RH-5.6"].unmet == ""

@@ -328,7 +328,7 @@ class _Draws:
         self.steps.append(
             SampledStep(m, len(kept), mu, 0.0 if all_rows else bound, float(D.min()), error)
         )
-        if D.min() >= 0.0 and not split.centred:
+        if D.min() >= 0.0:
             self._last = inverse_root(sampled), size
         low_rank = split.low_rank if solver.low_rank == "exact" else 0.0
         return np.asarray(sampled + low_rank + split.ridge)
