@@ -232,6 +232,17 @@ def test_the_metric_of_the_step_before_serves_within_its_bound():
     assert draws._reuse(centred, np.abs(centred.weights)) is None
 
 
+def test_signed_weights_make_no_metric():
+    problem, star = rescaled(row_penalty=0.0, noise=0.6)
+    solver = Newton.as_published(epsilon0=0.3, sampling="approximate", negative="absolute", T=1)
+    draws = published._Draws(solver, np.random.default_rng(0))
+    draws.hessian(problem, problem.evaluate(star), 0)
+    assert draws.steps[0].smallest < 0.0
+    assert draws._last is None
+    draws.hessian(PROBLEM, PROBLEM.evaluate(STAR), 0)
+    assert draws._last is not None
+
+
 def test_errors_are_measured():
     result = fit(T=2, measure=True, history="points")
     assert fit(T=2).sampling.steps[0].error is None

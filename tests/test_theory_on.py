@@ -10,7 +10,7 @@ import pytest
 from attnfit import minimize, problems, theory
 from attnfit.certificates import good_start
 from attnfit.certificates.good_start import TwoLayerSizes
-from attnfit.solvers import Descent, GradientDescent, LevenbergMarquardt, Newton, Outcome, Solver
+from attnfit.solvers import Descent, GradientDescent, Newton, Outcome, Solver
 from attnfit.theory import instances
 from attnfit.theory.bounds.newton import ill_conditioned
 from attnfit.theory.convergence import printed_factor, scaled_factor
@@ -280,113 +280,6 @@ def test_newton_on_an_inverted_layer():
     assert "the run needed T = " in str(theorem)
 
 
-# ---- points
-
-
-@pytest.mark.parametrize("sparse_start", [False, True])
-def test_points_are_the_iterates(sparse_start):
-    rng = np.random.default_rng(0)
-    problem = problems.Softmax(rng.standard_normal((30, 3)), rng.dirichlet(np.ones(30)))
-    x0 = None if sparse_start else np.full(3, 0.5)
-    result = minimize(problem, x0, history="points", random_state=0)
-    assert np.array_equal(result.points[-1], result.x)
-    assert result.points.shape[1:] == (3,)
-    if x0 is not None:
-        assert np.array_equal(result.points[0], x0)
-        accepted = [r for r in result.history if r.accepted]
-        assert len(result.points) == len(accepted)
-        assert [problem.value(x) for x in result.points] == pytest.approx([r.value for r in accepted])
-    assert minimize(problem, x0, random_state=0).points is None
-
-
-def test_points_of_dependent_columns_are_the_users():
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((30, 2)) * [1e4, 1.0] + 5.0
-    problem = problems.Softmax(rows, rng.dirichlet(np.ones(30)), loss="cross_entropy")
-    result = minimize(problem, [0.0, 0.1], history="points")
-    assert result.points[0] == pytest.approx([0.0, 0.1])
-    assert result.points[-1] == pytest.approx(result.x, rel=1e-12)
-
-
-def test_points_survive_a_checkpoint(tmp_path):
-    rng = np.random.default_rng(0)
-    problem = problems.Softmax(rng.standard_normal((30, 3)), rng.dirichlet(np.ones(30)))
-    plain = minimize(problem, history="points", random_state=0)
-    path = tmp_path / "fit.ckpt"
-    stopped = minimize(
-        problem, history="points", random_state=0, checkpoint=path, callback=lambda r: r.iteration == 2
-    )
-    assert stopped.status == "interrupted"
-    resumed = minimize(problem, history="points", random_state=0, checkpoint=path)
-    assert np.array_equal(resumed.points, plain.points)
-    theory.on(resumed)
-
-
-def test_what_keeps_no_points_is_refused():
-    rng = np.random.default_rng(0)
-    layer = problems.LayerInversion(*rng.standard_normal((2, 2, 2)), rng.standard_normal((3, 2)))
-    with pytest.raises(ValueError, match=r"LevenbergMarquardt keeps no points; pass solver=Newton\(\)"):
-        minimize(layer, solver=LevenbergMarquardt(), history="points")
-    problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
-    with pytest.raises(ValueError, match="history must be one of 'records', 'points'"):
-        minimize(problem, history="all")
-    with pytest.raises(ValueError, match='history="points"'):
-        theory.on(minimize(problem))
-    result = minimize(problem, history="points")
-    with pytest.raises(ValueError, match="epsilon0 must lie in"):
-        theory.on(result, epsilon0=1.0)
-    with pytest.raises(ValueError, match="gamma must not be negative"):
-        theory.on(result, gamma=-1.0)
-    with pytest.raises(ValueError, match="x_ref"):
-        theory.on(result, x_ref=[1.0])
-    with pytest.raises(KeyError, match="'RH-9' is no convergence theorem"):
-        theory.on(result)["RH-9"]
-
-
-def test_a_fit_too_large_or_of_several_targets_is_refused(monkeypatch):
-    problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0)
-    result = minimize(problem, history="points")
-    monkeypatch.setattr("attnfit.theory.finished.MAX_DENSE", 1)
-    with pytest.raises(ValueError, match="Hessians of 2 unknowns, more than 1"):
-        theory.on(result)
-    monkeypatch.undo()
-    layers = problems.TwoLayer(A, np.eye(3), [[0.5, 0.3], [0.2, 0.1], [0.1, 0.0]], row_penalty=1.0)
-    several = minimize(layers, np.zeros((2, 2)), Newton(), history="points")
-    with pytest.raises(ValueError, match="one right-hand side, not 2"):
-        theory.on(several)
-    full = problems.FullAttention(A, A, A, A)
-    with pytest.raises(ValueError, match="no convergence theorem for FullAttention"):
-        theory.on(minimize(full, np.ones(full.shape), Newton(), max_iter=2, history="points"))
-
-
-@pytest.mark.parametrize("loss", ["squared", "rescaled"])
-def test_attention_is_a_loss_of_rows(loss):
-    rng = np.random.default_rng(0)
-    problem = problems.Attention(
-        [[1.0]], rng.standard_normal((4, 2)), rng.dirichlet(np.ones(4), 1), loss, row_penalty=1.0
-    )
-    x = minimize(problem, np.zeros((1, 2))).x
-    result = minimize(problem, x + 1e-4, Newton(hessian="exact"), history="points")
-    report = theory.on(result)
-    assert report["RH-5.5"].status == "holds"
-    if loss == "rescaled":
-        assert report["RH-1.5"].status.startswith("assumption not met: w_i^2 >= 100 M")
-
-
-def test_other_losses_than_the_papers_have_no_main_theorem():
-    for options in ({"weights": [1.0, 2.0, 1.0]}, {"offset": [0.1, 0.0, 0.0]}, {"ridge": 0.1}):
-        problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0, **options)
-        report = theory.on(minimize(problem, [0.11, 0.05], history="points"))
-        assert report["RH-1.5"].reason == "it is about one group, without weights, offset and ridge"
-        assert report["RH-5.5"].rows
-    groups = problems.Rescaled(A, [0.5, 0.3, 0.2], groups=[0, 0, 1], row_penalty=1.0)
-    assert theory.on(minimize(groups, [0.11, 0.05], history="points"))["RH-1.5"].reason
-    cosh = problems.Rescaled(A, [0.5, 0.3, 0.2], "cosh", row_penalty=1.0)
-    report = theory.on(minimize(cosh, [0.1, 0.0], history="points"))
-    assert report["RH-11.1"].reason == "it is about Rescaled with function='exp'"
-    assert not report["RH-1.5"].reason
-
-
 # ---- what rounding, and a step out of the theorem's range, may not decide
 
 
@@ -450,3 +343,31 @@ def test_an_accuracy_equal_to_the_limit_of_5_5_is_beyond_it():
     assert theory.on(result, epsilon0=0.1)["RH-5.5"].unmet == "eps0 < 0.1: 0.1 against 0.1"
     assert theory.on(result, epsilon0=0.099)["RH-5.5"].unmet == ""
     assert theory.on(result, epsilon0=0.01)["RH-5.6"].unmet == ""
+
+
+@pytest.mark.parametrize("loss", ["squared", "rescaled"])
+def test_attention_is_a_loss_of_rows(loss):
+    rng = np.random.default_rng(0)
+    problem = problems.Attention(
+        [[1.0]], rng.standard_normal((4, 2)), rng.dirichlet(np.ones(4), 1), loss, row_penalty=1.0
+    )
+    x = minimize(problem, np.zeros((1, 2))).x
+    result = minimize(problem, x + 1e-4, Newton(hessian="exact"), history="points")
+    report = theory.on(result)
+    assert report["RH-5.5"].status == "holds"
+    if loss == "rescaled":
+        assert report["RH-1.5"].status.startswith("assumption not met: w_i^2 >= 100 M")
+
+
+def test_other_losses_than_the_papers_have_no_main_theorem():
+    for options in ({"weights": [1.0, 2.0, 1.0]}, {"offset": [0.1, 0.0, 0.0]}, {"ridge": 0.1}):
+        problem = problems.Rescaled(A, [0.5, 0.3, 0.2], row_penalty=1.0, **options)
+        report = theory.on(minimize(problem, [0.11, 0.05], history="points"))
+        assert report["RH-1.5"].reason == "it is about one group, without weights, offset and ridge"
+        assert report["RH-5.5"].rows
+    groups = problems.Rescaled(A, [0.5, 0.3, 0.2], groups=[0, 0, 1], row_penalty=1.0)
+    assert theory.on(minimize(groups, [0.11, 0.05], history="points"))["RH-1.5"].reason
+    cosh = problems.Rescaled(A, [0.5, 0.3, 0.2], "cosh", row_penalty=1.0)
+    report = theory.on(minimize(cosh, [0.1, 0.0], history="points"))
+    assert report["RH-11.1"].reason == "it is about Rescaled with function='exp'"
+    assert not report["RH-1.5"].reason
