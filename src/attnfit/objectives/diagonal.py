@@ -162,6 +162,11 @@ class RowSplit:
 
     def gram(self, weights: Array, kept: Rows | None = None) -> Array:
         """Return ``sum_i weights_i c_i c_i^T``; of rows that are kept only those are read."""
+        if kept is None and not self.centred:
+            total = self._rows.design.gram()
+            for chunk in self._rows.prefetch(self._rows.chunks):
+                total.add(self._rows.fetch(chunk), weights[chunk.rows])
+            return np.asarray(total.result())
         out = np.zeros_like(self.low_rank)
         for chunk in self._rows.prefetch(self._rows.chunks):
             places = np.arange(chunk.rows.start, chunk.rows.stop)

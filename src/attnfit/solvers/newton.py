@@ -107,8 +107,8 @@ class Newton(Solver):
             Number of steps, taken exactly. By default until ``(g^T H~^-1 g)^(1/2) <= tol (1 + |L|)^(1/2)``,
             60 at most, with ``6 delta/(pi^2 (t + 1)^2)`` left to step t.
         sampling : {"leverage", "approximate", "uniform"}
-            Exact leverages; Gaussian probes of them, in the metric of the step before where it serves; or
-            equal probabilities, with as many rows more as the coherence asks for.
+            Exact leverages; Gaussian probes of them, read again only when the weights have changed too
+            much; or equal probabilities, with as many rows more as the coherence asks for.
         low_rank : {"exact", "dropped"}
             "dropped" leaves out the low-rank part of the Hessian as line 8 prints, and loses the rate.
         negative : {"refuse", "absolute"}

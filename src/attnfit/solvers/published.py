@@ -24,7 +24,7 @@ CAP = 60
 MARGIN = 1.1
 # Eigenvalues below this share of the largest, of a Gram with unit diagonal, are zero.
 RANK = 1e-13
-# The metric of the step before serves while it costs at most so many times the rows.
+# Leverages that were read serve for further steps while they cost at most so many times the rows.
 DEAREST = 2.0
 
 
@@ -297,8 +297,8 @@ class _Draws:
     def __init__(self, solver: PublishedNewton, rng: np.random.Generator) -> None:
         self._solver, self._rng = solver, rng
         self.steps: list[SampledStep] = []
-        # Of the step before: the inverse root of its sampled Gram, and D.
-        self._last: tuple[Array, Array] | None = None
+        # Of the last step that read its leverages: estimates of them over D, D, and the rank.
+        self._known: tuple[Array, Array, int] | None = None
 
     def hessian(self, problem: Any, at: Evaluation, t: int) -> Array:
         """Draw rows at a point; return the Hessian with them."""
@@ -309,9 +309,8 @@ class _Draws:
             raise ValueError(_negative(split, t))
         budget = 6.0 * solver.delta / (np.pi * (t + 1)) ** 2 if solver.T is None else solver.delta / solver.T
         size = np.abs(D)
-        root: Array | None = None
-        if solver.sampling != "approximate" or self._reuse(split, size) is None or solver.measure:
-            root = inverse_root(split.gram(size))
+        known = solver.sampling == "approximate" and self._stretch(split, size) is not None
+        root = None if known and not solver.measure else inverse_root(split.gram(size))
         scores, mu, failure, rank = self._scores(split, size, root, budget)
         m = chernoff_rows(rank, solver.epsilon0, failure, mu)
         kept, inverse = keep_rows(scores, m, self._rng)
@@ -328,26 +327,21 @@ class _Draws:
         self.steps.append(
             SampledStep(m, len(kept), mu, 0.0 if all_rows else bound, float(D.min()), error)
         )
-        if D.min() >= 0.0:
-            self._last = inverse_root(sampled), size
         low_rank = split.low_rank if solver.low_rank == "exact" else 0.0
         return np.asarray(sampled + low_rank + split.ridge)
 
-    def _reuse(self, split: Split, size: Array) -> float | None:
-        """Return what the metric of the step before costs in rows, None where it does not serve.
+    def _stretch(self, split: Split, size: Array) -> float | None:
+        """Return by how much leverages can exceed the estimates of the step that read them, times the
+        weights now; None where they do not serve.
 
-        Its Gram is within epsilon0 of that of the step before, whose weights are at most 1/low times these.
+        Where no weight is less than a share of what it was, the Gram is not either.
         """
-        if self._last is None or split.centred:
+        if self._known is None or split.centred:
             return None
-        root, before = self._last
-        if root.shape[1] < root.shape[0]:
+        before, used = self._known[1], self._known[1] > 0.0
+        if (size[~used] > 0.0).any() or not (size[used] > 0.0).all():
             return None
-        used = size > 0.0
-        if not used.any() or (before[used] == 0.0).any():
-            return None
-        low = float((size[used] / before[used]).min())
-        factor = (1.0 + self._solver.epsilon0) / low
+        factor = float((before[used] / size[used]).max())
         return factor if factor <= DEAREST else None
 
     def _scores(
@@ -356,15 +350,17 @@ class _Draws:
         """Return the scores, mu, the failure left to the draw, and the rank."""
         solver = self._solver
         if solver.sampling == "approximate":
-            reused = self._reuse(split, size)
-            metric, factor = (root, 1.0) if reused is None or self._last is None else (self._last[0], reused)
-            assert metric is not None
-            rank = metric.shape[1]
-            probes = self._rng.standard_normal((rank, solver.n_probes)) / np.sqrt(solver.n_probes)
-            scores = size * split.squares(metric @ probes)
-            # All n estimates, chi-square of k degrees over k, exceed this share with half of the budget.
-            share = 2.0 * gammaincinv(0.5 * solver.n_probes, 0.5 * budget / len(size)) / solver.n_probes
-            return scores, float(factor * scores.sum() / (rank * share)), 0.5 * budget, rank
+            stretch, left = self._stretch(split, size), budget
+            if stretch is None or self._known is None:
+                assert root is not None
+                rank, stretch, left = root.shape[1], 1.0, 0.5 * budget
+                probes = self._rng.standard_normal((rank, solver.n_probes)) / np.sqrt(solver.n_probes)
+                # All n estimates, chi-square of k degrees over k, exceed this share with half of the budget.
+                share = 2.0 * gammaincinv(0.5 * solver.n_probes, 0.5 * budget / len(size)) / solver.n_probes
+                self._known = split.squares(root @ probes) / share, size, rank
+            above, _, rank = self._known
+            scores = size * above
+            return scores, float(stretch * scores.sum() / rank), left, rank
         assert root is not None
         leverages, rank = size * split.squares(root), root.shape[1]
         if solver.sampling == "leverage":
