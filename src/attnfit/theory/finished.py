@@ -53,7 +53,9 @@ class OnFit:
             f"{len(run.points)} points, r_0 = {run.r[0]:.4g}; x* known to {run.reference.radius:.1e} "
             f"({certified})"
         )
-        head += f"; {left_out} points closer than ten times that are left out" if left_out else ""
+        if left_out:
+            told = "1 point is" if left_out == 1 else f"{left_out} points are"
+            head += f"; {told} closer than ten times that, and left out"
         blocks = [str(theorem) for theorem in self.theorems if not theorem.reason]
         rest: dict[str, list[str]] = {}
         for theorem in self.theorems:

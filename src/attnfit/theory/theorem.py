@@ -175,7 +175,8 @@ class Theorem:
                     lines.append(f"  {'...':>11}")
                 continue
             cells = [row.r, row.left, row.right, row.ratio]
-            cells += [row.corrected_left, row.corrected_right, row.corrected_ratio]
+            repaired = [row.corrected_left, row.corrected_right, row.corrected_ratio]
+            cells += repaired if np.isfinite(row.corrected_right) else 3 * [np.nan]
             told = f"   {row.obstacle}" if row.obstacle else ""
             lines.append("  " + f"{row.t:>11}" + "".join(f"{number(v):>11}" for v in cells) + told)
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
