@@ -27,10 +27,10 @@ COUNTEREXAMPLES = [
 
 
 def test_counts():
-    """205 bounds: ten of this library, 194 statements of the papers and one step of a proof."""
+    """206 bounds: ten of this library, 195 statements of the papers and one step of a proof."""
     own = [b for b in TABLE if b.id.startswith("NEW")]
     steps = [b for b in TABLE if b.id.endswith(".step")]
-    assert (len(TABLE), len(own), len(steps)) == (205, 10, 1)
+    assert (len(TABLE), len(own), len(steps)) == (206, 10, 1)
     failing = [b for b in TABLE if b.status == "fails"]
     assert len(failing) == 36
     assert len([b for b in failing if b not in steps]) == 35
@@ -120,17 +120,18 @@ def test_unknown_activations_are_held_to_the_constants_they_claim():
 
 
 def test_nothing_is_not_called_true():
-    """At x = 0 the default move of the data is none: both sides of its bounds are zero."""
+    """At x = 0 no move of the data changes a logit: what compares such changes with each other is zero."""
     rng = np.random.default_rng(0)
     A, b = rng.standard_normal((50, 3)), np.full(50, 0.02)
     report = theory.audit(problems.Softmax(A, b), np.zeros(3), np.full(3, 1e-3))
     zero = [c for c in report.checks if c.log10_lhs == c.log10_rhs == -np.inf]
-    assert len(zero) == 24 and len(report.checks) == 62
+    assert {c.id for c in zero} == {"WS-7.7", "WS-7.8", "TT-7.9", "TT-7.10", "TT-7.12", "RH-10.8"}
     assert report.untested == tuple(c.id for c in zero)
     assert all(c.verdict == "not tested" and not c.holds and np.isnan(c.slack) for c in zero)
     assert not set(report.untested) & {c.id for c in report.failing}
-    assert str(report).count("not tested") == 25
-    assert "not tested, as both sides are zero: 24 of 62 bounds" in str(report)
+    assert str(report).count("not tested") == 1
+    listed = str(report).split("not tested, as both sides are zero: ")[1].splitlines()[0]
+    assert set(listed.split(", ")) == {c.id for c in zero}
     assert "not tested" in str(zero[0])
     moved = theory.audit(problems.Softmax(A, b), np.full(3, 0.1), np.full(3, 0.101))
     assert moved.untested == ()

@@ -188,11 +188,18 @@ def good_start(problem: Any, x0: Any, x_ref: Any) -> GoodStart:
     (False, True, True)
     """
     start, reference = as_point(x0, problem.shape, "x0"), as_point(x_ref, problem.shape, "x_ref")
-    found = [condition.judge() for condition in _conditions(problem, start, reference)]
+    found = [condition.judge() for condition in conditions(problem, start, reference)]
     return max(found, key=lambda g: (not g.scaled, not g.local, g.scaled_constant * g.scaled_distance))
 
 
-def _conditions(problem: Any, start: Array, reference: Array) -> Iterator[Condition]:
+def conditions(problem: Any, start: Array, reference: Array) -> Iterator[Condition]:
+    """Yield what each right-hand side of a problem brings to the conditions; points in the natural shape.
+
+    Raises
+    ------
+    ValueError
+        Like `good_start`.
+    """
     if isinstance(problem, Attention):
         if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
             raise ValueError(
@@ -226,13 +233,13 @@ def _of_rows(problem: RowProblem, start: Array, reference: Array) -> Condition:
     at = problem.evaluate(reference)
     hessian = _hessian(problem, at)
     identity = np.eye(len(reference))
-    data = sums_on_ball(problem, at, identity, _data, 0.0)
+    gram, targets = row_sizes(problem, at)
     R = max(
         4.0,
-        float(np.sqrt(largest_eigenvalue(data["rows"], identity))),
+        float(np.sqrt(largest_eigenvalue(gram, identity))),
         float(np.linalg.norm(start)),
         float(np.linalg.norm(reference)),
-        float(np.sqrt(data["targets"])),
+        targets,
     )
     return Condition(
         "Definition 5.1 (rescaled hyperbolic functions)",
@@ -243,6 +250,12 @@ def _of_rows(problem: RowProblem, start: Array, reference: Array) -> Condition:
         partial(lipschitz_constant, problem, at),
         float(4.0 * np.log10(problem.n_rows) + 20.0 * R**2 / LOG10),
     )
+
+
+def row_sizes(problem: RowProblem, at: Any) -> tuple[Any, float]:
+    """Return ``A^T A``, accumulated, and ``|b|``: one pass, wherever the rows are."""
+    data = sums_on_ball(problem, at, np.eye(len(at.x)), _data, 0.0)
+    return data["rows"], float(np.sqrt(data["targets"]))
 
 
 def _data(rows: ChunkRows, radius: float) -> Stages:
@@ -261,7 +274,7 @@ def _of_layers(problem: TwoLayer, start: Array, reference: Array) -> Iterator[Co
             "built-in activations"
         )
     starts, references = (v.reshape(-1, problem.n_columns) for v in (start, reference))
-    norms = tuple(map(_spectral_norm, (problem.logit_map.matrix, problem.outer)))
+    norms = tuple(map(spectral_norm, (problem.logit_map.matrix, problem.outer)))
     for j in range(problem.n_columns):
         one = problem.columns(np.array([j]))
         x0, x = starts[:, j], references[:, j]
@@ -273,7 +286,7 @@ def _of_layers(problem: TwoLayer, start: Array, reference: Array) -> Iterator[Co
             _hessian(one, at),
             x0 - x,
             partial(_on_ball, LayerBall, one, at),
-            _two_layer_constant(one, norms, x0, x),
+            two_layer_sizes(one, norms, x0, x).log10_lipschitz(one.logit_map.shape[0]),
         )
 
 
@@ -281,10 +294,26 @@ def _on_ball(kind: Any, problem: Any, at: Any, whitener: Array, radius: float) -
     return float(kind(problem, at, whitener).lipschitz(radius))
 
 
-def _two_layer_constant(problem: LayeredProblem, norms: tuple[float, ...], *points: Array) -> float:
-    """Return ``log10 M``, with the tightest R, R_h, L_h and beta of Theorem 7.1 at both points."""
+@dataclass(frozen=True)
+class TwoLayerSizes:
+    """The tightest constants of Theorem 7.1 at some points."""
+
+    R: float
+    R_h: float
+    L_h: float
+    log_beta: float
+
+    def log10_lipschitz(self, n: int) -> float:
+        """Return ``log10 M`` of Lemma 5.2, for n rows."""
+        R, R_h = self.R, self.R_h
+        log_R_f = np.log(2.0 * n * R) + 2.0 * R**2 - 2.0 * self.log_beta
+        powers = np.log(59.0 * (R + R_h) * n**2 * R**5) + 2.0 * np.log(R_h) + np.log(self.L_h)
+        return float((powers + 4.0 * R**2 - 4.0 * self.log_beta + log_R_f) / LOG10)
+
+
+def two_layer_sizes(problem: LayeredProblem, norms: tuple[float, ...], *points: Array) -> TwoLayerSizes:
+    """Return the constants of one right-hand side, given ``(|A1|, |A2|)``, at points of shape (d,)."""
     h = problem.activation
-    n = problem.logit_map.shape[0]
     b = problem.b[:, 0]
     R = max(4.0, *norms, float(np.linalg.norm(b)), *(float(np.linalg.norm(x)) for x in points))
     sizes: list[float] = [float(np.finfo(float).tiny)]
@@ -296,13 +325,11 @@ def _two_layer_constant(problem: LayeredProblem, norms: tuple[float, ...], *poin
         f = np.exp(z - logsumexp(z))
         value, slope, _ = h.jet(f if problem.outer is None else np.asarray(problem.outer @ f))
         sizes += [float(np.linalg.norm(value)), float(np.linalg.norm(slope))]
-    R_h, L_h = max(sizes), max(h.slope, h.curvature)
-    log_R_f = np.log(2.0 * n * R) + 2.0 * R**2 - 2.0 * log_beta
-    powers = np.log(59.0 * (R + R_h) * n**2 * R**5) + 2.0 * np.log(R_h) + np.log(L_h)
-    return float((powers + 4.0 * R**2 - 4.0 * log_beta + log_R_f) / LOG10)
+    return TwoLayerSizes(R, max(sizes), max(h.slope, h.curvature), log_beta)
 
 
-def _spectral_norm(matrix: Any) -> float:
+def spectral_norm(matrix: Any) -> float:
+    """Return the spectral norm of a matrix, dense or sparse; None is the identity."""
     if matrix is None:
         return 1.0
     gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T

@@ -26,3 +26,10 @@ def one_step(problem: Any, x: Array, solver: Any, seed: int) -> Array:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return np.asarray(minimize(problem, x, solver=solver, max_iter=1, tol=1e-15, random_state=seed).x)
+
+
+def run_of(problem: Any, x: Array, solver: Any, seed: int) -> Any:
+    """Return the result of a solver from x, with its points."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return minimize(problem, x, solver=solver, random_state=seed, history="points")

@@ -9,6 +9,7 @@ from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit
 from attnfit.solvers.many import ManyResult, minimize_many
 from attnfit.solvers.minimize import minimize
 from attnfit.solvers.newton import Newton
+from attnfit.solvers.published import PublishedNewton, SampledStep, Sampling, chernoff_rows
 from attnfit.solvers.record import CheckpointError
 from attnfit.solvers.result import History, Record, Result
 from attnfit.solvers.sampled_two_layer import SampledTwoLayer
@@ -29,15 +30,19 @@ __all__ = [
     "ManyResult",
     "Newton",
     "Outcome",
+    "PublishedNewton",
     "Record",
     "Result",
+    "SampledStep",
     "SampledTwoLayer",
+    "Sampling",
     "Separation",
     "Solver",
     "Status",
     "StopFit",
     "VariableProjection",
     "check_solver",
+    "chernoff_rows",
     "minimize",
     "minimize_many",
 ]

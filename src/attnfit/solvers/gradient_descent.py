@@ -40,6 +40,7 @@ class GradientDescent(Solver):
     """
 
     step_size: float | None = None
+    records_points = True
 
     def __post_init__(self) -> None:
         if self.step_size is not None and not self.step_size > 0:
@@ -69,7 +70,7 @@ class GradientDescent(Solver):
         step = self.step_size or (1.0 / (float(scale.max()) ** 2) if gradient_size > 0 else 1.0)
         least = np.inf
         try:
-            tracker.record("fit: gradient descent", 0, at.value, run.relative(at.gradient))
+            tracker.record("fit: gradient descent", 0, at.value, run.relative(at.gradient), x=at.x)
             while run.n_iter < max_iter:
                 size = float(np.linalg.norm(run.at.gradient / scale))
                 if size <= LOOK * least:
@@ -90,7 +91,11 @@ class GradientDescent(Solver):
                     break
                 run.n_iter += 1
                 tracker.record(
-                    "fit: gradient descent", run.n_iter, run.at.value, run.relative(run.at.gradient)
+                    "fit: gradient descent",
+                    run.n_iter,
+                    run.at.value,
+                    run.relative(run.at.gradient),
+                    x=run.at.x,
                 )
         except (KeyboardInterrupt, StopFit):
             run.status = Status.INTERRUPTED

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,8 @@ class Tracker:
         Called with each record. A true return value ends the fit.
     clock : callable
         The time in seconds.
+    keep_points : bool
+        Whether the history keeps the points that a solver records.
     """
 
     def __init__(
@@ -70,8 +72,11 @@ class Tracker:
         n_passes: Callable[[], float],
         callback: Callback | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        keep_points: bool = False,
     ) -> None:
         self.n_passes = n_passes
+        self.keep_points = keep_points
         self.history = History()
         self.clock = clock
         self.began = clock()
@@ -97,8 +102,9 @@ class Tracker:
         step_norm: float = 0.0,
         radius: float = float("inf"),
         accepted: bool = True,
+        x: Array | None = None,
     ) -> None:
-        """Append a record.
+        """Append a record; x is the point evaluated, flat, of a solver that `Solver.records_points`.
 
         Raises
         ------
@@ -110,7 +116,7 @@ class Tracker:
         record = Record(
             phase, iteration, value, gradient_norm, step_norm, radius, accepted, self.n_passes(), **seconds
         )
-        self.history.append(record)
+        self.history.append(record, x if self.keep_points else None)
         if self._callback is not None and self._callback(record):
             raise StopFit
 
@@ -241,7 +247,7 @@ def descend(
     modelled_at: Array | None = None
     try:
         model = run.remodel(problem, strategy, tracker)
-        tracker.record(phase, 0, at.value, run.relative(at.gradient))
+        tracker.record(phase, 0, at.value, run.relative(at.gradient), x=at.x)
         while True:
             with tracker.timed("step"):
                 step, move = run.propose(judge, model, trust_region=trust_region)
@@ -283,7 +289,7 @@ def descend(
                 if np.isfinite(trial.value):
                     run.at, run.last_step, phase = trial, None, "least norm"
                     model = run.remodel(problem, strategy, tracker)
-                    tracker.record(phase, run.n_iter, trial.value, run.relative(trial.gradient))
+                    tracker.record(phase, run.n_iter, trial.value, run.relative(trial.gradient), x=trial.x)
                 continue
             run.n_iter += 1
             radius = run.radius
@@ -296,6 +302,7 @@ def descend(
                 step_norm=step.size,
                 radius=radius,
                 accepted=accepted,
+                x=trial.x,
             )
             if accepted:
                 model = run.remodel(problem, strategy, tracker)
@@ -334,7 +341,7 @@ class Outcome:
     right-hand side.
 
     ``local_values`` lists distinct minima that were accepted, ``n_starts`` counts the descents. ``absorbed``
-    is the end of a fit with absorbed effects.
+    is the end of a fit with absorbed effects, ``sampling`` what a published run drew.
     """
 
     best: Descent
@@ -345,6 +352,7 @@ class Outcome:
     column_status: NDArray[Any] | None = None
     n_starts: int = 1
     absorbed: Any = None
+    sampling: Any = None
 
     @classmethod
     def of(
@@ -369,7 +377,16 @@ class Outcome:
 
 
 class Solver(ABC):
-    """What `minimize` asks of a solver; `attnfit.solvers.check_solver` tests one."""
+    """What `minimize` asks of a solver; `attnfit.solvers.check_solver` tests one.
+
+    Attributes
+    ----------
+    records_points : bool
+        Whether ``run`` records its points, as ``x`` of ``tracker.record``: ``history="points"`` is refused
+        otherwise.
+    """
+
+    records_points: ClassVar[bool] = False
 
     @abstractmethod
     def run(
@@ -396,6 +413,7 @@ class Solver(ABC):
             As in `attnfit.minimize`.
         tracker : Tracker
             Hears of every evaluation by ``record``, which raises `StopFit` where the callback ends the fit.
+            Of its points by ``record(..., x=x)``, if they are recorded.
         rng : numpy.random.Generator
             The only source of random numbers.
 

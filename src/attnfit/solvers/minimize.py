@@ -24,7 +24,7 @@ from attnfit.solvers.starts import Start
 from attnfit.solvers.verdicts import MAX_TOL, Status, Verdict, assess
 
 # Ends that need no second look.
-ENDED = (Status.INTERRUPTED, Status.OVERFLOW)
+ENDED = (Status.INTERRUPTED, Status.OVERFLOW, Status.INDEFINITE)
 Array = NDArray[np.float64]
 
 
@@ -74,6 +74,7 @@ def minimize(
     resume: bool = True,
     memory_limit: str | int | None = None,
     separation: Literal["warn", "drop", "keep"] = "warn",
+    history: Literal["records", "points"] = "records",
 ) -> Result:
     """Find a local minimiser of a problem, from the best start known.
 
@@ -120,6 +121,9 @@ def minimize(
         "separable" or "no_minimum" and a warning. "drop": the same ``x`` with the status of the fit of the
         remaining rows; the message counts the rows left out. "keep": the last finite point, with the status
         and the warning.
+    history : {"records", "points"}
+        "points" keeps the iterates too, d numbers a step: ``result.points``, which `attnfit.theory.on`
+        needs.
 
     Returns
     -------
@@ -156,6 +160,7 @@ def minimize(
         )
     require_starts(n_starts)
     choose(separation, dict.fromkeys(("warn", "drop", "keep")), "separation")
+    choose(history, dict.fromkeys(("records", "points")), "history")
     if max_iter < 0:
         raise ValueError(f"max_iter must not be negative, not {max_iter!r}")
     problem = problem if memory_limit is None else problem.with_memory_limit(parse_size(memory_limit))
@@ -163,7 +168,12 @@ def minimize(
     reduction = problem.reduction()
     solver = default_solver(problem if reduction is None else reduction.problem) if solver is None else solver
     solver = solver if n_starts == "auto" else _with_starts(solver, n_starts)
-    fit = (problem, reduction, point, solver, tol, max_iter, separation)
+    if history == "points" and not solver.records_points:
+        raise ValueError(
+            f"history='points': {type(solver).__name__} keeps no points; pass solver=Newton() or "
+            "GradientDescent(), or leave history out"
+        )
+    fit = (problem, reduction, point, solver, tol, max_iter, separation, history == "points")
     if checkpoint is not None and Offer.ABSORBED in problem.offers:
         raise NotImplementedError("checkpoint does not go with absorb; leave it out, the fit takes few reads")
     if checkpoint is None:
@@ -188,6 +198,7 @@ def _fit(
     tol: float,
     max_iter: int,
     separation: str,
+    keep_points: bool,
     callback: Callback | None,
     rng: np.random.Generator,
     recording: Recording | None = None,
@@ -204,6 +215,7 @@ def _fit(
         lambda: problem.n_passes - first_read + start.n_passes,
         callback,
         time.perf_counter if recording is None else recording.clock,
+        keep_points=keep_points,
     )
     # Steps that overflow are rejected by their value; numpy need not warn of each product on the way.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -279,7 +291,15 @@ def _fit(
         effects=None if ended is None else ended.effects,
         dropped=None if ended is None else ended.dropped,
         absorbed=ended,
+        points=_points(tracker, best.at.x, given, lift) if keep_points else None,
+        sampling=outcome.sampling,
     )
+
+
+def _points(tracker: Tracker, x: Array, given: Problem, lift: Callable[[Array], Array] | None) -> Array:
+    """Return the iterates that led to x, in the user's variables, shape (n_points, ...)."""
+    found = tracker.history.points_to(x)
+    return np.array([p if lift is None else lift(p) for p in found]).reshape(-1, *given.shape)
 
 
 def _with_starts(solver: Any, n_starts: int) -> Any:
@@ -356,6 +376,8 @@ class End:
                 return "a step overflowed; scale the data, or use a smaller step_size"
             case Status.INTERRUPTED:
                 return "interrupted; x is the best point so far"
+            case Status.INDEFINITE:
+                return "a Hessian is not positive definite; use Newton(), or start nearer"
             case Status.FALSE_OPTIMUM:
                 return f"not a minimum: {self.reason}; pass another x0, or add ridge"
 

@@ -27,6 +27,7 @@ from attnfit.solvers.curvature import (
 )
 from attnfit.solvers.evidence import DEAR_GRAM, N_ROWS, ROWS_PER_UNKNOWN, Evidence
 from attnfit.solvers.loop import Descent, Interrupted, Outcome, Solver, Tracker, descend, distance
+from attnfit.solvers.published import PublishedNewton
 from attnfit.solvers.starts import Start, draw_sample, probe_of
 from attnfit.solvers.verdicts import Judge, Status, Verdict
 
@@ -71,11 +72,86 @@ class Newton(Solver):
     globalisation: Literal["trust_region", "none"] = "trust_region"
     sample_rows: int | None = None
     n_starts: int | Literal["auto"] = "auto"
+    records_points = True
 
     def __post_init__(self) -> None:
         require_starts(self.n_starts)
         choose(self.hessian, dict.fromkeys(HESSIANS), "hessian")
         choose(self.globalisation, dict.fromkeys(("trust_region", "none")), "globalisation")
+
+    @staticmethod
+    def as_published(
+        epsilon0: float = 0.01,
+        delta: float = 0.1,
+        T: int | None = None,
+        sampling: Literal["leverage", "approximate", "uniform"] = "leverage",
+        low_rank: Literal["exact", "dropped"] = "exact",
+        negative: Literal["refuse", "absolute"] = "refuse",
+        measure: bool = False,
+        n_probes: int = 32,
+    ) -> PublishedNewton:
+        """Return Algorithm 1 of the papers as a solver: sampled Newton steps with its guarantee, without
+        safeguard.
+
+        Each step draws rows so that ``(1 - eps0) G <= G~ <= (1 + eps0) G`` for the Gram ``G = A^T D A``, and
+        takes ``x - H~^-1 g``. It needs a good ``x0`` and ``D = B_diag + w^2 > 0``, which at ordinary minima
+        takes a ``row_penalty``.
+
+        Parameters
+        ----------
+        epsilon0 : float, in (0, 1)
+            Spectral accuracy. At 0.01 sampling does not pay below 8e5 rows for 8 unknowns.
+        delta : float, in (0, 1)
+            Bound on the probability that any step misses it.
+        T : int, optional
+            Number of steps, taken exactly. By default until ``(g^T H~^-1 g)^(1/2) <= tol (1 + |L|)^(1/2)``,
+            60 at most, with ``6 delta/(pi^2 (t + 1)^2)`` left to step t.
+        sampling : {"leverage", "approximate", "uniform"}
+            Exact leverages; Gaussian probes of them, read again only when the weights have changed too
+            much; or equal probabilities, with as many rows more as the coherence asks for.
+        low_rank : {"exact", "dropped"}
+            "dropped" leaves out the low-rank part of the Hessian as line 8 prints, and loses the rate.
+        negative : {"refuse", "absolute"}
+            Where an entry of D is negative: raise, or draw by its magnitude.
+        measure : bool
+            Measure the true spectral error of each step, for one exact Gram more.
+        n_probes : int
+            Of "approximate".
+
+        Returns
+        -------
+        PublishedNewton
+            Its fits have ``result.sampling``: rows asked for and drawn a step, mu, and the bound on failure.
+            Status is "indefinite" where H~ is not positive definite; "converged" is the usual verdict.
+
+        Raises
+        ------
+        ValueError
+            If an argument is not usable; in a fit, if the problem has no rows to draw or D a negative entry.
+
+        Notes
+        -----
+        Algorithm 1 of "An Iterative Algorithm for Rescaled Hyperbolic Functions Regression" and of "Local
+        Convergence of Approximate Newton Method for Two Layer Nonlinear Regression", with what contradicts
+        itself there settled: eps0 = 0.01 (Lemma 5.6), not Theta(1) (line 6); T steps, not T + 1 (line 4); the
+        step is subtracted, not added (line 9); the low-rank part stays (line 8 drops it); D > 0 is checked;
+        the second paper's gradient has the right signs and its regulariser. The number of rows is the
+        smallest that the matrix Chernoff inequality allows: see `attnfit.solvers.chernoff_rows`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from attnfit import minimize, problems, solvers
+        >>> A = 0.3 * np.random.default_rng(0).standard_normal((5000, 4))
+        >>> problem = problems.Rescaled(A, np.full(5000, 2e-4), row_penalty=1.0)
+        >>> solver = solvers.Newton.as_published(epsilon0=0.3, T=6)
+        >>> result = minimize(problem, np.full(4, 0.01), solver, random_state=0)
+        >>> result.sampling.steps[0].asked
+        558
+        """
+        return PublishedNewton(
+            epsilon0, delta, T, sampling, low_rank, negative, measure=measure, n_probes=n_probes
+        )
 
     def run(
         self,
@@ -233,6 +309,7 @@ class EscapingNewton(Solver):
     """
 
     newton: Newton = field(default_factory=Newton)
+    records_points = True
 
     def run(
         self,

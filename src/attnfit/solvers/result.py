@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from attnfit.certificates import Certificate
     from attnfit.effects import Effects
+    from attnfit.solvers.published import Sampling
     from attnfit.solvers.separation import Separation
     from attnfit.solvers.verdicts import Status
 
@@ -59,10 +60,32 @@ class History(Sequence[Record]):
 
     def __init__(self, records: Sequence[Record] = ()) -> None:
         self._records = list(records)
+        self._points: dict[int, Array] = {}
 
-    def append(self, record: Record) -> None:
-        """Add a record."""
+    def append(self, record: Record, point: Array | None = None) -> None:
+        """Add a record, and the point that was evaluated if points are kept."""
+        if point is not None:
+            self._points[len(self._records)] = point
         self._records.append(record)
+
+    def points_to(self, x: Array) -> list[Array]:
+        """Return the points kept of the descent that ended at x, first to last, without those that were
+        rejected; a start that was followed twice is one descent.
+        """
+        numbers = [k for k, point in self._points.items() if self._records[k].accepted]
+        last = next((k for k in reversed(numbers) if np.array_equal(self._points[k], x)), None)
+        if last is None:
+            return []
+        found = [self._points[last]]
+        for k in reversed(numbers[: numbers.index(last)]):
+            later, record = self._records[last], self._records[k]
+            begins, same = later.iteration == 0, np.array_equal(self._points[k], found[-1])
+            if record.phase != later.phase or (begins and not same):
+                break
+            last = k
+            if not same:
+                found.append(self._points[k])
+        return found[::-1]
 
     def __getitem__(self, index: Any) -> Any:
         return self._records[index]
@@ -106,7 +129,7 @@ class Result:
     status : Status
         A string: "converged"; "separable" and "no_minimum" (see ``separation``); "flat" (directions without
         curvature in float64 although the data see them), "saddle", "precision", "max_iter", "overflow",
-        "interrupted", "false_optimum".
+        "interrupted", "false_optimum", "indefinite" (`Newton.as_published` takes no other step then).
     message : str
         The status in a sentence, with the remedy where there is one; where the fit was resumed, from which
         checkpoint and after how many reads.
@@ -142,6 +165,12 @@ class Result:
     dropped : dict, optional
         What such a fit leaves out: "zero weight" (rows), "all-zero level" (labels by set), "separated" (row
         numbers), and "singletons" (levels with one row by set, which stay unless they are "singleton rows").
+    points : ndarray, shape (n_points, ...)
+        Where ``minimize(..., history="points")`` asked for them: the iterates of the descent that led to x,
+        from its start on, each in the natural shape. `attnfit.theory.on` evaluates the papers' convergence
+        theorems on them.
+    sampling : Sampling, optional
+        Of `Newton.as_published`: the rows drawn in each step, and how far their Hessian is off.
     """
 
     x: Array
@@ -166,6 +195,8 @@ class Result:
     separation: Separation | None = None
     effects: Effects | None = None
     dropped: dict[str, Any] | None = field(default=None, repr=False)
+    points: Array | None = field(default=None, repr=False)
+    sampling: Sampling | None = field(default=None, repr=False)
     # The end of a fit with absorbed effects, from which standard errors and predictions go on.
     absorbed: Any = field(default=None, repr=False)
 

@@ -49,6 +49,7 @@ class SampledTwoLayer(Solver):
 
     sample_rows: int | None = None
     globalisation: Literal["trust_region", "none"] = "trust_region"
+    records_points = True
 
     def __post_init__(self) -> None:
         choose(self.globalisation, dict.fromkeys(("trust_region", "none")), "globalisation")

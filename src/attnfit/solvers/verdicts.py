@@ -70,6 +70,7 @@ class Status(StrEnum):
     OVERFLOW = "overflow"
     INTERRUPTED = "interrupted"
     FALSE_OPTIMUM = "false_optimum"
+    INDEFINITE = "indefinite"
 
     def __repr__(self) -> str:
         return repr(str(self))

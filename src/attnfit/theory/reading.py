@@ -25,6 +25,8 @@ Array = NDArray[np.float64]
 # Groups are stacked until they hold this many numbers, and right-hand sides taken up to this many.
 ENTRIES = 2**24
 COLUMNS = 16
+# Size of the move of the data, in terms of |A|; elementary facts take products of matrices of this order.
+MOVE, FACTS = 1e-3, 2_000
 
 
 @dataclass
@@ -37,8 +39,8 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
 
-def read(problem: Problem, x: Any, y: Any) -> Reading:
-    """Return the instances of a problem.
+def read(problem: Problem, x: Any, y: Any, random_state: Any = 0) -> Reading:
+    """Return the instances of a problem; ``random_state`` seeds the move of the data.
 
     Raises
     ------
@@ -46,18 +48,18 @@ def read(problem: Problem, x: Any, y: Any) -> Reading:
         If the papers have no bounds for this problem.
     """
     if isinstance(problem, RowProblem):
-        return _grouped(problem, x, y)
+        return _with_facts(_grouped(problem, x, y, random_state))
     if isinstance(problem, TwoLayer):
-        return _two_layer(problem, x, y)
+        return _with_facts(_two_layer(problem, x, y))
     if isinstance(problem, LayerInversion):
-        return _layer(problem, x, y)
+        return _with_facts(_layer(problem, x, y))
     raise TypeError(
         f"the papers state no bounds for {type(problem).__name__}; pass a Softmax, Exponential, Rescaled, "
         "Attention (without rank), TwoLayer or LayerInversion problem"
     )
 
 
-def _grouped(problem: RowProblem, x: Any, y: Any) -> Reading:
+def _grouped(problem: RowProblem, x: Any, y: Any, random_state: Any) -> Reading:
     loss = problem.loss
     if not problem.rows.is_whole:
         raise TypeError("the rows are on the workers of a Dask cluster; pass the problem on some of its rows")
@@ -93,8 +95,41 @@ def _grouped(problem: RowProblem, x: Any, y: Any) -> Reading:
     if problem.weights is not None:
         notes.append("row weights are left out: the papers' losses have none")
     _note_penalties(notes, problem.penalty is not None or np.any(problem.ridge))
-    instance = instances.Regression(A, b, first, second, function=function, mask=mask)
+    moved, told = _moved(A, mask, random_state)
+    notes.append(told)
+    instance = instances.Regression(A, b, first, second, A_moved=moved, function=function, mask=mask)
     return Reading([instance], models, function, notes)
+
+
+def _moved(A: Array, mask: NDArray[np.bool_], random_state: Any) -> tuple[Array, str]:
+    """Return ``A' = A + 1e-3 |A_j| E_j``, each group's E_j standard normal and of spectral norm 1, and what
+    is said of it.
+    """
+    E = np.random.default_rng(random_state).standard_normal(A.shape) * mask[..., None]
+    sizes = MOVE * np.linalg.norm(A, 2, axis=(1, 2)) / np.linalg.norm(E, 2, axis=(1, 2))
+    seed = random_state if isinstance(random_state, int | np.integer) else "as given"
+    told = f"A' = A + {MOVE:g} |A| E, E Gaussian with |E| = 1, random_state {seed}"
+    return A + sizes[:, None, None] * E, told
+
+
+def _with_facts(reading: Reading) -> Reading:
+    """Add the vectors and matrices on which elementary facts are evaluated: logits at both points, and the
+    Gram matrices of the data with and without the outputs as weights.
+    """
+    first: Any = reading.instances[0]
+    if isinstance(first, instances.Recovery):
+        a, b = first.X.reshape(-1), first.Y.reshape(-1)
+        X, Y = first.X @ first.X.T, first.Y @ first.Y.T
+    else:
+        A = first.A1 if isinstance(first, instances.TwoLayer) else first.A[0]
+        a, b = A @ first.x, A @ first.y
+        f = np.exp(a - a.max())
+        X, Y = A.T @ ((f / f.sum())[:, None] * A), A.T @ A
+    if len(a) > FACTS or len(X) > FACTS:
+        reading.notes.append(f"elementary facts are evaluated up to {FACTS:,} rows and columns")
+        return reading
+    reading.instances.append(instances.Facts(a, b, X, Y))
+    return reading
 
 
 def _dense(problem: RowProblem, rows: slice) -> Array:

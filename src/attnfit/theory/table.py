@@ -30,8 +30,16 @@ _ROOMS: tuple[list[Any], ...] = (
 )  # fmt: skip
 
 
+# Informal statements of theorems that are in the table under their formal number.
+ALIASES = {"TL-1.5": "TL-7.1", "WS-1.4.1": "WS-8.1", "WS-1.4.2": "WS-8.2"}
+
+
 class Table:
-    """Bounds in the order of their papers; prints as a text table, and as Markdown with `markdown`."""
+    """Bounds in the order of their papers; prints as a text table, and as Markdown with `markdown`.
+
+    Informal statements are found under their own number too: "TL-1.5" is "TL-7.1", and "WS-1.4.1" and
+    "WS-1.4.2", on moves of x and of A, are "WS-8.1" and "WS-8.2".
+    """
 
     def __init__(self, bounds: list[AnyBound]) -> None:
         self._bounds = {bound.id: bound for bound in bounds}
@@ -45,12 +53,13 @@ class Table:
         return iter(self._bounds.values())
 
     def __contains__(self, id: object) -> bool:
-        return id in self._bounds
+        return ALIASES.get(str(id), id) in self._bounds
 
     def __getitem__(self, id: str) -> AnyBound:
+        id = ALIASES.get(id, id)
         if id in self._bounds:
             return self._bounds[id]
-        close = get_close_matches(id, self._bounds, n=5, cutoff=0.5)
+        close = get_close_matches(id, [*self._bounds, *ALIASES], n=5, cutoff=0.5)
         hint = f"; close ones are {', '.join(close)}" if close else ""
         raise KeyError(f"there is no bound {id!r}{hint}; theory.table() lists all {len(self)}")
 

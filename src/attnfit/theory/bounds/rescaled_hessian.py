@@ -219,8 +219,11 @@ def _sandwich(i: Regression) -> Array:
 
 
 def _sampling_error(i: Regression) -> float:
-    """Return the relative spectral error of one draw of rows by leverage, ``D = diag(softmax)``."""
-    rows = i.A.reshape(-1, i.A.shape[2]) * np.sqrt(i.weights.start.f.reshape(-1, 1))
+    return sampling_error(i.A.reshape(-1, i.A.shape[2]) * np.sqrt(i.weights.start.f.reshape(-1, 1)))
+
+
+def sampling_error(rows: Array) -> float:
+    """Return the logarithm of the relative spectral error of one draw of rows ``D^(1/2) A`` by leverage."""
     left, values, _ = np.linalg.svd(rows, full_matrices=False)
     left = left[:, values > 1e-12 * values.max(initial=0.0)]
     if not left.size:
@@ -240,6 +243,16 @@ def sampled_rows(d: int, eps: float = 0.3, delta: float = 0.05) -> int:
     return int(np.ceil(3 * d * np.log(2 * d / delta) / eps**2))
 
 
+# eps0 and delta at which Lemma 5.3, and its like for two layers, are tested.
+SAMPLED = (
+    "relative spectral error of A^T D A from m = 3 d ln(2 d/delta)/eps^2 rows drawn by leverage; eps = 0.3, "
+    "delta = 0.05, D = diag(softmax), one draw from a fixed seed"
+)
+SAMPLING = "|D~ - D| <= eps D over range(A)"
+DRAWS = "no failure in 60 draws"
+EXPLICIT = "holds with probability 1 - delta; O(eps^-2 d log(n/delta)) rows are made explicit"
+
+
 def _convexity() -> list[Bound[Regression]]:
     return [
         Bound(
@@ -254,12 +267,8 @@ def _convexity() -> list[Bound[Regression]]:
             worst="0.91", remark="the left side is the larger of the two ratios", models=MODELS,
         ),
         Bound(
-            "RH-5.3", "relative spectral error of A^T D A from m = 3 d ln(2 d/delta)/eps^2 rows drawn by "
-            "leverage; eps = 0.3, delta = 0.05, D = diag(softmax), one draw from a fixed seed",
-            "|D~ - D| <= eps D over range(A)", Regression, _sampling_error,
-            lambda i, R: np.log(0.3), worst="no failure in 60 draws",
-            remark="holds with probability 1 - delta; O(eps^-2 d log(n/delta)) rows are made explicit",
-            models=("exponential", "softmax", "rescaled"),
+            "RH-5.3", SAMPLED, SAMPLING, Regression, _sampling_error, lambda i, R: np.log(0.3), worst=DRAWS,
+            remark=EXPLICIT, models=("exponential", "softmax", "rescaled"),
         ),
     ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from attnfit.losses.activations import Activation
 from attnfit.theory.bound import Bound, Condition, Corrected, Sharp, Size
+from attnfit.theory.bounds.rescaled_hessian import DRAWS, EXPLICIT, SAMPLED, SAMPLING, sampling_error
 from attnfit.theory.instances.two_layer import Layers, TwoLayer
 from attnfit.theory.logs import Array, log, product
 from attnfit.theory.spectra import extreme_eigenvalues, factored_norm
@@ -361,4 +362,12 @@ def _whole() -> list[Bound[TwoLayer]]:
     ]  # fmt: skip
 
 
-BOUNDS: list[Bound[TwoLayer]] = [*_parts(), *_whole()]
+def _sampling() -> Bound[TwoLayer]:
+    return Bound(
+        "TL-6.5", SAMPLED, SAMPLING, TwoLayer,
+        lambda i: np.asarray(sampling_error(i.A1 * np.sqrt(i.start.f)[:, None])),
+        lambda i, R: log(0.3), worst=DRAWS, remark=EXPLICIT, models=MODELS,
+    )  # fmt: skip
+
+
+BOUNDS: list[Bound[TwoLayer]] = [*_parts(), *_whole(), _sampling()]
