@@ -1,5 +1,7 @@
 """Closeness of k steps: moves and shifts against autodiff and the public shifts, verdicts that can fail."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from instances import relative
@@ -222,6 +224,16 @@ def test_the_verdict_can_go_either_way():
     assert near.close[DATA]
     assert not far.close[DATA]
     assert set(far.close) == {NEWTON, DATA}
+
+
+def test_what_is_no_nearer_than_another_instance_is_not_close():
+    near = compare_on(draw("softmax", 40, (6, 600), np.random.default_rng(0)), depth=1)
+    assert near.close[DATA]
+    for null, close in ((0.5, True), (0.999, False)):
+        nulls = near.nulls | {"another instance": np.full(40, null)}
+        assert replace(near, nulls=nulls).close[DATA] is close
+    low = replace(near.steps[DATA], cosines=np.full((1, 40), 0.94))
+    assert not replace(near, steps=near.steps | {DATA: low}).close[DATA]
 
 
 def test_what_says_nothing_is_beside_it():

@@ -14,8 +14,9 @@ from attnfit.incontext.trained_layers import TrainedLayers, train
 
 Array = NDArray[np.float64]
 
-# What counts as close, of the median instance.
+# What counts as close, of the median instance: and by how much nearer than another instance's shift.
 CLOSE = 0.95
+NEARER = 0.5
 SMALL_STEP = 1e-4
 FLOOR_STEPS = 40
 RESAMPLES = 1000
@@ -79,9 +80,11 @@ class Closeness:
     @property
     def close(self) -> dict[str, bool]:
         """For each move but the gradient's, whether its first step is close to the gradient's: median cosine
-        at least 0.95.
+        at least 0.95, and a relative error of at most half that of another instance's shift.
         """
-        return {n: bool(np.median(s.cosines[0]) >= CLOSE) for n, s in self.steps.items() if n != GRADIENT}
+        null = _error(self.nulls["another instance"])
+        found = {name: steps.cosines[0] for name, steps in self.steps.items() if name != GRADIENT}
+        return {n: bool(np.median(c) >= CLOSE and _error(c) <= NEARER * null) for n, c in found.items()}
 
     def as_json(self) -> dict[str, Any]:
         """Return medians with their 95 % bootstrap intervals."""
@@ -220,6 +223,11 @@ def _matrix_shape(family: Family) -> tuple[int, ...]:
     assert family.sides is not None
     A1, A2 = family.sides
     return (A1.shape[1], A2.shape[1], A1.shape[2], A2.shape[2])
+
+
+def _error(values: Array) -> float:
+    """Return the relative error that the median cosine leaves with the best factor."""
+    return float(np.sqrt(max(0.0, 1.0 - float(np.median(values)) ** 2)))
 
 
 def cosines(one: Array, other: Array) -> Array:
