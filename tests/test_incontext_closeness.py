@@ -224,6 +224,7 @@ def test_the_verdict_can_go_either_way():
     assert near.close[DATA]
     assert not far.close[DATA]
     assert set(far.close) == {NEWTON, DATA}
+    assert far.shape == (12, 4)
 
 
 def test_what_is_no_nearer_than_another_instance_is_not_close():

@@ -180,7 +180,7 @@ def compare_on(
         span = np.linalg.norm(family.projected(move), axis=(1, 2)) / np.linalg.norm(move, axis=(1, 2))
     return Closeness(
         link=family.link,
-        shape=family.rows.shape[1:] if family.sides is None else _matrix_shape(family),
+        shape=family.rows.shape[2:] if family.sides is None else _matrix_shape(family),
         steps=steps,
         small={name: cosines(small, family.shift(move(SMALL_STEP))) for name, move in data_moves.items()},
         floor=optimum.loss() / family.loss(),
