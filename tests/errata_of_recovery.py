@@ -171,6 +171,58 @@ def convention():
     assert error(u, truth) < RIGHT
 
 
+# ---- derivatives in another token, i0 != i1
+
+
+def of_another_token(value, i2):
+    """Derivatives in token i2 of a function of the softmax of query i0, of the values and of W x_i0."""
+
+    def entry(flat):
+        X = flat.reshape(E.d, E.n)
+        f = torch.softmax(X.T @ as_tensor(E.W) @ X[:, E.i0], 0)
+        return value(f, X.T @ as_tensor(E.V[:, E.j0]), as_tensor(E.W) @ X[:, E.i0])
+
+    J = torch.autograd.functional.jacobian(entry, as_tensor(E.X.reshape(-1)))
+    return J.numpy().reshape(-1, E.d, E.n)[:, :, i2]
+
+
+@reproduces("UT-e42", "UT-e43")
+def sixth_part(id):
+    s, i2 = E.s, 3
+    i1 = i2 if id == "UT-e42" else 2
+    f1, f2, w, v = s.f[i1], s.f[i2], s.w, s.v
+    moved = f2 * (s.h[i2] - s.s) * w
+    ww = np.outer(w, w)
+    truth = of_another_token(lambda f, h, w: -(f @ h) * f[i1] * w, i2)
+    if id == "UT-e42":
+        last = s.s * (f1 - f2 * f1) * ww
+        printed = -(moved + f1 * np.outer(w, f2 * v) - last)
+        corrected = -f1 * np.outer(w, moved + f2 * v) - last
+    else:
+        last = s.s * f2 * f1 * ww
+        printed = -(moved + f1 * np.outer(w, f2 * v) + last)
+        corrected = -f1 * np.outer(w, moved + f2 * v) + last
+    yield printed, corrected, truth
+
+
+@reproduces("UT-e44")
+def value_of_another_token():
+    s, i1, i2 = E.s, 2, 3
+    form = -s.f[i2] * s.f[i1] * s.h[i1] * s.w
+    truth = of_another_token(lambda f, h, w: (f * h)[i1][None], i2)[0]
+    # The left side as printed is another derivative.
+    other = of_another_token(lambda f, h, w: (f * h)[E.i0][None], i2)[0]
+    yield other, form, truth
+
+
+@reproduces("UT-e50")
+def middle_lines():
+    s, i1, i2 = E.s, 2, 3
+    ww = np.outer(s.w, s.w)
+    truth = of_another_token(lambda f, h, w: f[i1] * w, i2)
+    yield (s.f[i1] - s.f[i2] * s.f[i1]) * ww, -s.f[i2] * s.f[i1] * ww, truth
+
+
 def recovery_loss(flat):
     return ((E.outputs(flat) - as_tensor(E.B)) ** 2).sum()
 

@@ -276,3 +276,10 @@ def test_small_and_large_numbers_are_written_out():
 @pytest.mark.parametrize("render", [theory.table().markdown, errata_markdown], ids=["bounds", "errata"])
 def test_the_page_shows_the_data(render):
     assert render() in PAGE.read_text()
+
+
+def test_the_page_counts_the_errata():
+    rows = theory.errata()
+    numeric = sum(row.numeric for row in rows)
+    counted = f"printed wrong, {len(rows)} entries; {numeric} are computations"
+    assert counted in " ".join(PAGE.read_text().split())

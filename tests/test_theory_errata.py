@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import errata_of_recovery  # noqa: F401, registers what it reproduces
+import errata_of_steps  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -61,11 +62,11 @@ def test_every_numeric_erratum_is_reproduced_and_no_other():
 
 def test_the_table_is_well_formed():
     rows = theory.errata()
-    assert len({row.id for row in rows}) == len(rows) == 124
+    assert len({row.id for row in rows}) == len(rows) == 154
     assert {row.kind for row in rows} == {"matters", "proof", "misprint"}
     assert [row.paper for row in rows] == sorted((row.paper for row in rows), key=list(theory.PAPERS).index)
     assert all(row.place and row.printed and row.correct and row.evidence for row in rows)
-    assert len(theory.errata("TL")) == 34
+    assert len(theory.errata("TL")) == 38
     assert theory.errata("WS")[0].title.startswith("The Closeness")
     assert errata_markdown().count("\n") == len(rows) + 1
     assert json.dumps([row.printed for row in rows])

@@ -284,3 +284,21 @@ def test_problems_still_agree():
     layer = instances.random("recovery", 5, n=5, d=2)
     inversion = problems.LayerInversion(layer.W, layer.V, layer.B)
     assert np.allclose(layer.start.loss_gradient().T, 2 * inversion.gradient(layer.X), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("short", "formal"),
+    [
+        ("TT-2.1", "TT-14.5.1"), ("TT-2.2", "TT-13.5.1"), ("TL-5.1", "TL-D.1"), ("UT-4.3", "UT-I.2"),
+        ("UT-4.4", "UT-I.3"),
+    ],
+)  # fmt: skip
+def test_statements_of_the_main_text_are_those_of_their_formal_versions(short, formal):
+    """The papers' headings: "normalised version" in 2.1 and 14, "rescaled version" in 2.2 and 13 of TT."""
+    kind = KIND_OF[formal]
+    options = {"m": 3} if kind == "two_layer" else {}
+    for seed in range(3):
+        instance = instances.random(kind, seed, n=3, **options)
+        found, truth = (theory.check(id, instance) for id in (short, formal))
+        assert (found.log10_lhs, found.log10_rhs) == (truth.log10_lhs, truth.log10_rhs)
+    assert theory.table()[short].models == theory.table()[formal].models

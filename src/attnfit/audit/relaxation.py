@@ -106,20 +106,52 @@ def masked_relaxation(
     "Unmasking Transformers: A Theoretical Approach to Data Recovery via Attention Weights", its experiment.
     `attnfit.audit.recover_masked` needs about a hundredth of the work.
     """
-    known = as_tokens(model, suffix, 0)
+    (found,) = masked_relaxations(
+        model, [suffix], n_masked, steps=steps, step_size=step_size, temperature=temperature,
+        n_repeats=n_repeats, random_state=random_state,
+    )  # fmt: skip
+    return found
+
+
+def masked_relaxations(
+    model: Model,
+    suffixes: Sequence[Any],
+    n_masked: int = 2,
+    *,
+    steps: int = 10_000,
+    step_size: float = 1e-3,
+    temperature: float = 1.0,
+    n_repeats: int = 1,
+    random_state: int = 0,
+) -> list[Relaxation]:
+    """Attack several texts with known parts of one length in one batch, each as `masked_relaxation` would
+    with the random state after that of the text before.
+
+    Raises
+    ------
+    AuditError
+        As `masked_relaxation`; and if the known parts differ in length.
+    """
+    known = [as_tokens(model, suffix, place) for place, suffix in enumerate(suffixes)]
     sizes = {"n_masked": n_masked, "steps": steps, "step_size": step_size, "temperature": temperature,
              "n_repeats": n_repeats}  # fmt: skip
     for name, value in sizes.items():
         if not value > 0:
             raise AuditError(f"{name} must be positive, not {value!r}")
+    if len({len(part) for part in known}) != 1:
+        raise AuditError("suffixes must have one length to be attacked in one batch; pass them one by one")
     began = perf_counter()
-    random = torch.Generator().manual_seed(random_state)
-    U = torch.randn((n_repeats, n_masked, model.n_vocabulary), generator=random).requires_grad_()
+    starts = []
+    for place in range(len(known)):
+        random = torch.Generator().manual_seed(random_state + place)
+        starts.append(torch.randn((n_repeats, n_masked, model.n_vocabulary), generator=random))
+    U = torch.cat(starts).requires_grad_()
+    rows = torch.tensor(known).repeat_interleave(n_repeats, 0)
     adam = torch.optim.Adam([U], lr=step_size)
     taken, history, then = [], [], []
     marks = set(np.linspace(0, steps, min(POINTS, steps) + 1).astype(int).tolist())
     for step in range(steps + 1):
-        losses = soft_loss(model, U / temperature, known)
+        losses = soft_loss(model, U / temperature, rows)
         if step in marks:
             taken.append(step)
             history.append(losses.detach().double().numpy())
@@ -129,28 +161,39 @@ def masked_relaxation(
             losses.sum().backward()
             adam.step()
     weights = torch.softmax(U.detach() / temperature, -1)
-    return Relaxation(
-        tokens=then[-1],
-        losses=history[-1],
-        sharpness=weights.max(-1).values.min(-1).values.double().numpy(),
-        best=[int(token) for token in then[-1][int(history[-1].argmin())]],
-        steps=np.array(taken),
-        history=np.stack(history),
-        tokens_then=np.stack(then),
-        forwards=3.0 * steps,
-        seconds=perf_counter() - began,
-    )
+    sharpness = weights.max(-1).values.min(-1).values.double().numpy()
+    seconds = (perf_counter() - began) / len(known)
+    found = []
+    for place in range(len(known)):
+        own = slice(place * n_repeats, (place + 1) * n_repeats)
+        last = history[-1][own]
+        found.append(
+            Relaxation(
+                tokens=then[-1][own],
+                losses=last,
+                sharpness=sharpness[own],
+                best=[int(token) for token in then[-1][own][int(last.argmin())]],
+                steps=np.array(taken),
+                history=np.stack([values[own] for values in history]),
+                tokens_then=np.stack([tokens[own] for tokens in then]),
+                forwards=3.0 * steps,
+                seconds=seconds,
+            )
+        )
+    return found
 
 
-def soft_loss(model: Model, logits: Any, known: Tokens) -> Any:
-    """Return the loss of soft tokens before known ones, shape (k,); logits of shape (k, n_masked, N)."""
+def soft_loss(model: Model, logits: Any, known: Any) -> Any:
+    """Return the loss of soft tokens before known ones, shape (k,); logits of shape (k, n_masked, N), known
+    tokens the same for all or of shape (k, n).
+    """
     soft = torch.softmax(logits, -1)
     table = model.embeddings
-    tail = torch.tensor(known)
-    inputs = torch.cat([soft @ table, table[tail].expand(len(soft), -1, -1)], 1)
+    tail = torch.as_tensor(known).expand(len(soft), -1)
+    inputs = torch.cat([soft @ table, table[tail]], 1)
     predicted = torch.log_softmax(model.scores(model.base(inputs_embeds=inputs, use_cache=False)[0]), -1)
     n_masked = soft.shape[1]
     # Targets of positions 1 .. n-1: the other soft tokens, then the known ones.
     within = (soft[:, 1:] * predicted[:, : n_masked - 1]).sum((-1, -2))
-    beyond = predicted[:, n_masked - 1 : -1].gather(-1, tail[None, :, None].expand(len(soft), -1, 1))
+    beyond = predicted[:, n_masked - 1 : -1].gather(-1, tail[..., None])
     return -(within + beyond.sum((-1, -2)))

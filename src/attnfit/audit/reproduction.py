@@ -171,6 +171,7 @@ def reproduce_data_recovery(
     pairs = list(zip(runs, truths, strict=True))
     losses = np.concatenate([run.history / (len(truth) - 1) for run, truth in pairs], axis=1)
     success = np.mean([run.success(truth[:N_MASKED]) for run, truth in pairs], axis=0)
+    ends = np.concatenate([(run.tokens == truth[:N_MASKED]).all(-1) for run, truth in pairs])
     taken = runs[0].steps
     cost = float(np.mean([one.forwards for one in found]))
     return Reproduction(
@@ -178,7 +179,16 @@ def reproduce_data_recovery(
         steps_taken=steps,
         step_size=size,
         texts=chosen,
-        claims=_claims(model, taken, losses, success, size, right / len(truths), (cost, runs[0].forwards)),
+        claims=claims_of(
+            model.n_vocabulary,
+            taken,
+            losses,
+            success,
+            ends,
+            size,
+            right / len(truths),
+            (cost, runs[0].forwards),
+        ),
         table=_table(model, *pairs[0]),
         steps=taken,
         losses=losses,
@@ -200,15 +210,39 @@ def _checked(model: Model, texts: Sequence[str]) -> list[Tokens]:
     return truths
 
 
-def _claims(
-    model: Model, steps: Any, losses: Any, success: Any, size: float, ours: float, passes: tuple[float, float]
+def claims_of(
+    n_vocabulary: int,
+    steps: Any,
+    losses: Any,
+    success: Any,
+    ends: Any,
+    size: float,
+    ours: float,
+    passes: tuple[float, float],
 ) -> tuple[Claim, ...]:
-    """Compare with the paper; its step counts are scaled by the step size."""
+    """Compare with the paper; its step counts are scaled by the step size.
+
+    Parameters
+    ----------
+    n_vocabulary : int
+    steps : ndarray of int, shape (k,)
+    losses : ndarray, shape (k, n)
+    success : ndarray, shape (k,)
+    ends : ndarray of bool, shape (n,)
+        Which repeats end at the hidden tokens.
+    size : float
+        Of a step.
+    ours : float
+        Share of texts that exact scoring finds.
+    passes : tuple of float
+        Of exact scoring, and of a repeat.
+    """
     end = float(success[-1])
-    plateau = (math.log(model.n_vocabulary) + 0.5) / (2 * size)
+    plateau = (math.log(n_vocabulary) + 0.5) / (2 * size)
     half = int(steps[int(np.argmax(success >= end / 2))])
     rise = PUBLISHED_RISE * PUBLISHED_SIZE / size
-    best = losses[:, int(losses[-1].argmin())]
+    lowest = int(losses[-1].argmin())
+    best, lowest_is_right = losses[:, lowest], bool(ends[lowest])
     when = f"half of it at step {half:,}" if end else "no success"
     return (
         Claim(
@@ -218,17 +252,19 @@ def _claims(
             end >= PUBLISHED_SUCCESS - 0.05,
         ),
         Claim(
-            "success rises late",
-            f"after step {rise:,.0f} (half of all)",
-            f"{when}; no sooner than a logit gains ln N + 1/2, which takes Adam about {plateau:,.0f} steps "
-            "whatever the text",
-            end > 0 and half >= rise,
+            "success rises, and late",
+            f"to {PUBLISHED_SUCCESS}, half of it after step {rise:,.0f} (half of all)",
+            f"to {end:.2f}; {when}; no sooner than a logit gains ln N + 1/2, which takes Adam about "
+            f"{plateau:,.0f} steps whatever the text",
+            # A rise that is hardly one does not rise late.
+            end >= PUBLISHED_SUCCESS / 2 and half >= rise,
         ),
         Claim(
-            "loss a position, from the start to the end of the best run",
-            f"{PUBLISHED_START} to {PUBLISHED_END}",
-            f"{best[0]:.2f} to {best[-1]:.2f}",
-            bool(best[-1] <= best[0] * PUBLISHED_END / PUBLISHED_START),
+            "the loss falls by half on the way to the text",
+            f"{PUBLISHED_START} to {PUBLISHED_END}, and the text then",
+            f"{best[0]:.2f} to {best[-1]:.2f} a position in the run that ends lowest, its tokens "
+            + ("right" if lowest_is_right else "wrong"),
+            lowest_is_right and bool(best[-1] <= best[0] * PUBLISHED_END / PUBLISHED_START),
         ),
         Claim(
             "descent on soft tokens is the way to recover them",

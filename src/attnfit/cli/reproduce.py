@@ -17,6 +17,7 @@ from attnfit.cli.report import print_whole
 
 Options = dict[str, Any]
 # Those of `attnfit.reproduction`, whose imports --help should not wait for.
+MEMORISATION = "memorisation"
 NAMES = ("rescaled-hyperbolic", "weight-shifting", "tensor-trick", "two-layer", "layer-recovery")
 
 
@@ -34,18 +35,26 @@ def reproduce(
     ] = "tiny",
     texts: Annotated[Path | None, typer.Option(help="Texts it has memorised, one a line.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    memorisation: Annotated[
+        bool,
+        typer.Option(help="With data-recovery: attack the packaged model at several stages of training."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Run a paper's experiment again, and say which of its claims hold."""
     with bad_input(debug):
         if paper not in (*PAPERS, "all"):
             raise InputError(f"There is no paper {paper!r}{suggest(paper, [*PAPERS, 'all'])}")
-        papers = list(PAPERS) if paper == "all" else [paper]
+        if memorisation and (paper != "data-recovery" or texts is not None or model != "tiny"):
+            raise InputError(
+                "--memorisation goes with data-recovery, and trains its own model; leave the rest out"
+            )
+        papers = [MEMORISATION] if memorisation else list(PAPERS) if paper == "all" else [paper]
         if out is not None:
             _prepare(out, papers, {"--texts": texts, "--model": Path(model)})
         options = {"quick": quick, "out": out, "model": model, "texts": texts, "seed": seed}
         for name in papers:
-            PAPERS[name](options)
+            memorised(options) if name == MEMORISATION else PAPERS[name](options)
 
 
 def data_recovery(options: Options) -> None:
@@ -76,8 +85,23 @@ def page_of(paper: str, options: Options) -> None:
         from attnfit.reproduction import reproduce as measure
 
         page = measure(paper, quick=options["quick"])
+    _show(paper, page, f"attnfit reproduce {paper}", options)
+
+
+def memorised(options: Options) -> None:
+    """Recover masked tokens at several stages of a model's training."""
+    progress = AuditProgress()
+    with progress:
+        progress.say("training and attacking")
+        from attnfit.reproduction.memorisation import run
+
+        page = run(options["quick"], options["seed"], progress.count)
+    _show(MEMORISATION, page, "attnfit reproduce data-recovery --memorisation", options)
+
+
+def _show(name: str, page: Any, command: str, options: Options) -> None:
     console = stdout()
-    console.say(f"{paper}: {page.paper}", "bold")
+    console.say(f"{name}: {page.paper}", "bold")
     for claim in page.claims:
         style, mark = {True: ("green", "held"), False: ("red", "not held"), None: ("yellow", "open")}[
             claim.held
@@ -86,9 +110,8 @@ def page_of(paper: str, options: Options) -> None:
         console.say(told, style)
     console.say(f"{page.seconds:.0f} s")
     if options["out"] is not None:
-        page.to_json(options["out"] / f"{paper}.json")
-        quick = " --quick" if options["quick"] else ""
-        page.to_html(options["out"] / f"{paper}.html", f"attnfit reproduce {paper}{quick}")
+        page.to_json(options["out"] / f"{name}.json")
+        page.to_html(options["out"] / f"{name}.html", command + (" --quick" if options["quick"] else ""))
 
 
 # One function a paper: it runs, prints and writes.

@@ -118,8 +118,8 @@ def _changes(which: str, u: str, alpha: str, c: str) -> list[Bound[Regression]]:
                 lambda i, R: product(1 + i.b_norms, np.expm1(np.abs(i.move(which).dz).max(axis=1))),
                 lambda i: _shift(i, which) if i.function != "sinh" else np.array([-np.inf]),
             ),
-            remark="fails for sinh only, which has no replacement; the paper's M = e^{O(R^2 + log n)} is "
-            "taken from its proof",
+            remark="fails for sinh only, which has no replacement; |b| <= R is printed in section 1.1 alone, "
+            "and without it nothing holds (RH-e24); M = e^{O(R^2 + log n)} is taken from the proof",
             counterexample=_shift_counterexample if which == "x" else _cancelling_counterexample,
             models=MODELS,
         ),

@@ -217,7 +217,7 @@ def _shift_table() -> list[Bound[Regression]]:
             _shifts(loss, f"{section}.5", "x", f"TT-{section}.5.1", worst, corollary.format(f"{section}.2")),
             _shifts(loss, f"{section}.5", "A", f"TT-{section}.5.2", worst, corollary.format(f"{section}.4")),
         ]
-    for id, loss, section in (("TT-2.1", "rescaled", "13"), ("TT-2.2", "squared", "14")):
+    for id, loss, section in (("TT-2.1", "squared", "14"), ("TT-2.2", "rescaled", "13")):
         worst = "1e-15" if loss == "rescaled" else "1e-29"
         out.append(_shifts(loss, f"{section}.2", "x", id, worst, corollary.format(f"{section}.5")))
     return out
