@@ -8,9 +8,11 @@ from attnfit.losses.activations import ACTIVATIONS
 from attnfit.losses.check import check_loss
 from attnfit.losses.elementwise import ElementwiseLoss, PoissonDeviance, SquaredExponential
 from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
+from attnfit.losses.named import find_loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.separable import PointwiseLoss, SeparableLoss
-from attnfit.losses.softmax import LOSSES, LogRatio, SoftmaxLoss, find_loss
+from attnfit.losses.softmax import LOSSES, LogRatio, SoftmaxLoss
+from attnfit.losses.sums import MixedSum, SoftmaxSum
 from attnfit.segments import Segments
 
 __all__ = [
@@ -21,11 +23,13 @@ __all__ = [
     "GroupStatistics",
     "LogRatio",
     "Loss",
+    "MixedSum",
     "PointwiseLoss",
     "PoissonDeviance",
     "Segments",
     "SeparableLoss",
     "SoftmaxLoss",
+    "SoftmaxSum",
     "SquaredExponential",
     "SquaredRescaled",
     "check_loss",

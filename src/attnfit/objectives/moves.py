@@ -21,6 +21,7 @@ from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential, Tota
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
+from attnfit.losses.sums import MixedSum, SoftmaxSum
 from attnfit.objectives.objective import Evaluation, Moved
 from attnfit.objectives.part import Part
 from attnfit.segments import Array
@@ -60,12 +61,17 @@ class Kind(Enum):
     LOCAL = 2
     # All outputs of some groups can go to zero together, and the loss of these groups with them.
     SCALING = 3
-    # A finite minimum always exists.
+    # Nothing is looked for: a finite minimum always exists, or, of a sum that the normaliser enters, no
+    # linear programme is known.
     NONE = 4
 
 
 def kind_of(loss: Loss) -> Kind:
     """Return what recession directions mean for a loss."""
+    if isinstance(loss, MixedSum):
+        return Kind.NONE
+    if isinstance(loss, SoftmaxSum):
+        return Kind.EXACT if loss.is_cross_entropy else Kind.LOCAL
     if isinstance(loss, CrossEntropy | PoissonDeviance | Total):
         return Kind.EXACT
     if isinstance(loss, SquaredExponential):
