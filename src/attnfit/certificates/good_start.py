@@ -22,6 +22,8 @@ from attnfit.certificates.lipschitz import (
     sums_on_ball,
 )
 from attnfit.data.inputs import as_point
+from attnfit.losses.activations import Activation
+from attnfit.losses.vector_activations import VectorActivation
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
@@ -255,7 +257,7 @@ def _data(rows: ChunkRows, radius: float) -> Stages:
 
 
 def _of_layers(problem: TwoLayer, start: Array, reference: Array) -> Iterator[Condition]:
-    if not problem.activation.bounds_known:
+    if isinstance(problem.activation, VectorActivation) or not problem.activation.bounds_known:
         raise ValueError(
             "bounds of the activation's derivatives are not known, and M is built from them; use one of the "
             "built-in activations"
@@ -284,6 +286,7 @@ def _on_ball(kind: Any, problem: Any, at: Any, whitener: Array, radius: float) -
 def _two_layer_constant(problem: LayeredProblem, norms: tuple[float, ...], *points: Array) -> float:
     """Return ``log10 M``, with the tightest R, R_h, L_h and beta of Theorem 7.1 at both points."""
     h = problem.activation
+    assert isinstance(h, Activation)
     n = problem.logit_map.shape[0]
     b = problem.b[:, 0]
     R = max(4.0, *norms, float(np.linalg.norm(b)), *(float(np.linalg.norm(x)) for x in points))

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.gram import majorant
 from attnfit.data.inputs import as_point, as_ridge
 from attnfit.data.pairs import KroneckerDesign
-from attnfit.objectives.objective import Evaluation, Problem, Reduction, majorant
+from attnfit.objectives.objective import Evaluation, Problem, Reduction
 from attnfit.objectives.projected import Maps, ProjectedAttention, read_texts, text_maps
 from attnfit.objectives.whitening import Whitening
 

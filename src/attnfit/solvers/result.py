@@ -136,6 +136,8 @@ class Result:
         Where there is no finite minimum: ``direction``, ``columns``, ``rows``, ``remaining`` and ``fit()``.
         ``x`` is then the fit of the remaining rows, -inf or inf where a coefficient has no finite value, NaN
         where only its combinations with others have one.
+    kinks : list of Kink
+        The outputs (``output``, ``column``, ``y``, ``side``) that x puts on a kink of the activation.
     effects : Effects, optional
         Of a problem with absorbed effects: ``effects[s]`` has the labels of set s, their values, components
         and what is identified.
@@ -164,6 +166,7 @@ class Result:
     decrement: float = float("nan")
     n_flat: int | None = None
     separation: Separation | None = None
+    kinks: list[Any] = field(default_factory=list)
     effects: Effects | None = None
     dropped: dict[str, Any] | None = field(default=None, repr=False)
     # The end of a fit with absorbed effects, from which standard errors and predictions go on.
