@@ -10,7 +10,7 @@ from instances import covering, instance, relative
 from storages import PIECES, STORAGES
 from test_conformance import SIZES, everything
 
-from attnfit import AttentionRegressor, SoftmaxRegressor, load, losses, minimize, problems
+from attnfit import losses, minimize, problems
 from attnfit.certificates.certification import RowBall, certify
 from attnfit.losses import LOSSES, SeparableLoss, check_loss, find_loss
 from attnfit.losses.elementwise import Total
@@ -198,6 +198,15 @@ def test_negative_targets_are_refused_where_a_term_takes_a_logarithm():
     with pytest.raises(ValueError, match="negative"):
         problems.Softmax(np.eye(3, 2), b, loss=[("squared", 1.0), ("cross_entropy", 0.1)])
     assert np.isfinite(problems.Softmax(np.eye(3, 2), b, loss=SUMS["three"]).value(np.ones(2)))
+
+
+def test_samples_of_a_long_group_need_one_form_for_all_parts():
+    b, w, kept = np.full(3, 0.2), np.full(3, 2.0), np.full(3, 0.5)
+    both = find_loss([("entropy", 1.0), ("linear_cross_entropy", 1.0)]).subsample(b, w, kept)
+    np.testing.assert_array_equal(both, (b, w))
+    assert find_loss([("entropy", 1.0), ("squared", 1.0)]).subsample(b, w, kept) is None
+    assert find_loss([("entropy", 1.0), (Quartic(), 1.0)]).subsample(b, w, kept) is None
+    assert find_loss(SUMS["three"]).subsample(b, w, kept) is None
 
 
 # ---- convexity
@@ -395,6 +404,18 @@ def test_fits_are_certified(name):
     assert np.linalg.norm(exact - result.x) <= proof.radius
 
 
+def test_the_constant_of_cross_entropy_stands_where_its_outputs_underflow():
+    """What it adds to <f, p> is w b: a sum with next to nothing of another loss has its constant."""
+    A, b = np.array([[0.0], [0.3], [-1.0]]), [0.3, 0.2, 0.5]
+    x, T = np.array([720.0]), np.eye(1)
+    found = []
+    for loss in ("cross_entropy", [("cross_entropy", 1.0), ("squared", 1e-9)]):
+        problem = problems.Softmax(A * [[0.0], [1.0 / 720.0], [1.0]], b, loss=loss)
+        found.append(RowBall(problem, problem.evaluate(x), T).lipschitz(1e-3))
+    assert found[1] >= found[0] * (1 - 1e-6) > 0.0
+    assert np.isfinite(found[1])
+
+
 def test_a_part_that_states_no_third_derivative_is_named():
     class Plain(SeparableLoss):
         phi, first, second = Quartic.phi, Quartic.first, Quartic.second
@@ -413,6 +434,16 @@ def test_sums_of_cross_entropies_are_separable_where_each_is():
         found = minimize(problem)
     assert found.status == "separable"
     assert found.x[0] == np.inf
+
+
+def test_a_share_that_no_part_wants_goes_to_zero():
+    """Cross entropy asks nothing of a target of zero, whatever the output there."""
+    nothing = LOSSES["cross_entropy"].p(*(np.array([v]) for v in (0.0, -800.0, 0.0, 1.0)))
+    assert nothing[0] == 0.0
+    A, b = np.array([[1.0], [-1.0]]), [1.0, 0.0]
+    with pytest.warns(UserWarning, match="no minimum"):
+        found = minimize(problems.Softmax(A, b, loss=[("squared", 1.0), ("cross_entropy", 0.5)]))
+    assert found.status == "no_minimum" and found.x[0] == np.inf
 
 
 def test_a_boundary_limit_of_shares_is_none_that_converged():
@@ -442,28 +473,6 @@ def test_a_total_that_may_fall_for_ever_is_never_called_converged(terms):
     assert not found.converged
     held = minimize(problems.Softmax(A, b, groups, loss=terms, ridge=1e-3))
     assert held.converged and held.certificate().valid
-
-
-def test_estimators_take_sums_and_keep_them(tmp_path):
-    rng = np.random.default_rng(0)
-    A, groups = rng.standard_normal((60, 2)), np.repeat(np.arange(12), 5)
-    shares = rng.dirichlet(np.ones(5), 12).reshape(-1)
-    model = SoftmaxRegressor(loss=SUMS["three"], ridge=0.1).fit(A, shares, groups=groups)
-    exact = minimize(problems.Softmax(A, shares, groups, SUMS["three"], ridge=0.1)).x
-    assert relative(model.coef_, exact) < 1e-6
-    assert (np.linalg.eigvalsh(model.covariance("robust")) > 0.0).all()
-    model.save(tmp_path / "model")
-    again = load(tmp_path / "model")
-    np.testing.assert_array_equal(again.coef_, model.coef_)
-    assert [tuple(term) for term in again.loss] == SUMS["three"]
-    with pytest.raises(ValueError, match="repeats rows"):
-        SoftmaxRegressor(loss=SUMS["three"]).fit(A, shares, sample_weight=np.full(60, 2.0))
-    maps = rng.dirichlet(np.ones(6), 6)
-    tokens = rng.standard_normal((6, 2))
-    head = AttentionRegressor(loss=SUMS["shares"], ridge=0.1).fit(tokens, maps)
-    assert head.loss_ == SUMS["shares"] and head.result_.converged
-    with pytest.raises(ValueError, match="loss"):
-        AttentionRegressor(loss=SUMS["shares"], rank=2, sink=True).fit(tokens, maps)
 
 
 def test_sums_stand_where_losses_stand():

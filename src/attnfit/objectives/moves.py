@@ -21,7 +21,7 @@ from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential, Tota
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
-from attnfit.losses.sums import MixedSum, SoftmaxSum
+from attnfit.losses.sums import SoftmaxSum
 from attnfit.objectives.objective import Evaluation, Moved
 from attnfit.objectives.part import Part
 from attnfit.segments import Array
@@ -68,8 +68,6 @@ class Kind(Enum):
 
 def kind_of(loss: Loss) -> Kind:
     """Return what recession directions mean for a loss."""
-    if isinstance(loss, MixedSum):
-        return Kind.NONE
     if isinstance(loss, SoftmaxSum):
         return Kind.EXACT if loss.is_cross_entropy else Kind.LOCAL
     if isinstance(loss, CrossEntropy | PoissonDeviance | Total):
