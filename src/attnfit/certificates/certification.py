@@ -97,6 +97,8 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
                 f"more than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
             )
         x, problem = as_point(x, problem.shape), problem.dense()
+    if Offer.LINEAR_SYSTEM in problem.offers:
+        return refused("a linear system needs none: the error of x is at most the residual's norm over ridge")
     if not isinstance(problem, RowProblem):
         return refused(
             f"none is known for {type(problem).__name__}, whose factors are not unique; compare "

@@ -228,6 +228,8 @@ class Offer(Enum):
     ABSORBED = auto()
     # An activation with kinks, on which a fit may end: `end`, `kinks`.
     KINKS = auto()
+    # One linear system, solved by conjugate gradients: `right_sides`, `operator`, `preconditioner`.
+    LINEAR_SYSTEM = auto()
     # Two factors that enter one product: `gauss_newton_operator`, `metric`, `first_factor`.
     FACTORS = auto()
 

@@ -38,6 +38,10 @@ def default_solver(problem: Problem) -> Any:
         from attnfit.solvers.absorbed import AbsorbedNewton
 
         return AbsorbedNewton()
+    if Offer.LINEAR_SYSTEM in offers:
+        from attnfit.solvers.conjugate_gradients import ConjugateGradients
+
+        return ConjugateGradients()
     if Offer.INVERSION in offers:
         from attnfit.solvers.damped import LevenbergMarquardt
 
@@ -86,7 +90,7 @@ def minimize(
         Gaussian points, and the best end is returned with all local values.
     solver : a solver of `attnfit.solvers`, optional
         `Newton()` by default, `ActiveSet()` for mixtures, `BatchedNewton()` for several right-hand sides,
-        `LevenbergMarquardt()` for `LayerInversion`;
+        `LevenbergMarquardt()` for `LayerInversion`, `ConjugateGradients()` for `KernelRegression`;
         ``result.solver`` says what it chose.
     tol : float, in (0, 1e-2]
         The largest change of a fitted logit that the next Newton step may still make: of ``exp(z)``
