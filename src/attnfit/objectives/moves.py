@@ -96,7 +96,7 @@ def rows_of(part: Part, chunk: Chunk, block: Any, at: Evaluation, *, each: bool 
     z = part.design.product(block, at.x) + part.shift(chunk)
     counts = counting_rows(part, chunk)
     if not loss.coupled:
-        fixed = counts & (b > 0.0) if loss.has_target and not isinstance(loss, Total) else counts & False
+        fixed = counts & (b > 0.0) if loss.has_target else counts & False
         return Rows(fixed, counts & ~fixed, np.exp(z - z.max()))
     if kind_of(loss) is Kind.SCALING:
         return Rows(counts & False, counts, np.ones(len(z)))
@@ -186,8 +186,7 @@ def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Ma
         fixed, top = np.broadcast_to(np.asarray(w), b.shape) * b > 0.0, chunk.segments.max(z)
         z = z - chunk.segments.spread(top)
     else:
-        has_target = part.loss.has_target and not isinstance(part.loss, Total)
-        fixed = b > 0.0 if has_target else np.zeros(b.shape, dtype=bool)
+        fixed = b > 0.0 if part.loss.has_target else np.zeros(b.shape, dtype=bool)
         z = z - z.max()
     return float(np.exp(z[counts & ~fixed].min(initial=np.inf)))
 
