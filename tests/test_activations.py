@@ -14,6 +14,7 @@ TORCH = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "softplus": lambda y: torch.logaddexp(torch.zeros_like(y), y),
+    "silu": torch.nn.functional.silu,
     "gelu": lambda y: 0.5 * y * (1.0 + torch.erf(y / np.sqrt(2.0))),
 }
 
@@ -46,7 +47,7 @@ def test_an_activation_its_derivatives_and_their_bounds(name):
     for values in (*activation.jet(far), activation.third(far)):
         assert np.isfinite(values).all()
     slopes = activation.jet(far)[1]
-    assert np.isclose(slopes[-1], {"identity": 1.0, "softplus": 1.0, "gelu": 1.0}.get(name, 0.0))
+    assert np.isclose(slopes[-1], {"identity": 1.0, "softplus": 1.0, "gelu": 1.0, "silu": 1.0}.get(name, 0.0))
     np.testing.assert_allclose(activation.jet(far)[2], 0.0, atol=1e-20)
     np.testing.assert_allclose(activation.third(far), 0.0, atol=1e-20)
     assert as_activation(activation) is activation

@@ -111,7 +111,7 @@ def test_relu_derivatives_away_from_kinks(family, activation, storage):
     assert relative(problem.gauss_newton_product(x, v), gauss_newton @ v) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", activations.ACTIVATIONS)
+@pytest.mark.parametrize("name", [n for n, h in activations.ACTIVATIONS.items() if h.kink is None])
 def test_constants_bound_the_activation(name):
     activation = activations.ACTIVATIONS[name]
     y = np.linspace(-30, 30, 600_001)

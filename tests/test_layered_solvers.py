@@ -358,7 +358,7 @@ BAD = {
     "offset has shape (2,) but A1 has 3 rows": {"offset": [0.0, 1.0]},
     "row_penalty has shape (2,)": {"row_penalty": [0.0, 1.0]},
     "ridge must be a finite number >= 0": {"ridge": -1.0},
-    "activation must be one of 'identity'": {"activation": "relu"},
+    "activation must be one of 'identity'": {"activation": "sine"},
     "pass (h, h', h'')": {"activation": np.tanh},
     "h' of activation is not the derivative of h: at y = -1.7": {"activation": (np.sin, np.sin, np.sin)},
     "h'' of activation is not the derivative of h'": {"activation": (np.sin, np.cos, np.sin)},

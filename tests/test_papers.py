@@ -12,16 +12,6 @@ from attnfit import theory
 
 PAGE = (Path(__file__).parent.parent / "docs" / "papers.md").read_text()
 # Rows whose call needs what is not there yet.
-PENDING = {
-    "RH 1.5, 11.1 on a fit": "theory.on",
-    "RH 5.5, 5.6 on a fit": "theory.on",
-    "RH Alg. 1": "Newton.as_published",
-    "TT sec 2.3, 5.12-5.14": "sums of losses",
-    "TL sec 1, relu": "activation relu",
-    "TL 1.5, 7.1 on a fit": "theory.on",
-    "TL 6.5": 'theory.table()["TL-6.5"]',
-    "UT 4.4, I.3 on a fit": "theory.on",
-}
 CARRIED = "carried by "
 
 
@@ -67,10 +57,7 @@ def agrees(value, figure):
 
 @pytest.mark.parametrize(
     "id",
-    [
-        pytest.param(id, marks=pytest.mark.xfail(strict=True, reason=PENDING[id])) if id in PENDING else id
-        for id in CALLS
-    ],
+    CALLS,
 )
 def test_calls_give_their_figures(names, id):
     call, figure = CALLS[id]
@@ -113,15 +100,10 @@ def test_every_bound_of_the_papers_is_in_a_call():
         if not bound.id.startswith("NEW"):
             assert any(fnmatch(bound.id, p) for p in patterns[bound.status]), bound.id
     # And no pattern is of nothing, but for those of rows that wait.
-    waiting = " ".join(CALLS[id][0] for id in PENDING)
     for status, some in patterns.items():
         for pattern in some:
             known = any(fnmatch(b.id, pattern) and b.status == status for b in theory.table())
-            assert known or pattern in waiting, pattern
-
-
-def test_pending_rows_are_on_the_page():
-    assert set(PENDING) <= set(CALLS)
+            assert known, pattern
 
 
 @pytest.mark.parametrize(

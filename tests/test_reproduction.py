@@ -87,7 +87,7 @@ def test_what_is_written_is_escaped(tmp_path):
 def test_unknown_papers_list_close_ones():
     with pytest.raises(ValueError, match="did you mean two-layer"):
         reproduce("twolayer")
-    assert len(NAMES) == 5
+    assert len(NAMES) == 6
 
 
 def test_the_command_line_knows_every_page():

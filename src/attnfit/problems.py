@@ -16,6 +16,7 @@ from attnfit.objectives.full_attention import FullAttention
 from attnfit.objectives.head_reading import read_head
 from attnfit.objectives.heads import HeadAttention
 from attnfit.objectives.inverse import LayerInversion
+from attnfit.objectives.kernel import KernelRegression
 from attnfit.objectives.layers import ReluSoftmax, ThreeLayer, TwoLayer
 from attnfit.objectives.low_rank import LowRankAttention
 from attnfit.objectives.models import Rescaled
@@ -27,6 +28,7 @@ __all__ = [
     "Attention",
     "Exponential",
     "FullAttention",
+    "KernelRegression",
     "LayerInversion",
     "Poisson",
     "ReluSoftmax",

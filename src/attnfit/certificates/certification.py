@@ -16,6 +16,7 @@ from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
 from attnfit.data.groups import Chunk
 from attnfit.data.inputs import as_point
+from attnfit.losses.sums import MixedSum
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
@@ -96,11 +97,15 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
                 f"more than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
             )
         x, problem = as_point(x, problem.shape), problem.dense()
+    if Offer.LINEAR_SYSTEM in problem.offers:
+        return refused("a linear system needs none: the error of x is at most the residual's norm over ridge")
     if not isinstance(problem, RowProblem):
         return refused(
             f"none is known for {type(problem).__name__}, whose factors are not unique; compare "
             "result.local_values of several starts"
         )
+    if isinstance(problem.loss, MixedSum) and not problem.rows.is_whole:
+        return refused("none is known on Dask of a sum that the normaliser enters; certify on fewer rows")
     missing = missing_bound(problem.loss)
     if missing is not None:
         return refused(missing)

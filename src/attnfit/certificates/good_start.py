@@ -22,6 +22,8 @@ from attnfit.certificates.lipschitz import (
     sums_on_ball,
 )
 from attnfit.data.inputs import as_point
+from attnfit.losses.activations import Activation
+from attnfit.losses.vector_activations import VectorActivation
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
@@ -268,7 +270,7 @@ def _data(rows: ChunkRows, radius: float) -> Stages:
 
 
 def _of_layers(problem: TwoLayer, start: Array, reference: Array) -> Iterator[Condition]:
-    if not problem.activation.bounds_known:
+    if isinstance(problem.activation, VectorActivation) or not problem.activation.bounds_known:
         raise ValueError(
             "bounds of the activation's derivatives are not known, and M is built from them; use one of the "
             "built-in activations"
@@ -314,6 +316,7 @@ class TwoLayerSizes:
 def two_layer_sizes(problem: LayeredProblem, norms: tuple[float, ...], *points: Array) -> TwoLayerSizes:
     """Return the constants of one right-hand side, given ``(|A1|, |A2|)``, at points of shape (d,)."""
     h = problem.activation
+    assert isinstance(h, Activation)
     b = problem.b[:, 0]
     R = max(4.0, *norms, float(np.linalg.norm(b)), *(float(np.linalg.norm(x)) for x in points))
     sizes: list[float] = [float(np.finfo(float).tiny)]

@@ -17,10 +17,10 @@ from scipy.sparse.linalg import norm as sparse_norm
 from attnfit.certificates.kantorovich import Certificate, combined, newton_kantorovich, refused
 from attnfit.data.gram import centre_rows
 from attnfit.data.inputs import as_point
-from attnfit.losses.activations import Activation
+from attnfit.losses.vector_activations import AnyActivation, VectorActivation
 from attnfit.objectives.inverse_layer import HeadState
 from attnfit.objectives.inverse_problem import LayerEvaluation, LayerProblem
-from attnfit.objectives.layer_curvature import LayeredEvaluation, Layers, outer_rows
+from attnfit.objectives.layer_curvature import LayeredEvaluation, Layers, outer_rows, weighted_outputs
 from attnfit.objectives.layer_inputs import LinearMap
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.objective import MAX_DENSE
@@ -55,8 +55,15 @@ def certify_layers(problem: LayeredProblem, x: Any) -> Certificate:
     return combined(proofs)
 
 
-def _missing_bounds(h: Activation) -> str | None:
+def _missing_bounds(h: AnyActivation) -> str | None:
     """Return which bounds of an activation's derivatives are not known."""
+    if h.kink is not None:
+        # Linear on both sides of its kink.
+        return None
+    if isinstance(h, VectorActivation) and h.bend is None:
+        return (
+            "the second derivatives of h are not given; pass (h, Jh, K) with bounds slope, curvature and jerk"
+        )
     bounds = (("|h'|", h.slope), ("|h''|", h.curvature), ("|h'''|", h.jerk))
     unknown = [name for name, bound in bounds if not np.isfinite(bound)]
     if not unknown:
@@ -159,21 +166,68 @@ class LayerBall:
         c = self.layers.residual[positive, 0]
         largest = float(np.abs(c).max()) + h.slope * row * radius
         length = float(np.linalg.norm(np.sqrt(w[positive]) * c)) + h.slope * norm * radius
-        third = (3.0 * h.slope * h.curvature + largest * h.jerk) * row * norm**2
-        second = 3.0 * (h.slope**2 + largest * h.curvature) * norm * s2 * rho**2 * weighted
+        if isinstance(h, VectorActivation):
+            return self._of_vectors(h, float(np.linalg.norm(K, 2)), radius, rho, (s1, s2, s3))
+        curvature, jerk = (0.0, 0.0) if h.kink is not None else (h.curvature, h.jerk)
+        third = (3.0 * h.slope * curvature + largest * jerk) * row * norm**2
+        second = 3.0 * (h.slope**2 + largest * curvature) * norm * s2 * rho**2 * weighted
         first = h.slope * s3 * rho**3 * weighted * length
         return float(third + second + first)
 
-    def obstacle(self, radius: float) -> str | None:
-        """Return why the ball is too large for a ReLU, None otherwise."""
-        if self.layers.pattern is None:
+    def _of_vectors(
+        self, h: VectorActivation, norm: float, radius: float, rho: float, s: tuple[float, float, float]
+    ) -> float:
+        """Return the constant where h takes all outputs together.
+
+        With K and c the unweighted derivative of the outputs and the residuals it is ``max w`` times
+
+            3 (L1 |K|) (L1 b2 + L2 |K|^2) + |c| (L1 b3 + 3 L2 |K| b2 + L3 |K|^3),
+
+        ``b2 = s2 rho^2 ||A||`` and ``b3 = s3 rho^3 ||A||`` bounds of the derivatives of the outputs.
+        """
+        problem, w = self.problem, self._row_weights
+        outer = problem.outer
+        size = 1.0 if outer is None else float(np.linalg.norm(_dense(outer), 2))
+        b2, b3 = s[1] * rho**2 * size, s[2] * rho**3 * size
+        if not (w > 0.0).all():
+            norm = s[0] * rho * size
+        norm = min(norm + b2 * radius, s[0] * rho * size)
+        c = float(np.linalg.norm(self.layers.residual[:, 0])) + h.slope * norm * radius
+        first = 3.0 * h.slope * norm * (h.slope * b2 + h.curvature * norm**2)
+        second = c * (h.slope * b3 + 3.0 * h.curvature * norm * b2 + h.jerk * norm**3)
+        return float(w.max() * (first + second))
+
+    def _kink_within(self, radius: float) -> str | None:
+        """Return which output may cross the kink of the activation on the ball, None if none."""
+        h, layers, outer = self.problem.activation, self.layers, self.problem.outer
+        if h.kink is None:
             return None
+        y = layers.f[:, 0] if outer is None else np.asarray(outer @ layers.f[:, 0])
+        sizes = np.ones(len(y)) if outer is None else np.linalg.norm(_dense(outer), axis=1)
+        rho = float(np.linalg.norm(self.rows, 2))
+        own = np.linalg.norm(outer_rows(self.problem, layers, 0) @ self.whitener, axis=1)
+        # An output moves by its derivative and half its second one, or by its largest derivative.
+        bend = 0.5 * np.sqrt(0.5) * rho**2 * radius**2 * sizes
+        reach = np.minimum(radius * own + bend, 0.5 * rho * radius * sizes)
+        crossed = np.flatnonzero((np.abs(y) <= reach) & (self._row_weights > 0.0))
+        if not len(crossed):
+            return None
+        k = int(crossed[np.argmin(np.abs(y[crossed]))])
+        return (
+            f"the kink of {h.name} at output {k}, where A2 f = {y[k]:.3g}, lies within the ball, where the "
+            "Hessian jumps; tighten tol or fit from another start"
+        )
+
+    def obstacle(self, radius: float) -> str | None:
+        """Return why the ball is too large for a kink, None otherwise."""
+        if self.layers.pattern is None:
+            return self._kink_within(radius)
         first: Any = self.problem.logit_map.first  # type: ignore[union-attr]
         hidden = np.asarray(first @ self.at.x)
         reach = radius * np.linalg.norm(np.asarray(first @ self.whitener), axis=1)
         crossed = np.flatnonzero(np.abs(hidden) <= reach)
         if not len(crossed):
-            return None
+            return self._kink_within(radius)
         i = int(crossed[np.argmin(np.abs(hidden[crossed]))])
         return (
             f"the kink of relu at row {i} of A1 lies within the ball, where the Hessian jumps; tighten "
@@ -200,7 +254,7 @@ class LayerBall:
         f, logits = layers.f, logits if problem.offset is None else logits + np.abs(problem.offset)
         size = None if problem.outer is None else abs(problem.outer)
         dy = f * logits if size is None else np.asarray(size @ (f * logits))
-        dslope = np.abs(layers.slope) + np.abs(layers.curvature) * dy
+        dslope = np.abs(layers.slope) + weighted_outputs(np.abs(layers.curvature), dy)
         dq = dslope if size is None else np.asarray(size.T @ dslope)
         spread = np.abs(layers.q - np.sum(f * layers.q, axis=0))
         da = f * (dq + np.sum(f * dq, axis=0) + spread * (logits + np.sum(f * logits, axis=0)))
@@ -211,6 +265,10 @@ class LayerBall:
         if problem.penalty is not None:
             total += float((problem.penalty * logits)[:, 0] @ norms)
         return 4.0 * EPS * total
+
+
+def _dense(matrix: Any) -> Array:
+    return np.asarray(matrix.toarray() if sparse.issparse(matrix) else matrix)
 
 
 def certify_layer(problem: LayerProblem, x: Any) -> Certificate:

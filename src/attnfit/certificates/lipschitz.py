@@ -23,6 +23,7 @@ from attnfit.losses.elementwise import output_range
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, LogRatio, SoftmaxLoss
+from attnfit.losses.sums import MixedSum, SoftmaxSum
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, merged
 from attnfit.objectives.rows import RowProblem
@@ -218,6 +219,8 @@ def lipschitz_constant(problem: RowProblem, at: Evaluation, whitener: Array, rad
     if isinstance(problem.loss, LogRatio):
         # Quadratic.
         return 0.0
+    if isinstance(problem.loss, MixedSum):
+        return _constant_of_sum(problem, problem.loss, at, whitener, radius)
     sums = sums_on_ball(problem, at, whitener, _formula(problem.loss, problem.n_groups), radius)
 
     def top(name: str) -> float:
@@ -234,6 +237,17 @@ def lipschitz_constant(problem: RowProblem, at: Evaluation, whitener: Array, rad
     else:
         constant = top("rows")
     return float(constant) if np.isfinite(constant) else np.inf
+
+
+def _constant_of_sum(
+    problem: RowProblem, loss: MixedSum, at: Evaluation, whitener: Array, radius: float
+) -> float:
+    """Return the weighted sum of the constants of the parts, each on the same rows."""
+    total = 0.0
+    for factor, part in loss.plain_terms:
+        alone = problem.with_rows(problem.rows.with_loss(part, problem.b, problem.weights))
+        total += abs(factor) * lipschitz_constant(alone, alone.evaluate(at.x), whitener, radius)
+    return total
 
 
 def largest_eigenvalue(gram: Any, whitener: Array) -> float:
@@ -254,7 +268,7 @@ def missing_bound(loss: Loss) -> str | None:
             f"the loss {name} states no bound of its third derivative; give its class {what} and "
             "certifiable = True, if it is three times continuously differentiable"
         )
-    if loss.coupled and not isinstance(loss, SoftmaxLoss | SquaredRescaled | LogRatio):
+    if loss.coupled and not isinstance(loss, SoftmaxLoss | SquaredRescaled | LogRatio | MixedSum):
         return f"no bound of the third derivative is known for the coupled loss {name}"
     return None
 
@@ -301,8 +315,8 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
         shift = radius * rows.spread((yield (rows.sum(high * norms**2),))[0])
         _add_shifted(rows, "rows", rows.spread(rows.constant) * high * (norms + shift), shift)
         return
-    total = rows.spread((yield (rows.sum(inflated),))[0])
-    f_ball, h_ball = output_bounds(h, reach, total)
+    most = rows.spread((yield (rows.sum(inflated),))[0])
+    f_ball, h_ball = output_bounds(h, reach, most)
 
     def ball(formula) -> Interval:  # type: ignore[no-untyped-def]
         # p, g2 and g3 are monotone in f (in h = log f for entropy): the ends of f give the ends of the
@@ -311,12 +325,23 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
         other = formula(f_ball.high, h_ball.high, b, w) + 0.0 * f
         return Interval(np.minimum(one, other), np.maximum(one, other))
 
-    g2, g2_ball = loss.g2(f, h, b, w) + 0.0 * f, ball(loss.g2)
-    gamma, mean = f_ball * ball(loss.p), f_ball * g2_ball
+    # Of a sum each part's are monotone, the sum's are not.
+    parts: Any = loss.terms if isinstance(loss, SoftmaxSum) else ((1.0, loss),)
+    zero = Interval(np.zeros_like(f), np.zeros_like(f))
+    g2_ball, g3_ball, gamma = zero, zero, zero
+    for c, part in parts:
+        factor = Interval(np.full_like(f, c), np.full_like(f, c))
+        g2_ball, g3_ball = g2_ball + factor * ball(part.g2), g3_ball + factor * ball(part.g3)
+        if type(part).p is CrossEntropy.p:
+            # What it adds to <f, p> does not depend on the output.
+            gamma = gamma + Interval(-c * w * b, -c * w * b)
+        else:
+            gamma = gamma + factor * (f_ball * ball(part.p))
+    g2, mean = loss.g2(f, h, b, w) + 0.0 * f, f_ball * g2_ball
     terms = high * norms**2, f * g2, gamma.low, gamma.high, mean.low, mean.high
     moved, centre, *ends = map(rows.spread, (yield tuple(map(rows.sum, terms))))
     shift = radius * moved
-    omega = high * (ball(loss.g3) - Interval(ends[0], ends[1])).magnitude
+    omega = high * (g3_ball - Interval(ends[0], ends[1])).magnitude
     tau = f * (g2 - centre)
     tau_ball = f_ball * (g2_ball - Interval(ends[2], ends[3]))
     drift, vectors = yield rows.sum(tau_ball.deviation(tau) * norms), rows.group_rows(tau) @ rows.whitener

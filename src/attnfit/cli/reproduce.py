@@ -18,7 +18,10 @@ from attnfit.cli.report import print_whole
 Options = dict[str, Any]
 # Those of `attnfit.reproduction`, whose imports --help should not wait for.
 MEMORISATION = "memorisation"
-NAMES = ("rescaled-hyperbolic", "weight-shifting", "tensor-trick", "two-layer", "layer-recovery")
+NAMES = (
+    *("rescaled-hyperbolic", "weight-shifting", "tensor-trick", "two-layer", "layer-recovery"),
+    "one-layer",
+)
 
 
 @one_sentence

@@ -334,3 +334,11 @@ def _csr_gram() -> Any:
                         lower[row, row] += 2.0 * scaled * data[s]
 
     return Compiled(gram, nogil=True)
+
+
+def majorant(hessian: Array) -> Array:
+    """Return a symmetric matrix with its eigenvalues taken by absolute value: a positive semidefinite
+    majorant.
+    """
+    values, vectors = np.linalg.eigh(hessian)
+    return np.asarray((vectors * np.abs(values)) @ vectors.T)

@@ -6,8 +6,7 @@ from typing import Any, Literal, overload
 
 from attnfit.effects.problem import AbsorbedProblem, absorbed_problem
 from attnfit.losses.elementwise import FunctionName
-from attnfit.losses.loss import Loss
-from attnfit.losses.softmax import LossName
+from attnfit.losses.named import LossLike
 from attnfit.objectives import models
 
 Singletons = Literal["keep", "drop"]
@@ -129,7 +128,7 @@ def Softmax(
     A: Any,
     b: Any,
     groups: Any = None,
-    loss: LossName | Loss = "squared",
+    loss: LossLike = "squared",
     *,
     weights: Any = None,
     offset: Any = None,
@@ -145,7 +144,7 @@ def Softmax(
     A: Any,
     b: Any,
     groups: Any = None,
-    loss: LossName | Loss = "squared",
+    loss: LossLike = "squared",
     *,
     weights: Any = None,
     offset: Any = None,
@@ -160,7 +159,7 @@ def Softmax(
     A: Any,
     b: Any,
     groups: Any = None,
-    loss: LossName | Loss = "squared",
+    loss: LossLike = "squared",
     *,
     weights: Any = None,
     offset: Any = None,
@@ -194,8 +193,10 @@ def Softmax(
     groups : array_like, optional
         n labels in any order, or offsets ``0 < ... < n``; one group by default. Their normalisers are a set
         of effects already.
-    loss : str or Loss
-        A name of the table, one that a package registers, or a loss of your own: see `attnfit.losses`.
+    loss : str, Loss or list of (str or Loss, float)
+        A name of the table, one that a package registers, or a loss of your own: see `attnfit.losses`. A list
+        of losses with weights is their weighted sum, with "sparse" (``sum w exp(z)``) and "rescaled" besides:
+        see `attnfit.losses.find_loss`.
     weights : array_like, shape (n,) or (n_groups,), optional
         Row weights w, or one weight a group (groups in order of first appearance).
     offset : array_like, shape (n,), optional

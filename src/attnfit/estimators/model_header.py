@@ -15,6 +15,7 @@ from attnfit.formulas import FormulaDesign
 from attnfit.inference import FitStatistics
 from attnfit.inference.covariance import KINDS
 from attnfit.losses.elementwise import FUNCTIONS
+from attnfit.losses.named import UNNORMALISED
 from attnfit.losses.softmax import LOSSES
 from attnfit.solvers import Status
 
@@ -230,7 +231,7 @@ def _check_fields(where: str, values: Any, types: dict[str, type], optional: tup
 
 def _check_param(name: str, value: Any) -> None:
     checks: dict[str, Callable[[], bool]] = {
-        "loss": lambda: isinstance(value, str) and value in LOSSES,
+        "loss": lambda: _is_loss(value),
         "function": lambda: isinstance(value, str) and value in FUNCTIONS,
         "ridge": lambda: _is(value, float) and value >= 0,
         "row_penalty": lambda: isinstance(value, np.ndarray) or _is(value, float),
@@ -247,6 +248,21 @@ def _check_param(name: str, value: Any) -> None:
         "weight_type": lambda: value in ("sampling", "frequency"),
     }
     _require(checks[name](), f"parameter {name} is {value!r}, which is not allowed")
+
+
+def _is_loss(value: Any) -> bool:
+    """Whether a value names a loss, or losses with their weights."""
+    if not isinstance(value, list | tuple):
+        return isinstance(value, str) and value in LOSSES
+    names = LOSSES.keys() | UNNORMALISED.keys()
+    return all(
+        isinstance(term, list | tuple)
+        and len(term) == 2
+        and isinstance(term[0], str)
+        and term[0] in names
+        and _is(term[1], float)
+        for term in value
+    )
 
 
 def _check_features(header: dict[str, Any]) -> None:

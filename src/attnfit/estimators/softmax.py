@@ -17,7 +17,8 @@ from attnfit.estimators.reading import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.inference.exact_ties import ExactTies
 from attnfit.losses.loss import Loss
-from attnfit.losses.softmax import LossName, find_loss
+from attnfit.losses.named import LossLike, find_loss
+from attnfit.losses.sums import Composite
 from attnfit.objectives.models import Softmax
 
 Array = NDArray[np.float64]
@@ -43,7 +44,8 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
 
     Parameters
     ----------
-    loss : str
+    loss : str, Loss or list of (str or Loss, float)
+        A list is the weighted sum of losses: see `attnfit.losses.find_loss`.
         "squared" is for shares; choices (one 1 a group) call for "cross_entropy", the conditional logit.
     ridge : float
     row_penalty : float or array_like of shape (n,)
@@ -103,7 +105,7 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
 
     def __init__(
         self,
-        loss: LossName | Loss = "squared",
+        loss: LossLike = "squared",
         ridge: float = 0.0,
         row_penalty: Any = 0.0,
         outside_good: bool = False,
@@ -130,14 +132,14 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
         return self.loss in ("cross_entropy", "kl")
 
     def _loss(self) -> Loss:
-        loss: Loss = find_loss(self.loss)
-        return loss
+        return find_loss(self.loss)
 
     def _problem(self, choices: Choices | Rows, row_penalty: Any) -> Softmax:
-        if self.loss == "entropy" and choices.counts is not None:
+        alone = self.loss != "entropy" and not isinstance(self._loss(), Composite)
+        if choices.counts is not None and not alone:
             raise ValueError(
-                "sample_weight repeats rows where there are no groups, for which loss='entropy' has no form; "
-                "pass groups (np.zeros(n) for one group) to weight the loss instead"
+                f"sample_weight repeats rows where there are no groups, for which loss={self.loss!r} has no "
+                "form; pass groups (np.zeros(n) for one group) to weight the loss instead"
             )
         if self._is_likelihood and (choices.y < 0).any():
             i = int(np.flatnonzero(choices.y < 0)[0])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnfit.losses.loss import GroupStatistics, Loss
+from attnfit.losses.sums import Composite
 from attnfit.segments import Array, Segments
 
 # Step of the numerical derivatives, in logits: a difference of eight points is then right to about 1e-11.
@@ -71,8 +72,9 @@ def check_loss(loss: Loss, b: Any = None, *, random_state: Any = 0) -> None:
         _check_pieces(loss, z, target, w)
     else:
         _check_bound(loss, target, w, rng)
-    if loss.compiled:
-        _check_compiled(loss, z, target, w)
+    for part in [leaf for _, leaf in loss.leaves] if isinstance(loss, Composite) else [loss]:
+        if part.compiled:
+            _check_compiled(part, z, target, w)
 
 
 class _Rows:

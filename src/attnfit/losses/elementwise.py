@@ -142,6 +142,7 @@ class Total(ElementwiseLoss):
     """``sum w exp(z)``, the loss that the papers on sparsity use; no target enters."""
 
     convex = True
+    has_target = False
     certifiable = True
     transform = staticmethod(_exp)
 

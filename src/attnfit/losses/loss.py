@@ -69,6 +69,17 @@ class GroupStatistics(NamedTuple):
     centre: Array | float
 
 
+class GroupSizes(NamedTuple):
+    """What bounds the curvature of a group: the norm of ``w b``, the smallest and the largest weight, the
+    number of rows, shape (n_groups,) each.
+    """
+
+    target: Array
+    low: Array
+    high: Array
+    sizes: Array
+
+
 class Loss(ABC):
     """A loss of the logits ``z`` of one block of rows; ``b`` is the target, ``w`` the row weight.
 
@@ -87,7 +98,8 @@ class Loss(ABC):
     inherit it and has to make its own.
 
     ``one_pass`` says that `finalize` corrects for a reference that is not the normaliser; without it groups
-    longer than a block are read twice. ``compiled`` says that Numba may compile the formulas.
+    longer than a block are read twice. ``compiled`` says that Numba may compile the formulas. ``n_states`` is
+    the number of numbers of a group that `slope` and `gram_terms` take, of a coupled loss.
     """
 
     coupled: bool = True
@@ -101,6 +113,7 @@ class Loss(ABC):
     needs_mass: bool = False
     one_pass: bool = True
     compiled: bool = True
+    n_states: int = 2
 
     # (z, reference) to the two functions of the logit on which `accumulate` is built: z - reference and its
     # exponential for a softmax, u(z) and its derivative for a hyperbolic function.
@@ -195,6 +208,12 @@ class Loss(ABC):
         (n_rows,); None where the loss states none, or couples rows.
         """
         return None
+
+    def negative_curvature(self, groups: GroupSizes, factor: float = 1.0) -> Array:
+        """Return a bound of how far below zero an eigenvalue of the Hessian in the logits of a group lies,
+        whatever the logits, of the loss times a factor, shape (n_groups,); infinite where none is known.
+        """
+        return np.full(len(groups.sizes), 0.0 if self.convex and factor >= 0.0 else np.inf)
 
     @property
     def states_third_derivative(self) -> bool:

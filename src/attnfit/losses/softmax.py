@@ -18,16 +18,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from attnfit.losses.loss import Accumulated, GramTerm, GroupStatistics, Loss
+from attnfit.losses.loss import Accumulated, GramTerm, GroupSizes, GroupStatistics, Loss
 from attnfit.segments import Array, Segments
-
-# Entry points of this group name a loss, or a function that returns one.
-GROUP = "attnfit.losses"
 
 
 class SoftmaxLoss(Loss):
@@ -114,7 +110,7 @@ class Squared(SoftmaxLoss):
     def finalize(
         columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
     ) -> GroupStatistics:
-        ec, ee, e = columns[0], columns[1], columns[2]
+        ec, ee, e = columns[0], columns[1], columns[-1]
         k = 1.0 / e
         k1 = (1.0 - e) * k
         gamma = k * (ec + k1 * ee)
@@ -136,6 +132,10 @@ class Squared(SoftmaxLoss):
 
     def subsample(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
         return b / inclusion, w * inclusion
+
+    def negative_curvature(self, groups: GroupSizes, factor: float = 1.0) -> Array:
+        # Of <f, p> alone: |N(f, p)| <= |p| / sqrt(2), with |w (f - b)| <= max w + |w b|.
+        return np.asarray(factor * np.sqrt(0.5) * (groups.high + groups.target))
 
 
 class CrossEntropy(SoftmaxLoss):
@@ -160,13 +160,14 @@ class CrossEntropy(SoftmaxLoss):
     def finalize(
         columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
     ) -> GroupStatistics:
-        e = columns[1]
+        e = columns[-1]
         k = 1.0 / e
         value = extras[0] + constant * np.log(e)
         return GroupStatistics(value, (1.0, constant * (1.0 - e) * k), (reference + np.log(e), -constant), k)
 
     def p(self, f: Array, h: Array, b: Array, w: Array) -> Array:
-        return -w * b * np.exp(-h)
+        # Beyond float64 a probability is zero; a target of zero asks nothing of it even so.
+        return -w * b * np.exp(np.minimum(-h, 700.0))
 
     def slope(self, z: Array, b: Array, w: Array, state: list[Array]) -> Array:
         # f p = -w b exactly: no division by a probability that may underflow.
@@ -216,7 +217,7 @@ class LinearCrossEntropy(SoftmaxLoss):
     def finalize(
         columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
     ) -> GroupStatistics:
-        be, e = columns[0], columns[1]
+        be, e = columns[0], columns[-1]
         k = 1.0 / e
         gamma = -k * be
         return GroupStatistics(gamma, (-k, -gamma * k), (reference + np.log(e), gamma), k)
@@ -229,6 +230,9 @@ class LinearCrossEntropy(SoftmaxLoss):
 
     def subsample(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
         return b, w
+
+    def negative_curvature(self, groups: GroupSizes, factor: float = 1.0) -> Array:
+        return np.asarray(abs(factor) * np.sqrt(0.5) * groups.target)
 
 
 class Entropy(SoftmaxLoss):
@@ -250,7 +254,7 @@ class Entropy(SoftmaxLoss):
     def finalize(
         columns: Sequence[Array], extras: Sequence[Array], reference: Array, constant: Array
     ) -> GroupStatistics:
-        eh, we, e = columns[0], columns[1], columns[2]
+        eh, we, e = columns[0], columns[1], columns[-1]
         k = 1.0 / e
         log_e = np.log(e)
         value = -k * (eh - log_e * we)
@@ -268,6 +272,14 @@ class Entropy(SoftmaxLoss):
 
     def subsample(self, b: Array, w: Array, inclusion: Array) -> tuple[Array, Array]:
         return b, w
+
+    def negative_curvature(self, groups: GroupSizes, factor: float = 1.0) -> Array:
+        # v^T H v = sum t (v - <f, v>)^2 with t = f (w |h| - 2 w + <w, f> - <w, f |h|>), the variance at most
+        # |v|^2 / 2, a deviation at most sqrt(2) |v|, and <f, |h|> <= log n.
+        largest = groups.high * np.log(groups.sizes)
+        if factor >= 0.0:
+            return factor * 0.5 * (2.0 * groups.high - groups.low + largest)
+        return -factor * (2.0 * largest + 0.5 * np.maximum(groups.high - 2.0 * groups.low, 0.0))
 
 
 LossName = Literal["squared", "cross_entropy", "kl", "linear_cross_entropy", "entropy"]
@@ -334,40 +346,3 @@ class LogRatio(Loss):
 
     def fitted(self, z: Array, state: list[Array]) -> Array:
         return np.exp(z - state[0])
-
-
-def find_loss(loss: Any, name: str = "loss") -> Loss:
-    """Return a loss, given itself or its name.
-
-    Parameters
-    ----------
-    loss : str or Loss
-        One of `LOSSES`, a name registered under the entry point group ``attnfit.losses``, or a loss.
-    name : str
-        What the argument is called, for messages.
-
-    Raises
-    ------
-    ValueError
-        If there is no loss of that name, or what is registered gives none.
-
-    Examples
-    --------
-    >>> from attnfit.losses import find_loss
-    >>> find_loss("kl").convex
-    True
-    """
-    if isinstance(loss, Loss):
-        return loss
-    if isinstance(loss, str):
-        if loss in LOSSES:
-            return LOSSES[loss]
-        for entry in entry_points(group=GROUP):
-            if entry.name == loss:
-                found = entry.load()
-                found = found if isinstance(found, Loss) else found()
-                if isinstance(found, Loss):
-                    return found
-                raise ValueError(f"{name}={loss!r} is registered, but gives no attnfit.losses.Loss")
-    known = ", ".join(map(repr, LOSSES))
-    raise ValueError(f"{name} must be one of {known}, or an attnfit.losses.Loss, not {loss!r}")

@@ -13,8 +13,10 @@ from attnfit.data.pairs import KroneckerDesign
 from attnfit.data.store import Table
 from attnfit.losses.elementwise import FUNCTIONS, FunctionName, SquaredExponential, Total
 from attnfit.losses.loss import Loss
+from attnfit.losses.named import LossTerms, find_loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.softmax import LOSSES, Entropy, LogRatio, LossName, SoftmaxLoss
+from attnfit.losses.softmax import LOSSES, LogRatio, LossName, SoftmaxLoss
+from attnfit.objectives.convexity import convex_from_ridge
 from attnfit.objectives.objective import Evaluation, Reduction
 from attnfit.objectives.pairs import first_negative, read_pairs, signs, smallest_normal
 from attnfit.objectives.part import Part
@@ -24,7 +26,7 @@ from attnfit.segments import Array, Segments
 
 # Singular values below this share of the largest are rounding.
 RANK = 1e-12
-AttentionLoss = LossName | Literal["log_ratio", "rescaled", "exponential", "sparse"]
+AttentionLoss = LossName | Literal["log_ratio", "rescaled", "exponential", "sparse"] | LossTerms
 NAMES = (*LOSSES, "log_ratio", "rescaled", "exponential", "sparse")
 
 
@@ -102,13 +104,12 @@ class Attention(RowProblem):
         row_penalty: Any = 0.0,
         ridge: float = 0.0,
     ) -> None:
-        choose(loss, dict.fromkeys(NAMES), "loss")
         choose(function, FUNCTIONS, "function")
-        if B is None and loss not in ("entropy", "sparse"):
+        found = _loss(loss, function)
+        if B is None and found.has_target:
             raise ValueError(f"B is missing; loss {loss!r} needs the maps, shape (queries, keys)")
         pairs = read_pairs(A1, A2, B, mask, weights, offset, pair_features, row_penalty)
         self.ridge = as_ridge(ridge)
-        found = _loss(loss, function)
         starts = pairs.design.starts[:-1]
         groups = Groups(starts, None, np.arange(len(starts)))
         n = int(pairs.design.shape[0])
@@ -207,12 +208,16 @@ class Attention(RowProblem):
             return self.loss.function == "cosh" or (
                 self.loss.function == "sinh" and isinstance(self.loss, SquaredRescaled)
             )
-        return isinstance(self.loss, Entropy) and self.weights is None
+        return isinstance(self.loss, SoftmaxLoss) and not self.loss.has_target and self.weights is None
 
     @property
     def zero_is_trivial(self) -> bool:
         """Whether zero is a minimum that says nothing about the data."""
         return isinstance(self.loss, SquaredRescaled) and self.loss.function == "sinh" and self.offset is None
+
+    def convex_from_ridge(self) -> float:
+        """Return a ridge from which on the objective is convex: see `attnfit.problems.Softmax`."""
+        return convex_from_ridge(self)
 
     def initial_point(self, random_state: Any = None) -> Array:
         """Return zero, or logits of size 0.1 where zero is stationary by symmetry."""
@@ -245,7 +250,7 @@ class Attention(RowProblem):
         """Whether the maps are shares whose logarithm the logits explain, up to a constant a row."""
         if isinstance(self.loss, SquaredRescaled):
             return self.loss.function == "exp"
-        return isinstance(self.loss, SoftmaxLoss | LogRatio) and not isinstance(self.loss, Entropy)
+        return isinstance(self.loss, SoftmaxLoss | LogRatio) and self.loss.has_target
 
     def zeros_are_rounded(self) -> bool:
         """Whether entries below the format's normal numbers show that zeros, if any, are smaller ones yet;
@@ -319,17 +324,22 @@ class Attention(RowProblem):
         return Reduction(other, whitening.lift, whitening.restrict, whitening.note)
 
 
-def _loss(name: str, function: FunctionName) -> Loss:
+def _loss(name: AttentionLoss, function: FunctionName) -> Loss:
+    if isinstance(name, list | tuple):
+        if function != "exp":
+            raise ValueError(f"function={function!r} has no part in a sum of losses, which share exp(z)")
+        return find_loss(name)
+    choose(name, dict.fromkeys(NAMES), "loss")
     if name == "rescaled":
         return SquaredRescaled(function)
     if name == "exponential":
         return SquaredExponential(function)
     if name == "log_ratio":
         return LogRatio()
-    return Total() if name == "sparse" else LOSSES[name]
+    return Total() if name == "sparse" else find_loss(name)
 
 
-def _require_shares(design: KroneckerDesign, target: Any, loss: str) -> None:
+def _require_shares(design: KroneckerDesign, target: Any, loss: AttentionLoss) -> None:
     """Refuse negative targets where the loss takes their logarithms."""
     pair, value = first_negative(target)
     if pair >= 0:

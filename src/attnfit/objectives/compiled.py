@@ -27,6 +27,8 @@ from attnfit.data.kernels import OPTIONS, STORAGES, Compiled, U, block_times_vec
 from attnfit.data.parallel import available_threads, in_order
 from attnfit.data.sources.base import checksum
 from attnfit.losses.loss import Accumulated, Loss
+from attnfit.losses.sums import Composite
+from attnfit.objectives.chained import CHAIN, chain_accumulates, chain_finalizes, inlined
 from attnfit.objectives.first_order import Totals
 from attnfit.objectives.models import Exponential, Poisson, Rescaled, Softmax
 from attnfit.objectives.part import Part
@@ -87,14 +89,21 @@ def compile_loop(template: Callable[..., Any], storage: str, *formulas: Any) -> 
     Numba keeps compiled code on disk under a function's name and does not look into the functions it calls:
     the name must tell the formulas. (A closure would be compiled anew in every process.)
     """
-    *functions, logarithmic, summed = [*STORAGES[storage][:2], *formulas]
-    text = repr([*map(_meaning, (*functions, exp.py_func)), logarithmic, summed, sorted(OPTIONS["fastmath"])])
-    for number, f in enumerate(formulas[:-2], 2):
-        functions[number] = FunctionType(f.__code__, f.__globals__ | {"np": vectorised})
-    names = ("matvec", "rmatvec", "transform", "accumulate", "finalize")
-    # With calls, code from the cache of Numba took up to twice as long (measured; why is not known).
+    transform, accumulates, finalizes, logarithmic, summed = formulas
+    functions = [*STORAGES[storage][:2], transform, *accumulates, *finalizes]
+    meanings = [*map(_meaning, (*functions, *CHAIN, exp.py_func))]
+    text = repr([*meanings, logarithmic, summed, sorted(OPTIONS["fastmath"])])
+    matvec, rmatvec = map(inlined, functions[:2])
+    transform, *others = (
+        inlined(FunctionType(f.__code__, f.__globals__ | {"np": vectorised})) for f in functions[2:]
+    )
+    n_parts = len(accumulates)
     compiled = {
-        name: numba.njit(forceinline=True, **OPTIONS)(f) for name, f in zip(names, functions, strict=True)
+        "matvec": matvec,
+        "rmatvec": rmatvec,
+        "transform": transform,
+        "accumulate": chain_accumulates(others[:n_parts]),
+        "finalize": chain_finalizes(others[n_parts:], [_n_sums(f) for f in accumulates]),
     }
     scope = template.__globals__ | compiled | {"logarithmic": logarithmic, "summed": summed}
     kernel = FunctionType(template.__code__, scope, template.__name__)
@@ -111,7 +120,21 @@ def _meaning(function: Any) -> tuple[Any, ...]:
 
 
 def pieces(  # type: ignore[no-untyped-def]
-    data, first_row, x, b, w, offset, penalty, beside, reference, constant, step, n_columns, out, sums
+    data,
+    first_row,
+    x,
+    b,
+    w,
+    offset,
+    penalty,
+    beside,
+    reference,
+    constant,
+    factors,
+    step,
+    n_columns,
+    out,
+    sums,
 ):
     """Rows that share no normaliser, or one that was predicted: sum up the columns."""
     n_terms = len(sums) - 2
@@ -127,7 +150,8 @@ def pieces(  # type: ignore[no-untyped-def]
             y[r], v[r] = transform(z[r] + offset[U(start + r)] if len(offset) else z[r], reference)
         for r in range(count):
             i = U(start + r)
-            columns, extras = accumulate(y[r], v[r], b[i], w[i] if len(w) else 1.0, reference, constant)
+            own = w[i] if len(w) else 1.0
+            columns, extras = accumulate(y[r], v[r], b[i], own, reference, constant, factors)
             for q, term in enumerate(columns + extras):
                 if q < n_columns:
                     weights[q, r] = term
@@ -145,7 +169,7 @@ def pieces(  # type: ignore[no-untyped-def]
 
 
 def whole_groups(  # type: ignore[no-untyped-def]
-    data, first_row, x, b, w, offset, penalty, bounds, constants, step, n_columns, out, sums
+    data, first_row, x, b, w, offset, penalty, bounds, constants, factors, step, n_columns, out, sums
 ):
     """Whole groups: normalise, finalize and add up several at a time while their rows are in cache.
 
@@ -158,7 +182,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
     # Of the group of each row: the normaliser (at first a guess), its inverse, the constant.
     reference, scale, constant = np.empty(size), np.empty(size), np.empty(size)
     weights, parts = np.empty((len(out), size)), np.empty((len(sums) - 2, size))
-    extra_sums = sums[n_columns:]
+    column_sums, extra_sums = sums[:n_columns], sums[n_columns:]
     value, check = 0.0, 0.0
     stop_group = 0
     while stop_group < len(constants):
@@ -209,6 +233,7 @@ def whole_groups(  # type: ignore[no-untyped-def]
                     w[U(start + r)] if len(w) else 1.0,
                     reference[r],
                     constant[r],
+                    factors,
                 )
                 for q, term in enumerate(columns + extras):
                     parts[q, r] = term
@@ -223,10 +248,10 @@ def whole_groups(  # type: ignore[no-untyped-def]
                         for r in range(U(begin), U(end)):
                             total += parts[q, r]
                     sums[q] = total
-                closed = finalize(sums, extra_sums, reference[begin], constants[g])
+                own, coefficients = finalize(column_sums, extra_sums, reference[begin], constants[g], factors)
                 if place == 0:
-                    value += closed.value
-                for q, coefficient in enumerate(closed.coefficients):
+                    value += own
+                for q, coefficient in enumerate(coefficients):
                     if coefficient != 0.0:
                         for r in range(U(begin), U(end)):
                             weights[place, r] += coefficient * parts[q, r]
@@ -304,7 +329,8 @@ def sum_up_run(
     kernel = loop_of(loss, storage, by_group=by_group)
     # Several short groups at a time: one alone ends in loops too short to pay.
     step = STORAGES[storage].block_rows(parts[0]) * (16 if by_group else 1)
-    kernel(*parts, x, *vectors, *shared, step, n_columns, out, sums)
+    factors = np.array([c for c, _ in _leaves(loss)])
+    kernel(*parts, x, *vectors, *shared, factors, step, n_columns, out, sums)
     if sums[-1] != 0.0:
         return None
     totals = Totals.zero(d, part.n_long)
@@ -326,11 +352,16 @@ def sum_up_run(
 def loop_of(loss: Loss, storage: str, *, by_group: bool) -> Any:
     """Return the compiled loop over whole groups, or over other rows, of a loss."""
     n_columns, _ = _n_sums(loss.accumulate)
+    leaves = [leaf for _, leaf in _leaves(loss)]
+    accumulates, finalizes = (tuple(getattr(f, name) for f in leaves) for name in ("accumulate", "finalize"))
     summed = tuple(q in loss.exact_sums for q in range(n_columns))
     template = whole_groups if by_group else pieces
-    return compile_loop(
-        template, storage, loss.transform, loss.accumulate, loss.finalize, loss.logarithmic, summed
-    )
+    return compile_loop(template, storage, loss.transform, accumulates, finalizes, loss.logarithmic, summed)
+
+
+def _leaves(loss: Loss) -> tuple[tuple[float, Loss], ...]:
+    """Return the factor and the loss of each part of a sum, or the loss itself."""
+    return loss.leaves if isinstance(loss, Composite) else ((1.0, loss),)
 
 
 def warm_up(everything: bool = False) -> int:

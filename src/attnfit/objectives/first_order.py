@@ -91,7 +91,7 @@ class Totals:
 
     def finalize(self, loss: Loss, reference: Array, constants: Array) -> tuple[Array, Array]:
         """Add the long groups; return their states and centres."""
-        states = np.zeros((2 if loss.coupled else 0, len(constants)))
+        states = np.zeros((loss.n_states if loss.coupled else 0, len(constants)))
         centres = np.zeros((len(constants), len(self.gradient)))
         for number, sums in self.long.items():
             closed = loss.finalize(
@@ -316,7 +316,7 @@ def states_at_zero(problem: RowProblem) -> Array:
     rows = problem.rows
     if problem.long_states_at_zero is None:
         if not rows.n_long:
-            return np.zeros((2 if rows.loss.coupled else 0, 0))
+            return np.zeros((rows.loss.n_states if rows.loss.coupled else 0, 0))
         reference = rows.reduce(normaliser_sums, None).in_order()
         totals: Totals = rows.reduce(_moment_sums, reference)
         problem.long_states_at_zero = totals.finalize(rows.loss, reference, rows.long_constants)[0]

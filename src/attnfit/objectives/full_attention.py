@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.gram import majorant
 from attnfit.data.inputs import as_point, as_ridge
 from attnfit.data.pairs import KroneckerDesign
-from attnfit.objectives.objective import Evaluation, Problem, Reduction, majorant
+from attnfit.objectives.objective import Evaluation, Problem, Reduction
 from attnfit.objectives.projected import Maps, ProjectedAttention, read_texts, text_maps
 from attnfit.objectives.whitening import Whitening
 
@@ -213,6 +214,47 @@ class FullAttention(Problem):
             ridge=float(np.max(self.ridge)),
             n_heads=self.n_heads,
         )  # fmt: skip
+
+    def definite_ridge(self, x: Any, least: float = 0.0) -> tuple[float, float]:
+        """Return ridges of X and of Y with which the Hessian at x has no eigenvalue below ``least``.
+
+        With ``T = G Y^T A3^T`` and t its row means under P, ``a = 0.5 max |T_ij - t_i| |A1|^2 |A2|^2`` and
+        ``kappa = |A1| |A2| |A3| |G|_F``, they are ``a + kappa / 2 + least`` and ``kappa / 2 + least``: the
+        Hessian without a ridge has no eigenvalue below ``-(a + sqrt(a^2 + kappa^2)) / 2``. A device of
+        proofs: kappa grows with the data, and such ridges shrink the answer.
+
+        Parameters
+        ----------
+        x : array_like, shape (n_unknowns,)
+        least : float
+            At least 0.
+
+        Raises
+        ------
+        ValueError
+            For several heads, of which the bound says nothing, or a negative ``least``.
+        """
+        if self.n_heads > 1:
+            raise ValueError("definite_ridge knows of one head only; fit the heads one by one")
+        if not least >= 0.0:
+            raise ValueError(f"least must not be negative, not {least!r}")
+        a, kappa = self.negative_curvature_parts(as_point(x, self.shape))
+        return a + 0.5 * kappa + least, 0.5 * kappa + least
+
+    def negative_curvature_parts(self, x: Array) -> tuple[float, float]:
+        """Return a and kappa of `definite_ridge` at x, for one head."""
+        X, Y = self._split(x)
+        widest, square = 0.0, 0.0
+        for maps in self.maps(X):
+            G = self.weights[maps.rows, None] * (maps.values(maps.P) @ Y[0] - self.B[maps.rows])
+            T = (G @ Y[0].T) @ maps.text.A3.T
+            # Keys that a query does not see have no part.
+            apart = np.where(maps.P[0] > 0.0, np.abs(T - np.sum(maps.P[0] * T, axis=1, keepdims=True)), 0.0)
+            widest, square = max(widest, float(apart.max())), square + float(np.sum(G * G))
+        first = float(np.linalg.norm(self.A1, 2))
+        keys, values = (max(float(np.linalg.norm(A, 2)) for A in parts) for parts in zip(
+            *((text.A2, text.A3) for text in self.texts), strict=True))  # fmt: skip
+        return 0.5 * widest * first**2 * keys**2, first * keys * values * float(np.sqrt(square))
 
     # ---- for the solvers
 

@@ -79,7 +79,7 @@ def read_head(
     A1: Any,
     A2: Any,
     B: Any,
-    loss: str,
+    loss: Any,
     mask: Any,
     rank: Any,
     *,
@@ -101,7 +101,7 @@ def read_head(
     ValueError
         If anything is not finite, of the wrong shape or sign, or not offered for such heads.
     """
-    if loss not in HEAD_LOSSES:
+    if not isinstance(loss, str) or loss not in HEAD_LOSSES:
         raise ValueError(
             f"loss {loss!r} is not offered with rotary, softcap, sink or qk_norm; use one of "
             f"{', '.join(HEAD_LOSSES)}"

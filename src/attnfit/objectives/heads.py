@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.gram import majorant
 from attnfit.data.groups import Chunk
 from attnfit.data.inputs import as_point
 from attnfit.losses.loss import GramTerm
@@ -17,7 +18,7 @@ from attnfit.objectives.head_metric import Metric, mean_curvature
 from attnfit.objectives.head_passes import Curved, HeadPoint, Logits, Pull, change_of_matrix, dense
 from attnfit.objectives.head_reading import ReadHead
 from attnfit.objectives.head_vectors import Inputs, Vectors
-from attnfit.objectives.objective import Evaluation, Moved, Offer, Problem, Reduction, majorant
+from attnfit.objectives.objective import Evaluation, Moved, Offer, Problem, Reduction
 from attnfit.objectives.part import group_slopes
 from attnfit.objectives.whitening import Side
 from attnfit.segments import Array

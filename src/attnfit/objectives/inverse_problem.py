@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.gram import majorant
 from attnfit.data.inputs import as_point
 from attnfit.objectives.inverse_curvature import gauss_newton_diagonal, layer_curvature, symmetric
 from attnfit.objectives.inverse_layer import AttentionLayer, Pass, merged_heads
-from attnfit.objectives.objective import Evaluation, Offer, Problem, majorant
+from attnfit.objectives.objective import Evaluation, Offer, Problem
 
 Array = NDArray[np.float64]
 

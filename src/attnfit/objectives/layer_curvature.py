@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from attnfit.data.gram import majorant
 from attnfit.objectives.objective import Evaluation
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Layers:
     a : ndarray, shape (n, k)
         ``f (q - <f, q>)``: gradient with respect to the logits.
     residual, slope, curvature, gauss : ndarray, shape (m, k)
-        ``h(y) - b``; derivatives of the loss by y, ``w h' c`` and ``w (h'^2 + c h'')``; ``w h'^2``.
+        ``h(y) - b``; derivatives of the loss by y, ``w h' c`` and ``w (h'^2 + c h'')``; ``w h'^2``. Of an
+        activation of all outputs together the last two are matrices, shape (k, m, m).
     """
 
     pattern: Any
@@ -87,7 +89,7 @@ def column_hessians(problem: LayeredProblem, layers: Layers, kind: str) -> Array
             if problem.penalty is not None:
                 out += _gram(np.broadcast_to(rows, centred.shape), problem.penalty[block])
             _add_outer(problem, K, block, layers.f[block, :, None] * centred)
-        out += _gram(K, outer)
+        out += _outer_gram(K, outer)
     out[:, np.arange(d), np.arange(d)] += problem.ridge
     return out
 
@@ -110,7 +112,14 @@ def column_diagonals(problem: LayeredProblem, layers: Layers) -> Array:
         if problem.penalty is not None:
             out += np.sum(problem.penalty[block, :, None] * rows**2, axis=0).T
         _add_outer(problem, K, block, layers.f[block, :, None] * centred)
-    return np.asarray(out + np.einsum("mk,mkd->dk", outer, K**2) + problem.ridge)
+    if outer.ndim == 2:
+        return np.asarray(out + np.einsum("mk,mkd->dk", outer, K**2) + problem.ridge)
+    return np.asarray(out + np.einsum("mkd,kml,lkd->dk", K, outer, K) + problem.ridge)
+
+
+def weighted_outputs(weights: Array, V: Array) -> Array:
+    """Return the outputs V, shape (m, k), times the weights of `Layers`: numbers or matrices."""
+    return weights * V if weights.ndim == 2 else np.einsum("kml,lk->mk", weights, V)
 
 
 def outer_rows(problem: LayeredProblem, layers: Layers, column: int) -> Array:
@@ -134,6 +143,8 @@ def _weights(layers: Layers, kind: str) -> tuple[Array, Array]:
     if kind == "gauss_newton":
         return np.zeros_like(layers.a), layers.gauss
     if kind == "absolute":
+        if layers.curvature.ndim == 3:
+            return np.abs(layers.a), np.stack([majorant(matrix) for matrix in layers.curvature])
         return np.abs(layers.a), np.abs(layers.curvature)
     return layers.a, layers.curvature
 
@@ -156,6 +167,13 @@ def _gram(rows: Array, weights: Array) -> Array:
     return np.asarray(np.matmul(rows.transpose(1, 2, 0), weighted.transpose(1, 0, 2)))
 
 
+def _outer_gram(K: Array, weights: Array) -> Array:
+    """Return ``K_j^T diag(weights_j) K_j`` of each column j, or with matrices between, shape (k, d, d)."""
+    if weights.ndim == 2:
+        return _gram(K, weights)
+    return np.asarray(np.einsum("mkd,kml,lke->kde", K, weights, K, optimize=True))
+
+
 def _add_outer(problem: LayeredProblem, K: Array, block: slice, rows: Array) -> None:
     if problem.outer is None:
         K[block] += rows
@@ -167,10 +185,10 @@ def _add_outer(problem: LayeredProblem, K: Array, block: slice, rows: Array) -> 
 def _uncentred(problem: LayeredProblem, layers: Layers, j: int, kind: str) -> Array:
     """Return a column's Hessian for a sparse A, without ridge: diagonal plus rank m + 2."""
     A: Any = problem.logit_map.matrix  # type: ignore[union-attr]
-    inner, outer = (part[:, j] for part in _weights(layers, kind))
+    inner, outer = _column_weights(layers, j, kind)
     total = inner if problem.penalty is None else inner + problem.penalty[:, 0]
     K = outer_rows(problem, layers, j)
-    out = _dense(A.T @ A.multiply(total[:, None]).tocsr()) + K.T @ (outer[:, None] * K)
+    out = _dense(A.T @ A.multiply(total[:, None]).tocsr()) + K.T @ _applied(outer, K)
     mean, cross = A.T @ layers.f[:, j], A.T @ inner
     mixed = np.multiply.outer(cross, mean)
     # Absolute weights do not sum to zero.
@@ -180,16 +198,28 @@ def _uncentred(problem: LayeredProblem, layers: Layers, j: int, kind: str) -> Ar
 def _uncentred_diagonal(problem: LayeredProblem, layers: Layers, j: int) -> Array:
     """Return the diagonal of a column's majorant for a sparse A, without ridge and without a d x d array."""
     A: Any = problem.logit_map.matrix  # type: ignore[union-attr]
-    inner, outer = (part[:, j] for part in _weights(layers, "absolute"))
+    inner, outer = _column_weights(layers, j, "absolute")
     total = inner if problem.penalty is None else inner + problem.penalty[:, 0]
     mean, cross = A.T @ layers.f[:, j], A.T @ inner
-    squares = A.multiply(A).T @ total + outer @ outer_rows(problem, layers, j) ** 2
+    K = outer_rows(problem, layers, j)
+    squares = A.multiply(A).T @ total + np.sum(K * _applied(outer, K), axis=0)
     return np.asarray(np.maximum(squares - 2.0 * mean * cross + inner.sum() * mean**2, 0.0))
+
+
+def _column_weights(layers: Layers, j: int, kind: str) -> tuple[Array, Array]:
+    """Return one column's diagonal between the centred rows, and its weights between the rows of K."""
+    inner, outer = _weights(layers, kind)
+    return inner[:, j], outer[:, j] if outer.ndim == 2 else outer[j]
+
+
+def _applied(weights: Array, K: Array) -> Array:
+    return weights[:, None] * K if weights.ndim == 1 else weights @ K
 
 
 def _column(layers: Layers, j: int) -> Layers:
     parts: dict[str, Any] = {
-        name: None if value is None else value[:, j : j + 1] for name, value in vars(layers).items()
+        name: value if value is None else value[j : j + 1] if np.ndim(value) == 3 else value[:, j : j + 1]
+        for name, value in vars(layers).items()
     }
     return type(layers)(**parts)
 

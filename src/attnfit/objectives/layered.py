@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.data.inputs import as_point
-from attnfit.losses.activations import ACTIVATIONS, Activation
+from attnfit.losses.vector_activations import AnyActivation, VectorActivation
+from attnfit.objectives.kinks import Kink, Settled, kinks_at, settle
 from attnfit.objectives.layer_curvature import (
     Escape,
     LayeredEvaluation,
     Layers,
     column_diagonals,
     column_hessians,
+    weighted_outputs,
 )
 from attnfit.objectives.layer_inputs import LinearMap, ReluMap
 from attnfit.objectives.objective import Evaluation, Moved, Offer, Problem
@@ -43,7 +45,8 @@ class LayeredProblem(Problem):
     @property
     def offers(self) -> frozenset[Offer]:  # type: ignore[override]
         """Independent right-hand sides; of mixtures the faces of the simplex."""
-        return frozenset({Offer.COLUMNS} | ({Offer.MIXTURE} if self.is_mixture else set()))
+        own = {Offer.MIXTURE} if self.is_mixture else set()
+        return frozenset({Offer.COLUMNS} | own | ({Offer.KINKS} if self.activation.kink else set()))
 
     @property
     def is_mixture(self) -> bool:
@@ -55,7 +58,7 @@ class LayeredProblem(Problem):
         logit_map: LinearMap | ReluMap,
         outer: Any,
         b: Array,
-        activation: Activation,
+        activation: AnyActivation,
         *,
         batch: bool,
         weights: Array | None,
@@ -72,8 +75,20 @@ class LayeredProblem(Problem):
         self.penalty = penalty
         self.ridge = ridge
         self._batch = batch
+        self._require_outputs_off_kinks()
         self._reads = [0.0]
         self._share = 1.0
+
+    def _require_outputs_off_kinks(self) -> None:
+        """Refuse outputs that sit on a kink of the activation wherever x is."""
+        if self.activation.kink is None or self.outer is None:
+            return
+        empty = np.flatnonzero(np.asarray(abs(self.outer).sum(axis=1)).reshape(-1) == 0.0)
+        if len(empty):
+            raise ValueError(
+                f"row {empty[0]} of the last matrix is zero: its output sits on the kink of "
+                f"{self.activation.name} whatever x is; leave this row and its target out"
+            )
 
     # ---- sizes
 
@@ -141,16 +156,7 @@ class LayeredProblem(Problem):
     def layers_at(self, X: Array) -> Layers:
         """Return the layers at unknowns of shape (d, k)."""
         pattern, linear, f, y = self._forward(X)
-        h, dh, d2h = self.activation.jet(y)
-        residual = h - self.b
-        if self.activation is ACTIVATIONS["identity"]:
-            # Its derivatives are constants: mixtures come by the hundred thousand.
-            slope, gauss, curvature = residual, dh, dh
-        else:
-            slope, gauss = dh * residual, dh * dh
-            curvature = gauss + residual * d2h
-        if self.weights is not None:
-            slope, gauss, curvature = (self.weights * part for part in (slope, gauss, curvature))
+        residual, slope, gauss, curvature = self.activation.derivatives(y, self.b, self.weights)
         q = self._back(slope)
         a = f * (q - np.sum(f * q, axis=0))
         return Layers(pattern, linear, f, q, a, residual, slope, curvature, gauss)
@@ -264,7 +270,8 @@ class LayeredProblem(Problem):
         U = self.logit_map.forward(layers.pattern, V)
         f = layers.f
         centred = U - np.sum(f * U, axis=0)
-        t = self._back((layers.gauss if gauss_newton else layers.curvature) * self._out(f * centred))
+        weights = layers.gauss if gauss_newton else layers.curvature
+        t = self._back(weighted_outputs(weights, self._out(f * centred)))
         r = f * (t - np.sum(f * t, axis=0))
         if not gauss_newton:
             r += layers.a * centred - f * np.sum(layers.a * centred, axis=0)
@@ -336,6 +343,22 @@ class LayeredProblem(Problem):
                 "where it is raised"
             )
         return None
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        """What the Hessian leaves out."""
+        bare = isinstance(self.activation, VectorActivation) and self.activation.bend is None
+        return "Gauss-Newton in h, whose second derivatives are not given" if bare else ""
+
+    def kinks(self, x: Any) -> list[Kink]:
+        """Return the outputs that x puts on a kink of the activation, up to rounding: see
+        `attnfit.objectives.kinks`.
+        """
+        return kinks_at(self, self._matrix(as_point(x, self.shape)))
+
+    def end(self, at: Evaluation, tol: float) -> Settled | None:
+        """Return what kinks and dead outputs say of the end of a fit; None where there are none."""
+        return settle(self, self._matrix(at.x), tol)
 
     def escapes(self, at: Evaluation) -> dict[int, Escape]:
         """Return the columns at a false optimum, each with an output that was left out and a lower point."""

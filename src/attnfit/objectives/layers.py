@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from attnfit.data.inputs import as_point, as_ridge
-from attnfit.losses.activations import ACTIVATIONS, Activation, as_activation
+from attnfit.losses.activations import ACTIVATIONS
+from attnfit.losses.vector_activations import AnyActivation, read_activation
 from attnfit.objectives.layer_curvature import Layers, outer_rows
 from attnfit.objectives.layer_inputs import (
     LinearMap,
@@ -55,8 +56,11 @@ class TwoLayer(LayeredProblem):
         In a mixture: one row a band, one column a signature.
     b : array_like, shape (m,) or (m, k)
         k right-hand sides share A1 and A2; the unknown then has shape (d, k) and its columns are independent.
-    activation : {"tanh", "identity", "sigmoid", "softplus", "gelu"} or tuple of three callables
-        A tuple is ``(h, h', h'')``.
+    activation : str or tuple of callables
+        "tanh", "identity", "sigmoid", "softplus", "gelu", "silu", "relu", "leaky_relu" or
+        `attnfit.losses.leaky_relu` with another slope; a tuple ``(h, h', h'')``, perhaps with bounds: see
+        `attnfit.losses.as_activation`; or, of all outputs together, ``(h, Jh, K)`` or ``(h, Jh)``: see
+        `attnfit.losses.VectorActivation`.
     weights : array_like, shape (m,) or the shape of b, optional
     offset : array_like, shape (n,) or (n, k), optional
         Added to the logits.
@@ -116,7 +120,7 @@ class TwoLayer(LayeredProblem):
             LinearMap(None if first is None or is_identity(first) else first, n),
             outer,
             targets,
-            as_activation(activation),
+            read_activation(activation, m),
             batch=np.ndim(b) == 2,
             weights=as_weights(weights, m, "A2", k),
             offset=None if offset is None else as_columns(offset, n, "offset", "A1", n_columns=k),
@@ -193,7 +197,7 @@ class TwoLayer(LayeredProblem):
         first = self.logit_map
         ends = first.adjoint(None, np.column_stack([a, f]))
         U = np.column_stack([outer_rows(self, layers, j).T, ends])
-        SU = np.vstack([layers.curvature[:, j, None] * U[:, :-2].T, -U[:, -1], -U[:, -2]])
+        SU = np.vstack([_between(layers, j) @ U[:, :-2].T, -U[:, -1], -U[:, -2]])
         solved = linalg.cho_solve((factor, True), np.column_stack([g, U]), check_finite=False)
         inner = np.eye(U.shape[1]) + SU @ solved[:, 1:]
         correction = solved[:, 1:] @ np.linalg.solve(inner, SU @ solved[:, 0])
@@ -230,7 +234,7 @@ class TwoLayer(LayeredProblem):
         K = outer_rows(self, layers, 0)
         ends = self.logit_map.adjoint(None, np.column_stack([layers.a[:, 0], layers.f[:, 0]]))
         mixed = np.multiply.outer(ends[:, 0], ends[:, 1])
-        out += K.T @ (layers.curvature[:, 0, None] * K) - mixed - mixed.T
+        out += K.T @ (_between(layers, 0) @ K) - mixed - mixed.T
         out[np.diag_indices(len(out))] += self.ridge
         return out
 
@@ -242,6 +246,11 @@ class TwoLayer(LayeredProblem):
     def point(self, x: Any) -> Array:
         """Return unknowns as columns, shape (d, k)."""
         return self._matrix(as_point(x, self.shape))
+
+
+def _between(layers: Layers, j: int) -> Any:
+    """Return what stands between K^T and K in the Hessian of a column, shape (m, m)."""
+    return layers.curvature[j] if layers.curvature.ndim == 3 else sparse.diags_array(layers.curvature[:, j])
 
 
 class ReluProblem(LayeredProblem):
@@ -256,7 +265,7 @@ class ReluProblem(LayeredProblem):
         A2: Any,
         outer: Any,
         b: Any,
-        activation: Activation,
+        activation: AnyActivation,
         weights: Any,
         offset: Array | None,
         penalty: Array | None,
@@ -344,7 +353,8 @@ class ThreeLayer(ReluProblem):
     A2 : array or sparse matrix, shape (k, n)
     A3 : array or sparse matrix, shape (m, k)
     b : array_like, shape (m,)
-    activation : {"tanh", "identity", "sigmoid", "softplus", "gelu"} or tuple ``(h, h', h'')``
+    activation : str or tuple of callables
+        As of `TwoLayer`.
     weights : array_like, shape (m,), optional
     offset : array_like, shape (k,), optional
         Added to the logits.
@@ -389,7 +399,7 @@ class ThreeLayer(ReluProblem):
             second,
             outer,
             b,
-            as_activation(activation),
+            read_activation(activation, outer.shape[0]),
             weights,
             None if offset is None else as_columns(offset, n_logits, "offset", "A2", n_columns=1),
             as_penalty(row_penalty, n_logits),

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from attnfit.data.gram import majorant
 from attnfit.data.inputs import as_point, as_ridge
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.budget import keeps_row_weights
-from attnfit.objectives.objective import Evaluation, Moved, Problem, Reduction, majorant
+from attnfit.objectives.objective import Evaluation, Moved, Problem, Reduction
 from attnfit.objectives.passes import change_of_slope
 from attnfit.objectives.whitening import Whitening
 from attnfit.segments import Array

@@ -6,9 +6,9 @@ from typing import Any
 
 from attnfit.data.inputs import choose
 from attnfit.losses.elementwise import FUNCTIONS, FunctionName, PoissonDeviance, SquaredExponential
-from attnfit.losses.loss import Loss
+from attnfit.losses.named import LossLike, find_loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.softmax import LOSSES, LossName, find_loss
+from attnfit.objectives.convexity import convex_from_ridge
 from attnfit.objectives.rows import RowProblem
 
 
@@ -104,7 +104,7 @@ class Softmax(RowProblem):
         A: Any,
         b: Any,
         groups: Any = None,
-        loss: LossName | Loss = "squared",
+        loss: LossLike = "squared",
         *,
         weights: Any = None,
         offset: Any = None,
@@ -125,7 +125,29 @@ class Softmax(RowProblem):
     @property
     def zero_is_stationary(self) -> bool:
         """True for entropy without offset and weights: uniform outputs are its maximum."""
-        return self.loss is LOSSES["entropy"] and self.offset is None and self.weights is None
+        bare = self.offset is None and self.weights is None
+        return bare and self.loss.shift_invariant and not self.loss.has_target
+
+    def convex_from_ridge(self) -> float:
+        """Return a ridge from which on the objective is convex: zero of a convex loss, infinite where none is
+        known. One pass.
+
+        With kappa a bound of the negative curvature of a group's loss in its logits, it is
+        ``lambda_max(A^T A) max_g kappa_g``: ``(max w + |w b|) / sqrt(2)`` of the squared loss, ``|w b| /
+        sqrt(2)`` of linear cross entropy, ``(1 + log n_g) / 2`` of the entropy, sums of these of sums.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from attnfit import problems
+        >>> A = np.random.default_rng(0).standard_normal((12, 3))
+        >>> terms = [("cross_entropy", 1.0), ("entropy", 0.1)]
+        >>> problem = problems.Softmax(A, np.full(12, 1 / 12), loss=terms)
+        >>> ridge = problem.convex_from_ridge()
+        >>> bool(ridge >= -np.linalg.eigvalsh(problem.hessian(np.ones(3)))[0])
+        True
+        """
+        return convex_from_ridge(self)
 
 
 class Rescaled(RowProblem):

@@ -21,6 +21,7 @@ from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential, Tota
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
+from attnfit.losses.sums import SoftmaxSum
 from attnfit.objectives.objective import Evaluation, Moved
 from attnfit.objectives.part import Part
 from attnfit.segments import Array
@@ -60,12 +61,15 @@ class Kind(Enum):
     LOCAL = 2
     # All outputs of some groups can go to zero together, and the loss of these groups with them.
     SCALING = 3
-    # A finite minimum always exists.
+    # Nothing is looked for: a finite minimum always exists, or, of a sum that the normaliser enters, no
+    # linear programme is known.
     NONE = 4
 
 
 def kind_of(loss: Loss) -> Kind:
     """Return what recession directions mean for a loss."""
+    if isinstance(loss, SoftmaxSum):
+        return Kind.EXACT if loss.is_cross_entropy else Kind.LOCAL
     if isinstance(loss, CrossEntropy | PoissonDeviance | Total):
         return Kind.EXACT
     if isinstance(loss, SquaredExponential):
@@ -92,7 +96,7 @@ def rows_of(part: Part, chunk: Chunk, block: Any, at: Evaluation, *, each: bool 
     z = part.design.product(block, at.x) + part.shift(chunk)
     counts = counting_rows(part, chunk)
     if not loss.coupled:
-        fixed = counts & (b > 0.0) if loss.has_target and not isinstance(loss, Total) else counts & False
+        fixed = counts & (b > 0.0) if loss.has_target else counts & False
         return Rows(fixed, counts & ~fixed, np.exp(z - z.max()))
     if kind_of(loss) is Kind.SCALING:
         return Rows(counts & False, counts, np.ones(len(z)))
@@ -184,8 +188,7 @@ def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Ma
         fixed, top = np.broadcast_to(np.asarray(w), b.shape) * b > 0.0, chunk.segments.max(z)
         z = z - chunk.segments.spread(top)
     else:
-        has_target = part.loss.has_target and not isinstance(part.loss, Total)
-        fixed = b > 0.0 if has_target else np.zeros(b.shape, dtype=bool)
+        fixed = b > 0.0 if part.loss.has_target else np.zeros(b.shape, dtype=bool)
         z = z - z.max()
     return float(np.exp(z[counts & ~fixed].min(initial=np.inf)))
 

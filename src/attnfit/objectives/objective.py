@@ -209,14 +209,6 @@ class Reduction:
     keeps_unknowns: bool = False
 
 
-def majorant(hessian: Array) -> Array:
-    """Return a symmetric matrix with its eigenvalues taken by absolute value: a positive semidefinite
-    majorant.
-    """
-    values, vectors = np.linalg.eigh(hessian)
-    return np.asarray((vectors * np.abs(values)) @ vectors.T)
-
-
 class Offer(Enum):
     """What a problem offers a solver besides value and derivatives."""
 
@@ -234,6 +226,10 @@ class Offer(Enum):
     PROJECTION = auto()
     # Fixed effects that are eliminated together with the fit: `descend`.
     ABSORBED = auto()
+    # An activation with kinks, on which a fit may end: `end`, `kinks`.
+    KINKS = auto()
+    # One linear system, solved by conjugate gradients: `right_sides`, `operator`, `preconditioner`.
+    LINEAR_SYSTEM = auto()
     # Two factors that enter one product: `gauss_newton_operator`, `metric`, `first_factor`.
     FACTORS = auto()
 
@@ -251,6 +247,8 @@ class Problem(ABC):
     # "exact" where a Hessian comes nearly free with a gradient, "kept" where one costs many and serves for
     # several steps, "matrix_free" where products are all that pays.
     best_hessian: str = "kept"
+    # One clause for the report of every fit.
+    note: str = ""
 
     @property
     @abstractmethod

@@ -292,8 +292,11 @@ def group_slopes(statistics: GroupStatistics, columns: tuple[Array, ...], segmen
     for coefficient, column in zip(statistics.coefficients, columns, strict=True):
         # At an exact normaliser most coefficients are zero or one.
         if np.any(coefficient):
-            one = np.all(coefficient == 1.0)
-            slope += column if one else segments.spread(np.asarray(coefficient)) * column
+            if np.all(coefficient == 1.0):
+                slope += column
+            else:
+                spread = segments.spread(np.asarray(coefficient)) if np.ndim(coefficient) else coefficient
+                slope += spread * column
     return slope
 
 

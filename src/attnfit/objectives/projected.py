@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from attnfit.data.gram import majorant
 from attnfit.data.inputs import as_point, as_vector
 from attnfit.data.pairs import BLOCK_PAIRS, KroneckerDesign
-from attnfit.objectives.objective import Evaluation, Offer, Problem, majorant
+from attnfit.objectives.objective import Evaluation, Offer, Problem
 from attnfit.objectives.pairs import per_sequence, read_factor, read_pairs
 
 if TYPE_CHECKING:

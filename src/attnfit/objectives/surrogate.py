@@ -22,6 +22,7 @@ from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExp
 from attnfit.losses.loss import GramTerm, Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LOSSES, CrossEntropy, LinearCrossEntropy, SoftmaxLoss, Squared
+from attnfit.losses.sums import Composite
 from attnfit.objectives.objective import MAX_DENSE
 from attnfit.objectives.part import Part
 from attnfit.segments import Array, Index, Segments
@@ -66,7 +67,7 @@ def surrogate_targets(
         How many rows each one stands for.
     """
     exponential = isinstance(loss, SquaredRescaled) and loss.function == "exp"
-    if exponential or (isinstance(loss, SoftmaxLoss) and loss.has_target):
+    if exponential or (isinstance(loss, SoftmaxLoss | Composite) and loss.has_target):
         b = _mapped(_positive_part, b)
         if w is not None:
             # Weights that differ within a group would move the minimiser of cross entropy away from f = b.
@@ -213,6 +214,8 @@ def _add(gram: Any, problem: Part, chunk: Chunk, block: Any, t: Array, share: Ar
 
 
 def _known(loss: Loss) -> bool:
+    if isinstance(loss, Composite):
+        return loss.has_target
     if isinstance(loss, SoftmaxLoss):
         return isinstance(loss, Squared | CrossEntropy | LinearCrossEntropy)
     return isinstance(loss, SquaredExponential | SquaredRescaled | PoissonDeviance)

@@ -16,6 +16,7 @@ _ROOMS = {
     "tensor-trick": "tensor_trick",
     "two-layer": "two_layer",
     "layer-recovery": "layer_recovery",
+    "one-layer": "one_layer",
 }
 NAMES = tuple(_ROOMS)
 

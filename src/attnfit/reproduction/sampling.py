@@ -339,9 +339,7 @@ def column(rows: Sequence[tuple[Any, ...]], k: int) -> list[float]:
     return [float(row[k]) for row in rows]
 
 
-def tables(
-    failures: Any, contractions: Any, by_nonzeros: Any, by_rows: Any, by_unknowns: Any
-) -> list[Table]:
+def tables(failures: Any, contractions: Any, by_nonzeros: Any, by_rows: Any, by_unknowns: Any) -> list[Table]:
     """Return all that was measured."""
     return [
         Table(

@@ -2,9 +2,11 @@
 
 from attnfit.solvers.batched import BatchedNewton
 from attnfit.solvers.check import check_solver
+from attnfit.solvers.conjugate_gradients import ConjugateGradients
 from attnfit.solvers.damped import LevenbergMarquardt
 from attnfit.solvers.factors import FactorLevenbergMarquardt
 from attnfit.solvers.gradient_descent import GradientDescent
+from attnfit.solvers.gram_powers import solve_even_power, solve_odd_power
 from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit
 from attnfit.solvers.many import ManyResult, minimize_many
 from attnfit.solvers.minimize import minimize
@@ -22,6 +24,7 @@ __all__ = [
     "ActiveSet",
     "BatchedNewton",
     "CheckpointError",
+    "ConjugateGradients",
     "Descent",
     "FactorLevenbergMarquardt",
     "GradientDescent",
@@ -45,4 +48,6 @@ __all__ = [
     "chernoff_rows",
     "minimize",
     "minimize_many",
+    "solve_even_power",
+    "solve_odd_power",
 ]

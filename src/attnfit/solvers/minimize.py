@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.data.inputs import as_point, choose
-from attnfit.objectives.objective import Offer, Problem, Reduction, parse_size
+from attnfit.objectives.objective import Evaluation, Offer, Problem, Reduction, parse_size
 from attnfit.solvers.checkpoint import Checkpoint
 from attnfit.solvers.loop import Callback, Solver, Tracker
 from attnfit.solvers.newton import EscapingNewton, Newton, require_starts
@@ -38,6 +38,10 @@ def default_solver(problem: Problem) -> Any:
         from attnfit.solvers.absorbed import AbsorbedNewton
 
         return AbsorbedNewton()
+    if Offer.LINEAR_SYSTEM in offers:
+        from attnfit.solvers.conjugate_gradients import ConjugateGradients
+
+        return ConjugateGradients()
     if Offer.INVERSION in offers:
         from attnfit.solvers.damped import LevenbergMarquardt
 
@@ -87,7 +91,7 @@ def minimize(
         Gaussian points, and the best end is returned with all local values.
     solver : a solver of `attnfit.solvers`, optional
         `Newton()` by default, `ActiveSet()` for mixtures, `BatchedNewton()` for several right-hand sides,
-        `LevenbergMarquardt()` for `LayerInversion`;
+        `LevenbergMarquardt()` for `LayerInversion`, `ConjugateGradients()` for `KernelRegression`;
         ``result.solver`` says what it chose.
     tol : float, in (0, 1e-2]
         The largest change of a fitted logit that the next Newton step may still make: of ``exp(z)``
@@ -235,14 +239,20 @@ def _fit(
         status = status if reason is None else Status.FALSE_OPTIMUM
     if recording is not None:
         recording.check()
-    at = best.at
+    at, settled, column_status = best.at, None, outcome.column_status
+    if Offer.KINKS in given.offers and status not in ENDED:
+        settled = problem.end(at, tol)  # type: ignore[attr-defined]
+        if settled is not None:
+            at, verdict, column_status = _settled(problem, settled, at, verdict, column_status)
+            status = verdict.status
     gradient_norm = best.relative(at.gradient)
     flat = verdict.flat
     lift = None if reduction is None else reduction.lift
-    end = End(status, verdict, tol, max_iter, outcome.n_starts, given, gradient_norm, lift, reason)
-    message = outcome.message or end.message()
+    end = End(status, verdict, tol, max_iter, outcome.n_starts, given, gradient_norm, lift, reason, settled)
+    message = end.message() if settled is not None else outcome.message or end.message()
     ended = outcome.absorbed
     message += f"; {ended.note}" if ended is not None and ended.note else ""
+    message += f"; {given.note}" if given.note else ""
     if status is Status.CONVERGED and problem.is_trivial(best.at):
         message += "; all outputs are zero there, where the loss vanishes whatever the target: pass x0"
     if reduction is not None:
@@ -283,11 +293,12 @@ def _fit(
         problem=given,
         local_values=outcome.local_values,
         unidentified=flat,
-        column_status=outcome.column_status,
+        column_status=column_status,
         move=verdict.move,
         decrement=verdict.decrement,
         n_flat=None if verdict.flat is None else int(verdict.flat.shape[1]),
         separation=found,
+        kinks=given.kinks(x) if Offer.KINKS in given.offers else [],  # type: ignore[attr-defined]
         effects=None if ended is None else ended.effects,
         dropped=None if ended is None else ended.dropped,
         absorbed=ended,
@@ -300,6 +311,24 @@ def _points(tracker: Tracker, x: Array, given: Problem, lift: Callable[[Array], 
     """Return the iterates that led to x, in the user's variables, shape (n_points, ...)."""
     found = tracker.history.points_to(x)
     return np.array([p if lift is None else lift(p) for p in found]).reshape(-1, *given.shape)
+
+
+def _settled(
+    problem: Any, settled: Any, at: Evaluation, verdict: Verdict, columns: NDArray[Any] | None
+) -> tuple[Evaluation, Verdict, NDArray[Any] | None]:
+    """Return the end of a fit, the verdict and the status of each right-hand side, given what kinks say."""
+    if settled.minima:
+        at = problem.evaluate(settled.x.reshape(-1))
+    if columns is None:
+        status = Status.FLAT if settled.dead else Status.CONVERGED
+    else:
+        columns = columns.astype(object)
+        columns[list(settled.minima)], columns[settled.dead] = "converged", "flat"
+        columns = columns.astype(str)
+        others = [Status(name) for name in columns.tolist() if name not in ("converged", "flat")]
+        status = others[0] if others else Status.FLAT if settled.dead else Status.CONVERGED
+    move = max(settled.minima.values(), default=verdict.move)
+    return at, replace(verdict, status=status, move=move), columns
 
 
 def _with_starts(solver: Any, n_starts: int) -> Any:
@@ -327,6 +356,7 @@ class End:
     gradient_norm: float
     lift: Callable[[Array], Array] | None = None
     reason: str | None = None
+    settled: Any = None
 
     def message(self) -> str:
         """Return the status in a sentence, with the remedy; unknowns are named as the user knows them."""
@@ -349,6 +379,11 @@ class End:
                     f"no minimum: the loss falls to {self._limit()} along the direction "
                     f"({self._direction()}), where {self._rows()} have output zero; result.separation fits "
                     "the others; add ridge > 0"
+                )
+            case Status.FLAT if self.settled is not None and self.settled.dead:
+                return (
+                    "all outputs are dead: A2 f is negative everywhere, where the slope of the activation is "
+                    "zero, although targets are positive; pass another x0, or take activation='leaky_relu'"
                 )
             case Status.FLAT:
                 assert self.verdict.flat is not None
@@ -385,6 +420,8 @@ class End:
         if self.verdict.at_floor:
             return f"converged to the rounding of the data: {self.verdict.move:.1e} in the logits"
         text = f"converged{reached}" + (", curvature sampled" if self.verdict.sampled else "")
+        if self.settled is not None:
+            return f"{text}; a minimum on a kink of the activation: see result.kinks"
         if self.problem.convex or not self.problem.has_logits:
             return text
         if self.n_starts > 1:

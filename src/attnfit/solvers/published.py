@@ -324,9 +324,7 @@ class _Draws:
             values = np.linalg.eigvalsh(root.T @ exact @ root)
             error = float(max(abs(values[0] - 1.0), abs(values[-1] - 1.0)))
         all_rows = bool(len(kept) == np.count_nonzero(size) and (inverse == 1.0).all())
-        self.steps.append(
-            SampledStep(m, len(kept), mu, 0.0 if all_rows else bound, float(D.min()), error)
-        )
+        self.steps.append(SampledStep(m, len(kept), mu, 0.0 if all_rows else bound, float(D.min()), error))
         low_rank = split.low_rank if solver.low_rank == "exact" else 0.0
         return np.asarray(sampled + low_rank + split.ridge)
 

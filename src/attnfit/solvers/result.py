@@ -159,6 +159,8 @@ class Result:
         Where there is no finite minimum: ``direction``, ``columns``, ``rows``, ``remaining`` and ``fit()``.
         ``x`` is then the fit of the remaining rows, -inf or inf where a coefficient has no finite value, NaN
         where only its combinations with others have one.
+    kinks : list of Kink
+        The outputs (``output``, ``column``, ``y``, ``side``) that x puts on a kink of the activation.
     effects : Effects, optional
         Of a problem with absorbed effects: ``effects[s]`` has the labels of set s, their values, components
         and what is identified.
@@ -193,6 +195,7 @@ class Result:
     decrement: float = float("nan")
     n_flat: int | None = None
     separation: Separation | None = None
+    kinks: list[Any] = field(default_factory=list)
     effects: Effects | None = None
     dropped: dict[str, Any] | None = field(default=None, repr=False)
     points: Array | None = field(default=None, repr=False)

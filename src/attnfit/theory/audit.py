@@ -88,9 +88,7 @@ class Audit:
         lines = [aligned(("theorem", "lhs/rhs", "printed bound", ""), rows, right=(1,))]
         if untested:
             lines.append(f"not tested, as both sides are zero: {', '.join(untested)}")
-        lines += [
-            f"({k}) {text}: {_listed(ids)}" for k, (text, ids) in enumerate(self.violated.items(), 1)
-        ]
+        lines += [f"({k}) {text}: {_listed(ids)}" for k, (text, ids) in enumerate(self.violated.items(), 1)]
         return "\n".join([*lines, *self.notes])
 
 

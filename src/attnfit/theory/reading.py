@@ -11,6 +11,7 @@ from scipy import sparse
 
 from attnfit.data.inputs import as_point
 from attnfit.data.pairs import PairRows
+from attnfit.losses.activations import Activation
 from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.objectives.attention import Attention
@@ -166,8 +167,13 @@ def _two_layer(problem: TwoLayer, x: Any, y: Any) -> Reading:
         if problem.offset is not None:
             matrix = np.column_stack([A1, problem.offset[:, min(j, problem.offset.shape[1] - 1)]])
             start, end = np.append(start, 1.0), np.append(end, 1.0)
-        L_h = None if problem.activation.bounds_known else _probed(problem, A2)
-        found.append(instances.TwoLayer(matrix, A2, problem.b[:, j], start, end, problem.activation, L_h=L_h))
+        h = problem.activation
+        if not isinstance(h, Activation) or h.kink is not None:
+            raise TypeError(
+                f"the papers' bounds need an entrywise h with a Lipschitz derivative, not {h.name}"
+            )
+        L_h = None if h.bounds_known else _probed(h, A2)
+        found.append(instances.TwoLayer(matrix, A2, problem.b[:, j], start, end, h, L_h=L_h))
     if found and not problem.activation.bounds_known:
         notes.append(
             "L_h of this activation is the largest |h'|, |h''| on a grid over all that A2 softmax can be"
@@ -179,8 +185,8 @@ def _array(matrix: Any) -> Array:
     return np.asarray(matrix.toarray() if sparse.issparse(matrix) else matrix)
 
 
-def _probed(problem: TwoLayer, A2: Array) -> float:
-    _, slope, curvature = problem.activation.jet(np.linspace(float(A2.min()), float(A2.max()), 1001))
+def _probed(h: Activation, A2: Array) -> float:
+    _, slope, curvature = h.jet(np.linspace(float(A2.min()), float(A2.max()), 1001))
     return float(max(np.abs(slope).max(), np.abs(curvature).max(), np.finfo(float).tiny))
 
 
