@@ -39,7 +39,7 @@ def test_audit_writes_everything(texts, tmp_path):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].startswith("tiny: up to 100 % of tokens recovered without a defence (hidden:1)")
-    assert lines[1].split() == ["access", "none", "int8", "noise:4.0"]
+    assert ["access", "none", "int8", "noise:4.0"] in [line.split() for line in lines]
     content = json.loads(told.read_text())
     assert content["settings"]["n_texts"] == 2
     assert {pair["access"] for pair in content["pairs"]} == {"hidden:1", "topk:5"}
