@@ -153,7 +153,10 @@ def by_autodiff(data: tuple[Array, ...], ridge: float, x: Array, v: Array) -> tu
 
     gradient = torch.func.grad(loss)
     at, along = torch.tensor(x), torch.tensor(v)
-    product = torch.func.jvp(gradient, (at,), (along,))[1]
+    with warnings.catch_warnings():
+        # PyTorch trips over its own deprecation the first time forward-mode autodiff is used.
+        warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", DeprecationWarning)
+        product = torch.func.jvp(gradient, (at,), (along,))[1]
     return gradient(at).numpy(), product.numpy()
 
 
