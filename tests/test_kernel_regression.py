@@ -1,6 +1,7 @@
 """Kernel regression against dense solutions and autodiff, and what it says where there is none."""
 
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from autodiff import as_tensor
 from instances import relative
 from scipy import linalg
+from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
 from attnfit.solvers import ConjugateGradients, Newton, solve_even_power, solve_odd_power
@@ -298,7 +300,9 @@ def test_one_token_and_tokens_that_occur_twice(penalty):
 def test_without_a_penalty_only_regular_kernels_are_taken(n):
     """By eigenvalues, and by Lanczos steps."""
     b = np.random.default_rng(1).standard_normal(n)
-    far = 6.0 * np.random.default_rng(0).standard_normal((n, 6))
+    far = np.random.default_rng(0).standard_normal((n, 6))
+    # Of one length: a long row among short ones asks for more digits than float64 has.
+    far *= 12.0 / np.linalg.norm(far, axis=1, keepdims=True)
     result = minimize(problems.KernelRegression(far, b, ridge=0.0, temperature=1.0), tol=1e-10)
     assert result.converged
     assert relative(result.x, dense_solution(far, b, 0.0, "function")) < 1e-8
@@ -310,8 +314,10 @@ def test_long_tokens_are_refused_before_their_targets_vanish():
     A = np.array([[1.0, 0.0], [40.0, 0.0]])
     with pytest.raises(ValueError, match="row 1 of A is so long"):
         problems.KernelRegression(A, [1.0, 1.0], ridge=0.1)
-    # A target of zero vanishes without loss; a higher temperature keeps any.
-    assert minimize(problems.KernelRegression(A, [1.0, 0.0], ridge=0.1)).converged
+    # A target of zero vanishes without loss, but nobody knows the output of its row, e^800 times a rounding.
+    # A higher temperature keeps any.
+    with pytest.warns(ConvergenceWarning, match="scale A where its rows are long"):
+        assert minimize(problems.KernelRegression(A, [1.0, 0.0], ridge=0.1)).status == "precision"
     assert minimize(problems.KernelRegression(A, [1.0, 1.0], ridge=0.1, temperature=100.0)).converged
     with pytest.raises(ValueError, match="row 1 of A is so long"):
         problems.KernelRegression(A, [1.0, 1.0], ridge=0.1, normalise=True)
@@ -379,3 +385,56 @@ def test_dependent_columns_need_a_ridge():
         solve_even_power(np.ones((2, 3)), np.ones(3))
     with pytest.raises(ValueError, match="at least 1"):
         solve_even_power(np.eye(2), np.ones(2), 0)
+
+
+def true_error(problem, y):
+    """The largest error of an output relative to the largest target, against a solution refined in extended
+    precision.
+    """
+    n = len(problem.A)
+    a = np.asarray(problem.A, dtype=np.longdouble)
+    s = np.asarray(problem.s, dtype=np.longdouble)
+    G = np.exp(a @ a.T - s[:, None] - s)
+    M = (G if problem.penalty == "function" else G @ G) + problem.ridge * np.eye(n, dtype=np.longdouble)
+    right = np.exp(problem.sign * s)[:, None] * problem.b
+    target = right if problem.penalty == "function" else G @ right
+    factor = linalg.cho_factor(np.asarray(M, dtype=float))
+    exact = np.zeros_like(right)
+    for _ in range(60):
+        exact = exact + linalg.cho_solve(factor, np.asarray(target - M @ exact, dtype=float))
+    off = np.exp(-problem.sign * s)[:, None] * (G @ (exact - y.reshape(right.shape)))
+    return float((np.abs(off).max(axis=0) / np.abs(problem.b).max(axis=0)).max())
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("ridge", [1e-2, 1e-4])
+def test_an_end_that_is_called_converged_gives_the_outputs(penalty, normalise, scale, ridge):
+    """Long rows multiply what is left of the residual by exp(|a|^2 / 2); targets of any size, twice the same
+    row.
+    """
+    rng = np.random.default_rng(int(10 * scale))
+    A = scale * rng.standard_normal((80, 4))
+    A[7] = A[3]
+    B = np.column_stack([1.0 + np.sin(A[:, 0]), 1e-9 * rng.standard_normal(80)])
+    problem = problems.KernelRegression(A, B, ridge=ridge, penalty=penalty, normalise=normalise)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        result = minimize(problem, max_iter=3000, random_state=0)
+    assert result.status in ("converged", "precision")
+    assert true_error(problem, result.x) <= result.move
+    if result.converged:
+        assert result.move <= 2e-5
+    else:
+        assert "off by at most" in result.message and result.move > 1e-5
+    # Ordinary rows are no reason for doubt.
+    assert result.converged or scale > 1.0
+
+
+def test_a_step_is_measured_in_the_outputs():
+    A = 2.0 * np.random.default_rng(0).standard_normal((30, 3))
+    problem = problems.KernelRegression(A, np.ones(30), ridge=0.1)
+    y, p = np.zeros(30), np.random.default_rng(1).standard_normal(30)
+    moved = problem.moves(problem.evaluate(y), p[:, None]).largest
+    assert moved == pytest.approx([np.abs(problem.predict(p)).max()], rel=1e-12)

@@ -33,6 +33,7 @@ SEPARATE, LANCZOS_STEPS, EXACT = 1e-12, 30, 200
 PIVOT = 1e-13
 # The shift of a preconditioner, as a share of the largest eigenvalue.
 SHIFT = 1e-12
+TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,14 @@ class KernelRegression(Problem):
             self.s = 0.5 * np.concatenate(sums)
         self.sign = 1.0 if normalise else -1.0
         self.right = self._scaled(self.sign)
-        if self.ridge == 0.0:
-            self._require_regular()
+        least = self._require_regular() if self.ridge == 0.0 else 0.0
+        # The norm of ``G (G + ridge)^-1``, or of ``G (G^2 + ridge)^-1``.
+        coefficients = penalty == "coefficients"
+        gain = (0.5 / np.sqrt(self.ridge) if self.ridge else 1.0 / least) if coefficients else 1.0
+        targets = np.abs(self.b).max(axis=0)
+        with np.errstate(over="ignore"):
+            longest = np.exp((-self.sign * self.s).max())
+        self._reach = np.divide(gain * longest, targets, out=np.zeros(len(targets)), where=targets > 0.0)
 
     def _scaled(self, sign: float) -> Array:
         with np.errstate(over="ignore", under="ignore"):
@@ -166,8 +173,10 @@ class KernelRegression(Problem):
             )
         return np.asarray(right)
 
-    def _require_regular(self) -> None:
-        """Refuse a kernel that is singular in float64, as far as its eigenvalues are known."""
+    def _require_regular(self) -> float:
+        """Return the smallest eigenvalue of the kernel, as far as it is known; refuse one that is singular in
+        float64.
+        """
         n = len(self.A)
         values = linalg.eigvalsh(self.kernel_product(np.eye(n))) if n <= EXACT else self._ritz_values()
         if n > EXACT:
@@ -180,6 +189,7 @@ class KernelRegression(Problem):
                 f"ridge is zero, but the kernel is singular in float64 (eigenvalues from {values[0]:.1e} to "
                 f"{values[-1]:.1e}): rows of A that occur twice or lie close make it so; give ridge > 0"
             )
+        return float(values[0])
 
     def _ritz_values(self) -> Array:
         q = np.random.default_rng(0).standard_normal(len(self.A))
@@ -300,6 +310,28 @@ class KernelRegression(Problem):
         seen = values**power > self.ridge
         return LowRank(F, (vectors * inner) @ vectors.T, shift, int(seen.sum()))
 
+    def output_errors(self, residuals: Array) -> Array:
+        """Return bounds of the errors of `predict`, relative to the largest target, shape (k,), given the
+        norms of the residuals of the linear system.
+
+        With r the residual, those of ``G y`` are ``G (G + ridge)^-1 r``, or ``G (G^2 + ridge)^-1 r``, no
+        longer than ``|r|``, or ``|r| / (2 ridge^(1/2))``; a row's output is that times ``exp(s)``, or
+        ``exp(-s)`` of the normalised form.
+        """
+        out = np.zeros(len(residuals))
+        np.multiply(self._reach, residuals, out=out, where=residuals > 0.0)
+        return out
+
+    def residual_rounding(self, Y: Array) -> Array:
+        """Return how much of a residual is rounding, shape (k,): entries of G have the relative error of
+        their logarithm, and errors of sums are taken for independent. One product, or two.
+        """
+        unit = np.finfo(np.float64).eps * (np.sqrt(len(self.A)) + 4.0 * float(np.abs(self.s).max()))
+        sizes = self.kernel_product(np.abs(Y)) + np.abs(self.right)
+        if self.penalty == "coefficients":
+            sizes = self.kernel_product(sizes)
+        return np.asarray(unit * np.linalg.norm(sizes + self.ridge * np.abs(Y), axis=0))
+
     def value_of(self, Y: Array, residual: Array, right: Array) -> float:
         """Return the objective at Y whose residual in the linear system with this right side is known."""
         constant = 0.0 if self.penalty == "function" else np.sum(self.right**2)
@@ -333,9 +365,9 @@ class KernelRegression(Problem):
         return Evaluation(x, 0.5 * float(value), gradient.reshape(-1), gradient_at_zero=zero)
 
     def moves(self, at: Evaluation, steps: Array) -> Moved:
-        """Return the largest change of a fitted value along each step, relative to the largest ``b'``."""
-        size = max(float(np.abs(self.right).max()), np.finfo(float).tiny)
-        changes = [np.abs(self.kernel_product(self._columns(p))).max() / size for p in steps.T]
+        """Return the largest change of an output along each step, relative to the largest target."""
+        scale = np.exp(-self.sign * self.s)[:, None] / np.maximum(np.abs(self.b).max(axis=0), TINY)
+        changes = [np.abs(scale * self.kernel_product(self._columns(p))).max() for p in steps.T]
         return Moved(np.array(changes))
 
     def hessian_operator(self, at: Evaluation, sample: Any = None) -> Callable[[Array], Array]:
