@@ -158,6 +158,16 @@ def test_what_to_do_is_ranked_by_what_it_costs():
     pairs = tuple(replace(p, n_cut=1) if p.defence == "noise:9.0" else p for p in report().pairs)
     assert not options(replace(report(), cells=cells, pairs=pairs), 0.05)[1].enough
     assert options(report(), 1.0) == []
+    # Nor is one enough, or keeping what leaks at home, where another form of access was not tested with it.
+    for changed, place in (("noise:9.0", "noise:9.0"), ("none", "keep hidden:1 on your own machines")):
+        pairs = tuple(
+            replace(p, n_texts=0, n_unsupported=2, tokens_right=0, tokens=0)
+            if (p.access, p.defence) in (("topk:5", changed), ("topk:5", "none"))
+            else p
+            for p in report().pairs
+        )
+        (option,) = [o for o in options(replace(report(), pairs=pairs), 0.05) if o.what == place]
+        assert not option.enough
 
 
 def test_who_attacks_and_what_was_tried_is_said():

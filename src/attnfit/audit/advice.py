@@ -117,22 +117,24 @@ class Option:
 
 def options(report: Report, limit: float) -> list[Option]:
     """Return what can be done, first what is enough, the cheapest first; empty where nothing leaks."""
-    exposed = [
-        pair.access
-        for pair in report.pairs
-        if pair.defence == NONE and pair.leak > limit and parse_access(pair.access).observed
-    ]
+    observed = [pair for pair in report.pairs if parse_access(pair.access).observed]
+    bare = [pair for pair in observed if pair.defence == NONE]
+    exposed = [pair.access for pair in bare if pair.leak > limit]
     if not exposed:
         return []
-    found = [Option(f"keep {', '.join(exposed)} on your own machines", 0.0, 0.0, 1.0, True)]
+    # What was not tested on one form of access is enough for none.
+    others = [pair for pair in bare if pair.access not in exposed]
+    kept_safe = all(pair.complete and pair.tested for pair in others)
+    left = max((pair.leak for pair in others), default=0.0)
+    found = [Option(f"keep {', '.join(exposed)} on your own machines", left, 0.0, 1.0, kept_safe)]
     for defence in report.settings.defences:
-        pairs = [p for p in report.pairs if p.defence == defence and p.access in exposed]
-        if defence == NONE or not pairs or not all(pair.tested for pair in pairs):
+        pairs = [pair for pair in observed if pair.defence == defence]
+        if defence == NONE or not all(pair.tested for pair in pairs if pair.access in exposed):
             continue
         leak = max(pair.leak for pair in pairs)
         costs = [pair.divergence for pair in pairs if pair.divergence is not None]
         kept = [pair.agreement for pair in pairs if pair.agreement is not None]
-        enough = leak <= limit and all(pair.complete for pair in pairs)
+        enough = leak <= limit and all(pair.complete and pair.tested for pair in pairs)
         found.append(Option(defence, leak, max(costs, default=None), min(kept, default=None), enough))
     return sorted(found, key=lambda o: (not o.enough, (o.divergence or 0.0) if o.enough else o.leak))
 
