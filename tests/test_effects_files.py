@@ -250,10 +250,29 @@ def test_rows_and_groups_are_held_out_with_effects(trade, tmp_path):
         assert value == pytest.approx(other["scores"][0]["values"][name], rel=1e-6)
 
 
+def test_columns_without_a_value_are_named_for_what_they_are(trade, tmp_path):
+    """Not identified, or separated: the one has no row that goes to zero, the other has."""
+    frame = pd.read_csv(trade)
+    frame["twin"] = frame.distance
+    frame["gone"] = ((frame.flow == 0) & (frame.distance > 0.5) & (frame.origin == 107)).astype(int)
+    assert 0 < frame.gone.sum() < 20
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    where = ("--target", "flow", "--absorb", "origin", "--features")
+    same = run("fit", "poisson", tmp_path / "t.csv", *where, "distance,twin")
+    told = re.sub(r"\s+", " ", same.output)
+    assert "The data do not identify distance, twin" in told and "No finite value" not in told
+    assert "distance, twin are collinear with the effects, or with one another" in told
+    ends = run("fit", "poisson", tmp_path / "t.csv", *where, "distance,gone")
+    told = re.sub(r"\s+", " ", ends.output)
+    assert ends.exit_code == 1 and "do not identify" not in told
+    assert f"No finite value: gone. The outputs of {frame.gone.sum()} rows go to zero" in told
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (("--absorb", ""), "must name columns"),
+        (("--absorb", "origin*origin"), "must name columns"),
         (("--absorb", "origin*"), "must name columns"),
         (("--absorb", "orgin"), "did you mean 'origin'"),
         (("--absorb", "flow"), "given to two options"),

@@ -90,7 +90,8 @@ def listed(names: str | None) -> tuple[str, ...] | None:
 def levels_of(absorb: str | None) -> tuple[tuple[str, ...], ...]:
     """Return the sets of effects of an option, each as the columns whose combinations are its levels."""
     sets = [tuple(part.strip() for part in name.split("*")) for name in listed(absorb) or ()]
-    if absorb is not None and not (sets and all(all(parts) for parts in sets)):
+    whole = all(all(parts) and len(set(parts)) == len(parts) for parts in sets)
+    if absorb is not None and not (sets and whole):
         raise InputError(f'--absorb {absorb!r} must name columns, such as "origin,destination*year"')
     return tuple(sets)
 

@@ -299,7 +299,8 @@ def make_report(
     choice = "".join(f", {name} {getattr(estimator, name)}" for name, of in choices.items() if model in of)
     totals = getattr(estimator, "share_totals_", None)
     separation, n_rows = estimator.result_.separation, estimator.n_rows_
-    separated = np.zeros(0, dtype=int) if separation is None else np.asarray(separation.rows)
+    dropped = estimator.result_.dropped or {}
+    separated = np.asarray(dropped.get("separated", ()) if separation is None else separation.rows, dtype=int)
     # Rows of zeros that the estimator adds stand after those of the data.
     outside = int((separated >= n_rows).sum())
     summary = estimator.summary(level=level)

@@ -159,7 +159,7 @@ def _data(estimator: Any, report: FitReport, rows: Rows, data: Path) -> Pairs:
         "rows": f"{report.n_rows - report.n_dropped:,}",
         "groups": f"{report.n_groups:,}" if report.n_groups else None,
         "left out": f"{report.n_dropped:,} rows" if report.n_dropped else None,
-        "effects absorbed": "; ".join(report.absorbed).removeprefix("effects absorbed: ") or None,
+        "effects absorbed": "; ".join(report.effects()).removeprefix("effects absorbed: ") or None,
         "outside good": "one a group" if getattr(estimator, "outside_good", False) else None,
         "weights": estimator.weight_type if rows.inputs.get("sample_weight") is not None else None,
         "offset": "yes" if rows.inputs.get("offset") is not None else None,

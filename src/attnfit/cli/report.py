@@ -100,7 +100,15 @@ class FitReport:
 
     def _named(self, sentence: str) -> str:
         names = self.columns["name"]
-        return re.sub(r"\bcolumn (\d+)\b", lambda match: str(names[int(match[1])]), sentence)
+
+        def named(match: re.Match[str]) -> str:
+            return ", ".join(str(names[int(k)]) for k in match[1].split(", "))
+
+        return re.sub(r"\bcolumns? (\d+(?:, \d+)*)\b", named, sentence)
+
+    def effects(self) -> list[str]:
+        """Return what is said of absorbed effects, with the names of the columns."""
+        return [self._named(line) for line in self.absorbed]
 
     def facts(self) -> list[str]:
         """Return the closing line in pieces."""
@@ -135,7 +143,15 @@ class FitReport:
         remarks = []
         pairs = zip(self.columns["name"], self.columns["standard_error"], strict=True)
         finite = [math.isfinite(value) for value in self.columns["coefficient"]]
-        endless = [str(n) for n, known in zip(self.columns["name"], finite, strict=True) if not known]
+        values = dict(zip(map(str, self.columns["name"]), self.columns["coefficient"], strict=True))
+        # Beside absorbed effects what is not identified has no value; elsewhere it has that of least norm.
+        lost = [name for name, value in values.items() if self.absorbed and math.isnan(value)]
+        if lost:
+            remarks.append(
+                f"The data do not identify {', '.join(lost)} (constant within the levels of an effect, or a "
+                "combination of others): no value is shown"
+            )
+        endless = [n for n, value in values.items() if not math.isfinite(value) and n not in lost]
         if endless:
             n, outside = self.vanishing
             told = [f"{n:,} row{'s'[: n != 1]}"] if n or not outside else []
@@ -154,11 +170,11 @@ class FitReport:
                 "the answer of smallest norm is shown"
             )
         remarks += self._totals()
-        values = self.local_values()
-        if values:
-            listed = ", ".join(f"{value:.10g} from {name}" for name, value in values.items())
+        minima = self.local_values()
+        if minima:
+            listed = ", ".join(f"{value:.10g} from {name}" for name, value in minima.items())
             remarks.append(
-                f"{len(values)} local minima of the objective, of which the lowest is shown: {listed}"
+                f"{len(minima)} local minima of the objective, of which the lowest is shown: {listed}"
             )
         return remarks
 
@@ -214,7 +230,7 @@ class FitReport:
             value = self.statistics.log_likelihood
             before = "" if value is None else f"log likelihood {value:.10g}, "
             lines += [before + line for line in self.statistics.describe()]
-        for line in [*lines, *self.absorbed, *(found.sentence() for found in self.scores), *self.remarks()]:
+        for line in [*lines, *self.effects(), *(found.sentence() for found in self.scores), *self.remarks()]:
             console.say(line)
 
     def as_json(self) -> dict[str, Any]:
@@ -250,7 +266,7 @@ class FitReport:
                 "reason": certificate.reason,
             },
             "standard_errors": list(self.errors),
-            "absorbed": list(self.absorbed),
+            "absorbed": self.effects(),
             "level": self.level,
             "statistics": {} if self.statistics is None else self.statistics.values(),
             "scores": [{"title": found.title, "values": found.values} for found in self.scores],

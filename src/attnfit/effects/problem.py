@@ -342,7 +342,7 @@ class AbsorbedProblem(Problem):
         if len(collinear):
             some = ", ".join(map(str, collinear[:5])) + (", ..." if len(collinear) > 5 else "")
             told = ("s", "are", "they have") if len(collinear) > 1 else ("", "is", "it has")
-            how = "collinear with the effects"
+            how = "collinear with the effects" + (", or with one another" if len(collinear) > 1 else "")
             if ending in (Ending.CONVERGED, Ending.AT_FLOOR) and self._sees(fit, point, here):
                 ending, how = Ending.FLAT, "hardly told from the effects, or from one another"
             notes.append(f"column{told[0]} {some} {told[1]} {how}: {told[2]} no coefficient")
