@@ -62,7 +62,7 @@ GUARDS = {
     "losses/separable": ["losses", "open_losses"],
     "losses/activations": ["activations", "activation_kinks"],
     "losses/vector_activations": ["activation_kinks"],
-    "losses/sums": ["loss_sums"],
+    "losses/sums": ["loss_sums", "loss_sums_verdicts"],
     "losses/named": ["loss_sums", "open_losses"],
     "objectives/units": ["certificates_centred"],
     "certificates/certification": [*BALLS, "certificates_rigorous"],

@@ -438,3 +438,12 @@ def test_a_step_is_measured_in_the_outputs():
     y, p = np.zeros(30), np.random.default_rng(1).standard_normal(30)
     moved = problem.moves(problem.evaluate(y), p[:, None]).largest
     assert moved == pytest.approx([np.abs(problem.predict(p)).max()], rel=1e-12)
+
+
+def test_a_residual_below_rounding_is_not_followed():
+    """Rows so unequal that float64 cannot hold their outputs: said after a few products, not after all."""
+    A = 6.0 * np.random.default_rng(0).standard_normal((150, 6))
+    b = np.random.default_rng(1).standard_normal(150)
+    with pytest.warns(ConvergenceWarning, match="no smaller residual is possible in float64"):
+        result = minimize(problems.KernelRegression(A, b, ridge=0.1), random_state=0, max_iter=1000)
+    assert result.status == "precision" and result.n_iter < 200

@@ -172,11 +172,15 @@ def _read_and_draw_part(
     for chunk in part.prefetch(chunks):
         block, z = part.logits(chunk, x)
         state: list[Array] = []
-        if sum_up_run is None or part.design.on_disk or (part.loss.coupled and chunk.long < 0):
+        # What rows of a long group weigh in the Hessian needs their logits only; whole groups need states.
+        bare = (
+            sum_up_run is not None and not part.design.on_disk and (chunk.long >= 0 or not part.loss.coupled)
+        )
+        found = sum_up_run(part, [chunk], x, reference, long_states) if bare else None
+        if found is None:
             state = _add_chunk(part, chunk, block, z, reference, long_states, totals)
         else:
-            # What the rows weigh in the Hessian needs their logits only, which are finite.
-            totals = totals.merge(sum_up_run(part, [chunk], x, reference, long_states))
+            totals = totals.merge(found)
         if sampler is None and not hessian:
             continue
         if chunk.long >= 0:
