@@ -32,6 +32,8 @@ FREE = {"__init__", "__main__", "designs"}
 LAZY = {
     # What a result offers: its certificate.
     ("solvers", "certificates"),
+    # What a block offers: itself, out of a model.
+    ("objectives", "heads"),
 }
 
 

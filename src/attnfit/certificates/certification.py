@@ -24,6 +24,7 @@ from attnfit.objectives.moves import counting_rows
 from attnfit.objectives.objective import Evaluation, Offer
 from attnfit.objectives.part import Part
 from attnfit.objectives.rows import RowProblem
+from attnfit.objectives.token_problem import TokenProblem
 from attnfit.objectives.units import centred
 
 Array = NDArray[np.float64]
@@ -90,6 +91,10 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
         return certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
     if isinstance(problem, LayerProblem):
         return certify_layer(problem, x)
+    if isinstance(problem, TokenProblem):
+        return refused(
+            "none is known for transformer blocks; radius of a recovery says how far an input can be"
+        )
     if isinstance(problem, Attention):
         if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
             return refused(

@@ -19,11 +19,12 @@ from attnfit.data.gram import centre_rows
 from attnfit.data.inputs import as_point
 from attnfit.losses.vector_activations import AnyActivation, VectorActivation
 from attnfit.objectives.inverse_layer import HeadState
-from attnfit.objectives.inverse_problem import LayerEvaluation, LayerProblem
+from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layer_curvature import LayeredEvaluation, Layers, outer_rows, weighted_outputs
 from attnfit.objectives.layer_inputs import LinearMap
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.objective import MAX_DENSE
+from attnfit.objectives.token_problem import TokenEvaluation
 
 Array = NDArray[np.float64]
 
@@ -318,7 +319,7 @@ class InverseBall:
     for the same with rows.
     """
 
-    def __init__(self, problem: LayerProblem, at: LayerEvaluation, whitener: Array) -> None:
+    def __init__(self, problem: LayerProblem, at: TokenEvaluation, whitener: Array) -> None:
         self.problem, self.at = problem, at
         d, u = problem.shape
         self.W = np.zeros((problem.n, d, whitener.shape[1]))

@@ -206,7 +206,7 @@ def look(
     layers: Sequence[int] | None = None,
 ) -> Looked:
     """Run a model on texts, one by one, and keep what enters its attentions and all maps."""
-    module, tokenise = _opened(model, tokenizer)
+    module, tokenise = opened(model, tokenizer)
     family = str(module.config.get_text_config().model_type)
     blocks = _blocks(module)
     wanted = list(range(len(blocks))) if layers is None else list(layers)
@@ -244,7 +244,7 @@ def _note(seen: dict[int, Any], layer: int, _: Any, args: Any, kwargs: Any) -> N
     seen[layer] = value[0].detach().cpu()
 
 
-def _opened(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def opened(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Return the transformers model, and what makes tokens of a text."""
     if not isinstance(model, torch.nn.Module) and not hasattr(model, "module"):
         from attnfit import audit

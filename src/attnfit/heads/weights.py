@@ -11,8 +11,13 @@ import torch
 from attnfit.objectives.rotary import Rotary
 from attnfit.segments import Array
 
-# What attention modules call their projections, queries and keys.
-NAMES = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("q", "k"))
+# What attention modules call their projections, queries, keys and values.
+NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
 # Queries, keys and values from one projection: all queries first, or head by head.
 STACKED, BY_HEAD = ("c_attn", "qkv_proj", "Wqkv"), ("query_key_value",)
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
@@ -44,11 +49,11 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Projections:
-    """The maps from the input of an attention to its queries and keys.
+    """The maps from the input of an attention to its queries, keys and values.
 
     Attributes
     ----------
-    W_Q, W_K : ndarray, shapes (d, heads h) and (d, key heads h)
+    W_Q, W_K, W_V : ndarray, shapes (d, heads h), (d, key heads h) and (d, key heads v)
         With a row of biases last where there are any.
     bias : bool
     n_heads, n_keys, width : int
@@ -56,6 +61,7 @@ class Projections:
 
     W_Q: Array
     W_K: Array
+    W_V: Array
     bias: bool
     n_heads: int
     n_keys: int
@@ -80,7 +86,7 @@ def attention_part(block: Any, family: str) -> Any:
             return part
     raise UnknownHead(
         f"the blocks of {family} have no projections of queries and keys under any of the names "
-        f"{', '.join(q for q, _ in NAMES)}, {', '.join((*STACKED, *BY_HEAD))}"
+        f"{', '.join(q for q, *_ in NAMES)}, {', '.join((*STACKED, *BY_HEAD))}"
     )
 
 
@@ -90,29 +96,30 @@ def projections(part: Any, config: Any) -> Projections:
     n_keys = int(getattr(config, "num_key_value_heads", None) or n)
     found = _pair(part, NAMES)
     if found is not None:
-        (W_Q, b_q), (W_K, b_k) = (_linear(one) for one in found)
+        (W_Q, b_q), (W_K, b_k), (W_V, b_v) = (linear_map(one) for one in found)
     else:
         name = next(name for name in (*STACKED, *BY_HEAD) if hasattr(part, name))
-        W, b = _linear(getattr(part, name))
+        W, b = linear_map(getattr(part, name))
         if name in STACKED:
             h = W.shape[1] // (n + 2 * n_keys)
             ends = (n * h, (n + n_keys) * h)
-            W_Q, W_K = W[:, : ends[0]], W[:, ends[0] : ends[1]]
-            b_q, b_k = (None, None) if b is None else (b[: ends[0]], b[ends[0] : ends[1]])
+            W_Q, W_K, W_V = np.split(W, ends, axis=1)
+            b_q, b_k, b_v = (None, None, None) if b is None else np.split(b, ends)
         else:
             n_keys, h = n, W.shape[1] // (3 * n)
-            W_Q, W_K = (W.reshape(len(W), n, 3, h)[:, :, k].reshape(len(W), -1) for k in (0, 1))
-            b_q, b_k = (None if b is None else b.reshape(n, 3, h)[:, k].reshape(-1) for k in (0, 1))
+            W_Q, W_K, W_V = (W.reshape(len(W), n, 3, h)[:, :, k].reshape(len(W), -1) for k in range(3))
+            b_q, b_k, b_v = (None if b is None else b.reshape(n, 3, h)[:, k].reshape(-1) for k in range(3))
     if W_Q.shape[1] % n or W_K.shape[1] % n_keys or W_Q.shape[1] // n != W_K.shape[1] // n_keys:
         raise UnknownHead(
             f"{config.model_type} has {n} heads on {n_keys} key heads, but projections of width "
             f"{W_Q.shape[1]} and {W_K.shape[1]}"
         )
-    bias = b_q is not None or b_k is not None
+    bias = b_q is not None or b_k is not None or b_v is not None
     if bias:
-        W_Q = np.concatenate([W_Q, _row(b_q, W_Q.shape[1])])
-        W_K = np.concatenate([W_K, _row(b_k, W_K.shape[1])])
-    return Projections(W_Q, W_K, bias, n, n_keys, W_Q.shape[1] // n)
+        W_Q, W_K, W_V = (
+            np.concatenate([W, _row(b, W.shape[1])]) for W, b in ((W_Q, b_q), (W_K, b_k), (W_V, b_v))
+        )
+    return Projections(W_Q, W_K, W_V, bias, n, n_keys, W_Q.shape[1] // n)
 
 
 def norms(part: Any, width: int) -> tuple[Norm, Norm] | None:
@@ -123,7 +130,7 @@ def norms(part: Any, width: int) -> tuple[Norm, Norm] | None:
     UnknownHead
         If they are not root mean squares of single heads.
     """
-    pair = _pair(part, NORMS)
+    pair = norm_pair(part)
     if pair is None:
         return None
     out = []
@@ -140,19 +147,24 @@ def norms(part: Any, width: int) -> tuple[Norm, Norm] | None:
         # The norm of a constant vector shows the gains, unless a mean is taken off.
         if eps is None or not torch.allclose(gains, shifted, rtol=1e-3, atol=1e-6) or not bool(gains.any()):
             raise UnknownHead("queries are normed by something else than a root mean square: pass inner=True")
-        out.append(Norm(float(eps), _numbers(gains) * np.sqrt(1.0 + float(eps))))
+        out.append(Norm(float(eps), numbers(gains) * np.sqrt(1.0 + float(eps))))
     return out[0], out[1]
 
 
 def normed(part: Any, side: int, values: Any, n_heads: int) -> Any:
     """Return queries (side 0) or keys, shape (n, heads h), as the model norms them."""
-    pair = _pair(part, NORMS)
+    pair = norm_pair(part)
     if pair is None:
         return values
     norm = pair[side]
     size = getattr(norm, "weight", values).shape[-1]
     shaped = values if size == values.shape[-1] else values.reshape(len(values), n_heads, -1)
     return norm(shaped).reshape(values.shape)
+
+
+def norm_pair(part: Any) -> tuple[Any, ...] | None:
+    """Return the modules that norm queries and keys, None without any."""
+    return _pair(part, NORMS)
 
 
 def scaling(part: Any, width: int) -> float:
@@ -178,7 +190,7 @@ def rotary(module: Any, part: Any, config: Any, layer: int, layout: Any) -> tupl
                 continue
             prefix = "" if name == "inv_freq" else f"{kind}_"
             factor = getattr(owner, f"{prefix}attention_scaling", 1.0)
-            return Rotary(_numbers(buffer), layout=layout), float(factor) ** 2
+            return Rotary(numbers(buffer), layout=layout), float(factor) ** 2
     return None, 1.0
 
 
@@ -205,25 +217,27 @@ def mask(part: Any, config: Any, layer: int, causal: bool) -> str | None:
     return f"causal:{int(window)}" if window else "causal"
 
 
-def _pair(part: Any, names: tuple[tuple[str, str], ...]) -> tuple[Any, Any] | None:
-    for q, k in names:
-        one, other = getattr(part, q, None), getattr(part, k, None)
-        if isinstance(one, torch.nn.Module) and isinstance(other, torch.nn.Module):
-            return one, other
+def _pair(part: Any, names: tuple[tuple[str, ...], ...]) -> tuple[Any, ...] | None:
+    """Return the modules of the first names that are all there."""
+    for some in names:
+        found = tuple(getattr(part, name, None) for name in some)
+        if all(isinstance(one, torch.nn.Module) for one in found):
+            return found
     return None
 
 
-def _linear(layer: Any) -> tuple[Array, Array | None]:
+def linear_map(layer: Any) -> tuple[Array, Array | None]:
     """Return W, shape (in, out), and the bias of a linear layer; GPT-2 keeps its weights transposed."""
-    W = _numbers(layer.weight)
+    W = numbers(layer.weight)
     bias = getattr(layer, "bias", None)
     transposed = type(layer).__name__ == "Conv1D"
-    return W if transposed else W.T, None if bias is None else _numbers(bias)
+    return W if transposed else W.T, None if bias is None else numbers(bias)
 
 
 def _row(bias: Array | None, n: int) -> Array:
     return np.zeros((1, n)) if bias is None else bias[None]
 
 
-def _numbers(tensor: Any) -> Array:
+def numbers(tensor: Any) -> Array:
+    """Return a tensor in float64."""
     return np.asarray(tensor.detach().double().cpu().numpy())

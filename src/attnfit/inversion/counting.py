@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import maximum_flow
 
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.token_problem import TokenProblem
 
 Seen = NDArray[np.bool_]
 
@@ -37,9 +37,9 @@ class Count:
     excess: int
 
 
-def count(layer: LayerProblem) -> Count:
+def count(layer: TokenProblem) -> Count:
     """Count the equations of a layer."""
-    rank, d, u = len(layer.row_space), layer.d, len(layer.unknown)
+    rank, d, u = layer.rank, layer.d, len(layer.unknown)
     seen = _seen(layer)
     total = rank * len(seen)
     excess = int(np.sign(total - d * u))
@@ -51,7 +51,7 @@ def count(layer: LayerProblem) -> Count:
     return Count(total, layer.n_unknowns, excess)
 
 
-def _seen(layer: LayerProblem) -> Seen:
+def _seen(layer: TokenProblem) -> Seen:
     """Return which unknown tokens each output row depends on, shape (rows, n_unknown).
 
     A row depends on its keys, and on its query where that has more than one key to choose from. Rows of equal

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from attnfit.inversion.exchange import improve
 from attnfit.inversion.joint import MOVES, NOISE, JointDecoder
+from attnfit.inversion.recovered import AnyInversion
 from attnfit.inversion.rivals import Rivals, rivals
 from attnfit.inversion.sequential import decode_in_order, is_sequential
 from attnfit.inversion.span import SpanTest
 from attnfit.inversion.vocabulary import Vocabulary
+from attnfit.objectives.block_problem import BlockInversion
 from attnfit.objectives.objective import MAX_DENSE
-from attnfit.problems import LayerInversion
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -58,7 +59,7 @@ class Decoded:
 
 
 def decode(
-    layer: LayerInversion,
+    layer: AnyInversion,
     vocabulary: Vocabulary,
     precision: float,
     enough: float,
@@ -73,7 +74,7 @@ def decode(
 
     Parameters
     ----------
-    layer : LayerInversion
+    layer : LayerInversion or BlockInversion
     vocabulary : Vocabulary
     precision : float
         Relative error of the output.
@@ -86,7 +87,7 @@ def decode(
         Called with the tokens or chains done, and their number.
     """
     small = layer.n_unknowns <= MAX_DENSE
-    spans = SpanTest.of(layer, precision)
+    spans = None if isinstance(layer, BlockInversion) else SpanTest.of(layer, precision)
     numbers, tokens, square, made, exhausted = None, None, np.inf, 0, False
     if is_sequential(layer):
         tokens = decode_in_order(layer, vocabulary, enough, callback)
@@ -114,7 +115,7 @@ def decode(
 
 
 def _every_tuple(
-    layer: LayerInversion, vocabulary: Vocabulary, tokens: Index, square: float
+    layer: AnyInversion, vocabulary: Vocabulary, tokens: Index, square: float
 ) -> tuple[Index, float, bool]:
     """Return the nearest tokens of all, and True, where they can all be tried; else those given."""
     tables = [vocabulary.rows(int(position)) for position in layer.unknown[: MOST_TUPLES.bit_length()]]
@@ -135,7 +136,7 @@ def _every_tuple(
 
 
 def _within_spans(
-    layer: LayerInversion, vocabulary: Vocabulary, spans: SpanTest, callback: Callback
+    layer: AnyInversion, vocabulary: Vocabulary, spans: SpanTest, callback: Callback
 ) -> tuple[Index, Vocabulary]:
     """Return the rows that the spans of the heads' values leave at each position, the likeliest first: their
     numbers, shape (n_unknown, N), and themselves. Fewer than others are filled up with the first again.
@@ -156,7 +157,7 @@ def _within_spans(
 
 
 def _jointly(
-    layer: LayerInversion,
+    layer: AnyInversion,
     vocabulary: Vocabulary,
     enough: float,
     n_starts: int,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.inversion.pairs import pair_squares
 from attnfit.inversion.vocabulary import Vocabulary
 from attnfit.objectives.inverse_layer import AttentionLayer, Pass, softmax_rows
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -17,17 +19,19 @@ Index = NDArray[np.intp]
 BLOCK = 1 << 22
 
 
-def exchanged_squares(problem: LayerProblem, at: Pass, position: int, rows: Array) -> Array:
+def exchanged_squares(problem: TokenProblem, at: Any, position: int, rows: Array) -> Array:
     """Return the squared residuals, shape (k,), with the token at a position replaced by each of some rows.
 
     Parameters
     ----------
-    problem : LayerProblem
-    at : Pass
+    problem : TokenProblem
+    at : pass of the layer
         Of the tokens as they are.
     position : int
     rows : ndarray, shape (k, d)
     """
+    if not isinstance(problem.layer, AttentionLayer):
+        return problem.squares_with(at.T, np.full((len(rows), 1), position), rows[:, None])
     size = max(1, BLOCK // problem.n**2)
     squares = []
     for first in range(0, len(rows), size):
@@ -54,14 +58,14 @@ def _exchanged(layer: AttentionLayer, at: Pass, position: int, rows: Array) -> A
 
 
 def improve(
-    problem: LayerProblem, vocabulary: Vocabulary, numbers: Index, tokens: Index, enough: float
+    problem: TokenProblem, vocabulary: Vocabulary, numbers: Index, tokens: Index, enough: float
 ) -> Index:
     """Return tokens that reproduce the output, or that no exchange of one of them, nor a swap of two, brings
     nearer to it.
 
     Parameters
     ----------
-    problem : LayerProblem
+    problem : TokenProblem
     vocabulary : Vocabulary
         Of few rows.
     numbers : ndarray of int, shape (n_unknown, N)
@@ -94,7 +98,7 @@ def improve(
 
 
 def _exchanged_singly(
-    problem: LayerProblem, tables: Array, tokens: Index, enough: float
+    problem: TokenProblem, tables: Array, tokens: Index, enough: float
 ) -> tuple[Index, float]:
     """Return tokens that reproduce the output or that no exchange of one of them brings nearer, and their
     squared residual.

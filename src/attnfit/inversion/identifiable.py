@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from attnfit.inversion.counting import count
-from attnfit.problems import LayerInversion
+from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
 
@@ -55,12 +55,12 @@ class Identifiability:
     directions: Array | None = None
 
 
-def identifiable(layer: LayerInversion, x: Any = None) -> Identifiability:
+def identifiable(layer: TokenProblem, x: Any = None) -> Identifiability:
     """Say what can be identified: by counting, and given x by the Jacobian there.
 
     Parameters
     ----------
-    layer : LayerInversion
+    layer : LayerInversion or BlockInversion
     x : array_like, in the layer's natural shape, optional
 
     Returns
@@ -69,8 +69,7 @@ def identifiable(layer: LayerInversion, x: Any = None) -> Identifiability:
     """
     counted = count(layer)
     n_equations, n_unknowns = counted.n_equations, counted.n_unknowns
-    values = np.hstack([head.V for head in layer.layer.heads])
-    value_rank = int(np.linalg.matrix_rank(values))
+    value_rank = layer.value_rank
     counting = COUNTING[counted.excess]
     if x is None:
         return Identifiability(n_equations, n_unknowns, value_rank, counting)

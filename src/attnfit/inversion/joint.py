@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -49,7 +49,7 @@ class Posterior:
 
     Parameters
     ----------
-    problem : LayerProblem
+    problem : TokenProblem
     prior : Prior
     T : ndarray, shape (n, d)
         Where to start.
@@ -57,7 +57,7 @@ class Posterior:
         s.
     """
 
-    def __init__(self, problem: LayerProblem, prior: Prior, T: Array, deviation: float) -> None:
+    def __init__(self, problem: TokenProblem, prior: Prior, T: Array, deviation: float) -> None:
         self.problem, self.prior, self.variance = problem, prior, deviation**2
         self.open = problem.unknown.copy()
         self.T, self.damping = T.copy(), 1e-3
@@ -148,11 +148,11 @@ class JointDecoder:
 
     Parameters
     ----------
-    problem : LayerProblem
+    problem : TokenProblem
     vocabulary : Vocabulary
     """
 
-    problem: LayerProblem
+    problem: TokenProblem
     vocabulary: Vocabulary
 
     def chain(self, start: Array, noise: float, enough: float) -> tuple[Index, float, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.inverse_layer import HeadState, Pass, softmax_rows
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.inverse_layer import AttentionLayer, HeadState, Pass, softmax_rows
+from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -21,7 +23,7 @@ UPDATED = 1e-8
 
 
 def pair_squares(
-    problem: LayerProblem, at: Pass, tables: Array, pairs: Index, put: Index, enough: float
+    problem: TokenProblem, at: Any, tables: Array, pairs: Index, put: Index, enough: float
 ) -> Array:
     """Return the squared residuals, shape (p,), with two tokens replaced at a time.
 
@@ -30,8 +32,8 @@ def pair_squares(
 
     Parameters
     ----------
-    problem : LayerProblem
-    at : Pass
+    problem : TokenProblem
+    at : pass of the layer
         Of the tokens as they are.
     tables : ndarray, shape (n_unknown, N, d)
         Rows for each unknown token.
@@ -40,6 +42,8 @@ def pair_squares(
     enough : float
         Squares up to this come from the layer itself, not from updated sums.
     """
+    if not isinstance(problem.layer, AttentionLayer):
+        return problem.squares_with(at.T, problem.unknown[pairs], tables[pairs, put])
     n, m = problem.B.shape
     size = max(1, BLOCK // (n * max(n, m)))
     squares = [np.zeros(0)]
@@ -50,7 +54,7 @@ def pair_squares(
     return np.concatenate(squares)
 
 
-def _squares(problem: LayerProblem, at: Pass, positions: Index, rows: Array, enough: float) -> Array:
+def _squares(problem: TokenProblem, at: Pass, positions: Index, rows: Array, enough: float) -> Array:
     mean, mask, every = at.T.mean(axis=0), problem.layer.mask, np.arange(len(rows))
     centred = rows - mean
     outputs = np.tile(mean @ np.sum([s.head.V for s in at.heads], axis=0), (len(rows), problem.n, 1))

@@ -1,22 +1,22 @@
-"""Recover the input of an attention layer, and judge what was found."""
+"""Recover the input of an attention layer or of transformer blocks, and judge what was found."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.certificates import Certificate, certify
 from attnfit.inversion.counting import count
-from attnfit.inversion.decoding import Decoded, decode
-from attnfit.inversion.identifiable import Identifiability, identifiable
+from attnfit.inversion.in_order import NARROW, InOrder, recover_in_order
+from attnfit.inversion.joint_blocks import judge_blocks, with_paths
+from attnfit.inversion.recovered import AnyInversion, Given, Recovery
 from attnfit.inversion.search import search
+from attnfit.inversion.token_verdict import recover_tokens
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.objectives.objective import MAX_DENSE
-from attnfit.problems import LayerInversion
+from attnfit.objectives.block_problem import BlockInversion
 
 Array = NDArray[np.float64]
 
@@ -26,72 +26,14 @@ EXACT_ROWS = 1e-6
 # Starts of the search: of tokens anywhere, and of rows of a table.
 STARTS = 10
 STARTS_ROWS = 30
+# Of wide tokens of blocks.
+STARTS_WIDE = 3
 # Beyond this condition number of the Jacobian a zero residual in float64 leaves no correct digit to speak of.
 WORST_CONDITION = 1e12
-UNIFORM = "the attention is uniform: order is not in the output"
-# Numbers that a message lists.
-SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What was found; ``print`` it for a sentence.
-
-    Attributes
-    ----------
-    verdict : {"recovered", "ambiguous", "not recovered"}
-        A small residual alone is never called recovery. "recovered": one input with a zero residual was
-        found, all directions are identified there, and there are more independent equations than unknowns
-        for every set of unknown tokens, so that another one would be a coincidence; or rows of the vocabulary
-        reproduce the output, and no other rows that were tried in the place of one or two of them do.
-        "ambiguous": several inputs give this output, or nothing speaks against others.
-    message : str
-        The same as a sentence, with the reason.
-    x : ndarray, shape (d, n_unknown)
-        The best input: unknown tokens as columns.
-    residual : float
-        ``||output(x) - B||_F / ||B||_F``. It counts as zero where what is left of it beside `residual_floor`
-        is at most the precision.
-    inputs : list of ndarray
-        The distinct zero-residual inputs found; with a vocabulary at most ten beside x. Where uniform
-        attention leaves the order open, the tokens in the order of their rows.
-    n_starts : int
-        Descents made, or decodings with a vocabulary.
-    identifiability : Identifiability
-        At x: counting, rank and condition of the Jacobian, directions that the output does not determine.
-    residual_floor : float
-        The share of ``||B||_F`` that no input produces: the part outside the row space of the value maps
-        below one another. It is taken off before the search.
-    certificate : Certificate
-        The ball around x that holds exactly one stationary point, or why there is none.
-    tokens : ndarray of int, shape (n_unknown,), optional
-        With a vocabulary: the row of each unknown token.
-    margins : ndarray, shape (n_unknown,), optional
-        With a vocabulary: the relative residual after the best exchange of that token alone.
-    equal_rows : list of ndarray of int, optional
-        With a vocabulary: the rows that are equal to that of each unknown token, its own among them. Nothing
-        tells these apart, and they count as one token.
-    """
-
-    verdict: str
-    message: str
-    x: Array
-    residual: float
-    inputs: list[Array]
-    n_starts: int
-    identifiability: Identifiability
-    residual_floor: float
-    certificate: Certificate
-    tokens: NDArray[np.intp] | None = None
-    margins: Array | None = None
-    equal_rows: list[NDArray[np.intp]] | None = None
-
-    def __str__(self) -> str:
-        return self.message
 
 
 def recover(
-    layer: LayerInversion,
+    layer: AnyInversion,
     B: Any = None,
     *,
     vocabulary: Any = None,
@@ -102,16 +44,21 @@ def recover(
     callback: Callable[[float, int], Any] | None = None,
     client: Any = None,
 ) -> Recovery:
-    """Recover the input of an attention layer from its output.
+    """Recover the input of an attention layer, or of transformer blocks, from their output.
 
     Without a vocabulary: Levenberg-Marquardt from ``B V^+``, from the moments of the output and from Gaussian
     tokens. Where there are more equations than unknowns, it ends at the first zero residual; otherwise all
     starts are used, to find out whether there are several. With a vocabulary tokens are rows of a table:
     `attnfit.inversion.decoding` finds them, and only rows that reproduce the output count.
 
+    Causal blocks are solved token by token: with the tokens before it given, a row of the output is a map of
+    one token. Newton's method starts at the row itself; where it stalls, the path of
+    ``x + s (F(x) - x) = y`` from s = 0 leads to an input wherever branches are bounded. Blocks whose tokens
+    see one another are solved for all tokens at once.
+
     Parameters
     ----------
-    layer : LayerInversion
+    layer : LayerInversion or BlockInversion
         With gamma zero, which recovers without bias.
     B : array_like, shape (n, m), optional
         Another output of the same layer, in place of the one that it was made with.
@@ -121,7 +68,8 @@ def recover(
     precision : float, optional
         Relative error of B: a residual up to it counts as zero. Default 1e-9, with a vocabulary 1e-6.
     n_starts : int, optional
-        Largest number of starts. Default 10, with a vocabulary 30.
+        Largest number of starts. Default 10, with a vocabulary 30; of causal blocks, those of each token,
+        3 where tokens have more than 128 numbers.
     max_iter : int
         Largest number of steps from each, without a vocabulary.
     random_state : int, numpy.random.Generator, optional
@@ -150,7 +98,9 @@ def recover(
     layer = layer if B is None else layer.with_output(B)
     if layer.gamma != 0.0:
         raise ValueError(f"layer has gamma={layer.gamma:g}, which draws the tokens to zero; pass gamma=0")
-    n_starts = (STARTS if vocabulary is None else STARTS_ROWS) if n_starts is None else n_starts
+    if n_starts is None:
+        wide = isinstance(layer, BlockInversion) and layer.d > NARROW
+        n_starts = STARTS_ROWS if vocabulary is not None else STARTS_WIDE if wide else STARTS
     if not isinstance(n_starts, int | np.integer) or n_starts < 1:
         raise ValueError(f"n_starts must be at least 1, an integer, not {n_starts!r}")
     precision = (EXACT if vocabulary is None else EXACT_ROWS) if precision is None else precision
@@ -159,74 +109,16 @@ def recover(
     with np.errstate(over="ignore"):
         if not np.isfinite(np.sum(layer.B**2)):
             raise ValueError("B is so large that its squares overflow; divide B and the values V by its size")
-    given = _Given.of(layer, precision)
+    given = Given.of(layer, precision)
     rng = np.random.default_rng(random_state)
     tell = callback or (lambda done, total: None)
     if vocabulary is None:
         return _anywhere(given, n_starts, max_iter, rng, tell, client)
-    return _in_table(given, Vocabulary(vocabulary, layer.d, layer.n), n_starts, rng, tell)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What an input is judged by.
-
-    Attributes
-    ----------
-    layer : LayerInversion
-        With the rows of B projected on what the value maps produce.
-    size : float
-        ``||B||_F^2`` before; 1 for an output of zero, whose residuals are what they are.
-    floor : float
-        Share of ``||B||_F`` that the projection takes off.
-    precision : float
-    """
-
-    layer: LayerInversion
-    size: float
-    floor: float
-    precision: float
-
-    @classmethod
-    def of(cls, layer: LayerInversion, precision: float) -> _Given:
-        size = float(np.sum(layer.B**2)) or 1.0
-        projected = layer.projected()
-        floor = float(np.linalg.norm(layer.B - projected.B) / np.sqrt(size))
-        return cls(projected, size, floor, precision)
-
-    @property
-    def enough(self) -> float:
-        """Squared residual that counts as zero."""
-        return self.precision**2 * self.size
-
-    def report(self, x: Array, square: float, n_starts: int) -> Recovery:
-        """Return what there is to say of an input before a verdict."""
-        layer = self.layer
-        return Recovery(
-            verdict="not recovered",
-            message="",
-            x=x.reshape(layer.shape),
-            residual=float(np.hypot(np.sqrt(square / self.size), self.floor)),
-            inputs=[],
-            n_starts=n_starts,
-            identifiability=identifiable(layer, x if layer.n_unknowns <= MAX_DENSE else None),
-            residual_floor=self.floor,
-            certificate=certify(layer, x),
-        )
-
-    @property
-    def outside(self) -> str:
-        """Why no input gives the output, empty where one may."""
-        if self.floor <= self.precision:
-            return ""
-        return (
-            f"no input gives this output: a share {self.floor:.1e} of it lies outside what the value maps "
-            "produce; check V, or give the output's precision"
-        )
+    return recover_tokens(given, Vocabulary(vocabulary, layer.d, layer.n), n_starts, rng, tell)
 
 
 def _anywhere(
-    given: _Given,
+    given: Given,
     n_starts: int,
     max_iter: int,
     rng: np.random.Generator,
@@ -234,15 +126,28 @@ def _anywhere(
     client: Any,
 ) -> Recovery:
     layer = given.layer
+    blocks = layer if isinstance(layer, BlockInversion) else None
+    if blocks is not None and blocks.token_by_token:
+        return recover_in_order(given, n_starts, rng, callback)
     excess = count(layer).excess
-    found = search(layer, given.enough, n_starts, max_iter, rng, callback, client, until_first=excess > 0)
+    ahead = []
+    if blocks is not None and blocks.sequential and blocks.m == blocks.d:
+        start = blocks.rows_with(blocks.B[blocks.unknown, : blocks.d])
+        ahead = [blocks.columns(InOrder(blocks, given.precision, 1, rng).complete(start, 0)[0]).reshape(-1)]
+    found = search(
+        layer, given.enough, n_starts, max_iter, rng, callback, client, until_first=excess > 0, ahead=ahead
+    )
+    steps = 0
+    if blocks is not None:
+        found, steps = with_paths(given, found)
     report = given.report(found.best, found.square, found.n_starts)
-    report = replace(report, inputs=[x.reshape(layer.shape) for x in found.inputs])
+    report = replace(report, inputs=[x.reshape(layer.shape) for x in found.inputs], homotopy_steps=steps)
     verdict, message = _judge(given, report, excess)
-    return replace(report, verdict=verdict, message=message)
+    report = replace(report, verdict=verdict, message=message)
+    return report if blocks is None else judge_blocks(given, report)
 
 
-def _judge(given: _Given, report: Recovery, excess: int) -> tuple[str, str]:
+def _judge(given: Given, report: Recovery, excess: int) -> tuple[str, str]:
     """Return the verdict on inputs that were searched for anywhere, and the message."""
     at, found = report.identifiability, len(report.inputs)
     starts = f"{report.n_starts} start{'s'[: report.n_starts > 1]}"
@@ -277,107 +182,3 @@ def _judge(given: _Given, report: Recovery, excess: int) -> tuple[str, str]:
         f"{at.n_equations} independent numbers for {at.n_unknowns} unknowns leave no room for another in "
         "general"
     )
-
-
-def _in_table(
-    given: _Given,
-    vocabulary: Vocabulary,
-    n_starts: int,
-    rng: np.random.Generator,
-    callback: Callable[[float, int], Any],
-) -> Recovery:
-    layer = given.layer
-    found = decode(layer, vocabulary, given.precision, given.enough, n_starts, rng, callback)
-    x = layer.columns(layer.rows_with(found.rows))
-    report = given.report(x.reshape(-1), found.square, found.n_decodings)
-    margins = np.sqrt(found.rivals.second_squares / given.size)
-    verdict, message, inputs = _judge_tokens(given, vocabulary, found, margins)
-    return replace(
-        report,
-        verdict=verdict,
-        message=message,
-        inputs=inputs,
-        tokens=found.tokens,
-        margins=margins,
-        equal_rows=found.rivals.equal,
-    )
-
-
-def _judge_tokens(
-    given: _Given, vocabulary: Vocabulary, found: Decoded, margins: Array
-) -> tuple[str, str, list[Array]]:
-    """Return the verdict on rows of a vocabulary, the message, and the inputs that give the output."""
-    layer, tokens, rivals = given.layer, found.tokens, found.rivals
-    left = f"{np.sqrt(found.square / given.size):.1e}"
-    if given.outside:
-        return "not recovered", f"not recovered: {given.outside}", []
-    # A residual that is not a number is none that counts as zero.
-    if not found.square <= given.enough:
-        after = "all tuples" if found.exhausted else f"{found.n_decodings} decodings"
-        message = (
-            f"not recovered: no tuple found in the vocabulary (the nearest of {after} leaves {left} of the "
-            "output); check that tokens come from it, use more starts, or give the output's precision"
-        )
-        if _is_uniform(given, found):
-            message += f"; {UNIFORM}"
-        return "not recovered", message, []
-    inputs = [layer.columns(layer.rows_with(rows)) for rows in (found.rows, *rivals.rows)]
-    ordered = np.sort(tokens)
-    moved = [bool(np.array_equal(np.sort(other), ordered)) for other in rivals.others]
-    if any(moved) and _is_uniform(given, found):
-        inputs = [inputs[0], *(x for x, same in zip(inputs[1:], moved, strict=True) if not same)]
-        T = layer.rows_with(vocabulary.tokens(layer.unknown, ordered))
-        if np.sum((layer.layer.forward(T).output - layer.B) ** 2) <= given.enough:
-            inputs[0] = layer.columns(T)
-        message = f"ambiguous: {UNIFORM}, only that the tokens are rows {_listed(ordered)} of the vocabulary"
-        return "ambiguous", message + (", or others" if len(inputs) > 1 else ""), inputs
-    ties = np.flatnonzero(margins <= given.precision)
-    if len(ties):
-        i = ties[0]
-        message = (
-            f"ambiguous: {len(ties)} of {len(margins)} tokens may be exchanged; token {layer.unknown[i]} is "
-            f"row {tokens[i]} or {rivals.seconds[i]} of the vocabulary"
-        )
-        return "ambiguous", message, inputs
-    if rivals.others:
-        apart = np.flatnonzero(rivals.others[0] != tokens)
-        message = (
-            f"ambiguous: tokens {_listed(layer.unknown[apart])} are rows {_listed(tokens[apart])} of the "
-            f"vocabulary, or {_listed(rivals.others[0][apart])}"
-        )
-        return "ambiguous", message, inputs
-    message = (
-        f"recovered: {len(margins)} rows of the vocabulary reproduce the output (residual {left}), and "
-        + (
-            f"with any one of them exchanged at least {margins.min():.1e} is left"
-            if np.isfinite(margins.min())
-            else "it has no others"
-        )
-    )
-    same = [
-        f"token {position} is row {token} (= {_listed(np.setdiff1d(rows, token))})"
-        for position, token, rows in zip(layer.unknown, tokens, rivals.equal, strict=True)
-        if len(rows) > 1
-    ]
-    return "recovered", "; ".join([message, *same[:SHOWN], *(["..."] if len(same) > SHOWN else [])]), inputs
-
-
-def _is_uniform(given: _Given, found: Decoded) -> bool:
-    """Whether the logits of every query differ by no more than the precision."""
-    layer = given.layer
-    at = layer.layer.forward(layer.rows_with(found.rows))
-    mask = np.ones((layer.n, layer.n), dtype=bool) if layer.layer.mask is None else layer.layer.mask
-    spread = 0.0
-    for s in at.heads:
-        S = s.R @ at.Tc.T
-        highest, lowest = np.where(mask, S, -np.inf).max(axis=1), np.where(mask, S, np.inf).min(axis=1)
-        spread = max(spread, float(np.max(highest - lowest)))
-    return spread <= given.precision
-
-
-def _listed(numbers: NDArray[np.intp]) -> str:
-    """Return numbers as words: 3, 5 and 8."""
-    shown = [str(number) for number in numbers[:SHOWN]]
-    if len(numbers) > SHOWN:
-        shown.append(f"{len(numbers) - SHOWN} more")
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from attnfit.inversion.exchange import exchanged_squares
 from attnfit.inversion.pairs import pair_squares
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.objectives.inverse_layer import Pass
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -61,7 +60,7 @@ class Rivals:
 
 
 def rivals(
-    problem: LayerProblem, vocabulary: Vocabulary, tokens: Index, enough: float, numbers: Index | None = None
+    problem: TokenProblem, vocabulary: Vocabulary, tokens: Index, enough: float, numbers: Index | None = None
 ) -> Rivals:
     """Try other rows in the place of one token and, where these tokens give the output, of two.
 
@@ -70,7 +69,7 @@ def rivals(
 
     Parameters
     ----------
-    problem : LayerProblem
+    problem : TokenProblem
     vocabulary : Vocabulary
     tokens : ndarray of int, shape (n_unknown,)
         Their rows.
@@ -123,7 +122,7 @@ def _places(numbers: Index, wanted: Index) -> Index:
 
 
 def _nearest(
-    problem: LayerProblem, at: Pass, position: int, table: Array, others: Index
+    problem: TokenProblem, at: Any, position: int, table: Array, others: Index
 ) -> tuple[Index, Array]:
     """Return the rows that come nearest to the output in the place of one token, in this order, and the
     squared residuals with them.
@@ -140,8 +139,8 @@ def _nearest(
 
 
 def _paired(
-    problem: LayerProblem,
-    at: Pass,
+    problem: TokenProblem,
+    at: Any,
     tokens: Index,
     tried: list[tuple[Index, Index, Array, Array]],
     enough: float,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.problems import LayerInversion
+from attnfit.inversion.recovered import AnyInversion
 from attnfit.solvers.damped import DampedFits
 from attnfit.solvers.loop import Tracker
 from attnfit.solvers.result import Record
@@ -47,7 +47,7 @@ class Found:
 
 
 def search(
-    layer: LayerInversion,
+    layer: AnyInversion,
     enough: float,
     n_starts: int,
     max_iter: int,
@@ -56,18 +56,20 @@ def search(
     client: Any = None,
     *,
     until_first: bool,
+    ahead: Sequence[Array] = (),
 ) -> Found:
     """Descend from ``B V^+``, from the moments of the output and from Gaussian tokens.
 
     A squared residual of at most ``enough`` counts as zero. With ``until_first`` the first one ends the
     search; otherwise all starts are used, to find out whether there are several. The callback gets the starts
     done, with the share of the running one, and those planned. With a Dask client the starts run on its
-    workers, with the same result.
+    workers, with the same result. Points of `ahead` are tried first.
     """
     share = enough / (float(np.sum(layer.B**2)) or 1.0)
     precision = float(np.sqrt(share))
     balanced = layer.balanced(float(np.sqrt(precision)))
     planned = list(balanced.starts(rng).values())[:n_starts]
+    planned = [*ahead, *planned][:n_starts]
     starts = np.vstack([*planned, balanced.gaussian_starts(n_starts - len(planned), rng)])
     descend = partial(_descend, balanced=balanced, layer=layer, max_iter=max_iter, zero=share)
     same = max(SAME, SAME_ERRORS * precision)
@@ -113,8 +115,8 @@ def _elsewhere(
 def _descend(
     start: Array,
     *,
-    balanced: LayerInversion,
-    layer: LayerInversion,
+    balanced: AnyInversion,
+    layer: AnyInversion,
     max_iter: int,
     zero: float,
     tell: Callable[[float], Any] | None = None,

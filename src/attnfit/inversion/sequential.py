@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -18,14 +18,14 @@ Index = NDArray[np.intp]
 BEAM = 16
 
 
-def is_sequential(problem: LayerProblem) -> bool:
+def is_sequential(problem: TokenProblem) -> bool:
     """Return whether every query sees itself and no later key."""
     mask = problem.layer.mask
     return mask is not None and not np.triu(mask, 1).any() and bool(np.diag(mask).all())
 
 
 def decode_in_order(
-    problem: LayerProblem,
+    problem: TokenProblem,
     vocabulary: Vocabulary,
     enough: float,
     callback: Callable[[float, int], Any],
@@ -37,7 +37,7 @@ def decode_in_order(
 
     Parameters
     ----------
-    problem : LayerProblem
+    problem : TokenProblem
     vocabulary : Vocabulary
     enough : float
         Squared residual of the whole output at which it counts as reproduced.
@@ -51,7 +51,7 @@ def decode_in_order(
         table = problem.known.T[i : i + 1] if given else vocabulary.rows(i)
         ahead = []
         for square, chosen, T in beam:
-            squares = square + _row_squares(problem, T, table, i)
+            squares = square + np.sum((problem.layer.row_outputs(T, table, i) - problem.B[i]) ** 2, axis=1)
             near = np.argsort(squares)[:BEAM]
             fitting = near[squares[near] <= max(enough, float(squares[near[0]]))]
             ahead += [
@@ -61,18 +61,3 @@ def decode_in_order(
         beam = [(square, chosen, np.vstack([T, row])) for square, chosen, T, row in ahead[:BEAM]]
         callback(i + 1, problem.n)
     return np.array(beam[0][1], dtype=np.intp)
-
-
-def _row_squares(problem: LayerProblem, T: Array, table: Array, i: int) -> Array:
-    """Return the squared residual of row i for each row of the table in its place."""
-    seen = np.ones(i, dtype=bool) if problem.layer.mask is None else problem.layer.mask[i, :i]
-    T = T[seen]
-    output = np.zeros((len(table), problem.m))
-    for head in problem.layer.heads:
-        query = table @ head.M + head.c
-        S = np.column_stack([query @ T.T, np.sum(query * table, axis=1)])
-        S -= S.max(axis=1, keepdims=True)
-        P = np.exp(S)
-        P /= P.sum(axis=1, keepdims=True)
-        output += P[:, :-1] @ (T @ head.V) + P[:, -1:] * (table @ head.V)
-    return np.asarray(np.sum((output - problem.B[i]) ** 2, axis=1))

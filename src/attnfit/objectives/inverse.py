@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.inputs import as_point
 from attnfit.objectives.inverse_cases import residual_hessian
 from attnfit.objectives.inverse_curvature import heads_of_projections, moment_tokens
 from attnfit.objectives.inverse_layer import (
@@ -204,43 +203,6 @@ class LayerInversion(LayerProblem):
             own = np.sqrt(np.mean(self.initial_point() ** 2))
             sizes = own * np.sqrt(self.n) ** np.resize([0.5, 1.0, 0.0], n_starts)
         return np.asarray(sizes[:, None] * rng.standard_normal((n_starts, self.n_unknowns)))
-
-    def tokens(self, x: Any) -> Array:
-        """Return all tokens, the known ones in their places, shape (d, n)."""
-        return np.ascontiguousarray(self.token_rows(as_point(x, self.shape)).T)
-
-    def output(self, x: Any) -> Array:
-        """Return the layer's output, shape (n, m)."""
-        return self._forward(x).output
-
-    # ---- residuals and their first derivatives, for least-squares solvers and for study
-
-    def residuals(self, x: Any) -> Array:
-        """Return ``output - B``, shape (n, m)."""
-        return self.output(x) - self.B
-
-    def jacobian(self, x: Any) -> Array:
-        """Return the Jacobian of the residuals, shape (n m, n_unknowns), both in C order."""
-        return self.layer.jacobian(self._forward(x), self.unknown)
-
-    def jacobian_product(self, x: Any, v: Any) -> Array:
-        """Return the Jacobian times v (of the natural shape), shape (n, m)."""
-        at = self._forward(x)
-        return self.layer.push_forward(at, self._direction(as_point(v, self.shape, "v")))
-
-    def jacobian_transpose_product(self, x: Any, u: Any) -> Array:
-        """Return the transposed Jacobian times u (of shape (n, m)), in the natural shape."""
-        at = self._forward(x)
-        return self.columns(self.layer.pull_back(at, as_point(u, self.B.shape, "u").reshape(self.B.shape)))
-
-    def gauss_newton(self, x: Any) -> Array:
-        """Return ``J^T J + gamma``, shape (n_unknowns, n_unknowns)."""
-        return self.gauss_newton_at(self._evaluate_checked(x))
-
-    def gauss_newton_product(self, x: Any, v: Any) -> Array:
-        """Return ``(J^T J + gamma) v`` in the natural shape."""
-        product = self.gauss_newton_operator(self._evaluate_checked(x))
-        return product(as_point(v, self.shape, "v")).reshape(self.shape)
 
     def hessian_blocks(self, i0: int, j0: int, x: Any) -> Array:
         """Return the second derivatives of residual (i0, j0) by the papers' five cases, shape (n, n, d, d):

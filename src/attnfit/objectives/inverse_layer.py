@@ -181,6 +181,20 @@ class AttentionLayer:
 
         return product
 
+    def row_outputs(self, T: Array, rows: Array, i: int) -> Array:
+        """Return row i of the output, shape (k, m), with each of some rows as token i after the tokens T,
+        shape (i, d); no token sees a later one.
+        """
+        if self.mask is not None:
+            T = T[self.mask[i, :i]]
+        output = np.zeros((len(rows), self.heads[0].V.shape[1]))
+        for head in self.heads:
+            query = rows @ head.M + head.c
+            S = np.column_stack([query @ T.T, np.sum(query * rows, axis=1)])
+            P = softmax_rows(S, None)
+            output += P[:, :-1] @ (T @ head.V) + P[:, -1:] * (rows @ head.V)
+        return output
+
     def jacobian(self, at: Pass, unknown: NDArray[np.intp]) -> Array:
         """Return the Jacobian with respect to some tokens, shape (..., n m, d u), in C order of (i, j) and of
         (coordinate l, token a).

@@ -159,7 +159,7 @@ class Turn:
         return cls(np.cos(angles), np.sin(angles), layout)
 
     def __call__(self, y: Array) -> Array:
-        """Return the vectors, shape (n, h), turned."""
+        """Return the vectors, shape (..., n, h), turned."""
         return self._by(y, self.sin)
 
     def back(self, y: Array) -> Array:
@@ -185,7 +185,7 @@ class Turn:
         first = slice(0, F) if half else slice(0, 2 * F, 2)
         second = slice(F, 2 * F) if half else slice(1, 2 * F, 2)
         out = y.copy()
-        a, b = y[:, first], y[:, second]
-        out[:, first] = a * self.cos - b * sin
-        out[:, second] = b * self.cos + a * sin
+        a, b = y[..., first], y[..., second]
+        out[..., first] = a * self.cos - b * sin
+        out[..., second] = b * self.cos + a * sin
         return out

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from attnfit.objectives.inverse import LayerInversion
-from attnfit.objectives.inverse_problem import LayerProblem, Points
 from attnfit.objectives.objective import MAX_DENSE, Evaluation, Offer
+from attnfit.objectives.token_problem import Points, TokenProblem
 from attnfit.solvers.loop import MAX_REJECTIONS, NOISE, Descent, Outcome, Solver, StopFit, Tracker
 from attnfit.solvers.verdicts import Status, Verdict
 
@@ -131,7 +131,7 @@ class DampedFits:
         A residual whose square is at most this share of that of B is zero.
     """
 
-    problem: LayerProblem
+    problem: TokenProblem
     x: Array
     tol: float
     goal: float
