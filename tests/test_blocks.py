@@ -197,6 +197,89 @@ def test_bounds_hold_everywhere_in_the_ball(case, rng):
             assert np.linalg.norm(token.jacobian(near) - np.eye(D), 2) <= bounds.branch
 
 
+def test_bounds_of_heads_are_those_of_the_formula(rng):
+    """Written out once more, head by head, with keys turned by their distance from the query."""
+    block = random_block(0, D, n_heads=2, n_keys=1, biases=True, rotary=Rotary(theta=100.0))
+    heads, stack, T = block.heads, Stack([block], N), rng.standard_normal((N, D))
+    token, largest = TokenMap(stack, N - 1, stack.caches(T[:-1])), 1.7
+    u = np.stack([block.norms[0].forward(t)[0] for t in T])
+    found = heads.bounds(_first_state(token, T[-1]), largest)
+    size = first = second = 0.0
+    frequencies = 100.0 ** (-np.arange(0, D // 2, 2) / (D // 2))
+    angle = (N - 1 - np.arange(N))[:, None] * frequencies
+    for i in range(2):
+        W_Q, W_K, W_V = heads.W_Q[i], heads.W_K[0], heads.W_V[0]
+        keys, half = (u @ W_K + heads.b_K[0])[:-1], D // 4
+        cos, sin = np.cos(-angle[:-1]), np.sin(-angle[:-1])
+        a, b = keys[:, :half], keys[:, half:]
+        turned = np.hstack([a * cos - b * sin, b * cos + a * sin])
+        norm = lambda M: np.linalg.norm(M, 2)  # noqa: E731
+        own = 2 * norm(W_Q @ W_K.T) * largest
+        own += np.linalg.norm(W_Q @ heads.b_K[0]) + np.linalg.norm(W_K @ heads.b_Q[i])
+        z1 = heads.scale * max(own, *(np.linalg.norm(W_Q @ key) for key in turned))
+        z2 = 2 * heads.scale * norm(W_Q @ W_K.T)
+        values = np.linalg.norm((u @ W_V + heads.b_V[0])[:-1], axis=1)
+        v = max(norm(W_V) * largest + np.linalg.norm(heads.b_V[0]), *values)
+        size += norm(heads.W_O[i]) * v
+        first += norm(heads.W_O[i]) * (norm(W_V) + v * z1)
+        second += norm(heads.W_O[i]) * (2 * norm(W_V) * z1 + v * z2 + 4 * v * z1**2)
+    assert found.size == pytest.approx(size + np.linalg.norm(heads.b_O), rel=1e-9)
+    assert found.first == pytest.approx(first, rel=1e-9) and found.second == pytest.approx(second, rel=1e-9)
+
+
+def _first_state(token, x):
+    kept = token.forward(x[None])[1][0].heads
+    return kept._replace(K=kept.K[0], V=kept.V[0], k=kept.k[0], q=kept.q[0], P=kept.P[0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_bounds_of_perceptrons_are_those_of_the_formula(gated, rng):
+    mlp = random_block(0, D, gated=gated, biases=True, activation="tanh").mlp
+    x, radius, norm = rng.standard_normal(D), 0.3, np.linalg.norm
+    found = mlp.bounds(x, radius)
+    down, W_1 = norm(mlp.W_2, 2), norm(mlp.W_1, 2)
+    up = np.abs(x @ mlp.W_1 + mlp.b_1) + radius * norm(mlp.W_1, axis=0)
+    bent = 4.0 / 3.0**1.5
+    if gated:
+        gate, W_g = np.abs(x @ mlp.gate) + radius * norm(mlp.gate, axis=0), norm(mlp.gate, 2)
+        size = norm(gate * up)
+        first, second = W_g * up.max() + W_1 * gate.max(), bent * W_g**2 * up.max() + 2 * W_g * W_1
+    else:
+        size, first, second = norm(up), W_1, bent * W_1**2
+    assert found.size == pytest.approx(down * size + norm(mlp.b_2), rel=1e-9)
+    assert found.first == pytest.approx(down * first, rel=1e-9)
+    assert found.second == pytest.approx(down * second, rel=1e-4)
+
+
+@pytest.mark.parametrize("order", ["pre", "parallel", "sandwich", "post"])
+def test_bounds_are_composed_by_the_chain_rule(order, rng):
+    """With heads that add nothing, two norms and a perceptron are left."""
+    block = random_block(0, D, order=order, gain=0.7)
+    heads = Heads(block.heads.W_Q, block.heads.W_K, block.heads.W_V, 0.0 * block.heads.W_O)
+    norms = [None, None, *block.norms[2:]] if order == "sandwich" else [None, block.norms[1]]
+    block = Block(heads, block.mlp, norms, order, "causal")
+    x, radius = rng.standard_normal(D), 0.2
+    stack = Stack([block], 1)
+    found = token_bounds(TokenMap(stack, 0, stack.caches(x[None][:0])), x, radius)
+    if order == "post":
+        m = block.mlp.bounds(x, radius)
+        last = block.norms[1].bounds(x + block.mlp.forward(x)[0], radius * (1 + m.first))
+        first = last.first * (1 + m.first)
+        second, branch = last.second * (1 + m.first) ** 2 + last.first * m.second, np.inf
+    else:
+        inner = block.norms[2] if order == "sandwich" else block.norms[1]
+        n, u = inner.bounds(x, radius), inner.forward(x)[0]
+        m = block.mlp.bounds(u, n.first * radius)
+        first, second = m.first * n.first, m.second * n.first**2 + m.first * n.second
+        if order == "sandwich":
+            outer = block.norms[3].bounds(block.mlp.forward(u)[0], first * radius)
+            first, second = outer.first * first, outer.second * first**2 + outer.first * second
+        branch, first = first, 1 + first
+    assert found.first == pytest.approx(first, rel=1e-9)
+    assert found.second == pytest.approx(second, rel=1e-9)
+    assert found.branch == pytest.approx(branch, rel=1e-9)
+
+
 def test_logits_with_norms_or_a_cap_have_no_bound(rng):
     for case in ("pre, normed queries", "pre, capped, window", "sandwich, all queries normed"):
         stack = Stack([random_block(0, D, **CASES[case])], 2)

@@ -75,7 +75,7 @@ class InOrder:
     problem : BlockInversion
     precision : float
     n_starts : int
-        Starts of Newton's method a token, beside the path.
+        Starts of Newton's method a token; with more than one a path is followed for others too.
     rng : numpy.random.Generator
     """
 
@@ -163,7 +163,7 @@ class InOrder:
             self.n_made += 1
             if left <= self.precision:
                 add(other)
-        if self.problem.bounded and self.problem.d <= NARROW:
+        if self.n_starts > 1 and self.problem.bounded and self.problem.d <= NARROW:
             crossings, steps = follow(equation, CROSSINGS)
             self.homotopy_steps += steps
             for other in crossings:
