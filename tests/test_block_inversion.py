@@ -67,21 +67,38 @@ def test_signs_of_all_inputs_of_one_token_add_to_one(mask):
 
 
 def test_a_negative_determinant_proves_another_input():
-    tried = 0
-    for seed in range(30):
-        blocks, T, B = planted(seed, 1, 2.0, d=4, n_heads=1)
-        if sign(equation(blocks[0], B).jacobian(T[0])) > 0:
+    proven = 0
+    for seed in (*range(35), 100, 107):
+        blocks, _, B = planted(seed, 1, 2.0, d=4, n_heads=1)
+        one, run = equation(blocks[0], B), torch_block(blocks[0])
+        x, left = newton(one, B[0])
+        if left > 1e-9 or sign(one.jacobian(x)) > 0:
             continue
-        tried += 1
-        # From the planted input itself: no search can be blamed.
+        J = torch.func.jacrev(lambda y, run=run: run(y[None])[0])(torch.tensor(x))
+        assert torch.linalg.det(J) < 0
+        proven += 1
         problem = BlockInversion(blocks, B)
-        found = recover(problem, random_state=0)
-        assert found.verdict == "ambiguous"
-        at = [np.allclose(x[:, 0], T[0], atol=1e-6) for x in found.inputs]
-        if at[0]:
-            assert "proven" in found.message and found.signs[0] == -1
-        assert len(found.inputs) > 1 or not any(at)
-    assert tried >= 3
+        # With one start nothing else is looked for: the determinant alone says it.
+        alone = recover(problem, random_state=0, n_starts=1)
+        assert alone.verdict == "ambiguous" and "proven: the determinant" in alone.message
+        assert alone.signs.tolist() == [-1] and len(alone.inputs) == 1
+        assert len(recover(problem, random_state=0).inputs) > 1
+    assert proven >= 3
+
+
+def test_branches_without_norms_prove_nothing():
+    negative = 0
+    for seed in range(40):
+        block = random_block(seed, 2, n_heads=1, gain=2.0)
+        block = Block(block.heads, block.mlp, [None, None], mask="causal")
+        B = block.output(np.random.default_rng(seed).standard_normal((1, 2)))
+        found = recover(BlockInversion(block, B), random_state=0, n_starts=1)
+        if found.verdict == "ambiguous" and found.signs.tolist() == [-1]:
+            negative += 1
+            assert "proven: the determinant" not in found.message
+        if found.verdict == "not recovered":
+            assert "an input exists" not in found.message
+    assert negative >= 3
 
 
 def test_paths_arrive_where_newtons_method_stalls():
