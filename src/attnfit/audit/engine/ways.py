@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -110,7 +109,7 @@ class Fast(Way):
     def __init__(self, model: Model, parts: list[Any], copies: int) -> None:
         super().__init__(model, parts, copies)
         self._keys, self._length = _Keys(), 0
-        self._places = "position_ids" in _arguments(model)
+        self._places = "position_ids" in model.arguments
 
     def extend(self, ids: Any) -> Any:
         """Run the tokens after the keys of the prefix."""
@@ -152,7 +151,10 @@ class Fast(Way):
     def _run(self, inputs: dict[str, Any], places: Any, keys: Any) -> list[Any]:
         if self._places:
             inputs |= {"position_ids": self._model.first_position + places[None]}
-        return self._model.capture(self._parts, "output", **inputs, past_key_values=keys, use_cache=True)
+        if self._model.cache_argument is None:
+            raise Unsupported(f"{self._model.name!r} takes no keys of tokens before")
+        inputs |= {self._model.cache_argument: keys, "use_cache": True}
+        return self._model.capture(self._parts, "output", **inputs)
 
 
 class Expanded(Fast):
@@ -217,8 +219,3 @@ class Whole(Way):
 
 
 WAYS: tuple[type[Way], ...] = (Fast, Expanded, Whole)
-
-
-def _arguments(model: Model) -> Any:
-    """Return the names of what the model's forward pass takes."""
-    return inspect.signature(model.base.forward).parameters
