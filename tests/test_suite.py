@@ -27,7 +27,7 @@ def test_a_file_is_run_by_one_worker(tmp_path):
     """Else every worker makes what a file prepares for its tests, and compiles the same loops."""
     pytest.importorskip("xdist")
     options = re.search(r"^SPREAD := (.*)$", MAKEFILE, re.MULTILINE)[1].replace("$(WORKERS)", "2")
-    assert MAKEFILE.count(" -n ") == 1 and MAKEFILE.count("$(SPREAD)") == 4
+    assert MAKEFILE.count(" -n ") == 1 and MAKEFILE.count("$(SPREAD)") == 5
     names = ["test_a.py", "test_b.py"]
     for name in names:
         (tmp_path / name).write_text(FILE)
