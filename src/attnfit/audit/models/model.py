@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from attnfit.audit.errors import AuditError, MalformedModel
-from attnfit.audit.models.blocks import attention_of, capture, final_norm, find_blocks
+from attnfit.audit.models.blocks import arguments, attention_of, capture, final_norm, find_blocks
 from attnfit.audit.models.texts import Text, tokenised
 from attnfit.audit.models.texts import Tokens as Tokens
 
@@ -26,8 +25,6 @@ Array = NDArray[np.float32]
 Layer = int | str
 # What configurations call the longest sequence, first come first served.
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-# What the transformers library calls a cache since version 5.24, and before.
-CACHES = ("cache", "past_key_values")
 # Embeddings that differ by less than this share of their size may give states that no observation tells
 # apart: so many of them are compared before a token counts as known.
 NEAR, N_NEAR = 0.3, 16
@@ -80,16 +77,6 @@ class Model:
     def base(self) -> Any:
         """The model without its language-modelling head."""
         return self.module.base_model
-
-    @cached_property
-    def arguments(self) -> frozenset[str]:
-        """Names of what its forward pass takes."""
-        return frozenset(inspect.signature(self.base.forward).parameters)
-
-    @property
-    def cache_argument(self) -> str | None:
-        """What its forward pass calls the keys and values of tokens before; None where it takes none."""
-        return next((name for name in CACHES if name in self.arguments), None)
 
     @property
     def n_layers(self) -> int:
@@ -384,7 +371,7 @@ class Model:
         """Whether states depend on the position of the first token: not where positions only turn queries
         and keys, or only their distances count.
         """
-        if "position_ids" not in self.arguments:
+        if "position_ids" not in arguments(self.base):
             return False
         count = min(SHIFTED, self.max_length // 2)
         tokens = torch.arange(1, 1 + count)[None] % self.n_vocabulary

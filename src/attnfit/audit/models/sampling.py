@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from attnfit.audit.models.blocks import cache_argument
 from attnfit.audit.models.model import Model
 
 
@@ -26,7 +27,7 @@ def sample(model: Model, count: int, length: int, generator: Any) -> Any:
     """
     tokens = torch.randint(model.n_vocabulary, (count, 1), generator=generator)
     # Its own cache, as the model would: one that it does not know is left out, and everything run again.
-    name = model.cache_argument
+    name = cache_argument(model.base)
     kept = {} if name is None else {name: DynamicCache(config=model.module.config), "use_cache": True}
     with torch.no_grad():
         while tokens.shape[1] < length:
