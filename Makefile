@@ -4,11 +4,16 @@ BIN := $(VENV)/bin
 
 # One more than two cores: what waits for a process or a file leaves its core to another.
 WORKERS := 3
+# A file's tests in one worker, which makes what they share once; files in their order, as the long ones come early.
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Workers that each start a BLAS thread per core slow one another down.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Where it is set, every worker and every program that a test starts compiles all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:
 .PHONY: help demo audit-demo test test-lowest test-newest fuzz mutants bench bench-check coverage lint docs clean
@@ -34,20 +39,21 @@ demo: $(VENV)/.cli,plot
 audit-demo: $(VENV)/.cli,lm
 	$(BIN)/attnfit audit tiny --budget 100 --report audit.html
 
+# Where `make coverage` has just run, AFTER=coverage leaves out what that did.
 test: $(VENV)/.test $(VENV)/smollm2.stamp $(VENV)/data.stamp
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(ONE_THREAD) $(BIN)/python -m pytest $(SPREAD) $(if $(AFTER),$(GUARDS:%=--ignore=tests/test_%.py))
 
 # Tests that need a package of an extra are skipped where it is missing.
 test-lowest:
 	$(PYTHON) -m venv --clear $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . \
 		hypothesis mpmath pytest pytest-xdist
-	$(ONE_THREAD) $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(ONE_THREAD) $(VENV)-lowest/bin/python -m pytest $(SPREAD)
 
 test-newest:
 	$(PYTHON) -m venv --clear $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[test]'
-	$(ONE_THREAD) $(VENV)-newest/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(ONE_THREAD) $(VENV)-newest/bin/python -m pytest $(SPREAD)
 
 fuzz: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzz.py
@@ -76,7 +82,7 @@ GUARDS = losses loss_sums loss_sums_verdicts segments open_losses activations ac
 	separation separation_programme recession moves trust_region verdict_rules verdict_messages verdict_rounding log_start
 
 coverage: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/coverage run -m pytest -q -n $(WORKERS) $(GUARDS:%=tests/test_%.py)
+	$(ONE_THREAD) $(BIN)/coverage run -m pytest -q $(SPREAD) $(GUARDS:%=tests/test_%.py)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

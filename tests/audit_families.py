@@ -31,6 +31,9 @@ DEEPSEEK = PLAIN | {
 }  # fmt: skip
 MAMBA = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "initializer_range": 0.2, **ENDS}
 
+# Attention through the library's interface, where candidates can be alternatives: since transformers 5.24.
+GPTJ_WAY = "fast" if transformers.GPTJPreTrainedModel._supports_sdpa else "expanded"
+CODEGEN_WAY = "fast" if transformers.CodeGenPreTrainedModel._supports_sdpa else "expanded"
 # Name of the configuration, its settings, and the way that is right: fast, expanded or whole.
 FAMILIES = {
     "llama": ("Llama", SIZES, "fast"),
@@ -62,8 +65,8 @@ FAMILIES = {
     "falcon": ("Falcon", PLAIN | {"num_kv_heads": 2, "new_decoder_architecture": True}, "expanded"),
     "falcon, alibi": ("Falcon", PLAIN | {"alibi": True, "multi_query": False}, "expanded"),
     "gpt_oss, window": ("GptOss", HEADS | HYBRID | EXPERTS | {"num_experts_per_tok": 2}, "expanded"),
-    "gptj": ("GPTJ", OLD | {"rotary_dim": 8}, "expanded"),
-    "codegen": ("CodeGen", OLD | {"n_ctx": 256, "rotary_dim": 8}, "expanded"),
+    "gptj": ("GPTJ", OLD | {"rotary_dim": 8}, GPTJ_WAY),
+    "codegen": ("CodeGen", OLD | {"n_ctx": 256, "rotary_dim": 8}, CODEGEN_WAY),
     "gpt_neo, window": ("GPTNeo", {
         "vocab_size": 1000, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "intermediate_size": 128,
         "max_position_embeddings": 256, "attention_types": [[["local", "global", "local"], 1]],

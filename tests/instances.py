@@ -114,16 +114,14 @@ def covering(axes, seed):
     """A few settings of all axes in which every pair of values of two axes occurs."""
     rng = np.random.default_rng(seed)
     everything = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    rng.shuffle(everything)
-
-    def pairs(case):
-        return set(itertools.combinations(case.items(), 2))
-
-    missing = set().union(*map(pairs, everything))
+    # A setting with the pairs of values in it.
+    settings = [(case, set(itertools.combinations(case.items(), 2))) for case in everything]
+    rng.shuffle(settings)
+    missing = set().union(*(pairs for _, pairs in settings))
     while missing:
-        best = max(everything[:200], key=lambda case: len(pairs(case) & missing))
-        if not pairs(best) & missing:
-            best = next(case for case in everything if pairs(case) & missing)
-        missing -= pairs(best)
-        rng.shuffle(everything)
+        best, pairs = max(settings[:200], key=lambda setting: len(setting[1] & missing))
+        if not pairs & missing:
+            best, pairs = next(setting for setting in settings if setting[1] & missing)
+        missing -= pairs
+        rng.shuffle(settings)
         yield best

@@ -56,7 +56,6 @@ def minilm():
 
 
 @needs_minilm
-@pytest.mark.xdist_group("minilm")
 @pytest.mark.parametrize(("defence", "text"), [(None, "the code is 4471."), ("float16", "code")])
 def test_encoder_attention(minilm, defence, text):
     found = audit.invert(minilm, audit.observe(minilm, text, "attention:0", defence))
@@ -66,7 +65,6 @@ def test_encoder_attention(minilm, defence, text):
 
 
 @needs_minilm
-@pytest.mark.xdist_group("minilm")
 def test_an_encoder_is_inverted_no_longer_than_there_is_time(minilm, monkeypatch):
     """Spans are tested without a forward pass of the model: the clock is looked at for each token."""
     tested = []
@@ -84,7 +82,6 @@ def test_an_encoder_is_inverted_no_longer_than_there_is_time(minilm, monkeypatch
 
 
 @needs_minilm
-@pytest.mark.xdist_group("minilm")
 def test_rows_are_what_enters_the_first_block(minilm):
     tokens = minilm.tokenise("a small test")
     states = minilm.states(tokens, 0)
@@ -95,7 +92,6 @@ def test_rows_are_what_enters_the_first_block(minilm):
 
 
 @needs_minilm
-@pytest.mark.xdist_group("minilm")
 def test_later_blocks_of_an_encoder_are_refused(minilm):
     seen = audit.observe(minilm, "hello", "attention:3")
     with pytest.raises(audit.AuditError, match="observe attention:0"):

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from attnfit import audit  # noqa: E402
 from attnfit.audit.models import train_tiny  # noqa: E402
+from attnfit.audit.models.sampling import sample  # noqa: E402
 from attnfit.audit.models.tiny import SHIPPED, load_tiny  # noqa: E402
 
 # Of the weights that ship; training again on another processor changes it.
@@ -91,6 +92,17 @@ def test_training_is_a_program():
     )
     assert done.returncode == 0, done.stderr
     assert "directory" in done.stdout
+
+
+def test_sampling_reads_every_token_once(tiny, monkeypatch):  # noqa: F811
+    """Whatever the library calls the cache: a model without one runs everything before again."""
+    read = []
+    plain = tiny.module.forward
+    monkeypatch.setattr(
+        tiny.module, "forward", lambda **inputs: read.append(inputs["input_ids"].shape[1]) or plain(**inputs)
+    )
+    sample(tiny, 2, 9, torch.Generator().manual_seed(0))
+    assert read == [1] * 8
 
 
 def test_states_and_logits_are_those_of_transformers(tiny):  # noqa: F811

@@ -17,8 +17,6 @@ from attnfit.audit.intervals import wilson  # noqa: E402
 from attnfit.audit.running import run  # noqa: E402
 from attnfit.audit.summary import Pair, measured_bracket  # noqa: E402
 
-# Made once, by one worker.
-one_audit = pytest.mark.xdist_group("one audit")
 EVERY_ACCESS = ["hidden:1", "hidden:4", "logits", "topk:5", "masked"]
 
 
@@ -27,7 +25,6 @@ def found(tiny):  # noqa: F811
     return run(tiny, tiny.private_texts[:2], EVERY_ACCESS, [None, "int8", "noise:4.0"], budget=300)
 
 
-@one_audit
 def test_everything_comes_back_without_a_defence(found):
     assert found.coverage == ""
     for access in EVERY_ACCESS:
@@ -38,7 +35,6 @@ def test_everything_comes_back_without_a_defence(found):
     assert found.pair("masked", "int8") is None
 
 
-@one_audit
 def test_defences_are_compared(found):
     for access in ("hidden:1", "hidden:4", "logits"):
         assert found.pair(access, "int8").token_share == 1.0
@@ -50,7 +46,6 @@ def test_defences_are_compared(found):
     assert strong.predicted < 0.1
 
 
-@one_audit
 def test_controls_claim_nothing_false(found):
     assert [control.access for control in found.controls] == EVERY_ACCESS[:-1]
     for control in found.controls:
@@ -59,7 +54,6 @@ def test_controls_claim_nothing_false(found):
         assert control.false_claims == 0
 
 
-@one_audit
 def test_the_verdict_and_the_advice_name_numbers(found):
     assert found.verdict.startswith("tiny: up to 100 % of tokens recovered without a defence (hidden:1)")
     assert "the best tried" in found.verdict
@@ -68,7 +62,6 @@ def test_the_verdict_and_the_advice_name_numbers(found):
     assert "memorised" in advice
 
 
-@one_audit
 def test_the_gate(found):
     assert {(p.access, p.defence) for p in found.failures(0.99)} >= {("hidden:1", "none"), ("masked", "none")}
     weak = [pair for pair in found.failures(1.0) if pair.tested]
@@ -210,7 +203,6 @@ def test_one_bad_text_does_not_stop_the_others(tiny):  # noqa: F811
     report.as_json(redact=False)
 
 
-@one_audit
 def test_a_report_that_contradicts_itself_says_so(found):
     import dataclasses
 
@@ -291,7 +283,6 @@ def test_measured_brackets():
     assert measured_bracket(bits, "int{}", True) == (4.0, 2.0)
 
 
-@one_audit
 def test_records_survive_json(found):
     for cell in found.cells:
         assert cells.from_record(json.loads(json.dumps(cells.as_record(cell)))) == cell

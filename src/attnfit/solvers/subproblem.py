@@ -131,9 +131,9 @@ class MoreSorensen:
             if abs(norm - radius) <= 1e-6 * radius:
                 break
             low, high = (shift, high) if norm > radius else (low, shift)
-            # Squares of a gradient of rounding may underflow.
-            square = norm * norm
-            slope = float(np.sum(along**2 / (self.values + shift) ** 3)) / square if square > 0.0 else 0.0
+            # Of a step of length one: squares and cubes of what rounding left of a gradient may underflow.
+            unit = along / (self.values + shift) / norm if norm > 0.0 else np.zeros_like(along)
+            slope = float(np.sum(unit * unit / (self.values + shift)))
             newton = shift + (norm - radius) / (radius * slope) if radius * slope > 0.0 else np.inf
             shift = newton if low < newton < high else 0.5 * (low + high)
         return np.asarray(-along / (self.values + shift))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ from transformers import DynamicCache
 
 from attnfit.audit.engine.attention import seeing_only_prefix
 from attnfit.audit.errors import Unsupported
+from attnfit.audit.models.blocks import arguments, cache_argument
 from attnfit.audit.models.model import Model
 
 # Copies of a prefix that are held at once, and tokens of whole sequences in one pass.
@@ -110,7 +110,8 @@ class Fast(Way):
     def __init__(self, model: Model, parts: list[Any], copies: int) -> None:
         super().__init__(model, parts, copies)
         self._keys, self._length = _Keys(), 0
-        self._places = "position_ids" in _arguments(model)
+        self._places = "position_ids" in arguments(model.base)
+        self._cache = cache_argument(model.base)
 
     def extend(self, ids: Any) -> Any:
         """Run the tokens after the keys of the prefix."""
@@ -152,7 +153,10 @@ class Fast(Way):
     def _run(self, inputs: dict[str, Any], places: Any, keys: Any) -> list[Any]:
         if self._places:
             inputs |= {"position_ids": self._model.first_position + places[None]}
-        return self._model.capture(self._parts, "output", **inputs, past_key_values=keys, use_cache=True)
+        if self._cache is None:
+            raise Unsupported(f"{self._model.name!r} takes no keys of tokens before")
+        inputs |= {self._cache: keys, "use_cache": True}
+        return self._model.capture(self._parts, "output", **inputs)
 
 
 class Expanded(Fast):
@@ -217,8 +221,3 @@ class Whole(Way):
 
 
 WAYS: tuple[type[Way], ...] = (Fast, Expanded, Whole)
-
-
-def _arguments(model: Model) -> Any:
-    """Return the names of what the model's forward pass takes."""
-    return inspect.signature(model.base.forward).parameters

@@ -13,6 +13,8 @@ from attnfit.audit.errors import MalformedModel
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out", "final_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+# What the transformers library calls a cache since version 5.24, and before.
+CACHES = ("cache", "past_key_values")
 
 
 class _Reached(Exception):
@@ -57,7 +59,7 @@ def attention_of(block: Any, family: str) -> Any:
         return inner.o
     output = getattr(attention, "output", None)
     if output is None:
-        adds = "residual" in inspect.signature(attention.forward).parameters
+        adds = "residual" in arguments(attention)
         return attention.dense if adds and hasattr(attention, "dense") else attention
     if not hasattr(output, "dense"):
         raise MalformedModel(f"the attention of {family} is of an unknown kind: it cannot be observed")
@@ -67,6 +69,16 @@ def attention_of(block: Any, family: str) -> Any:
 def _first_of(module: Any, names: tuple[str, ...]) -> Any:
     found = (getattr(module, name, None) for name in names)
     return next((part for part in found if part is not None), None)
+
+
+def arguments(base: Any) -> frozenset[str]:
+    """Return the names of what a forward pass takes."""
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+def cache_argument(base: Any) -> str | None:
+    """Return what a forward pass calls the keys and values of tokens before; None where it takes none."""
+    return next((name for name in CACHES if name in arguments(base)), None)
 
 
 def capture(base: Any, modules: Sequence[Any], side: Literal["input", "output"], **inputs: Any) -> list[Any]:

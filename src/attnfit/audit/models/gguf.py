@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from math import prod
 from os import fstat
@@ -58,7 +58,7 @@ def load_gguf(file: Path, name: str | None = None) -> Model:
         "local_files_only": True,
     }
     try:
-        with quiet(), _without_bars():
+        with quiet(), _read_once():
             home = kept(cache_directory() / "gguf" / _identity(file), partial(_convert, file, source))
             config = AutoConfig.from_pretrained(home, local_files_only=True)
             family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -79,22 +79,31 @@ def load_gguf(file: Path, name: str | None = None) -> Model:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep the conversion of tensors from drawing bars of its own, which no setting turns off."""
-    usual = getattr(reader, "tqdm", None)
-    if usual is None:
-        yield
-        return
-    reader.tqdm = partial(usual, disable=True)
+def _read_once() -> Iterator[None]:
+    """Keep the library from reading the same file again and again, and from drawing bars, for which there are
+    no settings.
+
+    It walks through the metadata for the configuration, for the tokenizer and for the weights, and makes one
+    table of names for every module of the model: seconds each time.
+    """
+    gguf = require("gguf")
+    usual = [(gguf, "GGUFReader", gguf.GGUFReader), (gguf, "get_tensor_name_map", gguf.get_tensor_name_map)]
+    changed: list[Any] = [cache(known) for _, _, known in usual]
+    if hasattr(reader, "tqdm"):
+        usual.append((reader, "tqdm", reader.tqdm))
+        changed.append(partial(reader.tqdm, disable=True))
+    for (place, name, _), other in zip(usual, changed, strict=True):
+        setattr(place, name, other)
     try:
         yield
     finally:
-        reader.tqdm = usual
+        for place, name, known in usual:
+            setattr(place, name, known)
 
 
 def _convert(file: Path, source: dict[str, Any], directory: Path) -> None:
     """Write the configuration and the tokenizer in the transformers library's own format."""
-    tensors = require("gguf").GGUFReader(file).tensors
+    tensors = require("gguf").GGUFReader(str(file)).tensors
     check_memory(sum(prod(int(side) for side in tensor.shape) for tensor in tensors), file)
     AutoConfig.from_pretrained(**source).save_pretrained(directory)
     AutoTokenizer.from_pretrained(**source).save_pretrained(directory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from attnfit.audit.errors import AuditError, MalformedModel
-from attnfit.audit.models.blocks import attention_of, capture, final_norm, find_blocks
+from attnfit.audit.models.blocks import arguments, attention_of, capture, final_norm, find_blocks
 from attnfit.audit.models.texts import Text, tokenised
 from attnfit.audit.models.texts import Tokens as Tokens
 
@@ -372,7 +371,7 @@ class Model:
         """Whether states depend on the position of the first token: not where positions only turn queries
         and keys, or only their distances count.
         """
-        if "position_ids" not in inspect.signature(self.base.forward).parameters:
+        if "position_ids" not in arguments(self.base):
             return False
         count = min(SHIFTED, self.max_length // 2)
         tokens = torch.arange(1, 1 + count)[None] % self.n_vocabulary

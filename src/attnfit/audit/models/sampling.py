@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from attnfit.audit.models.blocks import cache_argument
 from attnfit.audit.models.model import Model
 
 
@@ -26,16 +26,15 @@ def sample(model: Model, count: int, length: int, generator: Any) -> Any:
     Tensor, shape (count, length)
     """
     tokens = torch.randint(model.n_vocabulary, (count, 1), generator=generator)
-    takes = inspect.signature(model.base.forward).parameters
     # Its own cache, as the model would: one that it does not know is left out, and everything run again.
-    keys = DynamicCache(config=model.module.config) if "past_key_values" in takes else None
+    name = cache_argument(model.base)
+    kept = {} if name is None else {name: DynamicCache(config=model.module.config), "use_cache": True}
     with torch.no_grad():
         while tokens.shape[1] < length:
-            if keys is None:
-                logits = model.module(input_ids=tokens, use_cache=False).logits[:, -1]
+            if kept:
+                logits = model.module(input_ids=tokens[:, -1:], **kept).logits[:, -1]
             else:
-                last = tokens[:, -1:]
-                logits = model.module(input_ids=last, past_key_values=keys, use_cache=True).logits[:, -1]
+                logits = model.module(input_ids=tokens, use_cache=False).logits[:, -1]
             chances = torch.softmax(logits.float(), -1)
             tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], 1)
     return tokens
