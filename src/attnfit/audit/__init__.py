@@ -15,6 +15,7 @@ from attnfit.audit.errors import (
 
 if TYPE_CHECKING:
     from attnfit.audit.access import Access
+    from attnfit.audit.cache import invert_kv
     from attnfit.audit.check import check_access, check_defence
     from attnfit.audit.checks import check_states
     from attnfit.audit.defences import Defence, Defended
@@ -50,6 +51,7 @@ _HOMES = {
     "invert": "inverting",
     "invert_attention": "states",
     "invert_hidden": "states",
+    "invert_kv": "cache",
     "invert_logits": "logits",
     "invert_topk": "topk",
     "load": "models",
@@ -86,6 +88,7 @@ __all__ = [
     "invert",
     "invert_attention",
     "invert_hidden",
+    "invert_kv",
     "invert_logits",
     "invert_topk",
     "load",

@@ -63,6 +63,8 @@ class Access(ABC):
         Whether probes of the layer are learned before it is inverted.
     forecasts : bool
         Whether `rivals` tells what defences should do.
+    counts_positions : bool
+        Whether what leaves depends on the position of the first token also where states do not.
     """
 
     place: int = 0
@@ -74,6 +76,7 @@ class Access(ABC):
     observed: ClassVar[bool] = True
     probed: ClassVar[bool] = False
     forecasts: ClassVar[bool] = True
+    counts_positions: ClassVar[bool] = False
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)

@@ -6,6 +6,7 @@ import re
 from importlib.metadata import entry_points
 
 from attnfit.audit.access import FORMS, Access
+from attnfit.audit.cache import Keys, KeysAndValues, Values
 from attnfit.audit.errors import AuditError
 from attnfit.audit.logits import Logits
 from attnfit.audit.masked import Masked
@@ -14,7 +15,9 @@ from attnfit.audit.topk import TopLogProbabilities
 
 # Entry points of this group name subclasses of `Access`.
 GROUP = "attnfit.access"
-OURS: tuple[type[Access], ...] = (HiddenStates, AttentionOutput, Logits, TopLogProbabilities, Masked)
+OURS: tuple[type[Access], ...] = (
+    HiddenStates, AttentionOutput, Logits, TopLogProbabilities, Masked, KeysAndValues, Keys, Values,
+)  # fmt: skip
 
 
 def parse_access(access: str | Access) -> Access:
