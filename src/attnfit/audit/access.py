@@ -63,6 +63,8 @@ class Access(ABC):
         Whether probes of the layer are learned before it is inverted.
     forecasts : bool
         Whether `rivals` tells what defences should do.
+    ordered : bool
+        Whether row t of what leaves is that of token t.
     counts_positions : bool
         Whether what leaves depends on the position of the first token also where states do not.
     """
@@ -76,6 +78,7 @@ class Access(ABC):
     observed: ClassVar[bool] = True
     probed: ClassVar[bool] = False
     forecasts: ClassVar[bool] = True
+    ordered: ClassVar[bool] = True
     counts_positions: ClassVar[bool] = False
 
     def __init_subclass__(cls, **more: Any) -> None:

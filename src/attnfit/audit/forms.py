@@ -10,6 +10,7 @@ from attnfit.audit.cache import Keys, KeysAndValues, Values
 from attnfit.audit.errors import AuditError
 from attnfit.audit.logits import Logits
 from attnfit.audit.masked import Masked
+from attnfit.audit.permuted import PermutedStates
 from attnfit.audit.states import AttentionOutput, HiddenStates
 from attnfit.audit.topk import TopLogProbabilities
 
@@ -17,6 +18,7 @@ from attnfit.audit.topk import TopLogProbabilities
 GROUP = "attnfit.access"
 OURS: tuple[type[Access], ...] = (
     HiddenStates, AttentionOutput, Logits, TopLogProbabilities, Masked, KeysAndValues, Keys, Values,
+    PermutedStates,
 )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def observe(
     access : str or Access
         ``"hidden:LAYER"`` (states after that block, from 1), ``"attention:BLOCK"`` (output of that block's
         self-attention, from 0), ``"kv:BLOCK"``, ``"k:BLOCK"``, ``"v:BLOCK"`` (its keys and values as
-        cached), ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest
+        cached), ``"permuted:LAYER"`` (states in unknown order), ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest
         log-probabilities at every position, and their tokens), or a form of one's own, a subclass of
         `attnfit.audit.Access`.
     defence : str, optional

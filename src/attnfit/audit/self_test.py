@@ -27,6 +27,7 @@ ROUND_TRIPS = (
     ("kv:0", None),
     ("k:2", "int8"),
     ("v:1", None),
+    ("permuted:2", None),
     ("logits", None),
     ("logits", "round:1"),
     ("topk:5", None),

@@ -79,8 +79,8 @@ def audit(
     access: Annotated[
         str | None,
         typer.Option(
-            help="What is seen: hidden:LAYER, attention:BLOCK, kv:BLOCK, k:BLOCK, v:BLOCK, logits, "
-            "topk:COUNT, masked."
+            help="What is seen: hidden:LAYER, attention:BLOCK, kv:BLOCK, k:BLOCK, v:BLOCK, "
+            "permuted:LAYER, logits, topk:COUNT, masked."
         ),
     ] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts to audit with, one a line (UTF-8).")] = None,
