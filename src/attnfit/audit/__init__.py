@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from attnfit.audit.check import check_access, check_defence
     from attnfit.audit.checks import check_states
     from attnfit.audit.defences import Defence, Defended
+    from attnfit.audit.gradient import invert_gradient
+    from attnfit.audit.gradient_search import GradientResult
     from attnfit.audit.inverting import invert
     from attnfit.audit.logits import invert_logits
     from attnfit.audit.masked import MaskedResult, recover_masked
@@ -50,6 +52,8 @@ _HOMES = {
     "check_states": "checks",
     "invert": "inverting",
     "invert_attention": "states",
+    "GradientResult": "gradient_search",
+    "invert_gradient": "gradient",
     "invert_hidden": "states",
     "invert_kv": "cache",
     "invert_logits": "logits",
@@ -67,6 +71,7 @@ __all__ = [
     "AuditError",
     "Defence",
     "Defended",
+    "GradientResult",
     "InversionResult",
     "MalformedModel",
     "MaskedResult",
@@ -87,6 +92,7 @@ __all__ = [
     "check_states",
     "invert",
     "invert_attention",
+    "invert_gradient",
     "invert_hidden",
     "invert_kv",
     "invert_logits",

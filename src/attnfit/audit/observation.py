@@ -74,9 +74,9 @@ def observe(
     access : str or Access
         ``"hidden:LAYER"`` (states after that block, from 1), ``"attention:BLOCK"`` (output of that block's
         self-attention, from 0), ``"kv:BLOCK"``, ``"k:BLOCK"``, ``"v:BLOCK"`` (its keys and values as
-        cached), ``"permuted:LAYER"`` (states in unknown order), ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest
-        log-probabilities at every position, and their tokens), or a form of one's own, a subclass of
-        `attnfit.audit.Access`.
+        cached), ``"permuted:LAYER"`` (states in unknown order), ``"gradient"`` (of a training step),
+        ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest log-probabilities at every position,
+        and their tokens), or a form of one's own, a subclass of `attnfit.audit.Access`.
     defence : str, optional
         ``"float16"``, ``"bfloat16"``, ``"int8"``, ``"int4"`` (one scale a row; ``":channel"``: a channel),
         ``"noise:R"`` (Gaussian, R times the root mean square of each row; ``"noise:Rstd"``: times each

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from attnfit.audit.errors import MalformedModel
-from attnfit.audit.models.cached import CachedPart
+from attnfit.audit.models.cached import CachedPart, EnteringPart
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out", "final_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
@@ -79,6 +79,7 @@ def cached_in(block: Any, family: str, **which: bool) -> CachedPart:
 # What can be read inside a block, by the word before the colon of a layer's name.
 INSIDE: dict[str, Callable[[Any, str], Any]] = {
     "attention": end_of_attention,
+    "entering": lambda block, family: EnteringPart(attention_of(block, family)),
     "kv": cached_in,
     "k": partial(cached_in, values=False),
     "v": partial(cached_in, keys=False),

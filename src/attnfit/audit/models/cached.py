@@ -1,4 +1,4 @@
-"""What a block writes into the cache of keys and values, as if a module of the model gave it."""
+"""What enters an attention and what it writes into its cache, as if modules of the model gave it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CachedPart:
     def __init__(
         self, attention: Any, family: str, *, keys: bool = True, values: bool = True, rotated: bool = True
     ) -> None:
-        self._attention, self._family = attention, family
+        self.attention, self._family = attention, family
         self._keys, self._values, self._rotated = keys, values, rotated
         self._order = list(inspect.signature(attention.forward).parameters)
         known = [name for name in CACHES if name in self._order]
@@ -49,7 +49,7 @@ class CachedPart:
         def called(args: Any, kwargs: Any, out: Any) -> Any:
             return hook(self, args, kwargs, out) if with_kwargs else hook(self, args, out)
 
-        return self._attention.register_forward_pre_hook(partial(self._watch, called), with_kwargs=True)
+        return self.attention.register_forward_pre_hook(partial(self._watch, called), with_kwargs=True)
 
     def _watch(self, called: Any, _: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         named = dict(zip(self._order, args, strict=False)) | kwargs
@@ -84,6 +84,27 @@ class CachedPart:
     def _row(self, keys: Any, values: Any) -> Any:
         parts = [keys] * self._keys + [values] * self._values
         return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], -1)
+
+
+class EnteringPart:
+    """What enters an attention, as if a module before it gave it.
+
+    Parameters
+    ----------
+    attention : torch.nn.Module
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+
+    def register_forward_hook(self, hook: Callable[..., Any], *, with_kwargs: bool = False) -> Any:
+        """Have a hook called with it."""
+
+        def entering(_: Any, args: Any, kwargs: Any) -> None:
+            state = args[0] if args else kwargs["hidden_states"]
+            hook(self, args, kwargs, state) if with_kwargs else hook(self, args, state)
+
+        return self.attention.register_forward_pre_hook(entering, with_kwargs=True)
 
 
 class _Watched:
