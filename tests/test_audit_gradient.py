@@ -11,6 +11,7 @@ from audit_families import random_module, text_of, trained_tokenizer  # noqa: E4
 
 from attnfit import audit  # noqa: E402
 from attnfit.audit.defences import apply_defence  # noqa: E402
+from attnfit.audit.gradient_search import GradientSearch  # noqa: E402
 from attnfit.audit.gradients import observed_weights  # noqa: E402
 from attnfit.audit.models.model import Model  # noqa: E402
 
@@ -99,6 +100,15 @@ def test_nothing_false_is_claimed(models):
     with pytest.raises(audit.AuditError, match="has rank 64 of 64"):
         audit.invert_gradient(model, noisy)
     assert not audit.invert_gradient(model, noisy, error=0.1).verified
+
+
+def test_branches_that_are_no_text_are_dropped(models, monkeypatch):
+    model = models["llama"]
+    tokens = model.tokenise(text_of(model.tokenizer, 9))
+    given, tree = trained_on(model, [tokens]), GradientSearch._tree
+    monkeypatch.setattr(GradientSearch, "_tree", lambda self: [*tree(self), [*tokens[:3], tokens[5]]])
+    found = audit.invert_gradient(model, given)
+    assert found.tokens == [tokens] and found.verified
 
 
 def test_a_token_without_loss_leaves_no_trace(tiny):  # noqa: F811

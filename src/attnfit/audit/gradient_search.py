@@ -155,12 +155,21 @@ class GradientSearch:
     def search(self) -> GradientResult:
         """Return all texts that could be found."""
         texts = self._tree()
-        texts, complete = self._completed(texts)
+        texts, ended = self._completed(texts)
+        unended = [text for text, whole in zip(texts, ended, strict=True) if not whole]
+        # One token alone has no loss.
+        texts = [text for text in texts if len(text) > 1]
         ranks = (self._first.rank, self._second.rank)
         shares, residual, apart = self._explained(texts) if texts else ([], 1.0, True)
+        # Branches that no text goes on from leave nothing: what has no part in the gradient is none of it.
+        kept = [text for text, share in zip(texts, shares, strict=True) if self._counts(text, share)]
+        if kept and len(kept) < len(texts) and residual <= self._allowed:
+            texts = kept
+            shares, residual, apart = self._explained(texts)
         order = sorted(range(len(texts)), key=lambda one: -shares[one])
         texts = [texts[one] for one in order]
         same = residual <= self._allowed and bool(texts) and min(shares) > 0
+        complete = not any(text in unended for text in texts)
         sure = complete and same and apart and self._allowed <= CERTAIN
         verified = sure and not self._others_explain(texts)
         n = len(texts)
@@ -232,14 +241,15 @@ class GradientSearch:
             living = [tokens for _, tokens in sorted(grown)[:MOST]]
         return leaves + [tokens for tokens in living if tokens]
 
-    def _completed(self, texts: list[Tokens]) -> tuple[list[Tokens], bool]:
-        """Return texts with their last tokens, and whether all are known."""
+    def _completed(self, texts: list[Tokens]) -> tuple[list[Tokens], list[bool]]:
+        """Return texts with their last tokens, and of which these are known."""
         head = self._given[-1]
+        unknown = [False] * len(texts)
         if not texts or not float(head.norm()) > 0:
-            return texts, False
+            return texts, unknown
         nodes = list(dict.fromkeys(tuple(text[:n]) for text in texts for n in range(1, len(text) + 1)))
         if len(nodes) >= self._model.width:
-            return texts, False
+            return texts, unknown
         top = self._model.n_layers + 1
         last = {}
         for text in texts:
@@ -254,7 +264,7 @@ class GradientSearch:
         missing = [place for place, end in enumerate(ends) if end is None]
         found = [text if end is None else [*text, end] for text, end in zip(texts, ends, strict=True)]
         if len(missing) != 1 or not inputs:
-            return found, not missing
+            return found, [end is not None for end in ends]
         # The gradient of the table of embeddings lies over the head's for tokens of the text: try them.
         place = missing[0]
         missed = []
@@ -262,7 +272,7 @@ class GradientSearch:
             found[place] = [*texts[place], token]
             missed.append(self._explained(found)[1])
         found[place] = [*texts[place], inputs[int(np.argmin(missed))]]
-        return found, True
+        return found, [True] * len(texts)
 
     def _label(self, slopes: Any, state: Any, inputs: Tokens) -> int | None:
         """Return the token whose logit the loss wants larger; None where only tokens of the text are left."""
@@ -290,6 +300,11 @@ class GradientSearch:
                         return True
         return False
 
+    def _counts(self, text: Tokens, share: float) -> bool:
+        """Return whether a text has a part in the gradient beyond what may be an error."""
+        size = torch.cat(self._given[self._inner]).norm()
+        return share * float(self._column(text).norm() / size) > self._allowed
+
     def _column(self, text: Tokens) -> Any:
         """Return the gradient of one text in a row; kept, as many sets of texts are compared."""
         if tuple(text) not in self._columns:
@@ -299,10 +314,8 @@ class GradientSearch:
 
     def _explained(self, texts: list[Tokens]) -> tuple[list[float], float, bool]:
         """Return the weight of each text, the relative residual, and whether the texts are told apart."""
-        columns = [self._column(text) for text in texts if len(text) > 1]
+        columns = [self._column(text) for text in texts]
         target = torch.cat([one.reshape(-1) for one in self._given[self._inner]]).double()
-        if len(columns) < len(texts):
-            return [0.0] * len(texts), 1.0, True
         A = torch.stack(columns).double()
         gram, size = A @ A.T, A.norm(dim=1)
         apart = float(torch.linalg.eigvalsh(gram / torch.outer(size, size))[0]) > ALIKE
