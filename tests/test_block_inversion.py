@@ -159,7 +159,7 @@ def test_known_tokens_before_the_others_add_nothing():
 def test_tokens_that_see_one_another():
     """No verdict of recovery; what is found has the output, and determinants say whether more is to come."""
     for seed in range(3):
-        blocks, T, B = planted(seed, 4, 1.0, d=8, n_heads=2, mask=None)
+        blocks, _, B = planted(seed, 4, 1.0, d=8, n_heads=2, mask=None)
         problem = BlockInversion(blocks, B)
         found = recover(problem, random_state=0)
         assert found.verdict == "ambiguous" and len(found.inputs) == len(found.signs)
@@ -242,7 +242,7 @@ def exact_input(block, b, start):
 def test_radii_hold_against_sixty_digits():
     proven = 0
     for seed in range(8):
-        blocks, T, B = planted(seed, 1, 0.6, d=3, n_heads=1)
+        blocks, _, B = planted(seed, 1, 0.6, d=3, n_heads=1)
         for precision in (1e-9, 1e-6, 1e-3):
             rng = np.random.default_rng(seed)
             rounded = B * (1.0 + precision * rng.uniform(-0.99, 0.99, B.shape))

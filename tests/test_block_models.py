@@ -75,7 +75,7 @@ def test_a_changed_block_is_noticed():
     part = model.model.layers[1].mlp
     part.register_forward_hook(lambda _, args, out: 1.001 * out)
     assert len(Block.from_model(model, layers=[0])) == 1
-    with pytest.raises(UnknownHead, match="llama, block 1: .* is off by"):
+    with pytest.raises(UnknownHead, match=r"llama, block 1: .* is off by"):
         Block.from_model(model, layers=[1])
     with pytest.raises(ValueError, match="layers must be 0 to 2, not 3"):
         Block.from_model(model, layers=[3])

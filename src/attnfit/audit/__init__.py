@@ -15,9 +15,12 @@ from attnfit.audit.errors import (
 
 if TYPE_CHECKING:
     from attnfit.audit.access import Access
+    from attnfit.audit.cache import invert_kv
     from attnfit.audit.check import check_access, check_defence
     from attnfit.audit.checks import check_states
     from attnfit.audit.defences import Defence, Defended
+    from attnfit.audit.gradient import invert_gradient
+    from attnfit.audit.gradient_search import GradientResult
     from attnfit.audit.inverting import invert
     from attnfit.audit.logits import invert_logits
     from attnfit.audit.masked import MaskedResult, recover_masked
@@ -49,7 +52,10 @@ _HOMES = {
     "check_states": "checks",
     "invert": "inverting",
     "invert_attention": "states",
+    "GradientResult": "gradient_search",
+    "invert_gradient": "gradient",
     "invert_hidden": "states",
+    "invert_kv": "cache",
     "invert_logits": "logits",
     "invert_topk": "topk",
     "load": "models",
@@ -65,6 +71,7 @@ __all__ = [
     "AuditError",
     "Defence",
     "Defended",
+    "GradientResult",
     "InversionResult",
     "MalformedModel",
     "MaskedResult",
@@ -85,7 +92,9 @@ __all__ = [
     "check_states",
     "invert",
     "invert_attention",
+    "invert_gradient",
     "invert_hidden",
+    "invert_kv",
     "invert_logits",
     "invert_topk",
     "load",

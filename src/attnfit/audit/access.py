@@ -63,6 +63,10 @@ class Access(ABC):
         Whether probes of the layer are learned before it is inverted.
     forecasts : bool
         Whether `rivals` tells what defences should do.
+    ordered : bool
+        Whether row t of what leaves is that of token t.
+    counts_positions : bool
+        Whether what leaves depends on the position of the first token also where states do not.
     """
 
     place: int = 0
@@ -74,6 +78,8 @@ class Access(ABC):
     observed: ClassVar[bool] = True
     probed: ClassVar[bool] = False
     forecasts: ClassVar[bool] = True
+    ordered: ClassVar[bool] = True
+    counts_positions: ClassVar[bool] = False
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attnfit.audit.engine.prefix import Prefix
+from attnfit.audit.errors import AuditError
 from attnfit.audit.models.model import Layer, Model
 from attnfit.audit.models.sampling import sample
 from attnfit.audit.probes import Probe, Ranker, fit_probe
@@ -107,7 +108,9 @@ def _learn(model: Model, layers: Sequence[Layer], seed: int) -> dict[Layer, Cali
     table = model.embeddings
     learned = {}
     for place, layer in enumerate(layers):
-        later = running[place][:, 1:].reshape(-1, model.width)
+        later = running[place][:, 1:].flatten(0, 1)
+        if not float(later.std(0).max()) > 0.0:
+            raise AuditError(f"{layer} of {model.name!r} is the same for every token: it tells none of them")
         scale, first_scale = _scale(later), _scale(first[place][:, 0])
         candidates, states = contexts[0], contexts[1][place]
         learned[layer] = Calibration(

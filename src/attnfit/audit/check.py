@@ -56,7 +56,7 @@ def check_access(access: str | Access, model: Model | None = None) -> None:
     assert np.isfinite(array).all(), "what leaves is not finite"
     again = form.leak(model, tokens).array
     assert np.array_equal(array, again), "the same text leaves other numbers each time"
-    if model.kind == "causal":
+    if model.kind == "causal" and form.ordered:
         spread, half = array.std(), len(tokens) // 2
         first = form.leak(model, tokens[:half]).array
         assert np.abs(first - array[:half]).max() <= ROUNDING * spread, (

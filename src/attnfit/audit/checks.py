@@ -6,21 +6,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from attnfit.audit.errors import AuditError, ObservationMismatch
-from attnfit.audit.models.model import Model, Tokens
+from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.uncertainty import Uncertainty
 
 # A position may cost this many times the vocabulary: everything once, and the searches before that.
 EVERYTHING = 2
 
 
-def check_states(model: Model, states: Any, error: Any, error_bound: Any = None) -> tuple[Any, Uncertainty]:
-    """Return states as a float32 tensor of shape (n, width), and what is known about their errors."""
-    array = np.asarray(states, dtype=np.float32)
-    if array.ndim != 2 or array.shape[1] != model.width or not len(array):
+def check_states(
+    model: Model, states: Any, error: Any, error_bound: Any = None, *, layer: Layer | None = None
+) -> tuple[Any, Uncertainty]:
+    """Return states as a float32 tensor of shape (n, width), and what is known about their errors.
+
+    The width is that of a layer where one is given.
+    """
+    array = real_numbers("states", states)
+    width = model.width if layer is None else model.width_of(layer)
+    if array.ndim != 2 or array.shape[1] != width or not len(array):
+        where = f" at {layer}" if isinstance(layer, str) else ""
         raise ObservationMismatch(
-            f"states must have shape (n, {model.width}) for {model.name!r}, not {array.shape}"
+            f"states must have shape (n, {width}) for {model.name!r}{where}, not {array.shape}"
         )
     finite = np.isfinite(array)
     if not finite.all():
@@ -33,6 +41,20 @@ def check_states(model: Model, states: Any, error: Any, error_bound: Any = None)
         for one in (error, error_bound)
     )
     return torch.from_numpy(array.copy()), Uncertainty(likely, error_bound=largest)
+
+
+def real_numbers(name: str, given: Any) -> NDArray[np.float32]:
+    """Return an array or a tensor of real numbers of any precision as float32.
+
+    Raises
+    ------
+    ObservationMismatch
+        If it holds anything else.
+    """
+    array = np.asarray(given.detach().float().cpu() if isinstance(given, torch.Tensor) else given)
+    if array.dtype.kind not in "fiu":
+        raise ObservationMismatch(f"{name} must hold real numbers, not {array.dtype}")
+    return array.astype(np.float32)
 
 
 def check_budget(budget: int | None, model: Model) -> int:

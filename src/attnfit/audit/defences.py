@@ -18,6 +18,8 @@ Array = NDArray[np.float32]
 # Half a unit in the last place of the significand, as a standard deviation: uniform errors.
 UNIFORM = 12.0**-0.5
 FLOAT16_DIGITS, BFLOAT16_DIGITS = 11, 8
+# Of half-precision numbers, below which the last place stays where it is: gradients are mostly so small.
+FLOAT16_LEAST = -13
 NUMBER = r"[0-9.]+(?:e-?[0-9]+)?"
 # Entry points of this group name subclasses of `Defence`.
 GROUP = "attnfit.defences"
@@ -106,7 +108,7 @@ class Float16(Defence):
         if np.abs(array).max() > np.finfo(np.float16).max:
             raise AuditError("float16 overflows: the largest number is beyond 65,504; use bfloat16")
         return Defended.rounded(
-            array.astype(np.float16).astype(np.float32), _last_place(array, FLOAT16_DIGITS)
+            array.astype(np.float16).astype(np.float32), _last_place(array, FLOAT16_DIGITS, FLOAT16_LEAST)
         )
 
 
@@ -189,10 +191,13 @@ class WithheldFirst(Defence):
         return Defended(left, np.zeros_like(left), np.zeros_like(left), (0,))
 
 
-def _last_place(array: Array, digits: int) -> Array:
-    """Return the error of rounding to so many binary digits, as a standard deviation."""
+def _last_place(array: Array, digits: int, least: int = -(1 << 10)) -> Array:
+    """Return the error of rounding to so many binary digits, as a standard deviation.
+
+    Digits are fewer below the least exponent that is told apart.
+    """
     _, exponent = np.frexp(array)
-    return np.asarray(np.ldexp(UNIFORM, exponent - digits), dtype=np.float32)
+    return np.asarray(np.ldexp(UNIFORM, np.maximum(exponent, least) - digits), dtype=np.float32)
 
 
 class Chain:

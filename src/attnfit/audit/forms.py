@@ -6,15 +6,22 @@ import re
 from importlib.metadata import entry_points
 
 from attnfit.audit.access import FORMS, Access
+from attnfit.audit.cache import Keys, KeysAndValues, Values
 from attnfit.audit.errors import AuditError
+from attnfit.audit.gradient import Gradient
 from attnfit.audit.logits import Logits
 from attnfit.audit.masked import Masked
+from attnfit.audit.permuted import PermutedStates
 from attnfit.audit.states import AttentionOutput, HiddenStates
 from attnfit.audit.topk import TopLogProbabilities
+from attnfit.audit.untested import LastLogits, LastState, Pooled
 
 # Entry points of this group name subclasses of `Access`.
 GROUP = "attnfit.access"
-OURS: tuple[type[Access], ...] = (HiddenStates, AttentionOutput, Logits, TopLogProbabilities, Masked)
+OURS: tuple[type[Access], ...] = (
+    HiddenStates, AttentionOutput, Logits, TopLogProbabilities, Masked, KeysAndValues, Keys, Values,
+    PermutedStates, Gradient, LastState, LastLogits, Pooled,
+)  # fmt: skip
 
 
 def parse_access(access: str | Access) -> Access:
@@ -27,6 +34,8 @@ def parse_access(access: str | Access) -> Access:
     """
     if isinstance(access, Access):
         return access
+    if access in FORMS and not FORMS[access].number:
+        return FORMS[access]()
     found = re.fullmatch(r"([a-z_]+)(?::([0-9]+))?", access)
     form = None if found is None else _named(found[1])
     if found is None or form is None or (found[2] is None) != (not form.number):

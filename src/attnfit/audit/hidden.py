@@ -25,6 +25,8 @@ from attnfit.audit.uncertainty import Uncertainty
 LOOKAHEAD = 2
 # Passes of one token through one block that take about a second: the whole vocabulary where this suffices.
 CHEAP = 1 << 16
+# Positions at which a false idea of what was observed shows.
+OPENING = 2
 # Misfits that differ by less are of tokens that are one to the model.
 SAME = 1e-4
 
@@ -42,13 +44,20 @@ class HiddenSearch:
     uncertainty : Uncertainty
     budget : int
         Largest number of candidates at a position.
+    n_rivals : int
+        Where states are projections, which tokens with other embeddings may share: so many of those that the
+        probe finds most like each state are compared before anything is claimed.
+    hint : str
+        What else may be wrong where no token explains one of the first positions.
     """
 
     def __init__(
-        self, model: Model, layer: Layer, states: Any, uncertainty: Uncertainty, budget: int
-    ) -> None:
+        self, model: Model, layer: Layer, states: Any, uncertainty: Uncertainty, budget: int,
+        *, n_rivals: int = 0, hint: str = "",
+    ) -> None:  # fmt: skip
         self._began = perf_counter()
         self._model, self._layer, self._budget = model, layer, budget
+        self._n_rivals, self._hint = n_rivals, hint
         self._states, self._run = states, uncertainty.run
         calibration = calibrate(model, [layer])[layer]
         self._targets = [
@@ -93,10 +102,14 @@ class HiddenSearch:
 
     def _draft(self) -> Tokens:
         """Return the probe's best token for every position."""
+        return [int(token) for token in self._probed().argmax(-1)]
+
+    def _probed(self) -> Any:
+        """Return how well the probe finds every token to fit each state, shape (n, n_vocabulary)."""
         first, running = self._rankers["first"], self._rankers["running"]
         scores = running.scores(running.probe.estimate(self._states))
         scores[0] = first.scores(first.probe.estimate(self._states[0]))
-        return [int(token) for token in scores.argmax(-1)]
+        return scores
 
     def _accept_known(self, tokens: Tokens) -> None:
         if tokens:
@@ -153,7 +166,7 @@ class HiddenSearch:
             method = search.run()
         count = evaluated.n_candidates + (tried is not None)
         if method is None:
-            return describe_failure(self._model, at, evaluated)
+            return describe_failure(self._model, at, evaluated) + self._hint * (at < OPENING)
         token, distance, margin = evaluated.nearest()
         self._note(token, distance, margin, count, method, evaluated.log_odds)
         self._prefix.extend([token])
@@ -162,10 +175,17 @@ class HiddenSearch:
     def _found(self, reason: str) -> InversionResult:
         tokens = [position.token for position in self._positions]
         consistent = not reason and self._reproduced(tokens)
-        others = alternatives(self._prefix, tokens, self._agrees) if consistent else {}
+        others = alternatives(self._prefix, tokens, self._agrees, self._rivals()) if consistent else {}
         n_forwards = self._prefix.n_forwards + self._prior.n_forwards + len(tokens) * (not reason)
         cost = Cost(self._prefix.n_candidates + self._n_drafted, n_forwards, perf_counter() - self._began)
         return conclude(self._model, self._positions, len(self._states), reason, consistent, cost, others)
+
+    def _rivals(self) -> list[Tokens]:
+        """Return the tokens that the probe finds most like each state."""
+        if not self._n_rivals:
+            return []
+        scores = self._probed()
+        return [list(map(int, row)) for row in scores.topk(min(self._n_rivals, scores.shape[1])).indices]
 
     def _agrees(self, place: int, states: Any) -> list[bool]:
         """Return which states explain an observation; under errors, as well as the one that was chosen."""

@@ -58,5 +58,5 @@ def search_for(model: Model, observation: Observation, budget: int | None = None
             f"the observation comes from another model than {model.name!r} (fingerprint "
             f"{observation.fingerprint}, not {model.fingerprint})"
         )
-    model = model.at(observation.first_position)
+    model = model.at(observation.first_position, keys=observation.access.counts_positions)
     return observation.access.search(model, observation, check_budget(budget, model))

@@ -106,8 +106,8 @@ def _measure(model: Model, layer: Layer, dtype: str, seed: int, directory: Path)
     spread = {name: some.square().mean((0, 1, 2)).sqrt() for name, some in sizes.items()}
     limits = []
     for name, some in sizes.items():
-        target = Target(torch.zeros(model.width), spread[name], scales[name])
-        limits.append(torch.quantile(target.misfits(some.reshape(-1, model.width)).double(), WITHIN))
+        target = Target(torch.zeros_like(spread[name]), spread[name], scales[name])
+        limits.append(torch.quantile(target.misfits(some.flatten(0, 2)).double(), WITHIN))
     save_file(spread | {"limit": torch.stack(limits).max()}, directory / "errors.safetensors")
 
 

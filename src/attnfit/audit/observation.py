@@ -73,9 +73,10 @@ def observe(
         Text, token ids, or the messages of a chat (see `Model.tokenise`).
     access : str or Access
         ``"hidden:LAYER"`` (states after that block, from 1), ``"attention:BLOCK"`` (output of that block's
-        self-attention, from 0), ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest
-        log-probabilities at every position, and their tokens), or a form of one's own, a subclass of
-        `attnfit.audit.Access`.
+        self-attention, from 0), ``"kv:BLOCK"``, ``"k:BLOCK"``, ``"v:BLOCK"`` (its keys and values as
+        cached), ``"permuted:LAYER"`` (states in unknown order), ``"gradient"`` (of a training step),
+        ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest log-probabilities at every position,
+        and their tokens), or a form of one's own, a subclass of `attnfit.audit.Access`.
     defence : str, optional
         ``"float16"``, ``"bfloat16"``, ``"int8"``, ``"int4"`` (one scale a row; ``":channel"``: a channel),
         ``"noise:R"`` (Gaussian, R times the root mean square of each row; ``"noise:Rstd"``: times each
@@ -98,12 +99,12 @@ def observe(
     AuditError
         If the access or the defence is not known, or not available from this model.
     """
+    form = parse_access(access)
     if first_position is not None:
-        model = model.at(first_position)
+        model = model.at(first_position, keys=form.counts_positions)
     tokens = model.tokenise(text)
     if len(tokens) > model.max_length:
         raise AuditError(f"text has {len(tokens)} tokens; {model.name!r} takes {model.max_length}")
-    form = parse_access(access)
     dtype, rest = split_run(defence)
     run = None
     if dtype is not None:

@@ -109,7 +109,8 @@ def run(
         or the checkpoint belongs to another audit.
     """
     began = perf_counter()
-    model = model.at(first_position)
+    keys = any(parse_access(form).counts_positions for form in access or ())
+    model = model.at(first_position, keys=keys)
     settings = check_request(model, texts, access, defences, budget, random_state, first_position)
     truths, faults = tokenise_all(model, settings.texts)
     kept = Checkpoint(None if checkpoint is None else Path(checkpoint), identity(model, settings))

@@ -72,7 +72,7 @@ class HiddenStates(StatesAccess):
     def states(self, model: Model, observation: Observation) -> tuple[Any, Uncertainty]:
         """Return them as they are."""
         states, uncertainty = check_states(
-            model, observation.array, observation.error, observation.error_bound
+            model, observation.array, observation.error, observation.error_bound, layer=self.layer(model)
         )
         return states, replace(uncertainty, run=observation.run)
 
@@ -86,19 +86,32 @@ class HiddenStates(StatesAccess):
         return resumed(model, tokens[start:], start, self.layer(model), observation.array)
 
 
-class AttentionOutput(HiddenStates):
-    """What the self-attention of a block adds, its output projection included; blocks count from 0."""
+class InsideBlock(HiddenStates):
+    """Numbers from inside a block, which are no states but stand at every position; blocks count from 0."""
 
-    kind, number, reads_encoders = "attention", "BLOCK", True
+    number = "BLOCK"
+
+    def layer(self, model: Model) -> Layer:
+        """Return the name of the part."""
+        return str(self)
+
+    def continued(self, model: Model, tokens: Tokens, observation: Observation) -> Any:
+        """Go on with the numbers in the place of the true ones; what was withheld counts as zero."""
+        start = len(observation.dropped)
+        nothing = np.zeros((start, observation.array.shape[1]), dtype=np.float32)
+        array = np.concatenate([nothing, observation.array])
+        return resumed(model, tokens, 0, self.layer(model), array)[start:]
+
+
+class AttentionOutput(InsideBlock):
+    """What the self-attention of a block adds, its output projection included."""
+
+    kind, reads_encoders = "attention", True
 
     @property
     def description(self) -> str:
         """What leaves, in words."""
         return f"the attention output of block {self.place}"
-
-    def layer(self, model: Model) -> Layer:
-        """Return the name of the attention."""
-        return str(self)
 
     def search(self, model: Model, observation: Observation, budget: int) -> Search:
         """Return the search; of an encoder in the rows of a table, all positions at once."""
@@ -127,13 +140,6 @@ class AttentionOutput(HiddenStates):
         if encoder:
             return outputs.flatten(1), slice(None)
         return outputs[:, place], slice(place, place + 1)
-
-    def continued(self, model: Model, tokens: Tokens, observation: Observation) -> Any:
-        """Go on with the output in the place of the true one; what was withheld counts as zero."""
-        start = len(observation.dropped)
-        nothing = np.zeros((start, observation.array.shape[1]), dtype=np.float32)
-        array = np.concatenate([nothing, observation.array])
-        return resumed(model, tokens, 0, self.layer(model), array)[start:]
 
 
 def resumed(model: Model, tokens: Tokens, start: int, layer: Layer, outputs: Any) -> Any:

@@ -78,7 +78,11 @@ def audit(
     ] = None,
     access: Annotated[
         str | None,
-        typer.Option(help="What is seen: hidden:LAYER, attention:BLOCK, logits, topk:COUNT, masked."),
+        typer.Option(
+            help="What is seen: hidden:LAYER, attention:BLOCK, kv:BLOCK, k:BLOCK, v:BLOCK, "
+            "permuted:LAYER, gradient, logits, topk:COUNT, masked; last:LAYER, last:logits and pooled are "
+            "named, but not tested."
+        ),
     ] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts to audit with, one a line (UTF-8).")] = None,
     chat: Annotated[
@@ -190,13 +194,15 @@ def _run(
     """Load the model and audit it."""
     # Seconds of imports that --help should not wait for.
     from attnfit.audit import AuditError, load
+    from attnfit.audit.forms import parse_access
     from attnfit.audit.running import run
 
     if not budget > 0:
         raise InputError(f"--budget must be a positive number of seconds, not {budget:g}")
     seed, first_position = numbers
     loaded = load(name, allow_pickle=allow_pickle)
-    if first_position and not loaded.counts_positions:
+    counted = any(parse_access(form).counts_positions for form in forms or ())
+    if first_position and not (counted or loaded.counts_positions):
         note(f"The states of {name} do not depend on the position of the first token.")
     own = dict(enumerate(loaded.private_texts[:N_OWN]))
     lines = own if given is None else given

@@ -22,7 +22,7 @@ class Prefix:
     tokens : list of int, or of tuples of int
         Tuples where the copies differ.
     states : Tensor, shape (copies, len(tokens), width)
-        Theirs at the deepest layer.
+        Theirs at the deepest layer, whose width may be another one.
     complete : bool
         Whether that is the state from which the next token is predicted.
     n_candidates : int
@@ -79,8 +79,8 @@ class Prefix:
             with torch.no_grad():
                 states = self._way.extend(ids)
             self.n_forwards += ids.numel()
+        self.states = torch.cat([self.states, states], 1) if self.tokens else states
         self.tokens += tokens
-        self.states = torch.cat([self.states, states], 1)
         self._offered = []
         return states[0] if self._copies == 1 else states
 
@@ -112,7 +112,10 @@ class Prefix:
 
 
 def alternatives(
-    prefix: Prefix, tokens: Tokens, agrees: Callable[[int, Any], Sequence[bool]]
+    prefix: Prefix,
+    tokens: Tokens,
+    agrees: Callable[[int, Any], Sequence[bool]],
+    rivals: Sequence[Sequence[int]] = (),
 ) -> dict[int, Tokens]:
     """Return other tokens with nearly the same embedding that explain an observation as well, by position.
 
@@ -124,11 +127,14 @@ def alternatives(
         Those found.
     agrees : callable
         Tells which states at a position explain what was observed there.
+    rivals : sequence of sequences of int, optional
+        Further tokens to compare at each position.
     """
     prefix.crop(0)
     found: dict[int, Tokens] = {}
     for place, token in enumerate(tokens):
-        near = prefix.model.near(token)
+        more = rivals[place] if rivals else ()
+        near = [other for other in dict.fromkeys([*prefix.model.near(token), *more]) if other != token]
         if near:
             if place > len(prefix.tokens):
                 prefix.extend(tokens[len(prefix.tokens) : place])

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from attnfit.audit.engine.attention import seeing_only_prefix
 from attnfit.audit.errors import Unsupported
-from attnfit.audit.models.blocks import arguments, cache_argument
+from attnfit.audit.models.cached import arguments, cache_argument
 from attnfit.audit.models.model import Model
 
 # Copies of a prefix that are held at once, and tokens of whole sequences in one pass.

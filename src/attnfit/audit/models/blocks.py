@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from attnfit.audit.errors import MalformedModel
+from attnfit.audit.models.cached import CachedPart, EnteringPart, arguments
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out", "final_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
-# What the transformers library calls a cache since version 5.24, and before.
-CACHES = ("cache", "past_key_values")
 
 
 class _Reached(Exception):
@@ -46,12 +44,18 @@ def final_norm(base: Any, family: str) -> Any:
 
 
 def attention_of(block: Any, family: str) -> Any:
-    """Return the part of a block that ends with the attention's output projection."""
+    """Return the attention of a block."""
     attention = _first_of(block, ATTENTIONS)
     if attention is None:
         raise MalformedModel(
             f"the blocks of {family} have no attention under any of the names {', '.join(ATTENTIONS)}"
         )
+    return attention
+
+
+def end_of_attention(block: Any, family: str) -> Any:
+    """Return the part of a block that ends with the attention's output projection."""
+    attention = attention_of(block, family)
     # Encoders of the BERT family and Bloom add the residual inside: the projection alone is ``dense``; MPNet
     # keeps the attention itself in a part of its own.
     inner = getattr(attention, "attn", None)
@@ -66,19 +70,26 @@ def attention_of(block: Any, family: str) -> Any:
     return output.dense
 
 
+def cached_in(block: Any, family: str, **which: bool) -> CachedPart:
+    """Return what the attention of a block writes into the cache."""
+    return CachedPart(attention_of(block, family), family, **which)
+
+
+# What can be read inside a block, by the word before the colon of a layer's name.
+INSIDE: dict[str, Callable[[Any, str], Any]] = {
+    "attention": end_of_attention,
+    "entering": lambda block, family: EnteringPart(attention_of(block, family)),
+    "kv": cached_in,
+    "k": partial(cached_in, values=False),
+    "v": partial(cached_in, keys=False),
+    "kv_unrotated": partial(cached_in, rotated=False),
+    "k_unrotated": partial(cached_in, values=False, rotated=False),
+}
+
+
 def _first_of(module: Any, names: tuple[str, ...]) -> Any:
     found = (getattr(module, name, None) for name in names)
     return next((part for part in found if part is not None), None)
-
-
-def arguments(base: Any) -> frozenset[str]:
-    """Return the names of what a forward pass takes."""
-    return frozenset(inspect.signature(base.forward).parameters)
-
-
-def cache_argument(base: Any) -> str | None:
-    """Return what a forward pass calls the keys and values of tokens before; None where it takes none."""
-    return next((name for name in CACHES if name in arguments(base)), None)
 
 
 def capture(base: Any, modules: Sequence[Any], side: Literal["input", "output"], **inputs: Any) -> list[Any]:

@@ -16,18 +16,21 @@ import torch
 from numpy.typing import NDArray
 
 from attnfit.audit.errors import AuditError, MalformedModel
-from attnfit.audit.models.blocks import arguments, attention_of, capture, final_norm, find_blocks
+from attnfit.audit.models.blocks import INSIDE, capture, final_norm, find_blocks
+from attnfit.audit.models.cached import arguments
 from attnfit.audit.models.texts import Text, tokenised
 from attnfit.audit.models.texts import Tokens as Tokens
 
 Array = NDArray[np.float32]
-# A number as in `Model.states`, or "attention:BLOCK".
+# A number as in `Model.states`, or a part of a block as "attention:BLOCK" and "kv:BLOCK".
 Layer = int | str
 # What configurations call the longest sequence, first come first served.
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 # Embeddings that differ by less than this share of their size may give states that no observation tells
 # apart: so many of them are compared before a token counts as known.
 NEAR, N_NEAR = 0.3, 16
+# Relative error of squared distances from products in single precision, with room.
+ROUNDING = 1e-4
 # Tokens that are moved to find out whether positions count, and how much states may differ by rounding: by
 # 1e-5 with rotary embeddings, by more than 0.1 with learned ones.
 SHIFTED, SAME_STATES = 5, 1e-3
@@ -126,13 +129,22 @@ class Model:
     def near(self, token: int) -> Tokens:
         """Return other tokens with nearly the same embedding: all that are equal, the nearest of the rest."""
         if token not in self._near:
-            table = self.embeddings
-            far = (table - table[token]).square().sum(1)
-            close = (far <= (NEAR**2) * table[token].square().sum()).nonzero()[:, 0]
-            order = close[far[close].argsort(stable=True)]
+            table, squares = self.embeddings, self._squares
+            reach = NEAR**2 * squares[token]
+            # One product is a tenth of the work of all differences; what it leaves is compared exactly.
+            rough = squares + squares[token] - 2.0 * (table @ table[token])
+            likely = (rough <= reach + ROUNDING * (squares + squares[token])).nonzero()[:, 0]
+            far = (table[likely] - table[token]).square().sum(1)
+            close, far = likely[far <= reach], far[far <= reach]
+            order = close[far.argsort(stable=True)]
             count = max(N_NEAR + 1, int((far == 0.0).sum()))
             self._near[token] = [int(other) for other in order[:count] if other != token]
         return self._near[token]
+
+    @cached_property
+    def _squares(self) -> Any:
+        """Squared lengths of the embeddings."""
+        return self.embeddings.square().sum(1)
 
     @property
     def head(self) -> Any:
@@ -264,9 +276,10 @@ class Model:
     def states(self, tokens: Sequence[int], layer: Layer) -> Array:
         """Return the states after block `layer`.
 
-        Layer 0 is what enters the first block, ``n_layers + 1`` the last state after the final norm, and
+        Layer 0 is what enters the first block, ``n_layers + 1`` the last state after the final norm,
         ``"attention:BLOCK"`` what the self-attention of a block (counted from 0) adds, its output projection
-        included.
+        included, and ``"kv:BLOCK"``, ``"k:BLOCK"`` and ``"v:BLOCK"`` its keys and values as they enter the
+        cache, all heads in one row a token.
 
         Returns
         -------
@@ -277,7 +290,8 @@ class Model:
         return self._run(tokens, self.part(layer), "output")
 
     def part(self, layer: Layer) -> Any:
-        """Return the module that ends a layer: a block, for ``n_layers + 1`` the final norm, or an attention.
+        """Return the module that ends a layer: a block, for ``n_layers + 1`` the final norm, or what stands
+        for a part of a block.
 
         Raises
         ------
@@ -288,7 +302,7 @@ class Model:
             block = self.depth(layer) - 1
             if not 0 <= block < self.n_layers:
                 raise AuditError(f"block must be 0 to {self.n_layers - 1} for {self.name!r}, not {block}")
-            return attention_of(self.blocks[block], self.family)
+            return INSIDE[layer.partition(":")[0]](self.blocks[block], self.family)
         top = self.n_layers + (self.kind == "causal")
         if not 1 <= layer <= top:
             raise AuditError(f"layer must be 1 to {top} for {self.name!r}, not {layer}")
@@ -296,7 +310,11 @@ class Model:
 
     def depth(self, layer: Layer) -> int:
         """Return how many blocks are run up to a layer."""
-        return 1 + int(layer.removeprefix("attention:")) if isinstance(layer, str) else layer
+        return 1 + int(layer.partition(":")[2]) if isinstance(layer, str) else layer
+
+    def width_of(self, layer: Layer) -> int:
+        """Return how many numbers a token has at a layer."""
+        return self.width if isinstance(layer, int) else int(self.states([0], layer).shape[1])
 
     def logits(self, tokens: Sequence[int]) -> Array:
         """Return the logits of the next token at every position.
@@ -324,9 +342,15 @@ class Model:
             inputs["position_ids"] = torch.arange(first, first + given.shape[1])[None]
         return capture(self.base, parts, side, **inputs)
 
-    def at(self, first_position: int) -> Model:
+    def at(self, first_position: int, *, keys: bool = False) -> Model:
         """Return the model on texts whose first token has another position than 0, as where padding or a part
         that is masked goes before it; itself where its states do not depend on that.
+
+        Parameters
+        ----------
+        first_position : int
+        keys : bool
+            Whether keys count too, which positions may turn where no state depends on them.
 
         Raises
         ------
@@ -335,7 +359,8 @@ class Model:
         """
         if isinstance(first_position, bool) or not isinstance(first_position, int) or first_position < 0:
             raise AuditError(f"first_position must be an integer >= 0, not {first_position!r}")
-        if first_position == self.first_position or not self.counts_positions:
+        counted = self.counts_positions or (keys and self.takes_positions)
+        if first_position == self.first_position or not counted:
             return self
         longest = self.max_length + self.first_position
         if first_position >= longest:
@@ -366,12 +391,17 @@ class Model:
         found.first_position = self.first_position
         return found
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether it can be told the positions of tokens."""
+        return "position_ids" in arguments(self.base)
+
     @cached_property
     def counts_positions(self) -> bool:
         """Whether states depend on the position of the first token: not where positions only turn queries
         and keys, or only their distances count.
         """
-        if "position_ids" not in arguments(self.base):
+        if not self.takes_positions:
             return False
         count = min(SHIFTED, self.max_length // 2)
         tokens = torch.arange(1, 1 + count)[None] % self.n_vocabulary

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from attnfit.audit.models.blocks import cache_argument
+from attnfit.audit.models.cached import cache_argument
 from attnfit.audit.models.model import Model
 
 
