@@ -196,31 +196,39 @@ def main() -> None:
     some, seeds = (slice(0, 2), 2) if quick else (slice(None), 4)
     model = audit.load("tiny" if quick else "smollm2")
     name = "the tiny model" if quick else "SmolLM2-135M"
-    sections = [
+    sections: list[str] = []
+
+    def add(*parts: str) -> None:
+        sections.extend(parts)
+        print("\n\n".join(parts), flush=True)
+
+    add(
         "Random pre-norm blocks (RMSNorm, GELU, 4 heads), normal tokens, float64; one core, used by others "
         "too. With as many equations as unknowns only the experimenter knows whether the input found is the "
         "planted one; another exact input has the same output to 1e-9.",
         "## Causal, token by token, nothing known",
         '"starts" are those of each token; with one no others are looked for.',
         table(["gain", "blocks", "tokens", "width", "starts", *CELLS], random_rows(seeds, RANDOM[some])),
+    )
+    add(
         "## The last of 8 tokens known, width 16",
         table(["gain", "mask", "known", *CELLS], known_rows(seeds + 2, KNOWN[some])),
+    )
+    header = ["gain", "blocks", "tokens", "mask", "output", *CELLS]
+    add(
         "## Tokens of a vocabulary of 1,000 normal rows, width 16",
-        table(
-            ["gain", "blocks", "tokens", "mask", "output", *CELLS], vocabulary_rows(seeds, VOCABULARY[some])
-        ),
+        table(header, vocabulary_rows(seeds, VOCABULARY[some])),
+    )
+    header = [
+        "block", "tokens", "least singular value", "condition", "input found", "error", "signs",
+        "path points", "verdict", "s a token",
+    ]  # fmt: skip
+    add(
         f"## Blocks of {name}",
         f'"{TEXT}": tokens after the true ones before them, from the output of the block in float64. '
         "Singular values are those of each token's own map; one start a token.",
-        table(
-            [
-                "block", "tokens", "least singular value", "condition", "input found", "error", "signs",
-                "path points", "verdict", "s a token",
-            ],
-            real_rows(model, [(0, 1), (1, 1)] if quick else REAL, 2 if quick else 3),
-        ),
-    ]  # fmt: skip
-    print("\n\n".join(sections))
+        table(header, real_rows(model, [(0, 1), (1, 1)] if quick else REAL, 2 if quick else 3)),
+    )
     if not quick:
         print(write("blocks", "python -m benchmarks.blocks", sections))
 

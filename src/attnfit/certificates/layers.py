@@ -23,7 +23,7 @@ from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layer_curvature import LayeredEvaluation, Layers, outer_rows, weighted_outputs
 from attnfit.objectives.layer_inputs import LinearMap
 from attnfit.objectives.layered import LayeredProblem
-from attnfit.objectives.objective import MAX_DENSE
+from attnfit.objectives.objective import MAX_DENSE, Offer
 from attnfit.objectives.token_problem import TokenEvaluation
 
 Array = NDArray[np.float64]
@@ -87,6 +87,13 @@ def _centred(problem: LayeredProblem) -> LayeredProblem:
 
 def _certify_column(problem: LayeredProblem, x: Array) -> Certificate:
     at = problem.evaluate(x)
+    # The Hessian is that of one side, and says nothing of x.
+    on = [kink for kink in problem.kinks(x) if kink.side == "on"] if Offer.KINKS in problem.offers else []
+    if on:
+        return refused(
+            f"output {on[0].output} lies on the kink of {problem.activation.name}: no ball about x has one "
+            "Hessian that changes little"
+        )
     return newton_kantorovich(problem, at, lambda whitener: LayerBall(problem, at, whitener))
 
 
