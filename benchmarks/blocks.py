@@ -38,7 +38,7 @@ KNOWN = [
     (2.0, "causal", 1),
 ]
 # Block of the real model, and the first token that is not given.
-REAL = [(layer, first) for layer in (0, 4, 10, 15, 20, 24, 29) for first in (1, 4)]
+REAL = [(layer, first) for layer in (0, 10, 20, 29) for first in (1, 4)]
 ROUNDED = {"float64": 1e-9, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -174,8 +174,8 @@ def real_rows(model: Any, cases: Sequence[Any], n: int) -> list[list[str]]:
             [
                 str(layer),
                 f"{first} to {first + n - 1}",
-                f"{at.singular_values.min():.1e}",
-                f"{at.condition:.0e}",
+                "-" if at.singular_values is None else f"{at.singular_values.min():.1e}",
+                "-" if at.condition is None else f"{at.condition:.0e}",
                 "true" if error < 1e-4 else other,
                 f"{error:.0e}",
                 " ".join(f"{x:+d}" for x in found.signs),
@@ -227,7 +227,7 @@ def main() -> None:
         f"## Blocks of {name}",
         f'"{TEXT}": tokens after the true ones before them, from the output of the block in float64. '
         "Singular values are those of each token's own map; one start a token.",
-        table(header, real_rows(model, [(0, 1), (1, 1)] if quick else REAL, 2 if quick else 3)),
+        table(header, real_rows(model, [(0, 1), (1, 1)] if quick else REAL, 2)),
     )
     if not quick:
         print(write("blocks", "python -m benchmarks.blocks", sections))

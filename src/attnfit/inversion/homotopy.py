@@ -20,6 +20,8 @@ MAX_NEWTON, SHORTEST = 60, 1e-3
 MAX_CORRECTIONS, CONVERGED = 6, 1e-10
 LEAST_COSINE, TURNED, STRAIGHT = 0.3, 0.7, 0.97
 SMALLEST_STEP, MAX_POINTS = 1e-6, 300
+# Of paths in more dimensions than this, where a point takes seconds.
+WIDE, MAX_POINTS_WIDE = 128, 60
 # First steps of the attempts.
 STEPS = (0.25, 0.0625, 0.015625)
 # A path that has come so far beyond s = 1 seldom turns back.
@@ -99,7 +101,8 @@ class Path:
         at, tangent = np.r_[y, 0.0], np.r_[np.zeros(d), 1.0]
         tangent = self._tangent(at, tangent, scale)
         h, largest = self.step, 4.0 * self.step
-        while self.n_steps < MAX_POINTS and h > SMALLEST_STEP and at[-1] < FAR:
+        most = MAX_POINTS if d <= WIDE else min(MAX_POINTS, MAX_POINTS_WIDE)
+        while self.n_steps < most and h > SMALLEST_STEP and at[-1] < FAR:
             self.n_steps += 1
             found = self._corrected(at + h * np.sqrt(d) * tangent / scale, tangent, scale)
             turned = None if found is None else self._tangent(found, tangent, scale)
@@ -173,7 +176,7 @@ def follow(equation: Equation, most: int) -> tuple[list[Array], int]:
     A path that jumped to another one is followed again in quarter steps.
     """
     points, found = 0, []
-    for step in STEPS:
+    for step in STEPS[: None if len(equation.y) <= WIDE else 1]:
         path = Path(equation, step)
         found = list(islice(path.crossings(), most))
         points += path.n_steps
