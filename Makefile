@@ -64,8 +64,7 @@ mutants: $(VENV)/.test,mutants
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(or $(TABLE),all --quick)
 	$(if $(TABLE),,$(BIN)/python -m benchmarks.attention --quick && $(BIN)/python -m benchmarks.mixture --large 10000 \
-		&& $(BIN)/python -m benchmarks.inversion --quick && $(BIN)/python -m benchmarks.blocks --quick \
-		&& $(BIN)/python -m benchmarks.full_attention --quick \
+		&& $(BIN)/python -m benchmarks.inversion --quick && $(BIN)/python -m benchmarks.full_attention --quick \
 		&& $(BIN)/python -m benchmarks.verdicts --quick \
 		&& $(BIN)/python -m benchmarks.verdicts_large --quick)
 
