@@ -4,13 +4,13 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from block_cases import outputs, random_block, torch_block
 from scipy import optimize
 
 from attnfit import minimize
 from attnfit.inversion import Block, BlockInversion, Heads, Mlp, Norm, homotopy, identifiable, recover
 from attnfit.inversion.homotopy import Equation, follow, newton, sign
 from attnfit.objectives.block_stack import Stack, TokenMap
-from tests.block_cases import outputs, random_block, torch_block
 
 D = 16
 

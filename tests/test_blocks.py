@@ -4,13 +4,13 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from block_cases import CASES, outputs, random_block, torch_block
 
 from attnfit.inversion import Block, BlockInversion, Heads, Mlp, Norm, identifiable
 from attnfit.inversion.block_bounds import contracts, token_bounds
 from attnfit.objectives.block_parts import ACTIVATIONS
 from attnfit.objectives.block_stack import Stack, TokenMap
 from attnfit.problems import Rotary
-from tests.block_cases import CASES, outputs, random_block, torch_block
 
 N, D = 4, 16
 

@@ -71,8 +71,8 @@ class Block:
     >>> one = np.ones((1, 2, 2)) / 4
     >>> block = Block(Heads(one, one, one, one), norms=[Norm(np.ones(2)), None], mask="causal")
     >>> block.output(np.array([[1.0, -1.0], [2.0, 0.0]])).round(3)
-    array([[1.   , -1.   ],
-           [2.306,  0.306]])
+    array([[ 1.   , -1.   ],
+           [ 2.096,  0.096]])
     """
 
     heads: Heads
