@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +38,17 @@ class Count:
     excess: int
 
 
-def count(layer: TokenProblem) -> Count:
-    """Count the equations of a layer."""
+def count(layer: TokenProblem, x: Any = None, precision: float = 0.0) -> Count:
+    """Count the equations of a layer; given a point and the relative error of the output, those that depend
+    on a token there by more than such errors can hide.
+
+    Masks tell which rows may depend on a token. Where attention is sharp fewer do: a row with a weight of
+    1e-12 on a token says nothing of it. A row that moves by less than the root of the error is not counted:
+    at another token weights can be squared, and where a second token makes up for the first, what moves is
+    the product of two such shares.
+    """
     rank, d, u = layer.rank, layer.d, len(layer.unknown)
-    seen = _seen(layer)
+    seen = _seen(layer, None if x is None else _moved(layer, x, precision))
     total = rank * len(seen)
     excess = int(np.sign(total - d * u))
     if not seen.all() and excess >= 0:
@@ -51,7 +59,23 @@ def count(layer: TokenProblem) -> Count:
     return Count(total, layer.n_unknowns, excess)
 
 
-def _seen(layer: TokenProblem) -> Seen:
+def _moved(layer: TokenProblem, x: Any, precision: float) -> Seen:
+    """Return which rows move with which unknown tokens, shape (n, n_unknown), along a random direction as
+    long as the token, to first order.
+    """
+    at = layer.layer.forward(layer.token_rows(np.asarray(x).reshape(-1)))
+    directions = np.random.default_rng(0).standard_normal((len(layer.unknown), layer.d))
+    sizes = np.linalg.norm(at.T[layer.unknown], axis=1) / np.sqrt(layer.d)
+    enough = np.sqrt(precision / layer.n) * float(np.linalg.norm(layer.B))
+    moved = np.empty((layer.n, len(layer.unknown)), dtype=bool)
+    for k, position in enumerate(layer.unknown):
+        D = np.zeros_like(at.T)
+        D[position] = sizes[k] * directions[k]
+        moved[:, k] = np.linalg.norm(layer.layer.push_forward(at, D), axis=1) > enough
+    return moved
+
+
+def _seen(layer: TokenProblem, moved: Seen | None) -> Seen:
     """Return which unknown tokens each output row depends on, shape (rows, n_unknown).
 
     A row depends on its keys, and on its query where that has more than one key to choose from. Rows of equal
@@ -62,6 +86,8 @@ def _seen(layer: TokenProblem) -> Seen:
     seen = mask.copy()
     own = np.arange(n)
     seen[own, own] |= mask.sum(axis=1) > 1
+    if moved is not None:
+        seen[:, layer.unknown] &= moved
     known = np.delete(own, layer.unknown)
     alike = np.column_stack([layer.known.T[known], mask[known]])
     first = np.unique(alike, axis=0, return_index=True)[1] if len(known) else known

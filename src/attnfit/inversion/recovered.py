@@ -28,9 +28,10 @@ class Recovery:
     ----------
     verdict : {"recovered", "ambiguous", "not recovered"}
         A small residual alone is never called recovery. "recovered": one input with a zero residual was
-        found, all directions are identified there, and there are more independent equations than unknowns
-        for every set of unknown tokens, so that another one would be a coincidence; or rows of the vocabulary
-        reproduce the output, and no other rows that were tried in the place of one or two of them do.
+        found, all directions are identified there, and more independent equations than unknowns depend on
+        every set of unknown tokens there, so that another one would be a coincidence; or rows of the
+        vocabulary reproduce the output, and no other rows that were tried in the place of one or two of them
+        do.
         "ambiguous": several inputs give this output, or nothing speaks against others.
     message : str
         The same as a sentence, with the reason.

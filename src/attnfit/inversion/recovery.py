@@ -169,6 +169,12 @@ def _judge(given: Given, report: Recovery, excess: int) -> tuple[str, str]:
         return "ambiguous", (
             f"ambiguous: the Jacobian has condition {at.condition:.1e}: errors of the output decide"
         )
+    if excess > 0 and count(given.layer, report.x, given.precision).excess <= 0:
+        return "ambiguous", (
+            "ambiguous (one input found): there are more equations than unknowns, but at this input too few "
+            "of them move with some of the tokens, as where attention is sharp; known tokens that attend to "
+            "these, a second output or a vocabulary would settle it"
+        )
     if excess <= 0:
         which = "" if at.n_equations <= at.n_unknowns else " (fewer for some, by the mask)"
         return "ambiguous", (
