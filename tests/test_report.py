@@ -14,8 +14,10 @@ import pytest
 from test_cli import one_error, run
 
 from attnfit import SoftmaxRegressor, datasets
+from attnfit.inference import tables
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LATEX = shutil.which("pdflatex")
 EVIL = "<script>alert(1)</script> & \\textbf{x} | `$_%#~^{}"
 FORMULA = "choice ~ gc + ttme + C(mode) + hinc:C(mode)"
 
@@ -48,6 +50,8 @@ def test_everything_is_there(folder, ending):
     text, result = written(folder, ending, *options)
     assert result.exit_code == 0, result.output
     text = as_text(text) if ending == ".html" else text.replace("\\", "")
+    if ending == ".tex":
+        text = text.replace("$-$", "-").replace("{}", "")
     frame = pd.read_csv(folder / "travel.csv")
     parties = np.unique(frame.party.astype(str))
     out = parties[np.random.default_rng(0).permutation(31)[:6]]
@@ -105,8 +109,38 @@ def test_words_of_the_data_are_no_markup(folder):
     table = text[text.index("## Coefficients") : text.index("## How well")]
     assert r"\<script\>alert(1)\</script\>" in table and r"\|" in table
     tex, _ = written(folder, ".tex", *options, data="evil.csv")
-    assert r"\textbackslash{}textbf\{x\} | `\$\_\%\#\textasciitilde{}\textasciicircum{}\{\}" in tex
-    assert r"\textbf{x}" not in tex
+    assert r"\textbackslash{}textbf\{x\} | \textasciigrave{}\$\_\%\#\textasciitilde{}" in tex
+    assert r"\textasciicircum{}\{\}" in tex and r"\textbf{x}" not in tex and "--" not in tex
+
+
+def compiled(path, folder):
+    """What LaTeX printed and logged, as bytes: it breaks lines within letters."""
+    command = [LATEX, "-interaction=nonstopmode", "-halt-on-error", f"-output-directory={folder}", path]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout + (folder / path.with_suffix(".log").name).read_bytes()
+
+
+@pytest.mark.skipif(LATEX is None, reason="no LaTeX on this machine: apt-get install texlive")
+def test_latex_compiles(folder, tmp_path):
+    names = {"gc": EVIL, "ttme": "--a,,b ``c'' naïve"}
+    pd.read_csv(folder / "travel.csv").rename(columns=names).to_csv(folder / "odd.csv", index=False)
+    options = ("--target", "choice", "--exclude", "party,never", "--holdout", "0.2", "--se", "robust")
+    _, result = written(folder, ".tex", *options, data="odd.csv")
+    assert result.exit_code == 0, result.output
+    told = compiled(folder / "report.tex", tmp_path)
+    assert b"2 pages" in told and b"Overfull" not in told and b"Missing character" not in told
+
+
+@pytest.mark.skipif(LATEX is None, reason="no LaTeX on this machine: apt-get install texlive")
+def test_a_table_compiles_in_a_document_of_ones_own(tmp_path):
+    path = tmp_path / "own.tex"
+    table = tables.latex(["", "a"], [[EVIL, "-1"], ["\"--'", "-2.5e-07"]], [EVIL])
+    assert "$-$2.5e-07" in table
+    path.write_text(
+        "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n" + table + "\n\\end{document}"
+    )
+    assert b"1 page" in compiled(path, tmp_path)
 
 
 def test_reports_are_the_same_twice(folder):

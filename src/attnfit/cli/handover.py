@@ -20,6 +20,7 @@ from attnfit.cli.origin import command, versions
 from attnfit.cli.output import STREAM
 from attnfit.cli.report import FitReport
 from attnfit.cli.rows import Rows
+from attnfit.inference import tables
 from attnfit.writing import is_special, rendered
 
 Pairs = list[tuple[str, str]]
@@ -124,7 +125,7 @@ class Handover:
 
             pictures = [(caption, Markup(svg)) for caption, svg in self.pictures]
             return _fill("report.html", None, r=_View(self, pictures), style=Markup(_read("report.css")))
-        escape = _markdown if kind == "Markdown" else _latex
+        escape = _markdown if kind == "Markdown" else tables.latex_text
         return _fill("report.md" if kind == "Markdown" else "report.tex", escape, r=self)
 
 
@@ -300,8 +301,6 @@ def _markdown(text: str) -> str:
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     from markupsafe import Markup
 
-    from attnfit.inference import tables
-
     cells = [[_markdown(cell).replace(r"\|", "|") for cell in row] for row in rows]
     return Markup(tables.markdown([_markdown(one) for one in head], cells))
 
@@ -312,15 +311,3 @@ def _markdown_code(text: str) -> Any:
     # A fence longer than any run of backticks in what it holds.
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markup(f"{fence}\n{text}\n{fence}")
-
-
-LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#",
-    "$": r"\$", "<": r"\textless{}", ">": r"\textgreater{}", "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}", '"': r"\textquotedbl{}", "'": r"\textquotesingle{}",
-}  # fmt: skip
-
-
-def _latex(text: str) -> str:
-    """Return text that LaTeX sets as it is."""
-    return "".join(LATEX.get(c, c) for c in " ".join(text.split()))

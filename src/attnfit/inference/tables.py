@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-LATEX = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "<": r"$<$", "^": r"\^{}", "~": r"\~{}"}
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#",
+    "$": r"\$", "<": r"\textless{}", ">": r"\textgreater{}", "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}", '"': r"\char34{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}",
+}  # fmt: skip
 LIBRARIES = ("pandas", "polars", "pyarrow")
 
 
@@ -42,11 +47,17 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def latex_text(text: str) -> str:
+    """Return text that LaTeX sets as it is, dashes and commas apart; negative numbers get a minus."""
+    escaped = "".join(LATEX.get(c, c) for c in " ".join(text.split()))
+    return re.sub(r"^-(?=[\d.]+(e|$))", "$-$", re.sub(r"([-,])(?=\1)", r"\1{}", escaped))
+
+
 def latex(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
     """Return a LaTeX tabular with rules of the package booktabs, notes below it."""
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
+        return " & ".join(map(latex_text, cells)) + r" \\"
 
     below = [rf"\multicolumn{{{len(head)}}}{{l}}{{{line([note])[:-3]}}} \\" for note in notes]
     return "\n".join(
