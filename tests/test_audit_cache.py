@@ -11,6 +11,7 @@ from audit_families import random_module, text_of, trained_tokenizer  # noqa: E4
 
 from attnfit import audit  # noqa: E402
 from attnfit.audit import calibration, cells  # noqa: E402
+from attnfit.audit.models.cached import cache_argument  # noqa: E402
 
 
 @pytest.fixture
@@ -228,7 +229,8 @@ def test_what_a_defence_costs_is_what_the_model_makes_of_the_cache(tiny):  # noq
     seen.array[-1] = true.array[-1]
     held = tiny.base(input_ids=torch.tensor([tokens[:-1]]), use_cache=True).past_key_values
     held.layers[3].keys = torch.from_numpy(seen.array[:-1]).reshape(-1, 4, 16).transpose(0, 1)[None]
-    last = tiny.base(input_ids=torch.tensor([tokens[-1:]]), past_key_values=held).last_hidden_state[0]
+    given = {cache_argument(tiny.base): held}
+    last = tiny.base(input_ids=torch.tensor([tokens[-1:]]), **given).last_hidden_state[0]
     continued = seen.access.continued(tiny, tokens, seen)
     torch.testing.assert_close(continued[-1:], tiny.unembed(last), atol=1e-4, rtol=1e-4)
     assert float((continued - torch.from_numpy(tiny.logits(tokens))).abs().max()) > 0.1

@@ -104,6 +104,11 @@ def test_every_read_agrees_with_numpy(monkeypatch, family, loss, groups, storage
             assert relative(found.centre, expected.centre) < 1e-13
         near = fast.evaluate(x + 1e-3)
         assert relative(fast.evaluate(x, near).gradient, expected.gradient) < 1e-11
+        curved = fast.evaluate(x, found, hessian=True)
+        assert relative(curved.gradient, expected.gradient) < 1e-11
+        if curved.hessian is not None:
+            assert relative(curved.hessian, plain.hessian(x)) < 1e-11
+        assert curved.hessian is not None or len(fast.rows.long_groups)
 
 
 @pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.kernels import Compiled
+from attnfit.data.kernels import OPTIONS, Compiled
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -130,10 +130,13 @@ class Gram:
     ----------
     n_columns : int
         Number d of columns.
+    compiled : bool
+        Whether dense rows are centred in compiled loops, which pays for large data.
     """
 
-    def __init__(self, n_columns: int) -> None:
+    def __init__(self, n_columns: int, *, compiled: bool = False) -> None:
         self._total = np.zeros((n_columns, n_columns))
+        self._compiled = compiled
         self._lower = np.zeros((0, 0))
         self._cross: dict[int, tuple[Array, Array, float]] = {}
 
@@ -153,6 +156,9 @@ class Gram:
         ``starts``.
         """
         if not sparse.issparse(block):
+            if self._compiled:
+                self._add_compiled(block, t, r, q, mu, starts)
+                return
             group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(t)))
             for part in self._parts(len(t)):
                 centre = mu[group[part]]
@@ -189,17 +195,35 @@ class Gram:
         _, nu, kappa = self._cross.get(group, (mu, 0.0, 0.0))
         self._cross[group] = (mu, nu + combine_rows(tr * q, block), kappa + float(np.sum(t * q * q)))
 
+    def _add_compiled(
+        self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Array, starts: Index
+    ) -> None:
+        rows, bounds = np.ascontiguousarray(block), np.append(starts, len(t))
+        own = np.empty(0) if r is None else r
+        each = q if isinstance(q, np.ndarray) else np.full(1, float(q))
+        first = 0
+        while first < len(starts):
+            last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + self._step, "right")) - 1)
+            part = slice(int(bounds[first]), int(bounds[last]))
+            centred = np.empty((part.stop - part.start, rows.shape[1]))
+            _centred_rows()(rows, t, own, each, mu, bounds, first, last, centred)
+            self._add_dense(centred, t[part])
+            first = last
+
     def merge(self, other: Gram) -> Gram:
         """Return the sum of both."""
-        both = Gram(len(self._total))
+        both = Gram(len(self._total), compiled=self._compiled)
         both._total = self.result() + other.result()
         return both
 
     def _parts(self, n_rows: int) -> Iterator[slice]:
         """Cut a block so that its centred and weighted copies stay in the cache."""
-        step = max(32, PART_BYTES // (8 * len(self._total)))
-        for start in range(0, n_rows, step):
-            yield slice(start, start + step)
+        for start in range(0, n_rows, self._step):
+            yield slice(start, start + self._step)
+
+    @property
+    def _step(self) -> int:
+        return max(32, PART_BYTES // (8 * len(self._total)))
 
     def result(self) -> Array:
         """Return the accumulated matrix, shape (d, d)."""
@@ -334,6 +358,23 @@ def _csr_gram() -> Any:
                         lower[row, row] += 2.0 * scaled * data[s]
 
     return Compiled(gram, nogil=True)
+
+
+@cache
+def _centred_rows() -> Any:
+    """Compile on first use, as the loop over sparse rows is."""
+
+    def centred(block, t, r, q, mu, bounds, first, last, out):  # type: ignore[no-untyped-def]
+        start = bounds[first]
+        for g in range(first, last):
+            for i in range(bounds[g], bounds[g + 1]):
+                root = np.sqrt(abs(t[i]))
+                own = root * r[i] if len(r) else root
+                centre = root * (q[i] if len(q) > 1 else q[0])
+                for j in range(out.shape[1]):
+                    out[i - start, j] = own * block[i, j] - centre * mu[g, j]
+
+    return Compiled(centred, **OPTIONS)
 
 
 def majorant(hessian: Array) -> Array:

@@ -116,7 +116,7 @@ class Design(LinearOperator, ABC):
 
     def gram(self) -> Any:
         """Return an empty accumulator of weighted Grams over blocks of this design."""
-        return Gram(int(self.shape[1]))
+        return Gram(int(self.shape[1]), compiled=self.storage is not None)
 
     @property
     def run_rows(self) -> int:

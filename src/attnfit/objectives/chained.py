@@ -34,8 +34,8 @@ def chain_accumulates(formulas: Sequence[Any]) -> Any:
 
 
 def chain_finalizes(formulas: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> Any:
-    """Return what ``finalize`` of a sum says of value and coefficients, given those of its parts, compiled,
-    and the numbers of columns and further sums of each.
+    """Return what ``finalize`` of a sum says of value, coefficients and state, given those of its parts,
+    compiled, and the numbers of columns and further sums of each. The state is that of a loss alone.
     """
     # Without the column that all parts have in common.
     scopes = [{"columns_before": columns - 1, "extras_before": extras} for columns, extras in sizes]
@@ -62,14 +62,15 @@ def _accumulate_more(y, v, b, w, reference, constant, factors):  # type: ignore[
 
 def _finalize_one(columns, extras, reference, constant, factors):  # type: ignore[no-untyped-def]
     own = first(columns, extras, reference, factors[k] * constant)
-    return own.value, own.coefficients
+    return own.value, own.coefficients, own.state
 
 
 def _finalize_more(columns, extras, reference, constant, factors):  # type: ignore[no-untyped-def]
     own = first(columns, extras, reference, factors[k] * constant)
-    value, coefficients = rest(columns[columns_before:], extras[extras_before:], reference, constant, factors)
+    before = columns[columns_before:], extras[extras_before:]
+    value, coefficients, state = rest(*before, reference, constant, factors)
     common = (own.coefficients[-1] + coefficients[-1],)
-    return own.value + value, own.coefficients[:-1] + coefficients[:-1] + common
+    return own.value + value, own.coefficients[:-1] + coefficients[:-1] + common, state
 
 
 # What the code of a sum depends on besides the formulas.

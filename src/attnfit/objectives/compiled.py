@@ -169,11 +169,27 @@ def pieces(  # type: ignore[no-untyped-def]
 
 
 def whole_groups(  # type: ignore[no-untyped-def]
-    data, first_row, x, b, w, offset, penalty, bounds, constants, factors, step, n_columns, out, sums
+    data,
+    first_row,
+    x,
+    b,
+    w,
+    offset,
+    penalty,
+    bounds,
+    constants,
+    factors,
+    step,
+    n_columns,
+    out,
+    sums,
+    logits,
+    states,
 ):
     """Whole groups: normalise, finalize and add up several at a time while their rows are in cache.
 
-    A second row of ``out`` is for the gradient at zero.
+    A second row of ``out`` is for the gradient at zero. What the curvature needs is kept in ``logits`` and
+    ``states``, unless they are empty.
     """
     size = step
     for g in range(len(constants)):
@@ -248,9 +264,16 @@ def whole_groups(  # type: ignore[no-untyped-def]
                         for r in range(U(begin), U(end)):
                             total += parts[q, r]
                     sums[q] = total
-                own, coefficients = finalize(column_sums, extra_sums, reference[begin], constants[g], factors)
+                own, coefficients, state = finalize(
+                    column_sums, extra_sums, reference[begin], constants[g], factors
+                )
                 if place == 0:
                     value += own
+                    if len(logits):
+                        for q, one in enumerate(state):
+                            states[q, g] = one
+                        for r in range(U(begin), U(end)):
+                            logits[U(start + r)] = t[r]
                 for q, coefficient in enumerate(coefficients):
                     if coefficient != 0.0:
                         for r in range(U(begin), U(end)):
@@ -299,8 +322,13 @@ def sum_up_run(
     reference: Array,
     long_states: Array | None,
     storage: str | None = None,
+    kept: tuple[Array, Array] | None = None,
 ) -> Totals | None:
-    """Return the totals of a run of chunks; None where a logit is not finite."""
+    """Return the totals of a run of chunks; None where a logit is not finite.
+
+    The logits of its rows and the states of its whole groups are ``kept``, arrays of shapes (n_rows,) and
+    (n_states, n_groups), where they are asked for.
+    """
     storage = storage or part.design.storage
     assert storage is not None
     loss, long, d = part.loss, span[0].long, part.n_unknowns
@@ -330,7 +358,8 @@ def sum_up_run(
     # Several short groups at a time: one alone ends in loops too short to pay.
     step = STORAGES[storage].block_rows(parts[0]) * (16 if by_group else 1)
     factors = np.array([c for c, _ in _leaves(loss)])
-    kernel(*parts, x, *vectors, *shared, factors, step, n_columns, out, sums)
+    keep = (NONE, NONE[:, None]) if kept is None else kept
+    kernel(*parts, x, *vectors, *shared, factors, step, n_columns, out, sums, *(keep if by_group else ()))
     if sums[-1] != 0.0:
         return None
     totals = Totals.zero(d, part.n_long)

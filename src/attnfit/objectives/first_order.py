@@ -6,13 +6,16 @@ finalized at the end: `attnfit.losses.loss` says how.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attnfit.data.groups import Chunk
+from attnfit.data.parallel import one_blas_thread
 from attnfit.losses.loss import Loss
+from attnfit.losses.sums import Composite
 from attnfit.objectives.leverage import Draws, RowSampler
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, group_slopes, merged
@@ -21,6 +24,8 @@ from attnfit.segments import Array, Segments
 if TYPE_CHECKING:
     from attnfit.objectives.rows import RowProblem
 
+# Columns up to which a block's products have one thread, and entries from which on that is said.
+NARROW, MANY = 256, 1 << 18
 # Rows of a group that predict its normaliser to a few per cent.
 GUESS_ROWS = 1000
 
@@ -143,7 +148,11 @@ def read(
 
 
 def _read_part(part: Part, chunks: list[Chunk], *arguments: Any) -> Totals:
-    return _read_and_draw_part(part, chunks, *arguments)[0]
+    # Products of narrow blocks in cache are too small to share out: with two threads they take as long, on
+    # both, or longer (measured, 16 to 200 columns). To say so costs more than small data take.
+    narrow = part.n_unknowns <= NARROW and part.n_rows * part.n_unknowns >= MANY
+    with one_blas_thread() if narrow and arguments[-1] else nullcontext():
+        return _read_and_draw_part(part, chunks, *arguments)[0]
 
 
 def _read_and_draw_part(
@@ -169,17 +178,14 @@ def _read_and_draw_part(
     totals = Totals.zero(part.n_unknowns, part.n_long)
     totals.gram = part.design.gram() if hessian else None
     draws = None if sampler is None else Draws()
+    compiled = sum_up_run is not None and not part.design.on_disk
     for chunk in part.prefetch(chunks):
-        block, z = part.logits(chunk, x)
-        state: list[Array] = []
-        # What rows of a long group weigh in the Hessian needs their logits only; whole groups need states.
-        bare = (
-            sum_up_run is not None and not part.design.on_disk and (chunk.long >= 0 or not part.loss.coupled)
-        )
-        found = sum_up_run(part, [chunk], x, reference, long_states) if bare else None
-        if found is None:
+        read = _add_compiled(sum_up_run, part, chunk, x, reference, long_states) if compiled else None
+        if read is None:
+            block, z = part.logits(chunk, x)
             state = _add_chunk(part, chunk, block, z, reference, long_states, totals)
         else:
+            block, z, state, found = read
             totals = totals.merge(found)
         if sampler is None and not hessian:
             continue
@@ -196,6 +202,24 @@ def _read_and_draw_part(
             if chunk.long >= 0:
                 totals.long_weights[chunk.long] += weight
     return totals, [] if draws is None else draws.chunks()
+
+
+def _add_compiled(
+    sum_up_run: Any, part: Part, chunk: Chunk, x: Array, reference: Array, long_states: Array | None
+) -> tuple[Any, Array, list[Array], Totals] | None:
+    """Return block and logits of a chunk, the states of its whole groups, and what compiled loops add up;
+    None where they do not tell all of these.
+    """
+    whole = part.loss.coupled and chunk.long < 0
+    if not whole:
+        block, z = part.logits(chunk, x)
+        found = sum_up_run(part, [chunk], x, reference, long_states)
+        return None if found is None else (block, z, [], found)
+    if isinstance(part.loss, Composite):
+        return None
+    z, states = np.empty(chunk.segments.n_rows), np.empty((part.loss.n_states, len(chunk.segments)))
+    found = sum_up_run(part, [chunk], x, reference, long_states, kept=(z, states))
+    return None if found is None else (part.fetch(chunk), z, list(states), found)
 
 
 def _add_chunk(
