@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from attnfit.solvers.separation import _by_projection, _solve
+from attnfit.solvers.separation import Undecided, _by_projection, _solve
 
 
 @pytest.mark.parametrize("sizes", ["alike", "unlike"])
@@ -84,4 +84,5 @@ def test_the_programme_decides_what_projections_do_not(F, falls, monkeypatch):
     assert all(1.0 <= limit <= 1000.0 for limit in asked)
     assert asked or len(F) > 2
     monkeypatch.setattr(scipy.optimize, "linprog", lambda *a, **k: scipy.optimize.OptimizeResult(x=None))
-    assert _solve(np.array([[-1.0], [-5e-4]])) is None
+    with pytest.raises(Undecided):
+        _solve(np.array([[-1.0], [-5e-4]]))

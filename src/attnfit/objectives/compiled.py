@@ -120,22 +120,9 @@ def _meaning(function: Any) -> tuple[Any, ...]:
 
 
 def pieces(  # type: ignore[no-untyped-def]
-    data,
-    first_row,
-    x,
-    b,
-    w,
-    offset,
-    penalty,
-    beside,
-    reference,
-    constant,
-    factors,
-    step,
-    n_columns,
-    out,
-    sums,
-):
+    data, first_row, x, b, w, offset, penalty, beside, reference, constant, factors, step,
+    n_columns, out, sums,
+):  # fmt: skip
     """Rows that share no normaliser, or one that was predicted: sum up the columns."""
     n_terms = len(sums) - 2
     z, y, v, weights = np.empty(step), np.empty(step), np.empty(step), np.empty((len(out), step))
@@ -169,23 +156,9 @@ def pieces(  # type: ignore[no-untyped-def]
 
 
 def whole_groups(  # type: ignore[no-untyped-def]
-    data,
-    first_row,
-    x,
-    b,
-    w,
-    offset,
-    penalty,
-    bounds,
-    constants,
-    factors,
-    step,
-    n_columns,
-    out,
-    sums,
-    logits,
-    states,
-):
+    data, first_row, x, b, w, offset, penalty, bounds, constants, factors, step, n_columns, out,
+    sums, logits, states,
+):  # fmt: skip
     """Whole groups: normalise, finalize and add up several at a time while their rows are in cache.
 
     A second row of ``out`` is for the gradient at zero. What the curvature needs is kept in ``logits`` and

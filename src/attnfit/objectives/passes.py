@@ -119,6 +119,19 @@ def structure_sum(part: Part, chunks: list[Chunk], at: Evaluation) -> tuple[Any,
     return gram, sizes
 
 
+def slope_sizes(part: Part, chunks: list[Chunk], at: Evaluation) -> float:
+    """Return the sum of the squares of the terms whose difference is the slope of a row: its output and its
+    target, weighted.
+    """
+    total = 0.0
+    for chunk in part.prefetch(chunks):
+        _, z = part.logits(chunk, at.x)
+        b, w, _ = part.targets(chunk)
+        terms = part.loss.importance(z, b, w, part.row_state(chunk, z, at)) + np.abs(w * b)
+        total += float(np.sum(terms * terms))
+    return total
+
+
 def chunk_product(
     design: Design,
     chunk: Chunk,

@@ -400,7 +400,7 @@ class RowProblem(Problem):
         """
         if np.any(self.ridge):
             return np.zeros((self.n_unknowns, 0))
-        directions = doubtful_directions(*self._structure(at))
+        directions = doubtful_directions(*self.structure(at))
         if not directions.shape[1]:
             return directions
         return null_directions(directions, *self.rows.reduce(along_sum, at.bare(), directions))
@@ -419,7 +419,7 @@ class RowProblem(Problem):
 
     def _hidden_columns(self, at: Evaluation) -> NDArray[np.bool_]:
         """Return which columns are constant within the groups: where the Gram leaves doubt, the rows tell."""
-        gram, sizes = self._structure(at)
+        gram, sizes = self.structure(at)
         unseen = np.diag(gram) <= 1e-16 * sizes
         doubtful = np.flatnonzero(unseen & (sizes > 0.0))
         if len(doubtful):
@@ -428,7 +428,7 @@ class RowProblem(Problem):
             unseen[doubtful] = np.diag(seen) <= 64.0 * rounding
         return np.asarray(unseen)
 
-    def _structure(self, at: Evaluation) -> tuple[Array, Array]:
+    def structure(self, at: Evaluation) -> tuple[Array, Array]:
         """Return the Gram of all rows and its diagonal before centring."""
         gram, sizes = self.rows.reduce(structure_sum, at.bare())
         return gram.result(), sizes

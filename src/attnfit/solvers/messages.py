@@ -68,8 +68,8 @@ class End:
                 return "a saddle point: the loss falls on both sides, but no step off it succeeded; pass x0"
             case Status.PRECISION if self.verdict.undecided:
                 return (
-                    "an output has all but vanished, and with so many unknowns it is not decided whether a "
-                    "finite minimum exists; add ridge > 0"
+                    "an output has all but vanished, and whether a finite minimum exists was not decided "
+                    "(too many unknowns, or no time); add ridge > 0"
                 )
             case Status.PRECISION:
                 return (

@@ -16,6 +16,7 @@ from scipy import linalg, sparse
 from attnfit.data.gram import flatness
 from attnfit.objectives.moves import Kind, kind_of
 from attnfit.objectives.objective import MAX_DENSE, Evaluation, Problem
+from attnfit.objectives.passes import slope_sizes
 from attnfit.objectives.recession import (
     FixedSums,
     Frame,
@@ -42,7 +43,10 @@ MAX_ROUNDS = 20
 # Projections that may spare the programme, what counts as positive among numbers of size one, and singular
 # values below which a direction of the rows is rounding.
 MAX_PROJECTIONS, CLEARLY, RANK = 100, 1e-3, 1e-10
-# A programme that takes longer decides nothing.
+# How far, in logits, a minimum may be that is proven; a quarter would do. By how much more than one rounding
+# sums over rows are off.
+NEAR, GROWN = 0.1, 64.0
+# A programme that takes longer, in seconds, decides nothing.
 MAX_SECONDS = 20.0
 # Steps of a fit of remaining rows, which begins where that of all rows stood.
 MAX_ITER = 50
@@ -57,6 +61,10 @@ NOTHING, NEXT_TO_NOTHING = 800.0, 40.0
 ENTRY = 1e-7
 # Entries of a basis of directions, orthonormal in scaled variables, that are rounding of its eigenvectors.
 NULL_ENTRY = 1e-13
+
+
+class Undecided(Exception):
+    """Raised where the programme takes too long: nobody knows whether a minimum exists."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,44 @@ class Separation:
         return np.where(alone, np.copysign(np.inf, self.direction), np.where(moved, np.nan, x))
 
 
+def minimum_is_proven(problem: Problem, at: Evaluation, hessian: Array, decrement: float) -> bool:
+    """Return whether the Newton step and the curvature at a point prove that a minimum exists nearby.
+
+    With G the Gram of the rows, less what their group has in common, and ``H >= kappa G``, a row moves by at
+    most ``kappa^-1/2`` for a step of length one in the norm of H. The third derivative along a step is at
+    most twice its largest move times the second, so that a minimum exists where
+    ``R kappa^-1/2 |g|_{H^-1} <= 1/2``: Bach, "Self-concordant analysis for logistic regression" (2010),
+    proposition 2, doi:10.1214/09-EJS521, with R = 2. What rounding adds to the gradient counts in full.
+
+    Parameters
+    ----------
+    hessian : ndarray, shape (d, d)
+    decrement : float
+        ``g^T H^-1 g``.
+    """
+    rows: Any = problem
+    if not hasattr(rows, "structure") or not rows.convex or kind_of(rows.loss) is not Kind.EXACT:
+        return False
+    if rows.penalty is not None or np.any(rows.ridge):
+        return False
+    gram, sizes = rows.structure(at)
+    # Where columns are large beside what of them differs within groups, so is the rounding.
+    gram = gram + np.diag(len(sizes) * np.maximum(sizes - np.diag(gram), 0.0))
+    scale = np.sqrt(np.diag(gram))
+    if not (scale > 0.0).all():
+        return False
+    values, vectors = linalg.eigh(gram / scale / scale[:, None])
+    if not values[0] > 0.0:
+        return False
+    root = vectors / np.sqrt(values) / scale[:, None]
+    rounding = GROWN * float(np.finfo(np.float64).eps)
+    kappa = float(linalg.eigvalsh(root.T @ hessian @ root)[0]) - rounding * len(scale) / float(values[0])
+    if not kappa > 0.0:
+        return False
+    rounding *= float(np.sqrt(rows.rows.reduce(slope_sizes, at.bare())))
+    return bool(np.sqrt(max(decrement, 0.0) / kappa) + rounding / kappa <= NEAR)
+
+
 def find_separation(problem: Problem, at: Evaluation) -> Separation | None:
     """Return a recession direction with all separated rows, None where there is none or the loss has none.
 
@@ -332,7 +378,7 @@ def _programme(problem: Any, at: Evaluation, frame: Frame) -> Array | None:
         if not fresh:
             return y
         F = np.concatenate([F, np.stack(fresh)])
-    return None
+    raise Undecided
 
 
 def _by_projection(F: Array) -> tuple[bool, Array | None]:
@@ -397,6 +443,6 @@ def _solve(F: Array) -> Array | None:
         method="highs",
         options={"time_limit": MAX_SECONDS},
     )
-    if found.x is None or -found.fun < 0.5:
-        return None
-    return np.asarray(found.x[:r])
+    if found.x is None or found.status != 0:
+        raise Undecided
+    return None if -found.fun < 0.5 else np.asarray(found.x[:r])

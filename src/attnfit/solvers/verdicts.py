@@ -303,7 +303,7 @@ class Judge:
         if not noise <= NOISE:
             self.verdict = replace(self.verdict, move=noise)
             return Status.PRECISION
-        return self._accepted(at)
+        return self._accepted(at, None if flat.shape[1] else model)
 
     def _noise(self, at: Evaluation, model: Model, p: Array) -> float:
         """Return the error, in logits, that rounding may make of the next step p where that is too much."""
@@ -322,13 +322,21 @@ class Judge:
         change = float(v @ (self.problem.evaluate(at.x + nudge * v).gradient - at.gradient))
         return abs(change / (nudge * curvature) - 1.0) * NUDGE
 
-    def _accepted(self, at: Evaluation) -> Status:
-        """Accept a point, unless a row has all but vanished that the loss lets fall for ever."""
+    def _accepted(self, at: Evaluation, model: Model | None = None) -> Status:
+        """Accept a point, unless a row has all but vanished that the loss lets fall for ever, and nothing
+        proves that a minimum is here all the same.
+        """
+        self.verdict = replace(self.verdict, undecided=False)
         if not self._least <= VANISHED:
             return Status.CONVERGED
+        from attnfit.solvers.separation import minimum_is_proven
+
+        if model is not None and minimum_is_proven(self.problem, at, model.matrix(), self.verdict.decrement):
+            return Status.CONVERGED
         found = self._separated(at)
-        if found is None and self.problem.n_unknowns > MAX_DENSE:
-            # Too many unknowns to look for a direction without a minimum.
+        # Too many unknowns to look for a direction without a minimum, or none found in time.
+        undecided = self.problem.n_unknowns > MAX_DENSE or self.verdict.undecided
+        if found is None and undecided:
             self.verdict = replace(self.verdict, undecided=True)
             return Status.PRECISION
         return found or Status.CONVERGED
@@ -354,10 +362,14 @@ class Judge:
         if not self.final:
             # Further on the same way another start learns nothing.
             return Status.MAX_ITER if len(self._strides) >= FIRST_LOOK + NEXT_LOOK else None
-        from attnfit.solvers.separation import find_separation
+        from attnfit.solvers.separation import Undecided, find_separation
 
         self._n_looks += 1
-        found = find_separation(self.problem, at)
+        try:
+            found = find_separation(self.problem, at)
+        except Undecided:
+            found = None
+            self.verdict = replace(self.verdict, undecided=True)
         if found is None:
             return None
         self.verdict = replace(self.verdict, separation=found)
