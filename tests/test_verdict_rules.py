@@ -228,12 +228,13 @@ def test_a_point_may_be_accepted_on_evidence(holds, close, move, found, asked):
     assert evidence.heard[0] is False
 
 
-@pytest.mark.parametrize(("least", "n"), [(0.9e-12, 1), (1.1e-12, 0)])
-def test_evidence_tells_of_outputs_that_vanish(looks, least, n):
+@pytest.mark.parametrize(("least", "found"), [(0.9e-12, Next.CURVATURE_HERE), (1.1e-12, Status.CONVERGED)])
+def test_where_outputs_vanish_only_all_the_curvature_tells(looks, least, found):
+    """It may prove that a minimum exists."""
     evidence = Heard(True)
     evidence.least = least
-    assert look(Judge(Logits(), TOL, evidence=evidence), point([0.0, 0.0]), quadratic()) is Status.CONVERGED
-    assert looks.n == n
+    assert look(Judge(Logits(), TOL, evidence=evidence), point([0.0, 0.0]), quadratic()) is found
+    assert looks.n == 0
 
 
 # ---- flat directions

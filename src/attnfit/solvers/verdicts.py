@@ -239,6 +239,9 @@ class Judge:
         if not move <= self.tol:
             return Next.STEP
         holds = self.evidence.holds(at, model, step, self.tol)
+        if holds and self.evidence.least <= VANISHED:
+            # Whether a minimum exists is proven by all the curvature only.
+            holds = None
         if holds:
             self.verdict = replace(
                 self.verdict,
@@ -246,8 +249,7 @@ class Judge:
                 decrement=-float(at.gradient @ step.p),
                 sampled=True,
             )
-            self._least = self.evidence.least
-            return self._accepted(at)
+            return Status.CONVERGED
         if holds is None:
             self.evidence = None
             return None
