@@ -43,8 +43,8 @@ MAX_ROUNDS = 20
 # Projections that may spare the programme, what counts as positive among numbers of size one, and singular
 # values below which a direction of the rows is rounding.
 MAX_PROJECTIONS, CLEARLY, RANK = 100, 1e-3, 1e-10
-# How far, in logits, a minimum may be that is proven; a quarter would do. By how much more than one rounding
-# sums over rows are off.
+# How far, in logits, a minimum may be that is proven: a quarter would do for the curvature at the point, and
+# this may have been formed a quarter away. By how much more than one rounding sums over rows are off.
 NEAR, GROWN = 0.1, 64.0
 # A programme that takes longer, in seconds, decides nothing.
 MAX_SECONDS = 20.0

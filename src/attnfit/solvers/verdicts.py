@@ -154,7 +154,7 @@ class Judge:
         self._least = np.inf
         self._last_full, self._last_is_fresh = np.inf, False
         self._strides: list[float] = []
-        self._n_looks = 0
+        self._n_looks, self._out_of_time = 0, False
 
     # ---- moves
 
@@ -328,7 +328,6 @@ class Judge:
         """Accept a point, unless a row has all but vanished that the loss lets fall for ever, and nothing
         proves that a minimum is here all the same.
         """
-        self.verdict = replace(self.verdict, undecided=False)
         if not self._least <= VANISHED:
             return Status.CONVERGED
         from attnfit.solvers.separation import minimum_is_proven
@@ -337,8 +336,7 @@ class Judge:
             return Status.CONVERGED
         found = self._separated(at)
         # Too many unknowns to look for a direction without a minimum, or none found in time.
-        undecided = self.problem.n_unknowns > MAX_DENSE or self.verdict.undecided
-        if found is None and undecided:
+        if found is None and (self.problem.n_unknowns > MAX_DENSE or self._out_of_time):
             self.verdict = replace(self.verdict, undecided=True)
             return Status.PRECISION
         return found or Status.CONVERGED
@@ -367,11 +365,11 @@ class Judge:
         from attnfit.solvers.separation import Undecided, find_separation
 
         self._n_looks += 1
+        self._out_of_time, found = False, None
         try:
             found = find_separation(self.problem, at)
         except Undecided:
-            found = None
-            self.verdict = replace(self.verdict, undecided=True)
+            self._out_of_time = True
         if found is None:
             return None
         self.verdict = replace(self.verdict, separation=found)
