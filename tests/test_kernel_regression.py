@@ -207,9 +207,10 @@ def test_the_memory_of_a_hundred_thousand_tokens(monkeypatch):
         inverse = problem.preconditioner(None, np.random.default_rng(0))
         R = problem.right_sides.copy()
         P = inverse(R)
-        Q = problem.operator(P)
-        Y = R + P + 0.0 * Q
-        inverse(Y)
+        # What stands in the rows of blocks that were not formed is whatever was there before.
+        with np.errstate(all="ignore"):
+            Y = R + P + 0.0 * problem.operator(P)
+            inverse(Y)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -111,6 +111,49 @@ def test_every_read_agrees_with_numpy(monkeypatch, family, loss, groups, storage
         assert curved.hessian is not None or len(fast.rows.long_groups)
 
 
+@pytest.mark.parametrize("groups", ["short", "long", "unsorted"])
+@pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
+def test_threads_change_no_bit_and_no_count(compiled, monkeypatch, family, loss, groups):
+    """Curvature, moves and structure, which threads share out, are those of the rows in one piece."""
+    shrink_blocks(monkeypatch)
+    sizes = (400,) if groups == "long" else (3, 50, 1, 2, 5, 60, 40, 29, 63, 64)
+    inst, x = instance(family, loss, sizes=sizes, d=5)
+    rng = np.random.default_rng(0)
+    changes = {}
+    if groups == "unsorted" and inst.groups is not None:
+        order = rng.permutation(len(inst.b))
+        changes = {"A": inst.A[order], "b": inst.b[order], "groups": inst.groups[order]}
+    steps = rng.standard_normal((5, 2))
+    found = {}
+    for n_threads, chunks in [(1, 2), (4, 2), (4, 1000)]:
+        for module in ("objectives.part", "data.store"):
+            monkeypatch.setattr(f"attnfit.{module}.available_threads", lambda n=n_threads: n)
+        monkeypatch.setattr("attnfit.objectives.part.CHUNKS_A_RUN", chunks)
+        problem = inst.problem(**changes)
+        at = problem.evaluate(x)
+        curved = problem.evaluate(x, at, hessian=True)
+        moved, diagonal, along = problem.look_along(at, steps[:, 0], steps)
+        found[n_threads, chunks] = [
+            curved.value,
+            curved.gradient,
+            problem.hessian_at(at),
+            problem.hessian_at(at, absolute=True),
+            problem.hvp_at(at, x),
+            problem.diagonal_at(at),
+            problem.moves(at, steps).largest,
+            np.array([problem.moves(at, steps).least, *moved.largest]),
+            diagonal,
+            along,
+            *problem.structure(at),
+            problem.n_passes,
+        ]
+    for one, other in zip(found[1, 2], found[4, 2], strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(found[1, 2], found[4, 1000], strict=True):
+        size = np.abs(np.where(np.isfinite(other), other, 0.0)).max(initial=0.0)
+        np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-11 * size)
+
+
 @pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
 def test_second_order_of_a_large_problem(monkeypatch, family, loss):
     inst, x = instance(family, loss, sizes=(300, 5, 80), d=4)

@@ -273,7 +273,7 @@ def test_as_many_threads_read_as_there_is_memory_for(compiled, tmp_path, monkeyp
 
 
 def test_many_threads_do_not_work_on_memory_that_is_read_into(compiled, tmp_path, monkeypatch):
-    for module in ("objectives.compiled", "data.store"):
+    for module in ("objectives.part", "data.store"):
         monkeypatch.setattr(f"attnfit.{module}.available_threads", lambda: 16)
     monkeypatch.setattr("attnfit.data.on_disk.RUN_BYTES", 1 << 15)
     monkeypatch.setattr("attnfit.data.matrix.BLOCK_BYTES", 1 << 18)

@@ -15,7 +15,8 @@ from attnfit.data.kernels import OPTIONS, Compiled
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
-PART_BYTES = 1 << 18
+# What is made of a part of a block stays in cache; a compiled loop makes one array, numpy several.
+PART_BYTES, COMPILED_BYTES = 1 << 18, 1 << 19
 
 
 def flatness(d: int) -> float:
@@ -51,6 +52,13 @@ def group_rows(block: Any, weights: Array, starts: Index) -> Any:
     n = block.shape[0]
     indicator = sparse.csr_array((weights, np.arange(n), np.append(starts, n)), shape=(len(starts), n))
     return indicator @ block
+
+
+def group_rows_compiled(block: Array, weights: Array, starts: Index) -> Array:
+    """Return what `group_rows` does of a dense block, in a compiled loop, which pays for large data."""
+    out = np.zeros((len(starts), block.shape[1]))
+    _group_rows()(block, weights, np.append(starts, len(block)), out)
+    return out
 
 
 def centre_rows(block: Any, starts: Index, known: Mapping[int, Array] | None = None) -> Any:
@@ -137,6 +145,7 @@ class Gram:
     def __init__(self, n_columns: int, *, compiled: bool = False) -> None:
         self._total = np.zeros((n_columns, n_columns))
         self._compiled = compiled
+        self._rows: Array | None = None
         self._lower = np.zeros((0, 0))
         self._cross: dict[int, tuple[Array, Array, float]] = {}
 
@@ -144,6 +153,9 @@ class Gram:
         """Add rows ``r_i a_i`` that are not centred."""
         if sparse.issparse(block):
             self._add_rows(block, t if r is None else t * r * r)
+            return
+        if self._compiled:
+            self._add_compiled(block, t, r, 0.0, np.zeros((0, 0)), np.zeros(1, dtype=np.intp))
             return
         scale = np.sqrt(np.abs(t)) if r is None else np.sqrt(np.abs(t)) * r
         for part in self._parts(len(t)):
@@ -183,6 +195,9 @@ class Gram:
     ) -> None:
         """Add some rows of one large group, whose vector ``mu`` of shape (d,) is known beforehand."""
         if not sparse.issparse(block):
+            if self._compiled:
+                self._add_compiled(block, t, r, q, mu[None, :], np.zeros(1, dtype=np.intp))
+                return
             for part in self._parts(len(t)):
                 rows = block[part] if r is None else block[part] * r[part, None]
                 centre = np.multiply.outer(q[part], mu) if isinstance(q, np.ndarray) else mu
@@ -201,14 +216,18 @@ class Gram:
         rows, bounds = np.ascontiguousarray(block), np.append(starts, len(t))
         own = np.empty(0) if r is None else r
         each = q if isinstance(q, np.ndarray) else np.full(1, float(q))
-        first = 0
-        while first < len(starts):
-            last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + self._step, "right")) - 1)
-            part = slice(int(bounds[first]), int(bounds[last]))
-            centred = np.empty((part.stop - part.start, rows.shape[1]))
-            _centred_rows()(rows, t, own, each, mu, bounds, first, last, centred)
-            self._add_dense(centred, t[part])
-            first = last
+        if self._rows is None:
+            # Fresh memory for every part would cost as much as what is put there.
+            self._rows = np.empty((self._step, rows.shape[1]))
+        for part in self._parts(len(t)):
+            out = self._rows[: min(part.stop, len(t)) - part.start]
+            first = int(np.searchsorted(starts, part.start, "right")) - 1
+            n_positive = _centred_rows()(rows, t, own, each, mu, bounds, first, part.start, out)
+            positive, negative = out[:n_positive], out[n_positive:]
+            # numpy recognises X^T X and calls the symmetric product: half the arithmetic.
+            self._total += positive.T @ positive
+            if len(negative):
+                self._total -= negative.T @ negative
 
     def merge(self, other: Gram) -> Gram:
         """Return the sum of both."""
@@ -223,7 +242,7 @@ class Gram:
 
     @property
     def _step(self) -> int:
-        return max(32, PART_BYTES // (8 * len(self._total)))
+        return max(32, (COMPILED_BYTES if self._compiled else PART_BYTES) // (8 * len(self._total)))
 
     def result(self) -> Array:
         """Return the accumulated matrix, shape (d, d)."""
@@ -364,17 +383,43 @@ def _csr_gram() -> Any:
 def _centred_rows() -> Any:
     """Compile on first use, as the loop over sparse rows is."""
 
-    def centred(block, t, r, q, mu, bounds, first, last, out):  # type: ignore[no-untyped-def]
-        start = bounds[first]
-        for g in range(first, last):
-            for i in range(bounds[g], bounds[g + 1]):
-                root = np.sqrt(abs(t[i]))
-                own = root * r[i] if len(r) else root
+    def centred(block, t, r, q, mu, bounds, g, start, out):  # type: ignore[no-untyped-def]
+        # Rows of positive weight from the front on, the others from the back: a product each.
+        front, back = 0, len(out)
+        for i in range(start, start + len(out)):
+            while i >= bounds[g + 1]:
+                g += 1
+            root = np.sqrt(abs(t[i]))
+            own = root * r[i] if len(r) else root
+            if t[i] < 0.0:
+                back -= 1
+                k = back
+            else:
+                k = front
+                front += 1
+            if len(mu):
                 centre = root * (q[i] if len(q) > 1 else q[0])
                 for j in range(out.shape[1]):
-                    out[i - start, j] = own * block[i, j] - centre * mu[g, j]
+                    out[k, j] = own * block[i, j] - centre * mu[g, j]
+            else:
+                for j in range(out.shape[1]):
+                    out[k, j] = own * block[i, j]
+        return front
 
     return Compiled(centred, **OPTIONS)
+
+
+@cache
+def _group_rows() -> Any:
+    """Compile on first use, as the loop over sparse rows is."""
+
+    def sums(block, weights, bounds, out):  # type: ignore[no-untyped-def]
+        for g in range(len(out)):
+            for i in range(bounds[g], bounds[g + 1]):
+                for j in range(out.shape[1]):
+                    out[g, j] += weights[i] * block[i, j]
+
+    return Compiled(sums, **OPTIONS)
 
 
 def majorant(hessian: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from typing import Any, Self
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator
 
-from attnfit.data.gram import Gram, group_rows, transposed_view
+from attnfit.data.gram import Gram, group_rows, group_rows_compiled, transposed_view
 from attnfit.data.kernels import block_times_vector
 
 Array = NDArray[np.float64]
@@ -132,8 +133,8 @@ class Design(LinearOperator, ABC):
         """Read these rows and keep them for a while: of use on disk."""
 
     def thread_copy(self) -> Self:
-        """Return the same matrix for another thread: what that reads from disk is its own."""
-        return self
+        """Return the same matrix for another thread: what that reads from disk, and counts, is its own."""
+        return copy(self)
 
     def locate(self, row: int) -> str:
         """Return where a row is stored, for messages; nothing in memory."""
@@ -169,12 +170,19 @@ class Design(LinearOperator, ABC):
 
 
 class DenseDesign(Design):
-    """Rows of a two-dimensional array: C or Fortran order, any real dtype, read-only, memory-mapped."""
+    """Rows of a two-dimensional array: C or Fortran order, any real dtype, read-only, memory-mapped.
 
-    def __init__(self, array: NDArray[Any]) -> None:
+    Parameters
+    ----------
+    array : ndarray, shape (n, d)
+    compiled : bool
+        Whether compiled loops read it however small it is: where they are at hand anyway.
+    """
+
+    def __init__(self, array: NDArray[Any], *, compiled: bool = False) -> None:
         super().__init__(array.shape)
         self.array = array
-        self._compiled = array.size >= DENSE_ENTRIES
+        self._compiled = compiled or array.size >= DENSE_ENTRIES
 
     @property
     def block_rows(self) -> int:
@@ -213,6 +221,12 @@ class DenseDesign(Design):
     def combine(self, weights: Array, block: Array) -> Array:
         """Return ``weights @ block``, shape (k, d)."""
         return weights @ block
+
+    def group_rows(self, block: Array, weights: Array, starts: NDArray[np.intp]) -> Array:
+        """Return ``sum_{i in g} weights_i a_i`` for the groups of a block, shape (n_groups, d)."""
+        if self.storage is None or not block.flags.c_contiguous:
+            return np.asarray(group_rows(block, weights, starts))
+        return group_rows_compiled(block, weights, starts)
 
     @property
     def storage(self) -> str | None:

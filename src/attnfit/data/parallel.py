@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import cache
 from threading import Lock, RLock
 from typing import Any, TypeVar
@@ -20,7 +20,13 @@ KEPT = 3
 
 
 def available_threads() -> int:
-    """Return the number of threads that BLAS may use now: who limits those means these as well."""
+    """Return the number of threads that BLAS may use now, or that `one_blas_thread` leaves to others: who
+    limits those means these as well.
+    """
+    return _ONE_THREAD.others or _allowed()
+
+
+def _allowed() -> int:
     found = [int(pool["num_threads"]) for pool in pools().info() if pool["user_api"] == "blas"]
     return min([_cores(), *found])
 
@@ -45,27 +51,41 @@ class _OneThread:
     """BLAS has one thread as long as anybody is inside; the last to leave restores what was."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._limit = Lock(), 0, None
+        self._lock, self._inside = Lock(), 0
+        self._limit: Any = None
+        # Threads that are not BLAS's; zero while nobody is inside.
+        self.others = 0
 
-    def __enter__(self) -> None:
+    def enter(self, *, alone: bool) -> None:
+        """Take BLAS its threads; the first to come says whether there is to be one thread alone."""
         with self._lock:
             if not self._inside:
+                self.others = 1 if alone else _allowed()
                 self._limit = pools().limit(limits=1)
             self._inside += 1
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
+        """Give them back."""
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._limit.restore_original_limits()  # type: ignore[attr-defined]
+                self._limit.restore_original_limits()
+                self.others = 0
 
 
 _ONE_THREAD = _OneThread()
 
 
-def one_blas_thread() -> AbstractContextManager[None]:
-    """Return the context in which BLAS has one thread; the number is the process's, so it is shared."""
-    return _ONE_THREAD
+@contextmanager
+def one_blas_thread(*, alone: bool = True) -> Iterator[None]:
+    """BLAS has one thread inside; the number is the process's, so it is shared. Unless that is ``alone``,
+    others may be as many as BLAS had.
+    """
+    _ONE_THREAD.enter(alone=alone)
+    try:
+        yield
+    finally:
+        _ONE_THREAD.leave()
 
 
 @cache

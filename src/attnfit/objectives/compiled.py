@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
-from threading import Semaphore, local
 from types import FunctionType, ModuleType
 from typing import Any
 from zlib import crc32
@@ -22,16 +21,15 @@ import numpy as np
 from scipy import sparse
 
 from attnfit.data.gram import Gram
-from attnfit.data.groups import Chunk, Rows, runs
+from attnfit.data.groups import Chunk
 from attnfit.data.kernels import OPTIONS, STORAGES, Compiled, U, block_times_vector, empty_sums
-from attnfit.data.parallel import available_threads, in_order
 from attnfit.data.sources.base import checksum
 from attnfit.losses.loss import Accumulated, Loss
 from attnfit.losses.sums import Composite
 from attnfit.objectives.chained import CHAIN, chain_accumulates, chain_finalizes, inlined
 from attnfit.objectives.first_order import Totals
 from attnfit.objectives.models import Exponential, Poisson, Rescaled, Softmax
-from attnfit.objectives.part import Part
+from attnfit.objectives.part import Part, join, over_runs
 from attnfit.segments import Array
 
 # Adding it rounds to an integer, which is then found in the lower bits.
@@ -268,23 +266,15 @@ def sum_up(
 ) -> Totals | None:
     """Read once; None where a logit is not finite."""
     x = np.ascontiguousarray(x)
-    own, may_compute = local(), Semaphore(available_threads())
-
-    def work(run: list[Chunk]) -> Totals | None:
-        # A thread computes with what it has just read, while that is in its cache.
-        if not hasattr(own, "rows"):
-            own.rows = part.thread_copy()
-        own.rows.load(run)
-        with may_compute:
-            return sum_up_run(own.rows, run, x, reference, long_states)
-
     totals = Totals.zero(part.n_unknowns, part.n_long)
-    for found in in_order(work, runs(chunks, part.design.thread_rows), part.n_readers):
+
+    def add_up(own: Part, run: list[Chunk]) -> Totals | None:
+        return sum_up_run(own, run, x, reference, long_states)
+
+    for found in over_runs(part, chunks, part.design.thread_rows, add_up):
         if found is None:
             return None
         totals = totals.merge(found)
-    # Threads would lose some of what they count.
-    part.design.rows_read += sum(chunk.segments.n_rows for chunk in chunks)
     return totals
 
 
@@ -306,8 +296,9 @@ def sum_up_run(
     assert storage is not None
     loss, long, d = part.loss, span[0].long, part.n_unknowns
     by_group = loss.coupled and long < 0
-    rows = _join([chunk.rows for chunk in span])
-    parts = part.design.parts(_join([chunk.index for chunk in span]))
+    first, last = span[0], span[-1]
+    rows = join(first.rows, last.rows)
+    parts = part.design.parts(join(first.index, last.index))
     vectors = [part.b[rows]]
     vectors += [NONE if v is None else v[rows] for v in (part.weights, part.offset, part.penalty)]
     beside, at_zero = NONE, long_states is not None
@@ -316,11 +307,11 @@ def sum_up_run(
         beside = np.concatenate(
             [np.broadcast_to(s, c.segments.n_rows) for s, c in zip(slopes, span, strict=True)]
         )
-    groups = _join([chunk.groups for chunk in span])
+    groups = join(first.groups, last.groups)
     constants = part.constants[groups]
     if by_group:
-        first = part.groups.starts[groups]
-        shared: Any = (np.append(first, first[0] + len(vectors[0])) - first[0], constants)
+        starts = part.groups.starts[groups]
+        shared: Any = (np.append(starts, starts[0] + len(vectors[0])) - starts[0], constants)
     else:
         shared = (beside, float(reference[long]) if long >= 0 else 0.0, float(constants[0]))
     n_columns, n_extras = _n_sums(loss.accumulate)
@@ -420,12 +411,6 @@ def _stored(rows: Array, everything: bool) -> Iterator[tuple[Any, str]]:
 def _as_pieces(part: Part) -> list[Chunk]:
     """Return the rows as a piece of a group longer than a block."""
     return [replace(chunk, long=0) for chunk in part.chunks]
-
-
-def _join(rows: list[Rows]) -> Rows:
-    """Return consecutive slices as one; an index array stands alone."""
-    first, last = rows[0], rows[-1]
-    return slice(first.start, last.stop) if isinstance(first, slice) and isinstance(last, slice) else first
 
 
 @cache

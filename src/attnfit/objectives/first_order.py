@@ -6,26 +6,22 @@ finalized at the end: `attnfit.losses.loss` says how.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attnfit.data.groups import Chunk
-from attnfit.data.parallel import one_blas_thread
 from attnfit.losses.loss import Loss
 from attnfit.losses.sums import Composite
 from attnfit.objectives.leverage import Draws, RowSampler
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import Part, group_slopes, merged
+from attnfit.objectives.part import Part, group_slopes, in_runs, merged
 from attnfit.segments import Array, Segments
 
 if TYPE_CHECKING:
     from attnfit.objectives.rows import RowProblem
 
-# Columns up to which a block's products have one thread, and entries from which on that is said.
-NARROW, MANY = 256, 1 << 18
 # Rows of a group that predict its normaliser to a few per cent.
 GUESS_ROWS = 1000
 
@@ -127,7 +123,8 @@ def read(
     long_states = states_at_zero(problem) if at_zero else None
     bare = None if near is None else near.bare()
     if sampler is None:
-        totals: Totals = rows.reduce(_read_part, x, reference, bare, long_states, hessian)
+        work = _read_curvature if hessian else _read_part
+        totals: Totals = rows.reduce(work, x, reference, bare, long_states, hessian)
     else:
         own = rows.share_out(sampler)
         totals, sample = rows.reduce_and_draw(
@@ -148,11 +145,10 @@ def read(
 
 
 def _read_part(part: Part, chunks: list[Chunk], *arguments: Any) -> Totals:
-    # Products of narrow blocks in cache are too small to share out: with two threads they take as long, on
-    # both, or longer (measured, 16 to 200 columns). To say so costs more than small data take.
-    narrow = part.n_unknowns <= NARROW and part.n_rows * part.n_unknowns >= MANY
-    with one_blas_thread() if narrow and arguments[-1] else nullcontext():
-        return _read_and_draw_part(part, chunks, *arguments)[0]
+    return _read_and_draw_part(part, chunks, *arguments)[0]
+
+
+_read_curvature = in_runs(_read_part)
 
 
 def _read_and_draw_part(

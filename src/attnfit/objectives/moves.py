@@ -23,7 +23,7 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
 from attnfit.losses.sums import SoftmaxSum
 from attnfit.objectives.objective import Evaluation, Moved
-from attnfit.objectives.part import Part
+from attnfit.objectives.part import Part, in_runs
 from attnfit.segments import Array
 
 Mask = NDArray[np.bool_]
@@ -158,24 +158,26 @@ class Moves:
 
     def add(self, part: Part, chunk: Chunk, block: Any, at: Evaluation, steps: Array) -> None:
         """Add the rows of a chunk."""
-        # One column at a time: BLAS is slower at products with a few.
-        along = np.stack([part.design.product(block, step) for step in steps.T], axis=1)
-        counts = counting_rows(part, chunk)
+        # One step at a time: BLAS is slower at products with a few.
+        along = [part.design.product(block, step) for step in steps.T]
+        counts, longest = counting_rows(part, chunk), chunk.segments.max
         if kind_of(part.loss) is Kind.EXACT and part.penalty is None:
             self.least = min(self.least, _least_free(part, chunk, block, at, counts))
         if not (part.loss.shift_invariant and part.penalty is None):
-            size = np.abs(along[counts]).max(axis=0, initial=0.0)
-            self.largest = np.maximum(self.largest, size)
+            sizes = [np.abs(moved[counts]).max(initial=0.0) for moved in along]
+            self.largest = np.maximum(self.largest, sizes)
             return
-        starts, every = chunk.segments.starts, bool(counts.all())
-        high = along if every else np.where(counts[:, None], along, -np.inf)
-        low = along if every else np.where(counts[:, None], along, np.inf)
-        extents = [np.maximum.reduceat(high, starts), -np.minimum.reduceat(low, starts)]
+        every = bool(counts.all())
+        up, down = (
+            [longest(sign * moved if every else np.where(counts, sign * moved, -np.inf)) for moved in along]
+            for sign in (1.0, -1.0)
+        )
         if chunk.long >= 0:
-            self.long = self.merge(Moves(self.largest, long={chunk.long: np.concatenate(extents)})).long
+            extent = np.array([up, down]).reshape(2, -1)
+            self.long = self.merge(Moves(self.largest, long={chunk.long: extent})).long
         else:
-            half_ranges = 0.5 * (extents[0] + extents[1])
-            self.largest = np.maximum(self.largest, half_ranges.max(axis=0, initial=0.0))
+            half_ranges = [0.5 * (high + low).max() for high, low in zip(up, down, strict=True)]
+            self.largest = np.maximum(self.largest, half_ranges)
 
 
 def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Mask) -> float:
@@ -193,6 +195,7 @@ def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Ma
     return float(np.exp(z[counts & ~fixed].min(initial=np.inf)))
 
 
+@in_runs
 def move_sum(part: Part, chunks: list[Chunk], at: Evaluation, steps: Array) -> Moves:
     """Return the moves along the columns of ``steps``, shape (d, k)."""
     moves = Moves(np.zeros(steps.shape[1]))

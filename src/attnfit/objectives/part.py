@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from functools import reduce, wraps
+from threading import Semaphore, local
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.groups import Chunk
+from attnfit.data.groups import Chunk, Rows, runs
 from attnfit.data.inputs import negative_target, pieces
+from attnfit.data.parallel import available_threads, in_order, one_blas_thread
 from attnfit.data.store import RowStore, Table
 from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
 from attnfit.losses.rescaled import SquaredRescaled
@@ -20,6 +24,10 @@ from attnfit.segments import Array, Index, Segments
 
 # Rows that are read at a time; those worked on at a time, so that what is made of them stays in cache.
 PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13
+# Columns up to which threads share out the rows: the sums of a run, d x d numbers, are then small, and its
+# products too small for BLAS to share out well. Chunks of such a run: calls of numpy then cost nothing.
+# Entries from which on BLAS is told: to say so costs more than small data take.
+NARROW, CHUNKS_A_RUN, MANY = 256, 8, 1 << 18
 _NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))
 
 
@@ -38,6 +46,71 @@ def merged(one: Any, other: Any) -> Any:
     if isinstance(one, dict):
         return one | {key: merged(one.get(key), value) for key, value in other.items()}
     return one.merge(other) if hasattr(one, "merge") else one + other
+
+
+def over_runs(
+    part: Part, chunks: list[Chunk], n_rows: int, work: Callable[[Part, list[Chunk]], Any]
+) -> Iterator[Any]:
+    """Yield ``work(part, run)`` of runs of at most so many rows, in order, from as many threads as there are.
+
+    A thread computes with what it has just read, while that is in its cache.
+    """
+    own, may_compute = local(), Semaphore(available_threads())
+
+    def read(run: list[Chunk]) -> Any:
+        if not hasattr(own, "rows"):
+            own.rows = part.thread_copy()
+        own.rows.load(run)
+        with may_compute:
+            return work(own.rows, run)
+
+    yield from in_order(read, runs(chunks, n_rows), part.n_readers)
+    # Threads would lose some of what they count.
+    part.design.rows_read += sum(chunk.segments.n_rows for chunk in chunks)
+
+
+def in_runs(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Let threads share out the rows of a function that reads each of them once and returns what `merged`
+    adds up: where these are many, in memory and narrow.
+    """
+
+    @wraps(work)
+    def shared_out(part: Part, chunks: list[Chunk], *args: Any) -> Any:
+        design = part.design
+        if (
+            design.storage is None
+            or design.on_disk
+            or part.n_unknowns > NARROW
+            or chunks[0].matrix is not None
+        ):
+            return work(part, chunks, *args)
+        found = over_runs(
+            part, chunks, CHUNKS_A_RUN * design.block_rows, lambda own, run: work(own, joined(run), *args)
+        )
+        return reduce(merged, found)
+
+    return shared_out
+
+
+def joined(run: list[Chunk]) -> list[Chunk]:
+    """Return neighbouring chunks as one, where their rows are next to each other."""
+    first, last = run[0], run[-1]
+    if len(run) == 1 or not isinstance(first.rows, slice) or not isinstance(first.index, slice):
+        return run
+    starts, n_rows = [], 0
+    for chunk in run:
+        starts.append(chunk.segments.starts + n_rows)
+        n_rows += chunk.segments.n_rows
+    # Pieces of one group, or rows that have nothing to do with one another, are one segment.
+    whole = first.groups != last.groups
+    segments = Segments(np.concatenate(starts) if whole else starts[0], n_rows)
+    rows, index, groups = (join(getattr(first, k), getattr(last, k)) for k in ("rows", "index", "groups"))
+    return [Chunk(rows, index, segments, groups, first.long)]
+
+
+def join(first: Rows, last: Rows) -> Rows:
+    """Return consecutive slices as one; an index array stands alone."""
+    return slice(first.start, last.stop) if isinstance(first, slice) and isinstance(last, slice) else first
 
 
 class Part(RowStore):
@@ -116,12 +189,22 @@ class Part(RowStore):
         Work returns what `merged` adds up: on data in several places it runs where they are, and only its
         sums travel.
         """
-        return work(self, self.chunks if drawn is None else drawn.chunks, *args)
+        chunks = self.chunks if drawn is None else drawn.chunks
+        with self._threads(chunks):
+            return work(self, chunks, *args)
 
     def reduce_and_draw(self, work: Callable[..., Any], *args: Any) -> tuple[Any, Drawn]:
         """Return the first result of ``work``, and the chunks that it drew, which stay where they are."""
-        sums, chunks = work(self, self.chunks, *args)
+        with self._threads(self.chunks):
+            sums, chunks = work(self, self.chunks, *args)
         return sums, Drawn(chunks, sum(chunk.matrix.shape[0] for chunk in chunks))
+
+    def _threads(self, chunks: list[Chunk]) -> AbstractContextManager[None]:
+        """Give BLAS one thread where rows are narrow and not few: with two, products of narrow blocks take as
+        long, on both, or longer (measured, 16 to 200 columns).
+        """
+        many = self.n_unknowns * sum(chunk.segments.n_rows for chunk in chunks) >= MANY
+        return one_blas_thread(alone=False) if many and self.n_unknowns <= NARROW else nullcontext()
 
     def share_out(self, source: Any) -> Any:
         """Return a sampler or generator, or one for each part of the data."""

@@ -16,10 +16,11 @@ from attnfit.data.groups import Chunk
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.moves import Moves, counting_rows
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import Part
+from attnfit.objectives.part import Part, in_runs
 from attnfit.segments import Array
 
 
+@in_runs
 def hessian_sum(part: Part, chunks: list[Chunk], at: Evaluation, absolute: bool, gauss_newton: bool) -> Any:
     """Return the Gram that is the Hessian of the data term."""
     gram = part.design.gram()
@@ -32,6 +33,7 @@ def hessian_sum(part: Part, chunks: list[Chunk], at: Evaluation, absolute: bool,
     return gram
 
 
+@in_runs
 def product_sum(part: Part, chunks: list[Chunk], at: Evaluation, v: Array, gauss_newton: bool) -> Array:
     """Return the Hessian of the data term times v, shape (d,)."""
     out = np.zeros_like(v)
@@ -43,6 +45,7 @@ def product_sum(part: Part, chunks: list[Chunk], at: Evaluation, v: Array, gauss
     return out
 
 
+@in_runs
 def diagonal_sum(part: Part, chunks: list[Chunk], at: Evaluation) -> tuple[Array, Array, Array, float]:
     """Return absolutely weighted sums of the squares of rows that are not centred, of the squares of those
     that are, of these rows, and of their weights.
@@ -63,6 +66,7 @@ def diagonal_sum(part: Part, chunks: list[Chunk], at: Evaluation) -> tuple[Array
     return uncentred, second, first, total
 
 
+@in_runs
 def parts_sum(
     part: Part, chunks: list[Chunk], at: Evaluation, step: Array, directions: Array
 ) -> tuple[Moves, GramParts]:
@@ -92,6 +96,7 @@ def varying_columns(part: Part, chunks: list[Chunk]) -> Array:
     return np.asarray(seen > 0.0, dtype=np.float64)
 
 
+@in_runs
 def structure_sum(part: Part, chunks: list[Chunk], at: Evaluation) -> tuple[Any, Array]:
     """Return the Gram of all rows that play a part, centred by group where the loss ignores what their logits
     have in common, and its diagonal before centring, shape (d,).

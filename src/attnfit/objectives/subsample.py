@@ -13,6 +13,7 @@ from scipy import sparse
 
 from attnfit.data.groups import Chunk
 from attnfit.data.inputs import require_finite_rows
+from attnfit.data.matrix import DenseDesign
 from attnfit.losses.loss import Loss
 from attnfit.objectives.part import Part, merged, target_pieces, target_sums
 from attnfit.objectives.rows import RowProblem
@@ -37,6 +38,8 @@ class Draw:
         Whether rows of its group were drawn one by one.
     labels, sizes : ndarray of int
         Label and size of each row's group.
+    compiled : bool
+        Whether they were drawn from rows that compiled loops read, which then serve these as well.
     """
 
     rows: Index
@@ -49,20 +52,24 @@ class Draw:
     in_long_group: NDArray[np.bool_]
     labels: Index
     sizes: Index
+    compiled: bool
 
     def merge(self, other: Draw) -> Draw:
         """Return the rows of both."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        joined: list[Any] = [_joined(one, two) for one, two in pairs]
-        return Draw(*joined)
+        joined: dict[str, Any] = {k: _joined(v, getattr(other, k)) for k, v in self._by_row().items()}
+        return replace(self, **joined)
 
     def by_group(self) -> Draw:
         """Return the rows with those of one group next to each other."""
         if (np.diff(self.labels) >= 0).all():
             return self
         order = np.argsort(self.labels, kind="stable")
-        sorted_rows: list[Any] = [None if v is None else v[order] for v in vars(self).values()]
-        return Draw(*sorted_rows)
+        in_order: dict[str, Any] = {k: None if v is None else v[order] for k, v in self._by_row().items()}
+        return replace(self, **in_order)
+
+    def _by_row(self) -> dict[str, Any]:
+        """Return what has an entry for each row, by name."""
+        return {name: v for name, v in vars(self).items() if name != "compiled"}
 
     def with_targets(self, b: Array, weights: Array | None, offset: Array | None) -> Draw:
         """Return the same rows with other targets, weights and offsets."""
@@ -80,8 +87,9 @@ class Draw:
             offset = offset - np.where(self.in_long_group, np.log(pi), 0.0)
         else:
             w = w / pi
+        dense = isinstance(self.block, np.ndarray)
         problem: RowProblem = RowProblem(
-            self.block,
+            DenseDesign(self.block, compiled=self.compiled) if dense else self.block,
             b,
             loss=loss,
             groups=self.labels if loss.coupled else None,
@@ -186,7 +194,17 @@ def _draw(
     )
     labels = part.group_labels[group]
     return Draw(
-        index, block, part.b[index], weights, offset, penalty, pi, is_long[group], labels, totals[group]
+        index,
+        block,
+        part.b[index],
+        weights,
+        offset,
+        penalty,
+        pi,
+        is_long[group],
+        labels,
+        totals[group],
+        compiled=part.design.storage is not None,
     )
 
 
