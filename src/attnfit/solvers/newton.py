@@ -178,6 +178,8 @@ class Newton(Solver):
         ends: dict[str, Descent] = {}
         n_starts, highest, trivial = 0, 0.0, list[str]()
         for label, x in points.items():
+            if len(ends) == 1 and self.n_starts == "auto" and start.settled_by(*next(iter(ends.items()))):
+                break
             strategy = self._strategy(kind, start, x, rng)
             with tracker.timed("evaluate"):
                 at = problem.evaluate(x, start.transfer(x), at_zero=not ends, **strategy.request(None))
