@@ -1,9 +1,13 @@
 """What a change of the data must do to a fit, over losses, storages and solvers: no reference is needed."""
 
 import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from instances import covering
 from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
@@ -163,29 +167,42 @@ PROPERTIES = {
         a_constant_column,
     )
 }
+AXES = {
+    "change": list(PROPERTIES),
+    "loss": list(LOSSES),
+    "storage": list(STORAGES),
+    "solver": list(SOLVERS),
+    "pieces": list(PIECES),
+}
 CASES = [
     case
-    for case in covering(
-        {
-            "change": list(PROPERTIES),
-            "loss": list(LOSSES),
-            "storage": list(STORAGES),
-            "solver": list(SOLVERS),
-            "pieces": list(PIECES),
-        },
-        seed=7,
-    )
+    for case in covering(AXES, seed=7)
     if PROPERTIES[case["change"]](case["loss"], data(case["loss"], 0), np.random.default_rng(0)) is not None
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
 def test_a_change_of_the_data_changes_the_answer_as_it_must(case, tmp_path, small_blocks):
-    seed = CASES.index(case)
+    check(case, CASES.index(case), tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    case=st.fixed_dictionaries({k: st.sampled_from(v) for k, v in AXES.items()}), seed=st.integers(0, 10**9)
+)
+def test_so_it_does_whatever_the_numbers(small_blocks, case, seed):
+    """Over all combinations of the axes, of which the cases above have all pairs."""
+    if PROPERTIES[case["change"]](case["loss"], data(case["loss"], 0), np.random.default_rng(0)) is not None:
+        with TemporaryDirectory() as directory:
+            check(case, seed, Path(directory))
+
+
+def check(case, seed, directory):
+    """Fit the data and the changed data, and compare."""
     rng, loss = np.random.default_rng(1_000 + seed), case["loss"]
     columns = data(loss, seed)
     after, expected = PROPERTIES[case["change"]](loss, columns, rng)
-    stored = STORAGES[case["storage"]](after, PIECES[case["pieces"]](len(after["b"])), tmp_path)
+    stored = STORAGES[case["storage"]](after, PIECES[case["pieces"]](len(after["b"])), directory)
     reference = fit(loss, columns, max_iter=1_000)
     first_order = case["solver"] == "gradient"
     found = fit(
