@@ -190,20 +190,21 @@ class Part(RowStore):
         sums travel.
         """
         chunks = self.chunks if drawn is None else drawn.chunks
-        with self._threads(chunks):
+        with self.threads(chunks):
             return work(self, chunks, *args)
 
     def reduce_and_draw(self, work: Callable[..., Any], *args: Any) -> tuple[Any, Drawn]:
         """Return the first result of ``work``, and the chunks that it drew, which stay where they are."""
-        with self._threads(self.chunks):
+        with self.threads():
             sums, chunks = work(self, self.chunks, *args)
         return sums, Drawn(chunks, sum(chunk.matrix.shape[0] for chunk in chunks))
 
-    def _threads(self, chunks: list[Chunk]) -> AbstractContextManager[None]:
+    def threads(self, chunks: list[Chunk] | None = None) -> AbstractContextManager[None]:
         """Give BLAS one thread where rows are narrow and not few: with two, products of narrow blocks take as
-        long, on both, or longer (measured, 16 to 200 columns).
+        long, on both, or longer (measured, 16 to 200 columns); five times as long where others compute too.
         """
-        many = self.n_unknowns * sum(chunk.segments.n_rows for chunk in chunks) >= MANY
+        n_rows = self.n_rows if chunks is None else sum(chunk.segments.n_rows for chunk in chunks)
+        many = self.n_unknowns * n_rows >= MANY
         return one_blas_thread(alone=False) if many and self.n_unknowns <= NARROW else nullcontext()
 
     def share_out(self, source: Any) -> Any:

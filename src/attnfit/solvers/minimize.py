@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from os import PathLike
 from typing import Any, Literal, cast
@@ -182,13 +183,15 @@ def minimize(
     fit = (problem, reduction, point, solver, tol, max_iter, separation, history == "points")
     if checkpoint is not None and Offer.ABSORBED in problem.offers:
         raise NotImplementedError("checkpoint does not go with absorb; leave it out, the fit takes few reads")
-    if checkpoint is None:
-        result = _fit(*fit, callback, np.random.default_rng(random_state))
-    else:
-        with Checkpoint(
-            checkpoint, problem, solver, point, random_state, tol=tol, max_iter=max_iter, resume=resume
-        ) as kept:
-            result = kept.finish(_fit(*fit, kept.wrap_callback(callback), kept.rng, kept.recording))
+    rows = problem.rows
+    with nullcontext() if rows is None or not rows.is_whole else rows.threads():
+        if checkpoint is None:
+            result = _fit(*fit, callback, np.random.default_rng(random_state))
+        else:
+            with Checkpoint(
+                checkpoint, problem, solver, point, random_state, tol=tol, max_iter=max_iter, resume=resume
+            ) as kept:
+                result = kept.finish(_fit(*fit, kept.wrap_callback(callback), kept.rng, kept.recording))
     if not result.converged and result.status != "interrupted":
         from sklearn.exceptions import ConvergenceWarning
 
