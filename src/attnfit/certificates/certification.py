@@ -22,7 +22,7 @@ from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.moves import counting_rows
 from attnfit.objectives.objective import Evaluation, Offer
-from attnfit.objectives.part import Part
+from attnfit.objectives.part import NARROW, Part, in_runs
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.token_problem import TokenProblem
 from attnfit.objectives.units import centred
@@ -38,9 +38,10 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
 
     With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of
     radius ``2 eta`` in the norm of H: if ``h = M eta <= 1/2``, then
-    ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes five reads of the data, wherever
-    they are, up to five more where groups are longer than a block (six of sparse rows), one where directions
-    are open, and d^2 numbers. A mixture is certified by its duality gap instead.
+    ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes three reads of the data, wherever
+    they are (four of more than 256 columns), up to five more where groups are longer than a block (six of
+    sparse rows), one where directions are open, and d^2 numbers. A mixture is certified by its duality gap
+    instead.
 
     The rows are centred by group first where the loss ignores what a group shares. Rounding is bounded to
     first order with a probabilistic constant: errors are taken as independent, with sqrt(d) in place of d.
@@ -118,7 +119,7 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
     grouped = centred(problem)
     if rigorous:
         return certify_rigorously(problem, x, grouped)
-    at = grouped.evaluate(x)
+    at = grouped.evaluate(x, hessian=grouped.n_unknowns <= NARROW)
     return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
 
 
@@ -162,6 +163,7 @@ class _Largest:
         return _Largest(max(self.share, other.share))
 
 
+@in_runs
 def _seen(part: Part, chunks: list[Chunk], directions: Array) -> _Largest:
     """Return the largest change of a logit relative to its terms; groups without weight do not count."""
     largest = 0.0

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.objectives.objective import Evaluation, Problem
-from attnfit.solvers.curvature import natural_scale
 from attnfit.solvers.subproblem import MoreSorensen
 
 Array = NDArray[np.float64]
@@ -213,10 +212,11 @@ def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array],
     if not np.isfinite(at.value):
         return refused("the loss overflows at x; scale the columns of A")
     with np.errstate(over="ignore", invalid="ignore"):
-        hessian = problem.hessian_at(at)
+        hessian = problem.hessian_at(at) if at.hessian is None else at.hessian
     if not np.isfinite(hessian).all():
         return refused("the Hessian overflows at x; scale the columns of A")
-    scale = natural_scale(problem, at)
+    diagonal = np.abs(np.diag(hessian))
+    scale = np.sqrt(np.where(diagonal > 0.0, diagonal, 1.0))
     model = MoreSorensen(hessian / np.multiply.outer(scale, scale))
     values, vectors, floor = model.values, model.vectors, model.floor
     flat = model.unidentified.shape[1]

@@ -25,7 +25,7 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, LogRatio, SoftmaxLoss
 from attnfit.losses.sums import MixedSum, SoftmaxSum
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import Part, merged
+from attnfit.objectives.part import Part, in_runs, merged
 from attnfit.objectives.rows import RowProblem
 
 Array = NDArray[np.float64]
@@ -172,6 +172,7 @@ def sums_on_ball(
             known.setdefault(number, []).append(totals)
 
 
+@in_runs
 def _read(
     part: Part,
     chunks: list[Chunk],

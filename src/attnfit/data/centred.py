@@ -124,6 +124,10 @@ class CentredDesign(Design):
         """None: compiled loops read rows as they are stored."""
         return None
 
+    @property
+    def is_shared_out(self) -> bool:
+        return self.inner.is_shared_out
+
     def parts(self, rows: Rows) -> tuple[Any, int]:
         raise TypeError("centred rows are made block by block and stored nowhere")
 
@@ -150,8 +154,14 @@ class CentredDesign(Design):
         ranks = positions if self._rank is None else self._rank[positions]
         return np.asarray(np.searchsorted(self._starts, ranks, side="right") - 1)
 
+    def product(self, block: Any, x: Array) -> Array:
+        return self.inner.product(block, x)
+
     def combine(self, weights: Array, block: Any) -> Array:
         return self.inner.combine(weights, block)
+
+    def group_rows(self, block: Any, weights: Array, starts: Index) -> Any:
+        return self.inner.group_rows(block, weights, starts)
 
     def _fetch(self, rows: Rows) -> Any:
         block = self.inner._fetch(rows)

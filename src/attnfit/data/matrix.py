@@ -71,6 +71,11 @@ class Design(LinearOperator, ABC):
     def storage(self) -> str | None:
         """Which of `kernels.STORAGES` reads this matrix; None where compiled loops do not pay."""
 
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether threads may share out the rows: they are in memory, and many."""
+        return self.storage is not None and not self.on_disk
+
     @abstractmethod
     def parts(self, rows: Rows) -> tuple[Any, int]:
         """Return what those loops read these rows from, and where the first of them is; counts nothing."""
@@ -117,7 +122,7 @@ class Design(LinearOperator, ABC):
 
     def gram(self) -> Any:
         """Return an empty accumulator of weighted Grams over blocks of this design."""
-        return Gram(int(self.shape[1]), compiled=self.storage is not None)
+        return Gram(int(self.shape[1]), compiled=self.storage is not None or self.is_shared_out)
 
     @property
     def run_rows(self) -> int:

@@ -275,6 +275,7 @@ def sum_up(
         if found is None:
             return None
         totals = totals.merge(found)
+    part.design.rows_read += sum(chunk.segments.n_rows for chunk in chunks)
     return totals
 
 

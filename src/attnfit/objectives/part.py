@@ -56,17 +56,19 @@ def over_runs(
     A thread computes with what it has just read, while that is in its cache.
     """
     own, may_compute = local(), Semaphore(available_threads())
+    copies: list[tuple[Part, int]] = []
 
     def read(run: list[Chunk]) -> Any:
         if not hasattr(own, "rows"):
             own.rows = part.thread_copy()
+            copies.append((own.rows, own.rows.design.rows_read))
         own.rows.load(run)
         with may_compute:
             return work(own.rows, run)
 
     yield from in_order(read, runs(chunks, n_rows), part.n_readers)
-    # Threads would lose some of what they count.
-    part.design.rows_read += sum(chunk.segments.n_rows for chunk in chunks)
+    # Threads would lose some of what they count together.
+    part.design.rows_read += sum(copy.design.rows_read - before for copy, before in copies)
 
 
 def in_runs(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,12 +79,7 @@ def in_runs(work: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(work)
     def shared_out(part: Part, chunks: list[Chunk], *args: Any) -> Any:
         design = part.design
-        if (
-            design.storage is None
-            or design.on_disk
-            or part.n_unknowns > NARROW
-            or chunks[0].matrix is not None
-        ):
+        if not design.is_shared_out or part.n_unknowns > NARROW or chunks[0].matrix is not None:
             return work(part, chunks, *args)
         found = over_runs(
             part, chunks, CHUNKS_A_RUN * design.block_rows, lambda own, run: work(own, joined(run), *args)
