@@ -37,21 +37,24 @@ def sampled(case: Case) -> Case:
     return replace(case, A=case.A[rows], b=case.b[rows], starts=np.cumsum(sizes) - sizes)
 
 
-def hessian(objective: Objective, rows: Any, centres: Any, weight: Array) -> Array:
-    """Return ``scale sum_i w_i (a_i - c_i)(a_i - c_i)^T`` with its eigenvalues by absolute value."""
-    centred = rows - centres
-    H = np.asarray(objective.scale * (centred.T @ (weight[:, None] * centred)))
-    values, vectors = np.linalg.eigh(H)
-    return np.asarray((vectors * np.maximum(np.abs(values), 1e-12 * np.abs(values).max())) @ vectors.T)
-
-
-def centres_of(objective: Objective, rows: Any) -> Any:
-    """Return what the last evaluated point centres each row at: the mean of its group, or zero."""
-    f = getattr(objective, "_f", None)
+def hessian(objective: Objective, rows: Any) -> Array:
+    """Return ``scale sum_i |w_i| (a_i - c_i)(a_i - c_i)^T`` at the last evaluated point, c_i the mean of the
+    row's group, or zero.
+    """
+    weight, f = curvature(objective), getattr(objective, "_f", None)
     if f is None:
-        return np.zeros((1, rows.shape[1]))
-    weighted = sparse.csr_array((f, np.arange(len(f)), np.append(objective.starts, len(f))))
-    return np.repeat(weighted @ rows, objective.sizes, axis=0)
+        H = rows.T @ (weight[:, None] * rows)
+    elif sparse.issparse(rows):
+        c, moment, total = f @ rows, weight @ rows, float(weight.sum())
+        H = (rows.T @ (sparse.diags_array(weight) @ rows)).toarray()
+        H += total * np.outer(c, c) - np.outer(c, moment) - np.outer(moment, c)
+    else:
+        mean = sparse.csr_array((f, np.arange(len(f)), np.append(objective.starts, len(f))))
+        centred = rows - np.repeat(mean @ rows, objective.sizes, axis=0)
+        H = centred.T @ (weight[:, None] * centred)
+    H = np.asarray(objective.scale * H)
+    H[np.diag_indices(len(H))] += 1e-12 * np.trace(H) / len(H)
+    return H
 
 
 def curvature(objective: Objective) -> Array:
@@ -67,12 +70,12 @@ def sample_start(case: Case, meter: Meter) -> tuple[Array, Array]:
     small = sampled(case)
     own = Meter(0.0, meter.limit)
     objective = scaled(small, own)
-    rows = small.A.toarray() if sparse.issparse(small.A) else small.A
+    rows = small.A
     x = zeros(case)
     value, gradient = objective(x)
     first = np.linalg.norm(gradient)
     for _ in range(50):
-        H = hessian(objective, rows, centres_of(objective, rows), curvature(objective))
+        H = hessian(objective, rows)
         own.spend(1)
         if np.linalg.norm(gradient) <= 1e-4 * first:
             break
@@ -123,7 +126,10 @@ def _in_sample_units(
     evaluate = evaluate or objective
     objective.meter = relative_to_zero(case, objective, tol, limit)
     clock = Clock()
-    start, factor = sample_start(case, objective.meter)
+    try:
+        start, factor = sample_start(case, objective.meter)
+    except Stop:
+        return clock.outcome(zeros(case), status=f"cap (on the sample, {limit:.0f} s)")
 
     def back(y: Array) -> Array:
         return start + linalg.solve_triangular(factor.T, y)

@@ -2,8 +2,20 @@
 
 import numpy as np
 import pytest
+from scipy import sparse
 
-from attnfit.solvers.subproblem import Cholesky, MoreSorensen, QuasiNewton, SteihaugToint, _to_boundary
+from attnfit import minimize, problems
+from attnfit.solvers import Newton
+from attnfit.solvers.subproblem import (
+    FINE,
+    Cholesky,
+    FlexibleGradients,
+    MoreSorensen,
+    QuasiNewton,
+    SteihaugToint,
+    _to_boundary,
+    preconditioned,
+)
 
 DENSE = [MoreSorensen, Cholesky]
 SPECTRA = {
@@ -360,3 +372,71 @@ def test_a_gradient_whose_square_underflows_is_followed():
     g = np.array([1e-200, -1e-200])
     p = MoreSorensen(np.diag([0.0, 1.0])).solve(g, 1.0).p
     assert p[0] < 0.0 < p[1] and np.linalg.norm(p) <= 1.0
+
+
+# ---- with the help of drawn rows
+
+
+def counted(H):
+    asked = []
+    return (lambda v: asked.append(v) or H @ v), asked
+
+
+@pytest.mark.parametrize("seen", [40, 25], ids=["all directions drawn", "some directions in no drawn row"])
+def test_drawn_rows_save_products_with_all_rows(seen):
+    """Their Hessian is thirty per cent off, and blind to some directions."""
+    rng = np.random.default_rng(0)
+    H, Q = matrix(np.geomspace(1e-3, 1.0, 40))
+    values = np.geomspace(1e-3, 1.0, 40) * rng.uniform(0.7, 1.4, 40)
+    values[seen:] = 0.0
+    g = rng.standard_normal(40)
+    product, asked = counted(H)
+    step = preconditioned(product, lambda v: Q @ (values * (Q.T @ v))).solve(g, np.inf)
+    assert np.linalg.norm(H @ step.p + g) <= FINE * np.linalg.norm(g)
+    assert np.isclose(step.predicted, decrease(H, g, step.p))
+    plain, needed = counted(H)
+    SteihaugToint(plain, FINE).solve(g, np.inf)
+    assert len(asked) <= (0.35 if seen == 40 else 1.0) * len(needed)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("radius", [1e-3, 0.3, np.inf])
+def test_radius_and_negative_curvature_are_those_without_help(spectrum, radius):
+    H, _ = matrix(SPECTRA[spectrum])
+    g = H @ np.random.default_rng(1).standard_normal(5)
+    found = preconditioned(lambda v: H @ v, lambda v: H @ v).solve(g, radius)
+    expected = SteihaugToint(lambda v: H @ v, FINE).solve(g, radius)
+    assert found.bounded is expected.bounded
+    assert np.linalg.norm(found.p) <= radius * (1 + 1e-9)
+    if expected.bounded:
+        np.testing.assert_allclose(found.p, expected.p)
+    else:
+        assert np.linalg.norm(H @ found.p + g) <= FINE * np.linalg.norm(g) * (1 + 1e-9)
+
+
+def test_a_solver_that_gives_up_is_no_help():
+    H, _ = matrix(SPECTRA["definite"])
+    g = np.ones(5)
+    for precondition in (lambda r: None, lambda r: -r):
+        found = FlexibleGradients(lambda v: H @ v, FINE, precondition).solve(g, np.inf)
+        np.testing.assert_array_equal(found.p, SteihaugToint(lambda v: H @ v, FINE).solve(g, np.inf).p)
+
+
+@pytest.mark.parametrize("n", [20_000, 100_000], ids=["not where they are many", "where they are few"])
+def test_drawn_rows_help_to_end_a_fit_without_a_square_array(monkeypatch, n):
+    """The last steps and the verdict need systems of all rows."""
+    rng = np.random.default_rng(0)
+    d, size, helped = 60, np.geomspace(1.0, 0.05, 60), []
+    A = sparse.random_array((n, d), density=0.1, rng=rng, format="csr")
+    A.data = rng.standard_normal(A.nnz) * size[A.indices]
+    groups = np.repeat(np.arange(n // 10), 10)
+    b = np.exp(A @ (rng.standard_normal(d) / size) + 0.3 * rng.standard_normal(n))
+    b /= np.bincount(groups, b)[groups]
+    monkeypatch.setattr(
+        "attnfit.solvers.curvature.preconditioned", lambda *given: helped.append(1) or preconditioned(*given)
+    )
+    problem, solver = problems.Softmax(A, b, groups), Newton(hessian="matrix_free")
+    result = minimize(problem, solver=solver, random_state=0)
+    assert result.converged and bool(helped) is (n == 100_000)
+    step = np.linalg.solve(problem.hessian(result.x), result.gradient)
+    assert problem.moves(problem.evaluate(result.x), step[:, None]).largest[0] < 1e-6

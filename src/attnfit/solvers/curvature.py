@@ -16,12 +16,16 @@ from attnfit.data.gram import flatness
 from attnfit.objectives.leverage import RowSampler
 from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.solvers.subproblem import (
+    FINE,
+    HELPFUL,
     RANK_TOLERANCE,
+    ROUGH,
     Cholesky,
     MoreSorensen,
     QuasiNewton,
     SteihaugToint,
     Step,
+    preconditioned,
 )
 
 Array = NDArray[np.float64]
@@ -380,24 +384,29 @@ class MatrixFree:
 
     scale: Array
     sampler: RowSampler | None = None
+    _exact: bool = False
 
     def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
-        """Ask for a draw, twice as large where the last one was too coarse."""
-        if exact:
-            self.sampler = None
-        if self.sampler is not None and contraction is not None and contraction > COARSE:
+        """Ask for a draw, twice as large where the last was too coarse; in the end it preconditions."""
+        self._exact = self._exact or exact
+        if self.sampler is not None and not self._exact and contraction is not None and contraction > COARSE:
             self.sampler.double()
         return {"sampler": self.sampler}
 
     def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Multiply by the curvature at this point."""
-        sample = None if self.sampler is None else at.sample
-        product = problem.hessian_operator(at, sample)
+        sample, scale = None if self.sampler is None else at.sample, self.scale
+
+        def scaled(rows: Any) -> Callable[[Array], Array]:
+            product = problem.hessian_operator(at, rows)
+            return lambda v: np.asarray(product(v / scale) / scale)
+
+        if sample is not None and self._exact and sample.n_rows <= HELPFUL * problem.n_rows:  # type: ignore[attr-defined]
+            return Model(preconditioned(scaled(None), scaled(sample)), scale, at.x)
+        if sample is None or self._exact:
+            return Model(SteihaugToint(scaled(None), FINE), scale, at.x)
         # A sample of ten rows an unknown is some thirty per cent off: solving its system further is waste.
-        forcing = 0.01 if sample is None else 0.1
-        scale = self.scale
-        quadratic = SteihaugToint(lambda v: product(v / scale) / scale, forcing)
-        return Model(quadratic, scale, at.x if sample is None else None)
+        return Model(SteihaugToint(scaled(sample), ROUGH), scale)
 
 
 @dataclass

@@ -1,0 +1,216 @@
+"""Texts of a release read back from a model's states, and claims where there is nothing to claim:
+``python -m benchmarks.audit_held_out texts|controls --seed TAG``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+from importlib.metadata import version
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from attnfit import audit
+from attnfit.audit.calibration import calibrate
+from attnfit.audit.forms import parse_access
+from attnfit.audit.intervals import wilson
+from attnfit.audit.models.model import Model
+from benchmarks.audit_texts import KINDS, LENGTHS, drawn
+from benchmarks.report import table, write
+
+HEADER = ["kind", "tokens", "texts exact", "tokens exact", "share (Wilson 95 %)", "verified", "of them wrong"]
+HEADER += ["evaluations a token", "seconds a token"]
+CONTROLS = ("one token exchanged", "twin row", "truncated", "spliced", "rows permuted", "another layer")
+CONTROLS += ("weights moved by 1e-3", "run in bfloat16", "noise that is not declared")
+WIDTH, NOISE, MOVED, SAME = 10, 0.05, 1e-3, 1e-4
+
+
+def main() -> None:
+    """Write a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit_held_out", description=__doc__)
+    parser.add_argument("table", choices=["texts", "controls"])
+    parser.add_argument("--seed", default="dev-0", help="tag of the release, or dev-* for development")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--access", default="hidden:30")
+    parser.add_argument("--count", type=int, default=20, help="texts a cell (default 20)")
+    parser.add_argument("--controls", type=int, default=10_000)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    command = shlex.join(["python", "-m", "benchmarks.audit_held_out", *sys.argv[1:]])
+    if options.table == "controls":
+        controls(options, command)
+    else:
+        texts(options, command)
+
+
+def texts(options: argparse.Namespace, command: str) -> None:
+    """One line a cell; what is done is kept when the rest is stopped."""
+    model = audit.load(options.model)
+    if model.kind == "causal":
+        calibrate(model, [parse_access(options.access).layer(model)])
+    cells = [(k, int(n)) for k in options.kinds.split(",") for n in options.lengths.split(",")]
+    lines: list[list[str]] = []
+    misses: list[str] = []
+    for kind, length in cells:
+        line, missed = measure(model, options.access, kind, length, options.count, options.seed)
+        print(" | ".join(line), flush=True)
+        lines.append(line)
+        misses += missed
+        head = (
+            f"{options.model}, {options.access}, seed {options.seed}, {options.count} texts a cell or as "
+            f"many as there are, threads: {options.threads}, torch {version('torch')}, transformers "
+            f"{version('transformers')}. {len(lines)} of {len(cells)} cells."
+        )
+        missed_told = "## Texts not recovered\n\n" + ("\n".join(misses) or "none")
+        name = f"audit-held-out-{options.access.replace(':', '-')}"
+        write(name, command, [head, table(HEADER, lines), missed_told])
+
+
+def measure(
+    model: Model, access: str, kind: str, length: int, count: int, seed: str
+) -> tuple[list[str], list[str]]:
+    """Invert the texts of one cell."""
+    exact = right = total = verified = wrong = evaluated = 0
+    seconds = 0.0
+    misses: list[str] = []
+    cell = drawn(model, kind, length, count, seed)
+    for number, tokens in enumerate(cell):
+        seen = audit.observe(model, tokens, access)
+        began = perf_counter()
+        found = audit.invert(model, seen)
+        seconds += perf_counter() - began
+        same = sum(a == b for a, b in zip(found.tokens, tokens, strict=False))
+        exact, right, total = exact + (found.tokens == tokens), right + same, total + len(tokens)
+        verified, wrong = verified + found.verified, wrong + (found.verified and found.tokens != tokens)
+        evaluated += found.n_candidates
+        if found.tokens != tokens:
+            misses.append(f"- {kind}, {length}, {number}: {same} of {len(tokens)} tokens ({found.message})")
+    if not total:
+        return [kind, str(length), *["-"] * (len(HEADER) - 2)], misses
+    low, high = wilson(right, total)
+    line = [kind, str(length), f"{exact} / {len(cell)}", f"{right} / {total}", f"{low:.3f} to {high:.3f}"]
+    line += [str(verified), str(wrong), f"{evaluated / total:.1f}", f"{seconds / total:.3f}"]
+    return line, misses
+
+
+def controls(options: argparse.Namespace, command: str) -> None:
+    """Count false claims on observations that no text, or another text, has made."""
+    model = audit.load(options.model)
+    layer = model.n_layers
+    access = f"hidden:{layer}"
+    calibrate(model, [layer])
+    moved, coarse = altered(model, MOVED), lowered(model)
+    rng = np.random.default_rng(0)
+    every = [text for kind in KINDS for text in drawn(model, kind, WIDTH, options.controls, options.seed)]
+    counts: dict[str, Counter[str]] = {name: Counter() for name in CONTROLS}
+    for number in range(options.controls):
+        name = CONTROLS[number % len(CONTROLS)]
+        tokens, other = (every[k] for k in rng.choice(len(every), 2, replace=False))
+        seen, expected = control(model, moved, coarse, access, name, tokens, other, rng)
+        found = audit.invert(model, seen)
+        counts[name]["observations"] += 1
+        counts[name]["claims"] += found.verified
+        if found.verified and found.tokens not in expected:
+            # What two texts begin with is the same: a splice of them may be an observation of one.
+            own = audit.observe(model, found.tokens, access).array
+            same = (
+                own.shape == seen.array.shape and np.abs(own - seen.array).max() <= SAME * np.abs(own).max()
+            )
+            counts[name]["false"] += not same
+        if number % 500 == 499 or number == options.controls - 1:
+            save_controls(options, command, access, counts, len(every))
+
+
+def save_controls(
+    options: argparse.Namespace, command: str, access: str, counts: dict[str, Counter[str]], n_texts: int
+) -> None:
+    """Write what is known so far."""
+    lines = [
+        [name, *(str(count[k]) for k in ("observations", "claims", "false"))]
+        for name, count in counts.items()
+    ]
+    n, false = (sum(count[k] for count in counts.values()) for k in ("observations", "false"))
+    lines.append(["all", str(n), str(sum(count["claims"] for count in counts.values())), str(false)])
+    bound = float(stats.beta.ppf(0.975, false + 1, n - false))
+    head = (
+        f"{options.model}, {access}, {n_texts:,} texts of {WIDTH} tokens of all kinds, seed {options.seed}. "
+        "A claim is a text called verified; it is false unless that text was run or gives the observation. "
+        f"False claims: {false} of {n:,}, a rate of at most {bound:.1e} (Clopper-Pearson, 97.5 % one side)."
+    )
+    print(head, flush=True)
+    write("audit-controls", command, [head, table(["control", "observations", "claims", "false"], lines)])
+
+
+def control(
+    model: Model,
+    moved: Model,
+    coarse: Model,
+    access: str,
+    name: str,
+    tokens: list[int],
+    other: list[int],
+    rng: Any,
+) -> tuple[Any, list[list[int]]]:
+    """Return an observation and the texts that may be claimed of it."""
+    source = {"weights moved by 1e-3": moved, "run in bfloat16": coarse}.get(name, model)
+    seen = replace(audit.observe(source, tokens, access), fingerprint=model.fingerprint)
+    states = seen.array.copy()
+    place = int(rng.integers(1, len(tokens)))
+    expected = [tokens]
+    if name == "one token exchanged":
+        # The states after it are those of the text before the exchange.
+        changed = [*tokens[:place], other[place], *tokens[place + 1 :]]
+        states[place] = audit.observe(model, changed, access).array[place]
+        expected = [changed] if place == len(tokens) - 1 or changed == tokens else []
+    elif name == "twin row":
+        states[place] = states[place - 1]
+        expected = []
+    elif name == "truncated":
+        states, expected = states[:place], [tokens[:place]]
+        bound = None if seen.error_bound is None else seen.error_bound[:place]
+        return replace(seen, array=states, error=seen.error[:place], error_bound=bound), expected
+    elif name == "spliced":
+        states[place:] = audit.observe(model, other, access).array[place:]
+        expected = []
+    elif name == "rows permuted":
+        order = rng.permutation(len(states))
+        states, expected = states[order], [tokens] if (order == np.arange(len(order))).all() else []
+    elif name == "another layer":
+        states, expected = audit.observe(model, tokens, f"hidden:{model.n_layers - 1}").array, []
+    elif name.startswith("noise"):
+        states = states + NOISE * states.std() * rng.standard_normal(states.shape).astype(np.float32)
+    return replace(seen, array=states), expected
+
+
+def altered(model: Model, size: float) -> Model:
+    """Return the model with every weight moved by so much of its own size."""
+    other = deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in other.module.parameters():
+            weight.mul_(1.0 + size * torch.randn(weight.shape, generator=generator))
+    return other
+
+
+def lowered(model: Model) -> Model:
+    """Return the model with its weights rounded to bfloat16."""
+    other = deepcopy(model)
+    with torch.no_grad():
+        for weight in other.module.parameters():
+            weight.copy_(weight.bfloat16().float())
+    return other
+
+
+if __name__ == "__main__":
+    main()
