@@ -86,7 +86,7 @@ CASES = {
     "exact, every step": (large, Newton("exact", "none"), {"x0": START}, 0),
     "sampled": (large, Newton("sampled", sample_rows=500), {}, 1),
     "sampled, every step": (large, Newton("sampled", "none", 2000), {"x0": START}, 1),
-    "matrix free": (large, Newton("matrix_free"), {}, 1),
+    "matrix free": (large, Newton("matrix_free"), {}, 2),
     "matrix free, sampled": (large, Newton("matrix_free", sample_rows=200), {}, 2),
     "matrix free, small": (lambda: rows(60), Newton("matrix_free"), {}, 1),
     "gradient descent": (lambda: rows(60), GradientDescent(), {"tol": 1e-3}, 0),

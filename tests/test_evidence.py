@@ -11,7 +11,7 @@ from scipy import sparse
 from attnfit import minimize, problems
 from attnfit.data.gram import GramParts, group_rows
 from attnfit.solvers.curvature import FrozenHessian, Model, PilotHessian, dense_model
-from attnfit.solvers.evidence import Evidence
+from attnfit.solvers.evidence import SAME_PLACE, Evidence
 from attnfit.solvers.loop import Tracker, descend
 from attnfit.solvers.newton import Newton
 from attnfit.solvers.subproblem import QuasiNewton
@@ -108,7 +108,7 @@ class Arrival:
         self.P = self.second.hessian(self.best)
         way = np.linalg.solve(self.H, A.T @ rng.standard_normal(3_000))
         way *= size / np.abs(A @ way).max()
-        self.way = way
+        self.way, self.A_way = way, A @ way
         self.points = [self.at(rate ** (k - 2)) for k in range(3)]
         self.n_second, self.rows = 0, A[:4]
 
@@ -328,6 +328,37 @@ def test_the_second_sample_is_drawn_once_and_only_if_needed(arrival):
     for _ in range(3):
         arrival.judge(arrival.H, evidence)
     assert arrival.n_second == before + 1
+
+
+def test_what_was_seen_close_by_is_not_looked_for_again(monkeypatch):
+    case = Arrival(size=1e-6)
+    looks, plain = [], case.problem.look_along
+    monkeypatch.setattr(case.problem, "look_along", lambda *given: looks.append(1) or plain(*given))
+
+    def judge(evidence, M, c, tol=TOL):
+        at = case.at(c)
+        evidence.follow(at, full=True)
+        return evidence.holds(at, dense_model(case.problem, M, at), newton_step(M, at), tol)
+
+    for M, expected in ((case.H, True), (2.5 * case.H, None), (0.4 * case.H, None)):
+        evidence = case.follow()
+        assert judge(evidence, case.H, 0.1, tol=1e-30) is False
+        before = len(looks)
+        # The step is measured anew, and the model compared with what was seen.
+        assert judge(evidence, M, 5e-3) is expected
+        assert len(looks) == before
+    moved = case.problem.moves(case.at(5e-3), newton_step(case.H, case.at(5e-3)).p[:, None])
+    evidence = case.follow()
+    judge(evidence, case.H, 0.1, tol=1e-30)
+    assert judge(evidence, case.H, 5e-3) is True
+    assert np.isclose(evidence.move, moved.largest[0], rtol=1e-6)
+    for distance, again in ((0.9, 0), (1.1, 1)):
+        c = distance * SAME_PLACE / np.ptp(case.A_way.reshape(-1, 6), axis=1).max() * 2.0
+        evidence = case.follow(points=[case.at(k * c) for k in (100.0, 10.0, 3.0)])
+        judge(evidence, case.H, c, tol=1e-30)
+        before = len(looks)
+        judge(evidence, case.H, 1e-2 * c)
+        assert len(looks) == before + again
 
 
 def test_negative_curvature_along_a_direction_asks_for_the_exact_hessian():

@@ -36,6 +36,8 @@ AGREE = (0.5, 2.0)
 SHRUNK = 0.5
 # Weakest directions of each of the two matrices.
 N_WEAK = 4
+# Curvatures are those of a point that is no further away, in logits.
+SAME_PLACE = 1e-3
 # From this move on the point is close enough that evidence is due; evaluations that may pass without it.
 CLOSE, PATIENCE = 1e-5, 6
 # Failures after which the exact Hessian is asked for.
@@ -59,6 +61,8 @@ class Evidence:
     def __init__(self, problem: RowProblem, second_sample: Callable[[], RowProblem]) -> None:
         self.problem, self._draw = problem, second_sample
         self._second: RowProblem | None = None
+        # A point and curvatures of all rows there: the diagonal, directions, and along these.
+        self._seen: tuple[Array, Array, Array, Array] | None = None
         self._gradients: list[Array] = []
         self._full: list[bool] = []
         self._at: Array | None = None
@@ -90,21 +94,28 @@ class Evidence:
         diagonal = np.diag(matrix)
         if not (diagonal > 0.0).all():
             return None
-        if self._second is None:
-            self._second = self._draw()
-        there = self._second.evaluate(at.x)
-        scale = np.sqrt(diagonal)
-        directions = np.concatenate(
-            [_weakest(m / scale / scale[:, None]) for m in (matrix, self._second.hessian_at(there))], axis=1
-        )
-        directions /= scale[:, None]
-        moved, exact, along = self.problem.look_along(at, step.p, directions)
+        moved = None
+        if self._seen is not None:
+            x, exact, directions, along = self._seen
+            moved = self.problem.moves(at, np.stack([step.p, at.x - x], axis=1))
+        if moved is None or not moved.largest[1] <= SAME_PLACE:
+            directions = self._weak_directions(at, matrix, np.sqrt(diagonal))
+            moved, exact, along = self.problem.look_along(at, step.p, directions)
+        self._seen = (at.x, exact, directions, along)
         self.move, self.least = float(moved.largest[0]), moved.least
         if not (along > 0.0).all():
             return None
         modelled = np.sum(directions * (matrix @ directions), axis=0)
         agree = _agree(diagonal, exact) and _agree(modelled, along)
         return True if agree and self.move <= tol else self._failed()
+
+    def _weak_directions(self, at: Evaluation, matrix: Array, scale: Array) -> Array:
+        """Return the directions of least curvature of the model and of the second sample, shape (d, k)."""
+        if self._second is None:
+            self._second = self._draw()
+        there = self._second.evaluate(at.x)
+        found = [_weakest(m / scale / scale[:, None]) for m in (matrix, self._second.hessian_at(there))]
+        return np.concatenate(found, axis=1) / scale[:, None]
 
     def _contracted(self, model: Model) -> bool:
         """Whether the last two steps were full and shrank the gradient as those of a good model do."""
