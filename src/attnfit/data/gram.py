@@ -149,6 +149,10 @@ class Gram:
         self._lower = np.zeros((0, 0))
         self._cross: dict[int, tuple[Array, Array, float]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What rows are put into does not travel.
+        return vars(self) | {"_rows": None}
+
     def add(self, block: Any, t: Array, r: Array | None = None) -> None:
         """Add rows ``r_i a_i`` that are not centred."""
         if sparse.issparse(block):
