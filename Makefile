@@ -78,7 +78,7 @@ lint: $(VENV)/.lint
 
 # The tests that guard it, of which none takes long.
 GUARDS = losses loss_sums loss_sums_verdicts segments open_losses activations activation_kinks certificate_constants kantorovich certificate_intervals certificate_statements \
-	certificates_centred certificates_rigorous good_start layer_bounds layer_constants mixture_uniqueness evidence \
+	certificates_centred certificates_rigorous good_start layer_bounds layer_constants mixture_uniqueness evidence evidence_sums \
 	separation separation_programme recession moves trust_region verdict_rules verdict_messages verdict_rounding log_start
 
 coverage: $(VENV)/.test

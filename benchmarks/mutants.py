@@ -78,7 +78,7 @@ GUARDS = {
         "certificates_centred",
     ],
     "certificates/mixture": ["mixture_uniqueness", "mixtures", "certificate_constants"],
-    "solvers/evidence": ["evidence"],
+    "solvers/evidence": ["evidence", "evidence_sums"],
     "solvers/separation": SEPARATION,
     "solvers/subproblem": ["trust_region"],
     "solvers/verdicts": ["verdict_rules", "verdict_rounding", "verdict_messages", "separation"],
