@@ -154,6 +154,21 @@ def test_threads_change_no_bit_and_no_count(compiled, monkeypatch, family, loss,
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-11 * size)
 
 
+@pytest.mark.parametrize("n_threads", [1, 4])
+def test_threads_ignore_what_their_caller_ignores(compiled, monkeypatch, n_threads):
+    """A trial point that overflows is rejected by its value, without a word from NumPy."""
+    shrink_blocks(monkeypatch)
+    for module in ("objectives.part", "data.store"):
+        monkeypatch.setattr(f"attnfit.{module}.available_threads", lambda: n_threads)
+    monkeypatch.setattr("attnfit.objectives.part.CHUNKS_A_RUN", 1)
+    problem = problems.Exponential(np.random.default_rng(0).standard_normal((4_000, 3)), np.ones(4_000))
+    far = np.array([300.0, 0.0, 0.0])
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert problem.evaluate(far, hessian=True).value == np.inf
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        problem.hessian_at(problem.evaluate(far))
+
+
 @pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
 def test_second_order_of_a_large_problem(monkeypatch, family, loss):
     inst, x = instance(family, loss, sizes=(300, 5, 80), d=4)

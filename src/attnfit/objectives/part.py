@@ -53,9 +53,10 @@ def over_runs(
 ) -> Iterator[Any]:
     """Yield ``work(part, run)`` of runs of at most so many rows, in order, from as many threads as there are.
 
-    A thread computes with what it has just read, while that is in its cache.
+    A thread computes with what it has just read, while that is in its cache. It ignores what its caller lets
+    NumPy ignore, which is each thread's own.
     """
-    own, may_compute = local(), Semaphore(available_threads())
+    own, may_compute, ignored = local(), Semaphore(available_threads()), np.geterr()
     copies: list[tuple[Part, int]] = []
 
     def read(run: list[Chunk]) -> Any:
@@ -63,7 +64,7 @@ def over_runs(
             own.rows = part.thread_copy()
             copies.append((own.rows, own.rows.design.rows_read))
         own.rows.load(run)
-        with may_compute:
+        with may_compute, np.errstate(**ignored):
             return work(own.rows, run)
 
     yield from in_order(read, runs(chunks, n_rows), part.n_readers)
