@@ -41,6 +41,17 @@ def test_where_that_tells_little_zero_is_tried_too(n_groups, size, d, noise):
     ]
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("noise", [0.3, 2.0])
+def test_the_unit_of_outcomes_does_not_matter(unit, noise):
+    """At zero they are all one, which is far off or near as the unit is; half of nothing is not."""
+    rng = np.random.default_rng(4)
+    A = np.column_stack([np.ones(2_000), rng.standard_normal((2_000, 7))])
+    b = unit * np.exp(A @ (0.2 * rng.standard_normal(8)) + noise * rng.standard_normal(2_000))
+    result = minimize(problems.Exponential(A, b), random_state=0)
+    assert phases(result)[1:2] == ([] if noise < 1.0 else ["fit: zero"])
+
+
 @pytest.mark.parametrize("seed", [14, 16, 32])
 def test_a_lower_minimum_than_that_of_the_logarithms_is_found(seed):
     """Outcomes whose noise is most of them: losses there of 0.82 to 0.96 of those at zero."""

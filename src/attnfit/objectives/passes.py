@@ -124,6 +124,15 @@ def structure_sum(part: Part, chunks: list[Chunk], at: Evaluation) -> tuple[Any,
     return gram, sizes
 
 
+def target_squares(part: Part, chunks: list[Chunk]) -> float:
+    """Return ``sum w b^2``; A is not needed."""
+    total = 0.0
+    for chunk in chunks:
+        b, w, _ = part.targets(chunk)
+        total += float(np.sum(w * b * b))
+    return total
+
+
 def slope_sizes(part: Part, chunks: list[Chunk], at: Evaluation) -> float:
     """Return the sum of the squares of the terms whose difference is the slope of a row: its output and its
     target, weighted.
