@@ -122,6 +122,7 @@ class Design(LinearOperator, ABC):
 
     def gram(self) -> Any:
         """Return an empty accumulator of weighted Grams over blocks of this design."""
+        # Rows that are centred as they are read are shared out, and stored nowhere.
         return Gram(int(self.shape[1]), compiled=self.storage is not None or self.is_shared_out)
 
     @property
