@@ -101,7 +101,7 @@ class Evidence:
         if moved is None or not moved.largest[1] <= SAME_PLACE:
             directions = self._weak_directions(at, matrix, np.sqrt(diagonal))
             moved, exact, along = self.problem.look_along(at, step.p, directions)
-        self._seen = (at.x, exact, directions, along)
+            self._seen = (at.x, exact, directions, along)
         self.move, self.least = float(moved.largest[0]), moved.least
         if not (along > 0.0).all():
             return None

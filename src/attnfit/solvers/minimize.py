@@ -108,8 +108,8 @@ def minimize(
         Seed of all sampling.
     n_starts : int or "auto"
         Number of descents of a problem that is not convex; "auto" takes ten for small ones and else those
-        that the data suggest, or the first alone where its end has at most half of the loss at zero.
-        ``solver`` may say it instead.
+        that the data suggest, or the first alone where its end has at most half of the loss at zero and of
+        that of outputs that vanish. ``solver`` may say it instead.
     checkpoint : str or path-like, optional
         File in which the fit keeps what it has read. After a crash or an interruption the same call goes on
         from there and ends, on one machine, at the same ``x`` bit for bit; ``tol``, ``max_iter`` and
