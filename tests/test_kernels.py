@@ -111,9 +111,10 @@ def test_every_read_agrees_with_numpy(monkeypatch, family, loss, groups, storage
         assert curved.hessian is not None or len(fast.rows.long_groups)
 
 
+@pytest.mark.parametrize("storage", ["dense", "csr"])
 @pytest.mark.parametrize("groups", ["short", "long", "unsorted"])
 @pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
-def test_threads_change_no_bit_and_no_count(monkeypatch, family, loss, groups):
+def test_threads_change_no_bit_and_no_count(monkeypatch, family, loss, groups, storage):
     """Curvature, moves and structure, which threads share out, are those of the rows in one piece."""
     shrink_blocks(monkeypatch)
     sizes = (400,) if groups == "long" else (3, 50, 1, 2, 5, 60, 40, 29, 63, 64)
@@ -123,6 +124,9 @@ def test_threads_change_no_bit_and_no_count(monkeypatch, family, loss, groups):
     if groups == "unsorted" and inst.groups is not None:
         order = rng.permutation(len(inst.b))
         changes = {"A": inst.A[order], "b": inst.b[order], "groups": inst.groups[order]}
+    if storage == "csr":
+        changes["A"] = sparse.csr_array(changes.get("A", inst.A))
+        monkeypatch.setattr("attnfit.data.matrix.WORK_A_NUMBER", 0)
     steps = rng.standard_normal((5, 2))
     found = {}
     for n_threads, chunks in [(0, 0), (1, 2), (4, 2), (4, 1000)]:
@@ -130,7 +134,7 @@ def test_threads_change_no_bit_and_no_count(monkeypatch, family, loss, groups):
         compile_from(monkeypatch, 1 if n_threads else 1 << 60)
         for module in ("objectives.part", "data.store"):
             monkeypatch.setattr(f"attnfit.{module}.available_threads", lambda n=n_threads: n)
-        monkeypatch.setattr("attnfit.objectives.part.CHUNKS_A_RUN", chunks)
+        monkeypatch.setattr("attnfit.data.matrix.BLOCKS_A_RUN", chunks)
         problem = inst.problem(**changes)
         at = problem.evaluate(x)
         curved = problem.evaluate(x, at, hessian=True)
@@ -164,7 +168,7 @@ def test_threads_ignore_what_their_caller_ignores(compiled, monkeypatch, n_threa
     shrink_blocks(monkeypatch)
     for module in ("objectives.part", "data.store"):
         monkeypatch.setattr(f"attnfit.{module}.available_threads", lambda: n_threads)
-    monkeypatch.setattr("attnfit.objectives.part.CHUNKS_A_RUN", 1)
+    monkeypatch.setattr("attnfit.data.matrix.BLOCKS_A_RUN", 1)
     problem = problems.Exponential(np.random.default_rng(0).standard_normal((4_000, 3)), np.ones(4_000))
     far = np.array([300.0, 0.0, 0.0])
     with np.errstate(over="ignore", invalid="ignore"):

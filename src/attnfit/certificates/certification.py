@@ -16,13 +16,14 @@ from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
 from attnfit.data.groups import Chunk
 from attnfit.data.inputs import as_point
+from attnfit.data.matrix import NARROW
 from attnfit.losses.sums import MixedSum
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.moves import counting_rows
 from attnfit.objectives.objective import Evaluation, Offer
-from attnfit.objectives.part import NARROW, Part, in_runs
+from attnfit.objectives.part import Part, in_runs
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.token_problem import TokenProblem
 from attnfit.objectives.units import centred

@@ -128,6 +128,10 @@ class CentredDesign(Design):
     def is_shared_out(self) -> bool:
         return self.inner.is_shared_out
 
+    @property
+    def shared_rows(self) -> int | None:
+        return self.inner.shared_rows
+
     def parts(self, rows: Rows) -> tuple[Any, int]:
         raise TypeError("centred rows are made block by block and stored nowhere")
 

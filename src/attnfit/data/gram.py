@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.kernels import OPTIONS, Compiled
+from attnfit.data.kernels import centred_rows_loop, csr_gram_loop, csr_parts_loop, group_rows_loop
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -42,6 +41,12 @@ def combine_rows(weights: Array, block: Any) -> Array:
     return np.asarray(weights @ block)
 
 
+def squared_rows(block: Any) -> Any:
+    """Return the squares of the entries of a CSR array."""
+    block = without_duplicates(block)
+    return sparse.csr_array((block.data * block.data, block.indices, block.indptr), shape=block.shape)
+
+
 def group_rows(block: Any, weights: Array, starts: Index) -> Any:
     """Return ``sum_{i in g} weights_i a_i`` for each group, shape (n_groups, d): dense for dense blocks, else
     CSR.
@@ -57,7 +62,7 @@ def group_rows(block: Any, weights: Array, starts: Index) -> Any:
 def group_rows_compiled(block: Array, weights: Array, starts: Index) -> Array:
     """Return what `group_rows` does of a dense block, in a compiled loop, which pays for large data."""
     out = np.zeros((len(starts), block.shape[1]))
-    _group_rows()(block, weights, np.append(starts, len(block)), out)
+    group_rows_loop()(block, weights, np.append(starts, len(block)), out)
     return out
 
 
@@ -226,7 +231,7 @@ class Gram:
         for part in self._parts(len(t)):
             out = self._rows[: min(part.stop, len(t)) - part.start]
             first = int(np.searchsorted(starts, part.start, "right")) - 1
-            n_positive = _centred_rows()(rows, t, own, each, mu, bounds, first, part.start, out)
+            n_positive = centred_rows_loop()(rows, t, own, each, mu, bounds, first, part.start, out)
             positive, negative = out[:n_positive], out[n_positive:]
             # numpy recognises X^T X and calls the symmetric product: half the arithmetic.
             self._total += positive.T @ positive
@@ -235,8 +240,16 @@ class Gram:
 
     def merge(self, other: Gram) -> Gram:
         """Return the sum of both."""
-        both = Gram(len(self._total), compiled=self._compiled)
-        both._total = self.result() + other.result()
+        both = Gram(0, compiled=self._compiled)
+        both._total = self._total + other._total
+        if self._lower.size and other._lower.size:
+            both._lower = self._lower + other._lower
+        else:
+            both._lower = self._lower if self._lower.size else other._lower
+        both._cross = dict(self._cross)
+        for group, (mu, nu, kappa) in other._cross.items():
+            _, before, sizes = both._cross.get(group, (mu, 0.0, 0.0))
+            both._cross[group] = (mu, before + nu, sizes + kappa)
         return both
 
     def _parts(self, n_rows: int) -> Iterator[slice]:
@@ -270,7 +283,7 @@ class Gram:
     def _add_rows(self, block: Any, weights: Array) -> None:
         if not self._lower.size:
             self._lower = np.zeros_like(self._total)
-        _csr_gram()(block.indptr, block.indices, block.data, weights, self._lower)
+        csr_gram_loop()(block.indptr, block.indices, block.data, weights, self._lower)
 
 
 class GramParts:
@@ -288,8 +301,12 @@ class GramParts:
     """
 
     def __init__(self, directions: Array) -> None:
+        d, k = directions.shape
         self.directions = directions
-        self.diagonal, self.along = np.zeros(len(directions)), np.zeros(directions.shape[1])
+        self.diagonal, self.along = np.zeros(d), np.zeros(k)
+        # Four directions at a time, the last ones with zeros beside them.
+        self._spare = ((0, 0), (0, -k % 4))
+        self._strips = np.pad(directions, self._spare).reshape(d, -1, 4).transpose(1, 0, 2).copy()
 
     def add(self, block: Any, t: Array, r: Array | None = None) -> None:
         """Add rows ``r_i a_i`` that are not centred."""
@@ -341,12 +358,14 @@ class GramParts:
         diagonal is then that of the rows as they are.
         """
         if sparse.issparse(block):
-            self.diagonal += combine_rows(t if r is None else t * r * r, block * block)
-            y = np.asarray(block @ self.directions)
-            y = y if r is None else y * r[:, None]
-            if q is not None:
-                y -= np.reshape(q, (-1, 1)) * centres[group]
-            self.along += t @ (y * y)
+            block = without_duplicates(block)
+            own = np.empty(0) if r is None else r
+            each = q if isinstance(q, np.ndarray) else np.full(1, 0.0 if q is None else float(q))
+            place = np.empty(0, dtype=np.intp) if q is None else group
+            centre = np.zeros((0, 0)) if q is None else np.pad(centres, self._spare)
+            rows, along = (block.indptr, block.indices, block.data), np.zeros(4 * len(self._strips))
+            csr_parts_loop()(*rows, t, own, each, centre, place, self._strips, self.diagonal, along)
+            self.along += along[: len(self.along)]
             return
         step = max(32, PART_BYTES // (8 * len(self.diagonal)))
         for start in range(0, len(t), step):
@@ -358,72 +377,6 @@ class GramParts:
             y = rows @ self.directions
             self.along += t[part] @ (y * y)
             self.diagonal += t[part] @ (rows * rows)
-
-
-@cache
-def _csr_gram() -> Any:
-    """Compile on first use only: importing the package must not pay for numba."""
-
-    def gram(indptr, indices, data, weights, lower):  # type: ignore[no-untyped-def]
-        for i in range(len(indptr) - 1):
-            for p in range(indptr[i], indptr[i + 1]):
-                scaled = weights[i] * data[p]
-                row = indices[p]
-                lower[row, row] += scaled * data[p]
-                for s in range(indptr[i], p):
-                    column = indices[s]
-                    if column < row:
-                        lower[row, column] += scaled * data[s]
-                    elif column > row:
-                        lower[column, row] += scaled * data[s]
-                    else:
-                        # A column stored twice in one row: both orders fall on the diagonal.
-                        lower[row, row] += 2.0 * scaled * data[s]
-
-    return Compiled(gram, nogil=True)
-
-
-@cache
-def _centred_rows() -> Any:
-    """Compile on first use, as the loop over sparse rows is."""
-
-    def centred(block, t, r, q, mu, bounds, g, start, out):  # type: ignore[no-untyped-def]
-        # Rows of positive weight from the front on, the others from the back: a product each.
-        front, back = 0, len(out)
-        for i in range(start, start + len(out)):
-            while i >= bounds[g + 1]:
-                g += 1
-            root = np.sqrt(abs(t[i]))
-            own = root * r[i] if len(r) else root
-            if t[i] < 0.0:
-                back -= 1
-                k = back
-            else:
-                k = front
-                front += 1
-            if len(mu):
-                centre = root * (q[i] if len(q) > 1 else q[0])
-                for j in range(out.shape[1]):
-                    out[k, j] = own * block[i, j] - centre * mu[g, j]
-            else:
-                for j in range(out.shape[1]):
-                    out[k, j] = own * block[i, j]
-        return front
-
-    return Compiled(centred, **OPTIONS)
-
-
-@cache
-def _group_rows() -> Any:
-    """Compile on first use, as the loop over sparse rows is."""
-
-    def sums(block, weights, bounds, out):  # type: ignore[no-untyped-def]
-        for g in range(len(out)):
-            for i in range(bounds[g], bounds[g + 1]):
-                for j in range(out.shape[1]):
-                    out[g, j] += weights[i] * block[i, j]
-
-    return Compiled(sums, **OPTIONS)
 
 
 def majorant(hessian: Array) -> Array:

@@ -221,3 +221,102 @@ STORAGES = {
 def block_times_vector() -> Any:
     """Compile ``z = M x`` for C-ordered float64."""
     return Compiled(_matvec, **OPTIONS)
+
+
+@cache
+def csr_gram_loop() -> Any:
+    """Compile on first use only: importing the package must not pay for numba."""
+
+    def gram(indptr, indices, data, weights, lower):  # type: ignore[no-untyped-def]
+        for i in range(len(indptr) - 1):
+            start = U(indptr[i])
+            for p in range(start, U(indptr[i + 1])):
+                scaled = weights[i] * data[p]
+                row = U(indices[p])
+                lower[row, row] += scaled * data[p]
+                for s in range(start, p):
+                    column = U(indices[s])
+                    if column < row:
+                        lower[row, column] += scaled * data[s]
+                    elif column > row:
+                        lower[column, row] += scaled * data[s]
+                    else:
+                        # A column stored twice in one row: both orders fall on the diagonal.
+                        lower[row, row] += 2.0 * scaled * data[s]
+
+    return Compiled(gram, nogil=True)
+
+
+@cache
+def csr_parts_loop() -> Any:
+    """Compile on first use, as the loop over sparse rows is."""
+
+    def parts(indptr, indices, data, t, r, q, centres, group, strips, diagonal, along):  # type: ignore[no-untyped-def]
+        # Directions are named one by one: a short loop over them is not made one instruction.
+        zero, one, two, three = U(0), U(1), U(2), U(3)
+        for i in range(len(indptr) - 1):
+            start, stop = U(indptr[i]), U(indptr[i + 1])
+            own = r[i] if len(r) else 1.0
+            centre = 0.0 if not len(group) else q[i] if len(q) > 1 else q[0]
+            weight = t[i] * own * own
+            for p in range(start, stop):
+                diagonal[U(indices[p])] += weight * data[p] * data[p]
+            for s in range(len(strips)):
+                strip = strips[s]
+                a = b = c = d = 0.0
+                for p in range(start, stop):
+                    v, j = data[p], U(indices[p])
+                    a += v * strip[j, zero]
+                    b += v * strip[j, one]
+                    c += v * strip[j, two]
+                    d += v * strip[j, three]
+                for m, y in enumerate((a, b, c, d)):
+                    y *= own
+                    if len(group):
+                        y -= centre * centres[group[i], 4 * s + m]
+                    along[4 * s + m] += t[i] * y * y
+
+    return Compiled(parts, **OPTIONS)
+
+
+@cache
+def centred_rows_loop() -> Any:
+    """Compile on first use, as the loop over sparse rows is."""
+
+    def centred(block, t, r, q, mu, bounds, g, start, out):  # type: ignore[no-untyped-def]
+        # Rows of positive weight from the front on, the others from the back: a product each.
+        front, back = 0, len(out)
+        for i in range(start, start + len(out)):
+            while i >= bounds[g + 1]:
+                g += 1
+            root = np.sqrt(abs(t[i]))
+            own = root * r[i] if len(r) else root
+            if t[i] < 0.0:
+                back -= 1
+                k = back
+            else:
+                k = front
+                front += 1
+            if len(mu):
+                centre = root * (q[i] if len(q) > 1 else q[0])
+                for j in range(out.shape[1]):
+                    out[k, j] = own * block[i, j] - centre * mu[g, j]
+            else:
+                for j in range(out.shape[1]):
+                    out[k, j] = own * block[i, j]
+        return front
+
+    return Compiled(centred, **OPTIONS)
+
+
+@cache
+def group_rows_loop() -> Any:
+    """Compile on first use, as the loop over sparse rows is."""
+
+    def sums(block, weights, bounds, out):  # type: ignore[no-untyped-def]
+        for g in range(len(out)):
+            for i in range(bounds[g], bounds[g + 1]):
+                for j in range(out.shape[1]):
+                    out[g, j] += weights[i] * block[i, j]
+
+    return Compiled(sums, **OPTIONS)

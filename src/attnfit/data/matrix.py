@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator
 
-from attnfit.data.gram import Gram, group_rows, group_rows_compiled, transposed_view
+from attnfit.data.gram import Gram, group_rows, group_rows_compiled, squared_rows, transposed_view
 from attnfit.data.kernels import block_times_vector
 
 Array = NDArray[np.float64]
@@ -24,6 +24,10 @@ BLOCK_BYTES = 1 << 20
 GRAM_PAYS = 4.0
 # Blocks that one call runs over: few enough that Ctrl-C is heard.
 RUN_BLOCKS = 64
+# Columns up to which threads share out the rows that a Gram is made of: its products are then too small for
+# BLAS to share out well. Blocks of such a run: calls of numpy then cost nothing. Sparse rows are shared out
+# whatever their width, in runs of so many operations for each number of the sum.
+NARROW, BLOCKS_A_RUN, WORK_A_NUMBER = 256, 8, 8
 # From this many entries on the compiled products repay their loading.
 DENSE_ENTRIES = 1 << 24
 # Large enough that the fixed cost of a scipy call vanishes, small enough to stay in the shared cache.
@@ -76,6 +80,14 @@ class Design(LinearOperator, ABC):
         """Whether threads may share out the rows: they are in memory, and many."""
         return self.storage is not None and not self.on_disk
 
+    @property
+    def shared_rows(self) -> int | None:
+        """Number of rows that a thread takes at a time where a Gram may be summed up; None where threads do
+        not share them out.
+        """
+        narrow = self.is_shared_out and self.shape[1] <= NARROW
+        return BLOCKS_A_RUN * self.block_rows if narrow else None
+
     @abstractmethod
     def parts(self, rows: Rows) -> tuple[Any, int]:
         """Return what those loops read these rows from, and where the first of them is; counts nothing."""
@@ -118,7 +130,7 @@ class Design(LinearOperator, ABC):
 
     def squares(self, block: Any) -> Any:
         """Return a block with every entry squared."""
-        return block * block
+        return squared_rows(block) if sparse.issparse(block) else block * block
 
     def gram(self) -> Any:
         """Return an empty accumulator of weighted Grams over blocks of this design."""
@@ -295,12 +307,30 @@ class SparseDesign(Design):
 
     @property
     def block_rows(self) -> int:
-        return max(64, int(BLOCK_ENTRIES / max(1.0, self.matrix.nnz / max(1, self.shape[0]))))
+        return max(64, int(BLOCK_ENTRIES / max(1.0, self.row_entries)))
+
+    @property
+    def row_entries(self) -> float:
+        """Mean number of entries in a row."""
+        return float(self.matrix.nnz / max(1, int(self.shape[0])))
+
+    @property
+    def thread_rows(self) -> int:
+        return BLOCKS_A_RUN * self.block_rows
+
+    @property
+    def shared_rows(self) -> int | None:
+        if not self.is_shared_out:
+            return None
+        work = max(1.0, 0.5 * self.row_entries**2)
+        return max(self.thread_rows, int(WORK_A_NUMBER * self.shape[1] ** 2 / work))
 
     @property
     def gram_cost(self) -> float:
-        """Time of a weighted Gram over that of a value and gradient (measured for 5 to 50 entries a row)."""
-        return float((self.matrix.nnz / max(1, self.shape[0]) / 4.0) ** 2)
+        """Time of a weighted Gram over that of a value and gradient (measured for 5 to 50 entries a row and
+        100 to 3,000 columns: the sums of many columns leave the cache).
+        """
+        return float(2.0 + 0.15 * self.row_entries * (1.0 + (self.shape[1] / 1000.0) ** 2))
 
     def combine(self, weights: Array, block: Any) -> Array:
         """Return ``weights @ block``, shape (k, d)."""

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from attnfit.data.groups import Chunk, Rows, runs
 from attnfit.data.inputs import negative_target, pieces
+from attnfit.data.matrix import NARROW
 from attnfit.data.parallel import available_threads, in_order, one_blas_thread
 from attnfit.data.store import RowStore, Table
 from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
@@ -24,10 +25,8 @@ from attnfit.segments import Array, Index, Segments
 
 # Rows that are read at a time; those worked on at a time, so that what is made of them stays in cache.
 PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13
-# Columns up to which threads share out the rows: the sums of a run, d x d numbers, are then small, and its
-# products too small for BLAS to share out well. Chunks of such a run: calls of numpy then cost nothing.
-# Entries from which on BLAS is told: to say so costs more than small data take.
-NARROW, CHUNKS_A_RUN, MANY = 256, 8, 1 << 18
+# Entries from which on BLAS is told to use one thread: to say so costs more than small data take.
+MANY = 1 << 18
 _NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))
 
 
@@ -74,18 +73,15 @@ def over_runs(
 
 def in_runs(work: Callable[..., Any]) -> Callable[..., Any]:
     """Let threads share out the rows of a function that reads each of them once and returns what `merged`
-    adds up: where these are many, in memory and narrow.
+    adds up: where these are many and in memory, see `Design.shared_rows`.
     """
 
     @wraps(work)
     def shared_out(part: Part, chunks: list[Chunk], *args: Any) -> Any:
-        design = part.design
-        if not design.is_shared_out or part.n_unknowns > NARROW or chunks[0].matrix is not None:
+        n_rows = part.design.shared_rows
+        if n_rows is None or chunks[0].matrix is not None:
             return work(part, chunks, *args)
-        found = over_runs(
-            part, chunks, CHUNKS_A_RUN * design.block_rows, lambda own, run: work(own, joined(run), *args)
-        )
-        return reduce(merged, found)
+        return reduce(merged, over_runs(part, chunks, n_rows, lambda own, run: work(own, joined(run), *args)))
 
     return shared_out
 
