@@ -65,6 +65,8 @@ def everything(problem, x):
     ball = RowBall(problem, at, np.eye(len(x)))
     yield "rounding", ball.rounding()
     yield "lipschitz", ball.lipschitz(0.05)
+    rounding, cheap = ball.glance(0.05)
+    yield "glance", np.array([rounding, cheap if np.isfinite(cheap) else 0.0])
 
 
 CASES = list(

@@ -11,19 +11,31 @@ from numpy.typing import NDArray
 
 from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
 from attnfit.certificates.layers import certify_layer, certify_layers
-from attnfit.certificates.lipschitz import ChunkRows, Stages, lipschitz_constant, missing_bound, sums_on_ball
+from attnfit.certificates.lipschitz import (
+    ChunkRows,
+    Formula,
+    Stages,
+    ball_formula,
+    constant_of,
+    lipschitz_constant,
+    sums_on_ball,
+    together,
+)
 from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
 from attnfit.data.groups import Chunk
 from attnfit.data.inputs import as_point
 from attnfit.data.matrix import NARROW
+from attnfit.losses.loss import Loss
+from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.softmax import LogRatio, SoftmaxLoss
 from attnfit.losses.sums import MixedSum
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.moves import counting_rows
 from attnfit.objectives.objective import Evaluation, Offer
-from attnfit.objectives.part import Part, in_runs
+from attnfit.objectives.part import Part, in_runs, merged
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.token_problem import TokenProblem
 from attnfit.objectives.units import centred
@@ -39,10 +51,10 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
 
     With ``eta = sqrt(g^T H^-1 g)`` and M a Lipschitz constant of ``H^(-1/2) Hessian H^(-1/2)`` on the ball of
     radius ``2 eta`` in the norm of H: if ``h = M eta <= 1/2``, then
-    ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes three reads of the data, wherever
-    they are (four of more than 256 columns), up to five more where groups are longer than a block (six of
-    sparse rows), one where directions are open, and d^2 numbers. A mixture is certified by its duality gap
-    instead.
+    ``||H^(1/2)(x - x*)|| <= rho = 2 eta / (1 + sqrt(1 - 2 h))``. It takes two reads of the data, wherever
+    they are (three of more than 256 columns, one more where h is not far below 1/2), up to five more where
+    groups are longer than a block (three for 32 columns or more in memory), one where directions are open,
+    and d^2 numbers. A mixture is certified by its duality gap instead.
 
     The rows are centred by group first where the loss ignores what a group shares. Rounding is bounded to
     first order with a probabilistic constant: errors are taken as independent, with sqrt(d) in place of d.
@@ -124,6 +136,20 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
     return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
 
 
+def missing_bound(loss: Loss) -> str | None:
+    """Return why no constant is known for a loss: it states no bound of its third derivative."""
+    name = type(loss).__name__
+    if not loss.states_third_derivative:
+        what = "g3" if isinstance(loss, SoftmaxLoss) else "third_derivative_bound"
+        return (
+            f"the loss {name} states no bound of its third derivative; give its class {what} and "
+            "certifiable = True, if it is three times continuously differentiable"
+        )
+    if loss.coupled and not isinstance(loss, SoftmaxLoss | SquaredRescaled | LogRatio | MixedSum):
+        return f"no bound of the third derivative is known for the coupled loss {name}"
+    return None
+
+
 @dataclass(frozen=True)
 class RowBall:
     """The `Ball` of a loss of the rows of one matrix."""
@@ -146,8 +172,21 @@ class RowBall:
 
     def rounding(self) -> float:
         """Bound the effect of rounding in A x and in the sums on the whitened gradient, to first order."""
+        return self._rounded(sums_on_ball(self.problem, self.at, self.whitener, _rounding, 0.0))
+
+    def glance(self, radius: float) -> tuple[float, float]:
+        """Return what `rounding` does, and a Lipschitz constant in which traces stand for eigenvalues, from
+        one read; infinite where none is known.
+        """
+        loss = self.problem.loss
+        if isinstance(loss, LogRatio | MixedSum | SquaredRescaled):
+            return self.rounding(), 0.0 if isinstance(loss, LogRatio) else np.inf
+        formula = partial(_glance, ball_formula(loss, self.problem.n_groups))
+        sums = sums_on_ball(self.problem, self.at, self.whitener, formula, radius, traces=True)
+        return self._rounded(sums), constant_of(loss, sums, self.whitener)
+
+    def _rounded(self, sums: dict[str, Any]) -> float:
         problem = self.problem
-        sums = sums_on_ball(problem, self.at, self.whitener, _rounding, 0.0)
         # Each entry of the gradient is a sum of its own, and rounded on its own.
         columns = sums["columns"] + np.abs(problem.ridge * self.at.x)
         own = np.linalg.norm(np.abs(self.whitener).T @ columns)
@@ -177,6 +216,13 @@ def _seen(part: Part, chunks: list[Chunk], directions: Array) -> _Largest:
     return _Largest(largest)
 
 
+def _glance(formula: Formula, rows: ChunkRows, radius: float) -> Stages:
+    """Add up what a formula does and what rounding takes, once neither asks for more."""
+    sums, rows.sums = rows.sums, {}
+    yield from together(formula(rows, radius), _rounding(rows, 0.0))
+    sums.update(merged(sums, rows.sums))
+
+
 def _rounding(rows: ChunkRows, radius: float) -> Stages:
     """Bound ``sum |s| |T^T a|``, what differences in the slope s lose, and, with ``dz`` the errors of the
     logits, the change of the gradient ``sum t (r a - q mu) (r dz - q m.dz)`` by the terms of the Hessian and
@@ -187,7 +233,12 @@ def _rounding(rows: ChunkRows, radius: float) -> Stages:
     """
     part, point = rows.part, (rows.z, rows.b, rows.w, rows.state)
     own, along = rows.norms(centred=False), np.abs(rows.at.x)
-    dz = 1.0 + np.sqrt(len(along)) * np.asarray(abs(rows.block) @ along) + np.abs(part.shift(rows.chunk))
+    dz = rows.keep(
+        "errors",
+        lambda: (
+            1.0 + np.sqrt(len(along)) * np.asarray(abs(rows.block) @ along) + np.abs(part.shift(rows.chunk))
+        ),
+    )
     terms, m = part.loss.gram_terms(*point)
     centre, mean = np.zeros_like(dz), np.zeros_like(dz)
     outer, inner, share = part.loss.slope_parts(*point) or np.zeros((3, len(dz)))

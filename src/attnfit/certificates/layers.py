@@ -254,6 +254,10 @@ class LayerBall:
         size = first.magnitudes(np.abs(directions))
         return float(np.max(np.abs(along) / np.where(size > 0.0, size, 1.0), initial=0.0))
 
+    def glance(self, radius: float) -> tuple[float, float]:
+        """Return what `rounding` does; no constant is cheaper than that of `lipschitz`."""
+        return self.rounding(), np.inf
+
     def rounding(self) -> float:
         """Bound the effect of rounding on the whitened gradient, to first order."""
         problem, layers = self.problem, self.layers
@@ -356,6 +360,10 @@ class InverseBall:
             residual = self.residual + slope * radius
             constant = 3.0 * slope * second + residual * third
         return float(constant) if np.isfinite(constant) else np.inf
+
+    def glance(self, radius: float) -> tuple[float, float]:
+        """Return what `rounding` does; no constant is cheaper than that of `lipschitz`."""
+        return self.rounding(), np.inf
 
     def rounding(self) -> float:
         """Bound the effect of rounding in the forward pass on the whitened gradient, to first order."""

@@ -4,22 +4,21 @@ The constants bound the third derivative on ``{x + T y : |y| <= r}`` in the vari
 are quadratic and drop out. A formula goes over the rows of one chunk: whitened row norms and intervals of the
 model's outputs. Where it needs sums over whole groups it yields those over its own rows, and is sent those
 over the groups: at once where the groups are in the chunk, after a pass over the data where they are longer.
-So nothing is kept of a row, and the rows may be anywhere.
+So the rows may be anywhere; of wide rows in memory four numbers are kept between reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from attnfit.certificates.intervals import Interval, output_bounds, unit_outputs
 from attnfit.data.groups import Chunk
-from attnfit.losses.elementwise import output_range
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, LogRatio, SoftmaxLoss
@@ -31,33 +30,8 @@ from attnfit.objectives.rows import RowProblem
 Array = NDArray[np.float64]
 
 WHITENED_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Entrywise bounds ``low <= . <= high``."""
-
-    low: Array
-    high: Array
-
-    def __add__(self, other: Interval) -> Interval:
-        return Interval(self.low + other.low, self.high + other.high)
-
-    def __sub__(self, other: Interval) -> Interval:
-        return Interval(self.low - other.high, self.high - other.low)
-
-    def __mul__(self, other: Interval) -> Interval:
-        products = [x * y for x in (self.low, self.high) for y in (other.low, other.high)]
-        return Interval(np.minimum.reduce(products), np.maximum.reduce(products))
-
-    @property
-    def magnitude(self) -> Array:
-        """Largest absolute value."""
-        return np.maximum(-self.low, self.high)
-
-    def deviation(self, centre: Array) -> Array:
-        """Largest distance from a value inside."""
-        return np.maximum(self.high - centre, centre - self.low)
+# Columns from which on what is kept of a row, four numbers, is an eighth of it at most.
+WIDE = 32
 
 
 class ChunkRows:
@@ -73,16 +47,47 @@ class ChunkRows:
         T with ``T^T H T = 1``: the ball is ``|y| <= r`` in the variables ``x + T y``.
     sums : dict
         Grams and numbers by name.
+    traces : bool
+        Whether the traces of whitened Grams are added up, which bound their largest eigenvalues, in place of
+        the Grams.
+    kept : dict, optional
+        What is kept of rows between reads, by the first of them.
     """
 
     def __init__(
-        self, part: Part, chunk: Chunk, at: Evaluation, whitener: Array, sums: dict[str, Any]
+        self,
+        part: Part,
+        chunk: Chunk,
+        at: Evaluation,
+        whitener: Array,
+        sums: dict[str, Any],
+        *,
+        traces: bool = False,
+        kept: dict[int, dict[str, Any]] | None = None,
     ) -> None:
         self.part, self.chunk, self.at, self.whitener, self.sums = part, chunk, at, whitener, sums
-        self.block, self.z = part.logits(chunk, at.x)
+        self.traces, self._kept = traces, dict[str, Any]()
+        if kept is not None and chunk.long >= 0 and isinstance(chunk.rows, slice):
+            self._kept = kept.setdefault(chunk.rows.start, {})
+        self.z = self.keep("logits", self._logits)
         self.b, w, self.constant = part.targets(chunk)
         self.w = w + np.zeros(len(self.z))
         self.state = part.row_state(chunk, self.z, at)
+
+    def _logits(self) -> Array:
+        self.block, z = self.part.logits(self.chunk, self.at.x)
+        return z
+
+    @cached_property
+    def block(self) -> Any:
+        """The rows themselves, read once they are asked for."""
+        return self.part.fetch(self.chunk)
+
+    def keep(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return what is the same in every read, computed once where there is room to keep it."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
 
     def sum(self, values: Array) -> Array:
         """Sum over the rows of each group here, shape (n_groups,)."""
@@ -99,15 +104,23 @@ class ChunkRows:
 
     def norms(self, *, centred: bool) -> Array:
         """Return the norm of each whitened row, ``|T^T a_i|`` or ``|T^T (a_i - mu_g)|``, shape (n_rows,)."""
-        out = np.empty(len(self.z))
+        found: Array = self.keep("norms", self._measure)[centred]
+        return found
+
+    def _measure(self) -> dict[bool, Array]:
+        """Return the norms of the whitened rows as they are, and about their group's centre if it has one."""
+        centres = self._centres()
+        kinds = (False,) if centres is None else (False, True)
+        out = {kind: np.empty(len(self.z)) for kind in kinds}
+        shift = None if centres is None else centres @ self.whitener
         group = np.repeat(np.arange(len(self.chunk.segments)), self.chunk.segments.sizes)
-        centres = self._centres() @ self.whitener if centred else None
-        for first in range(0, len(out), WHITENED_ROWS):
+        for first in range(0, len(self.z), WHITENED_ROWS):
             part = slice(first, first + WHITENED_ROWS)
             rows = self.block[part] @ self.whitener
-            if centres is not None:
-                rows = rows - centres[group[part]]
-            out[part] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+            for kind in kinds:
+                if kind and shift is not None:
+                    rows -= shift[group[part]] if len(shift) > 1 else shift
+                out[kind][part] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
         return out
 
     def add(self, name: str, values: Array) -> None:
@@ -121,14 +134,19 @@ class ChunkRows:
 
     def add_gram(self, name: str, weights: Array, *, centred: bool) -> None:
         """Add the rows to a Gram with non-negative row weights."""
-        gram = self._gram(name)
-        if not centred:
-            gram.add(self.block, weights)
+        if self.traces:
+            self.add(name, weights * self.norms(centred=centred) ** 2)
+        elif not centred:
+            self._gram(name).add(self.block, weights)
         else:
-            self._add_about(gram, weights, None, 1.0, self._centres())
+            centres = self._centres()
+            assert centres is not None
+            self._add_about(self._gram(name), weights, None, 1.0, centres)
 
     def add_deflated(self, name: str, v: Array, totals: Array) -> None:
         """Add the rows ``sqrt(w_i) (v_i a_i - b_i t_g)`` to a Gram; ``totals`` has one row t_g a group."""
+        if self.traces:
+            raise TypeError("no norms of deflated rows are known")
         self._add_about(self._gram(name), self.w, v, self.b, totals)
 
     def _gram(self, name: str) -> Any:
@@ -141,12 +159,14 @@ class ChunkRows:
             mu = sparse.csr_array(about) if sparse.issparse(self.block) else about
             gram.add_centred(self.block, t, r, q, mu, self.chunk.segments.starts)
 
-    def _centres(self) -> Array:
-        if self.chunk.long >= 0:
-            return self.at.centre[[self.chunk.long]]
+    def _centres(self) -> Array | None:
+        """Return what the rows of each group here are centred at, shape (n_groups, d); None where they stay
+        as they are.
+        """
         weights = self.part.loss.gram_terms(self.z, self.b, self.w, self.state)[1]
-        assert weights is not None
-        return self.group_rows(weights)
+        if weights is None:
+            return None
+        return self.at.centre[[self.chunk.long]] if self.chunk.long >= 0 else self.group_rows(weights)
 
 
 # Yields arrays with one row a group, is sent their sums over whole groups, and then adds to the rows' sums:
@@ -155,16 +175,46 @@ Stages = Generator[tuple[Array, ...], tuple[Array, ...], None]
 Formula = Callable[[ChunkRows, float], Stages]
 
 
+def together(formula: Stages, once: Stages) -> Stages:
+    """Ask for what two formulas ask for at once; the second asks at most once, and goes on last."""
+    asked, answer, own = next(once, None), None, next(formula, None)
+    while own is not None or (asked is not None and answer is None):
+        mine = () if own is None else own
+        found = yield mine if asked is None or answer is not None else mine + asked
+        if answer is None:
+            answer = found[len(mine) :]
+        own = None if own is None else _sent(formula, found[: len(mine)])
+    if asked is not None and answer is not None:
+        _sent(once, answer)
+
+
+def _sent(stages: Stages, answer: tuple[Array, ...]) -> tuple[Array, ...] | None:
+    """Answer a formula; return what it asks for next, None at its end."""
+    try:
+        return stages.send(answer)
+    except StopIteration:
+        return None
+
+
 def sums_on_ball(
-    problem: RowProblem, at: Evaluation, whitener: Array, formula: Formula, radius: float
+    problem: RowProblem,
+    at: Evaluation,
+    whitener: Array,
+    formula: Formula,
+    radius: float,
+    *,
+    traces: bool = False,
 ) -> dict[str, Any]:
     """Return what a formula adds up over all rows: one read, and one more for each time that it asks for sums
     over groups longer than a chunk.
     """
     known: dict[int, list[tuple[Array, ...]]] = {}
+    rows = problem.rows
+    kept: dict[int, dict[str, Any]] | None
+    kept = {} if rows.is_whole and rows.design.is_shared_out and problem.n_unknowns >= WIDE else None
     sums: dict[str, Any] = {}
     while True:
-        asked, found = problem.rows.reduce(_read, at.bare(), whitener, formula, radius, known)
+        asked, found = rows.reduce(_read, at.bare(), whitener, formula, radius, known, traces, kept)
         sums = merged(sums, found)
         if not asked:
             return sums
@@ -181,6 +231,8 @@ def _read(
     formula: Formula,
     radius: float,
     known: dict[int, list[tuple[Array, ...]]],
+    traces: bool,
+    kept: dict[int, dict[str, Any]] | None,
 ) -> tuple[dict[int, tuple[Array, ...]], dict[str, Any]]:
     """Return the sums that the formula asks for of each long group, and those it added up."""
     asked: dict[int, tuple[Array, ...]] = {}
@@ -189,7 +241,7 @@ def _read(
     wanted = [chunk for chunk in chunks if chunk.long >= 0] if known else chunks
     with np.errstate(over="ignore", invalid="ignore"):
         for chunk in part.prefetch(wanted):
-            stages = formula(ChunkRows(part, chunk, at, whitener, sums), radius)
+            stages = formula(ChunkRows(part, chunk, at, whitener, sums, traces=traces, kept=kept), radius)
             answers = iter(known.get(chunk.long, []))
             own = next(stages, None)
             while own is not None:
@@ -197,10 +249,7 @@ def _read(
                 if totals is None:
                     asked = merged(asked, {chunk.long: own})
                     break
-                try:
-                    own = stages.send(totals)
-                except StopIteration:
-                    break
+                own = _sent(stages, totals)
     return asked, sums
 
 
@@ -222,14 +271,19 @@ def lipschitz_constant(problem: RowProblem, at: Evaluation, whitener: Array, rad
         return 0.0
     if isinstance(problem.loss, MixedSum):
         return _constant_of_sum(problem, problem.loss, at, whitener, radius)
-    sums = sums_on_ball(problem, at, whitener, _formula(problem.loss, problem.n_groups), radius)
+    formula = ball_formula(problem.loss, problem.n_groups)
+    return constant_of(problem.loss, sums_on_ball(problem, at, whitener, formula, radius), whitener)
+
+
+def constant_of(loss: Loss, sums: dict[str, Any], whitener: Array) -> float:
+    """Return the constant that a formula's sums come to, Grams or their traces."""
 
     def top(name: str) -> float:
-        return largest_eigenvalue(sums[name], whitener)
+        return sums[name] if isinstance(sums[name], float) else largest_eigenvalue(sums[name], whitener)
 
-    if isinstance(problem.loss, SquaredRescaled):
+    if isinstance(loss, SquaredRescaled):
         constant = _rescaled_constant(sums, top)
-    elif isinstance(problem.loss, SoftmaxLoss):
+    elif isinstance(loss, SoftmaxLoss):
         constant = sum(
             factor * (np.sqrt(top(name)) + np.sqrt(sums[f"{name} moved"])) ** 2
             for name, factor in (("rows", 1.0), ("centres", 3.0))
@@ -260,21 +314,8 @@ def largest_eigenvalue(gram: Any, whitener: Array) -> float:
     return max(0.0, float(np.linalg.eigvalsh(whitened)[-1]))
 
 
-def missing_bound(loss: Loss) -> str | None:
-    """Return why no constant is known for a loss: it states no bound of its third derivative."""
-    name = type(loss).__name__
-    if not loss.states_third_derivative:
-        what = "g3" if isinstance(loss, SoftmaxLoss) else "third_derivative_bound"
-        return (
-            f"the loss {name} states no bound of its third derivative; give its class {what} and "
-            "certifiable = True, if it is three times continuously differentiable"
-        )
-    if loss.coupled and not isinstance(loss, SoftmaxLoss | SquaredRescaled | LogRatio | MixedSum):
-        return f"no bound of the third derivative is known for the coupled loss {name}"
-    return None
-
-
-def _formula(loss: Loss, n_groups: int) -> Formula:
+def ball_formula(loss: Loss, n_groups: int) -> Formula:
+    """Return the formula of a loss."""
     if isinstance(loss, SoftmaxLoss):
         return _softmax
     if isinstance(loss, SquaredRescaled):
@@ -345,20 +386,11 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
     omega = high * (g3_ball - Interval(ends[0], ends[1])).magnitude
     tau = f * (g2 - centre)
     tau_ball = f_ball * (g2_ball - Interval(ends[2], ends[3]))
-    drift, vectors = yield rows.sum(tau_ball.deviation(tau) * norms), rows.group_rows(tau) @ rows.whitener
+    turned = rows.keep("turned", lambda: rows.group_rows(tau) @ rows.whitener)
+    drift, vectors = yield rows.sum(tau_ball.deviation(tau) * norms), turned
     e = rows.spread(np.linalg.norm(vectors, axis=1) + drift)
     _add_shifted(rows, "rows", omega * (norms + shift), shift)
     _add_shifted(rows, "centres", e * high, shift)
-
-
-def output_bounds(h: Array, reach: Array, total: Array) -> tuple[Interval, Interval]:
-    """Return bounds of the outputs f and of their logarithms where centred logits move by at most ``reach``.
-
-    The normaliser of centred logits does not fall, by Jensen's inequality, and grows to at most ``total``,
-    the group's sum of ``f exp(reach)``.
-    """
-    logs = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
-    return Interval(np.exp(h - reach) / total, np.minimum(1.0, np.exp(h + reach))), logs
 
 
 def _add_shifted(rows: ChunkRows, name: str, weights: Array, shift: Array) -> None:
@@ -376,7 +408,8 @@ def _rescaled(rows: ChunkRows, radius: float, *, one_group: bool) -> Stages:
     """
     b, w = rows.b, rows.w
     norms = rows.norms(centred=False)
-    u, v = _outputs(rows, radius * norms)
+    loss: Any = rows.part.loss
+    u, v = unit_outputs(loss.function, rows.z, radius * norms)
     u_mid, u_rad = 0.5 * (u.low + u.high), 0.5 * (u.high - u.low)
     v_mid, v_rad = 0.5 * (v.low + v.high), 0.5 * (v.high - v.low)
     one = np.ones(len(b))
@@ -407,10 +440,3 @@ def _rescaled_constant(sums: dict[str, Any], top: Any) -> float:
         pu = np.sqrt(top("products")) + np.sqrt(outputs)
         pv = np.sqrt(top("slopes")) + np.sqrt(moved) + np.sqrt(sums["drift"])
         return float(top("rows") + 3.0 * pu * pv)
-
-
-def _outputs(rows: ChunkRows, reach: Array) -> tuple[Interval, Interval]:
-    """Return the ranges of u and u' on ``z +- reach``."""
-    loss: Any = rows.part.loss
-    u_low, u_high, v_low, v_high = output_range(loss.function, rows.z - reach, rows.z + reach)
-    return Interval(u_low, u_high), Interval(v_low, v_high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attnfit.certificates.lipschitz import missing_bound
+from attnfit.certificates.certification import missing_bound
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layers import TwoLayer
 from attnfit.objectives.objective import MAX_DENSE
