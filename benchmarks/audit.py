@@ -24,7 +24,7 @@ from attnfit.audit.intervals import wilson
 from attnfit.audit.masked import recover_masked
 from attnfit.audit.models.tiny import load_tiny
 from attnfit.audit.reproduction import reproduce_data_recovery
-from benchmarks.report import table, write
+from benchmarks.report import RESULTS, table, write
 
 SENTENCES = Path(__file__).with_name("audit_sentences.txt").read_text().splitlines()
 FEW = 4
@@ -87,10 +87,11 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="four sentences, short descents (default)")
     size.add_argument("--full", action="store_true", help="all sentences, descents as published")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=int, default=0, help="rows of the stored table that stay as they are")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.table in SETTINGS:
-        inversions(options.table, options.full, options.threads)
+        inversions(options.table, options.full, options.threads, options.keep)
         return
     lines = masked(options.full) if options.table == "masked" else relaxation(options.full)
     body = table(MASKED_HEADER.split(", "), lines)
@@ -104,7 +105,20 @@ def save(name: str, full: bool, sections: list[str]) -> None:
     write(f"audit-{name}" if full else f"audit-{name}-quick", command, sections)
 
 
-def inversions(name: str, full: bool, threads: int) -> None:
+def stored(name: str, count: int) -> list[Row]:
+    """Return the first rows of the table as it was written last."""
+    lines = (RESULTS / f"audit-{name}.md").read_text().splitlines()
+    # The first two lines of the table are its header.
+    cut = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][2:]
+    kept = [[cell.strip() for cell in cells] for cells in cut[:count]]
+    return [
+        Row(access, defence, cells, [line for line in lines if line.startswith(f"- {access}, {defence}, ")])
+        for cells in kept
+        for access, defence in [cells[:2]]
+    ]
+
+
+def inversions(name: str, full: bool, threads: int, keep: int = 0) -> None:
     """Measure one setting after the other; what is done is kept when the rest is stopped."""
     every = described() if name in OTHERS else SENTENCES
     texts = every if full else every[:FEW]
@@ -120,8 +134,10 @@ def inversions(name: str, full: bool, threads: int) -> None:
         head += f"Sentences of scikit-learn {version('scikit-learn')}, on which no search was tuned."
     else:
         head += "The order of the search was tuned on these sentences: they are no held-out test."
-    rows: list[Row] = []
-    for access, defence in settings:
+    rows = stored(name, keep) if keep else []
+    if rows:
+        head += f" The first {len(rows)} rows are of an earlier run."
+    for access, defence in settings[len(rows) :]:
         rows.append(measure(model, access, defence, texts))
         body = table(HEADER.split(", "), [row.cells for row in rows])
         misses = "\n".join(miss for row in rows for miss in row.misses) or "none"

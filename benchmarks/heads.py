@@ -140,16 +140,17 @@ def main() -> None:
     cases = QUICK if arguments.quick else [CASES[k] for k in arguments.only or range(len(CASES))]
     head = ["layer, head", "tokens", "maps", "seconds", "passes", "ended", "held out", "Adam, same time",
             "own weights", "uniform"]  # fmt: skip
+    rows: list[list[str]] = []
     with threadpool_limits(1):
         torch.set_num_threads(1)
-        rows = [measure(model, texts, case, peer=not arguments.quick) for case in cases]
-    if not arguments.quick and not arguments.only:
-        said = "Relative error of the maps of two texts that were not fitted; one thread."
-        write(
-            "heads",
-            shlex.join(["python", "-m", "benchmarks.heads", *sys.argv[1:]]),
-            [said, table(head, rows)],
-        )
+        for case in cases:
+            rows.append(measure(model, texts, case, peer=not arguments.quick))
+            if arguments.quick or arguments.only:
+                continue
+            said = "Relative error of the maps of two texts that were not fitted; one thread. "
+            said += f"{len(rows)} of {len(cases)} heads."
+            command = shlex.join(["python", "-m", "benchmarks.heads", *sys.argv[1:]])
+            write("heads", command, [said, table(head, rows)])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from instances import ALL_LOSSES, instance
 
 from attnfit import minimize, problems
+from attnfit.objectives.passes import value_at_zero
 
 
 def shares(n_groups, size, d, noise):
@@ -62,3 +64,17 @@ def test_a_lower_minimum_than_that_of_the_logarithms_is_found(seed):
     one, result = (minimize(problem, random_state=0, n_starts=n) for n in (1, "auto"))
     assert one.converged and result.converged
     assert result.value < one.value * (1 - 1e-4)
+
+
+@pytest.mark.parametrize(("family", "loss"), ALL_LOSSES)
+def test_the_loss_at_zero_takes_no_look_at_the_rows(family, loss):
+    """Where offsets, weights and penalties are given, too."""
+    inst, _ = instance(family, loss, sizes=(20, 15, 9), d=4)
+    rng = np.random.default_rng(0)
+    n = len(inst.b)
+    options = {"offset": rng.standard_normal(n), "weights": rng.random(n), "row_penalty": rng.random(n)}
+    problem = inst.replace(options=options).problem()
+    before = problem.n_passes
+    found = problem.rows.reduce(value_at_zero)
+    assert problem.n_passes == before
+    assert np.isclose(found, problem.value(np.zeros(4)), rtol=1e-12, atol=0.0)

@@ -133,6 +133,21 @@ def target_squares(part: Part, chunks: list[Chunk]) -> float:
     return total
 
 
+def value_at_zero(part: Part, chunks: list[Chunk]) -> float:
+    """Return the loss at x = 0; A is not needed. NaN where a group is longer than a chunk."""
+    total, loss = 0.0, part.loss
+    for chunk in chunks:
+        z = np.zeros(chunk.segments.n_rows) + part.shift(chunk)
+        if chunk.long >= 0:
+            return np.nan
+        if loss.coupled:
+            total += float(part.finalize(chunk, z)[0].value.sum())
+        else:
+            b, w, _ = part.targets(chunk)
+            total += float(loss.accumulate(*loss.transform(z, 0.0), b, w, 0.0, 0.0)[1][0].sum())
+    return total
+
+
 def slope_sizes(part: Part, chunks: list[Chunk], at: Evaluation) -> float:
     """Return the sum of the squares of the terms whose difference is the slope of a row: its output and its
     target, weighted.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attnfit.objectives.budget import sample_sizes
 from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import Evaluation, Problem
-from attnfit.objectives.passes import target_squares
+from attnfit.objectives.passes import target_squares, value_at_zero
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.subsample import draw_rows
 from attnfit.objectives.surrogate import LogStart
@@ -180,7 +180,9 @@ class Start:
             return False
         # What zero makes of outputs that are no shares depends on their unit; that they vanish does not.
         vanished = np.inf if full.loss.coupled else 0.5 * float(full.rows.reduce(target_squares))
-        return bool(end.at.value <= SETTLED * min(vanished, _value(full, np.zeros(full.n_unknowns))))
+        zero = float(full.rows.reduce(value_at_zero))
+        zero = _value(full, np.zeros(full.n_unknowns)) if np.isnan(zero) else zero
+        return bool(end.at.value <= SETTLED * min(vanished, zero))
 
     @property
     def _is_small(self) -> bool:
