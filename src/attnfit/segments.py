@@ -35,6 +35,12 @@ class Segments:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def tiled(self, k: int) -> Segments:
+        """Return the runs of k copies of the rows, one after another."""
+        if k == 1:
+            return self
+        return Segments((self.starts + self.n_rows * np.arange(k)[:, None]).ravel(), k * self.n_rows)
+
     def sum(self, rows: Array) -> Array:
         """Sum of each run, shape (n_segments,)."""
         if not self._length:

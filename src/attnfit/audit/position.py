@@ -21,9 +21,10 @@ BATCHES = (16, 16, 32, *(64,) * 8)
 # Candidates whose lessons order the rest.
 N_REGRESSED = 1024
 NOISY_SHORTLIST, NOISY_WIDER = 64, 1024
-# A token this many times the certain log odds away from the best one, in squared errors, cannot be the true
-# one while the best explains the state.
-FAR, RIVALS = 16.0, 64
+# The best token stands alone if every rival tried is further from it, in squared errors, than this many times
+# the certain log odds, and than this many times as far as its misfit lets the true token be: the nearest of
+# those tried, which are most like it, may not be the nearest of all.
+FAR, BEYOND_REACH, RIVALS = 16.0, 2.0, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +117,22 @@ class PositionSearch:
             if found.best == best:
                 break
         fits = float(found.misfits.min()) <= found.target.limit
-        if fits and found.apart > FAR * certain and found.log_odds >= certain:
+        if fits and self._is_alone(certain) and found.log_odds >= certain:
             return
         if self._cheap:
             self.shortlist(NOISY_WIDER)
+            rest = [token for token in range(len(self._table)) if token not in found.seen]
+            while rest and not self._is_alone(certain) and found.log_odds >= certain:
+                some, rest = rest[:SCAN_BATCH], rest[SCAN_BATCH:]
+                self._try(some)
         # Where some tokens are as near as that, others that were not tried may be.
-        found.exhausted = found.apart > FAR * certain or len(found.tokens) == len(self._table)
+        found.exhausted = self._is_alone(certain) or len(found.tokens) == len(self._table)
+
+    def _is_alone(self, certain: float) -> bool:
+        """Return whether every rival tried is further from the best token than the true one can be."""
+        found = self._evaluated
+        within = found.target.reach(float(found.misfits.min()))
+        return found.apart > max(FAR * certain, BEYOND_REACH * within)
 
     def shortlist(self, count: int = FIRST_BATCH) -> bool:
         """Try the best of the probe, of the prior and of both."""

@@ -19,6 +19,16 @@ CONFIDENCE = 4.0
 SLACK = 1.2
 
 
+def reach(n_numbers: int, squares: float) -> float:
+    """Return how far from a candidate the true state can be at most, in squared errors, where the candidate
+    misses the observation by so many: beyond, four standard deviations of a noncentral chi-squared
+    distribution separate them.
+    """
+    most = 2.0 * n_numbers + 4.0 * max(squares - n_numbers, 0.0)
+    root = 2.0 * CONFIDENCE + math.sqrt(4.0 * CONFIDENCE**2 + most)
+    return 0.25 * (root**2 - 2.0 * n_numbers)
+
+
 @dataclass(frozen=True, eq=False)
 class Target:
     """An observed state, its likely error and the scale of each channel.
@@ -64,6 +74,12 @@ class Target:
     def separations(self, states: Any, state: Any) -> Any:
         """Return how far states are from another one: the sum of squares in units of the error."""
         return self._squares(states, state) / self._unit
+
+    def reach(self, misfit: float) -> float:
+        """Return how far from a candidate of some misfit the true state can be, as `separations` are."""
+        if self.bounded:
+            return 0.0
+        return reach(self.n_numbers, self.n_numbers * misfit**2 / self._unit)
 
     def likelihoods(self, states: Any) -> Any:
         """Return the log-likelihood of each state up to a constant, in nats."""

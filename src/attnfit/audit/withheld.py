@@ -15,6 +15,7 @@ from attnfit.audit.errors import AuditError
 from attnfit.audit.hidden import HiddenSearch, contradicted
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.result import Cost, InversionResult, Position, certain_log_odds, conclude
+from attnfit.audit.target import reach
 from attnfit.audit.uncertainty import Uncertainty
 
 # First tokens that stand for all others while the second is looked for, and pairs with them.
@@ -149,6 +150,12 @@ class WithheldSearch:
         place = int(likely.argmax())
         others = torch.cat([likely[:place], likely[place + 1 :]])
         log_odds = float(likely[place] - others.logsumexp(0)) if len(others) else 0.0
+        n_numbers = sum(target.n_numbers for target in self._targets)
+        nearest = 2.0 * float(likely[place] - others.max()) if len(others) else 0.0
+        most = reach(n_numbers, -2.0 * float(likely[place]))
+        if len(likely) < self._model.n_vocabulary and nearest <= most:
+            # First tokens that were not tried may be as near.
+            log_odds = min(log_odds, 0.0)
         first = Position(int(order[place]), 0.0, inf, len(likely), "joint", log_odds)
         positions = [first, *found.positions[1:]]
         chosen = [position.token for position in positions]

@@ -14,7 +14,7 @@ import numpy as np
 from attnfit.data.groups import Chunk
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, group_slopes, group_sums
-from attnfit.segments import Array, Index, Segments
+from attnfit.segments import Array, Index
 
 # Numbers of rows times fits, or times entries of a Hessian, that are worked on at a time: 1 MB.
 ENTRIES = 1 << 17
@@ -66,8 +66,7 @@ def _losses(part: Part, chunk: Chunk, z: Array) -> tuple[Array, Array]:
         columns, extras = loss.accumulate(*loss.transform(z.ravel(), 0.0), b, w, 0.0, 0.0)
         return extras[0].reshape(k, n), columns[0].reshape(k, n)
     # The groups of one fit after those of another.
-    starts = (chunk.segments.starts + n * np.arange(k)[:, None]).ravel()
-    segments = Segments(starts, k * n)
+    segments = chunk.segments.tiled(k)
     sums, columns = group_sums(loss, z.ravel(), segments, b, w, np.tile(constant, k))
     return sums.value.reshape(k, -1), group_slopes(sums, columns, segments).reshape(k, n)
 

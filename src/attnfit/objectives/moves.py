@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from attnfit.data.groups import Chunk
 from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential, Total
@@ -33,6 +34,8 @@ SHARE = 1e-4
 # The logarithm of a share that is zero in float64.
 LOG_OF_NOTHING = -800.0
 ROUNDING = 8.0 * float(np.finfo(np.float64).eps)
+# Steps that are looked at one by one; numbers that are worked on at a time where there are more.
+FEW_STEPS, MOVED = 8, 1 << 17
 # Rows that are kept to look at steps between the reads.
 PROBE_ROWS = 2_000
 
@@ -158,26 +161,43 @@ class Moves:
 
     def add(self, part: Part, chunk: Chunk, block: Any, at: Evaluation, steps: Array) -> None:
         """Add the rows of a chunk."""
-        # One step at a time: BLAS is slower at products with a few.
-        along = [part.design.product(block, step) for step in steps.T]
-        counts, longest = counting_rows(part, chunk), chunk.segments.max
+        counts, k = counting_rows(part, chunk), steps.shape[1]
         if kind_of(part.loss) is Kind.EXACT and part.penalty is None:
             self.least = min(self.least, _least_free(part, chunk, block, at, counts))
+        # One step at a time where there are few: BLAS is slower at products with a few.
+        many = k > FEW_STEPS and (isinstance(block, np.ndarray) or sparse.issparse(block))
+        width = max(1, MOVED // len(counts)) if many else 1
+        found = []
+        for first in range(0, k, width):
+            some = steps[:, first : first + width]
+            moved = block @ some if many else part.design.product(block, some[:, 0])[:, None]
+            found.append(self._extents(part, chunk, np.ascontiguousarray(np.asarray(moved).T), counts))
+        extents = np.concatenate(found, axis=1)
+        if len(extents) == 1:
+            self.largest = np.maximum(self.largest, extents[0])
+        elif chunk.long >= 0:
+            self.long = self.merge(Moves(self.largest, long={chunk.long: extents})).long
+        else:
+            self.largest = np.maximum(self.largest, 0.5 * extents.sum(axis=0))
+
+    @staticmethod
+    def _extents(part: Part, chunk: Chunk, moved: Array, counts: Mask) -> Array:
+        """Return the largest size of some steps' changes, shape (1, k), or, where a loss ignores what a group
+        shares, ``max a p`` and ``max -a p`` of the group in which they are furthest apart, shape (2, k).
+        """
+        k, every = len(moved), bool(counts.all())
         if not (part.loss.shift_invariant and part.penalty is None):
-            sizes = [np.abs(moved[counts]).max(initial=0.0) for moved in along]
-            self.largest = np.maximum(self.largest, sizes)
-            return
-        every = bool(counts.all())
+            sizes = np.abs(moved if every else moved[:, counts])
+            return np.asarray(sizes.max(axis=1, initial=0.0)[None, :])
+        segments = chunk.segments.tiled(k)
         up, down = (
-            [longest(sign * moved if every else np.where(counts, sign * moved, -np.inf)) for moved in along]
+            segments.max(
+                (sign * moved if every else np.where(counts, sign * moved, -np.inf)).ravel()
+            ).reshape(k, -1)
             for sign in (1.0, -1.0)
         )
-        if chunk.long >= 0:
-            extent = np.array([up, down]).reshape(2, -1)
-            self.long = self.merge(Moves(self.largest, long={chunk.long: extent})).long
-        else:
-            half_ranges = [0.5 * (high + low).max() for high, low in zip(up, down, strict=True)]
-            self.largest = np.maximum(self.largest, half_ranges)
+        widest = np.argmax(up + down, axis=1)[:, None]
+        return np.stack([np.take_along_axis(one, widest, axis=1)[:, 0] for one in (up, down)])
 
 
 def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Mask) -> float:

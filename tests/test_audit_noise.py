@@ -1,0 +1,68 @@
+"""Under noise a text is verified only where tokens that were not tried cannot be the true ones."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.stats import ncx2
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from attnfit.audit.candidates import CandidateSet  # noqa: E402
+from attnfit.audit.position import Clues, PositionSearch  # noqa: E402
+from attnfit.audit.result import certain_log_odds  # noqa: E402
+from attnfit.audit.target import CONFIDENCE, Target, reach  # noqa: E402
+
+WIDTH, N_TOKENS, N_NEAR, TRUTH, DECOY = 384, 3_000, 100, 0, 1
+
+
+@pytest.mark.parametrize("n", [1, 10, 384, 8_000])
+@pytest.mark.parametrize("excess", [-3.0, 0.0, 2.0, 10.0])
+def test_a_state_beyond_reach_would_have_missed_by_more(n, excess):
+    """By the quantiles of the distribution itself."""
+    squares = max(0.0, n + excess * np.sqrt(2.0 * n))
+    far = reach(n, squares)
+    assert ncx2.cdf(squares, n, far) < 1e-4
+    # Not farther than need be: of half the excess there may well be one.
+    near = max(0.25 * far - CONFIDENCE * np.sqrt(2.0 * n), 1e-9)
+    assert ncx2.cdf(squares, n, near) >= ncx2.cdf(squares, n, far)
+    if n >= 384 and excess >= 0.0:
+        assert ncx2.cdf(1.3 * squares, n, far) > 1e-4
+
+
+def searched(separation, seed, *, cheap):
+    """Search for a token that all rankings put last, behind one whose state is near its own, and a hundred
+    that are nearly as near to that as the truth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    states = 40.0 * torch.randn(N_TOKENS, WIDTH, generator=generator)
+    near = torch.randn(N_NEAR + 1, WIDTH, generator=generator)
+    near *= separation**0.5 / near.norm(dim=1, keepdim=True)
+    states[DECOY] = states[TRUTH] + near[0]
+    states[DECOY + 1 : DECOY + 1 + N_NEAR] = states[DECOY] + 0.9 * near[1:]
+    observed = states[TRUTH] + torch.randn(WIDTH, generator=generator)
+    ranks = torch.linspace(1.0, 0.0, N_TOKENS)
+    ranks[TRUTH] = -1.0
+    probe = SimpleNamespace(
+        estimate=lambda state: state, displacement=lambda differences: differences, precision=torch.eye(WIDTH)
+    )
+    ranker = SimpleNamespace(probe=probe, scores=lambda _: ranks)
+    prefix = SimpleNamespace(candidates=lambda tokens: states[list(tokens)], n_candidates=0, chunk=1_024)
+    target = Target(observed, torch.ones(WIDTH), torch.full((WIDTH,), 40.0))
+    found = CandidateSet(prefix, target)
+    clues = Clues(ranker, ranker, ranks)
+    PositionSearch(found, clues, torch.zeros(N_TOKENS, WIDTH), 10**6, cheap=cheap).most_likely(
+        certain_log_odds(14), thorough=False
+    )
+    return found.tokens[found.best], found.log_odds >= certain_log_odds(14)
+
+
+@pytest.mark.parametrize("separation", [30.0, 80.0, 110.0, 150.0, 180.0, 250.0])
+@pytest.mark.parametrize("cheap", [False, True])
+def test_the_nearest_of_those_tried_is_not_taken_for_the_truth(separation, cheap):
+    claims = [searched(separation, seed, cheap=cheap) for seed in range(40)]
+    assert not any(certain and token != TRUTH for token, certain in claims)
+    if cheap and separation >= 80.0:
+        # All tokens are tried before one is claimed, so that the true one is found.
+        assert sum(certain for _, certain in claims) >= 35
