@@ -288,3 +288,19 @@ def test_what_cannot_be_fitted_together():
     lazy = problems.Softmax(da.from_array(A, chunks=(80, D)), da.from_array(b, chunks=80), IDS)
     with pytest.raises(TypeError, match="compute"):
         minimize_many(lazy, ridge=[1.0])
+
+
+def test_threads_change_no_bit(monkeypatch):
+    shrink_blocks(monkeypatch)
+    monkeypatch.setattr("attnfit.objectives.many.CHUNKS_A_RUN", 1)
+    rng, A, u = data()
+    W, found = bootstrap(rng, len(np.unique(IDS))), []
+    for n_threads in (1, 4):
+        for module in ("objectives.part", "data.store"):
+            monkeypatch.setattr(f"attnfit.{module}.available_threads", lambda n=n_threads: n)
+        problem = built("squared", A, u)
+        assert len(problem.rows.chunks) >= 3
+        many = minimize_many(problem, W, random_state=0)
+        found.append((many.x, many.value, many.move, problem.n_passes))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -33,6 +33,13 @@ def test_sums_and_largest_entries_of_runs(sizes):
     np.testing.assert_array_equal(segments.sum(rows), [part.sum() for part in parts])
     np.testing.assert_array_equal(segments.max(rows), [part.max() for part in parts])
     np.testing.assert_array_equal(rows, before)
+    columns = np.stack([rows, -rows, rows[::-1]], axis=1)
+    for reduction in (segments.sum, segments.max):
+        np.testing.assert_array_equal(
+            reduction(columns), np.stack([reduction(c) for c in columns.T.copy()], axis=1)
+        )
+    apart = segments.spread(segments.max(columns)) + 0.0 * columns
+    np.testing.assert_array_equal(apart[:, 0], segments.spread(segments.max(rows)) + 0.0 * rows)
     rows[-1] = np.nan
     assert np.isnan(segments.sum(rows)[-1]) and np.isnan(segments.max(rows)[-1])
 

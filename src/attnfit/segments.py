@@ -35,35 +35,33 @@ class Segments:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def tiled(self, k: int) -> Segments:
-        """Return the runs of k copies of the rows, one after another."""
-        if k == 1:
-            return self
-        return Segments((self.starts + self.n_rows * np.arange(k)[:, None]).ravel(), k * self.n_rows)
-
     def sum(self, rows: Array) -> Array:
-        """Sum of each run, shape (n_segments,)."""
+        """Sum of each run, shape (n_segments,); of each column of rows of shape (n_rows, k)."""
         if not self._length:
-            return np.add.reduceat(rows, self.starts)
-        if self._length > SHORT:
+            return np.asarray(np.add.reduceat(rows, self.starts, axis=0))
+        if rows.ndim == 1 and self._length > SHORT:
             # In pairs, as NumPy adds along an axis whose entries are neighbours.
             return np.asarray(rows.reshape(-1, self._length).sum(axis=1))
-        total, *others = rows.reshape(-1, self._length).T
-        total = total.copy()
+        first, *others = self._entries(rows)
+        total: Array = first.copy()
         for other in others:
             total += other
         return total
 
     def max(self, rows: Array) -> Array:
-        """Largest entry of each run, shape (n_segments,)."""
-        if not 0 < self._length <= SHORT:
-            return np.maximum.reduceat(rows, self.starts)
-        largest, *others = rows.reshape(-1, self._length).T
-        largest = largest.copy()
+        """Largest entry of each run, shape (n_segments,); of each column of rows of shape (n_rows, k)."""
+        if not self._length or (rows.ndim == 1 and self._length > SHORT):
+            return np.asarray(np.maximum.reduceat(rows, self.starts, axis=0))
+        first, *others = self._entries(rows)
+        largest: Array = first.copy()
         for other in others:
             np.maximum(largest, other, out=largest)
         return largest
 
     def spread(self, values: Array) -> Array:
-        """Repeat one value a run on all its rows; broadcastable against (n_rows,)."""
-        return values if len(self) == 1 else np.repeat(values, self.sizes)
+        """Repeat one value a run on all its rows; broadcastable against (n_rows,) or (n_rows, k)."""
+        return values if len(self) == 1 else np.repeat(values, self.sizes, axis=0)
+
+    def _entries(self, rows: Array) -> Array:
+        """Return the first entries of all runs, the second, and so on."""
+        return np.moveaxis(rows.reshape(-1, self._length, *rows.shape[1:]), 1, 0)

@@ -6,6 +6,8 @@ A *unit* is what a fit weights as a whole: a group, a cluster of groups, or a ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce, wraps
 from itertools import pairwise
 from typing import Any
 
@@ -13,13 +15,29 @@ import numpy as np
 
 from attnfit.data.groups import Chunk
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import Part, group_slopes, group_sums
+from attnfit.objectives.part import Part, group_slopes, group_sums, merged, over_runs
 from attnfit.segments import Array, Index
 
 # Numbers of rows times fits, or times entries of a Hessian, that are worked on at a time: 1 MB.
 ENTRIES = 1 << 17
+# Chunks that a thread takes at a time: merging what it returns costs little then.
+CHUNKS_A_RUN = 4
 
 
+def in_threads(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Let threads share out the rows in memory of a function that returns what `merged` adds up."""
+
+    @wraps(work)
+    def shared_out(part: Part, chunks: list[Chunk], *args: Any) -> Any:
+        if part.design.on_disk or len(chunks) < 2:
+            return work(part, chunks, *args)
+        n_rows = CHUNKS_A_RUN * part.design.block_rows
+        return reduce(merged, over_runs(part, chunks, n_rows, lambda own, run: work(own, run, *args)))
+
+    return shared_out
+
+
+@in_threads
 def values_and_gradients(
     part: Part, chunks: list[Chunk], X: Array, W: Array, units: Index
 ) -> tuple[Array, Array]:
@@ -38,15 +56,15 @@ def values_and_gradients(
     values, gradients = np.zeros(len(X)), np.zeros(X.shape)
     for chunk in part.prefetch(chunks):
         block, mine = part.fetch(chunk), W[_units(part, chunk, units)]
+        shift = np.reshape(part.shift(chunk), (-1, 1))
         step = max(1, ENTRIES // chunk.segments.n_rows)
         for first in range(0, len(X), step):
             fits = slice(first, first + step)
-            z = np.asarray(block @ X[fits].T).T + part.shift(chunk)
-            losses, slopes = _losses(part, chunk, z)
-            w = mine[:, fits].T
-            values[fits] += np.sum(losses * w, axis=1)
-            spread = np.repeat(w, chunk.segments.sizes, axis=1) if part.loss.coupled else w
-            gradients[fits] += part.design.combine(slopes * spread, block)
+            losses, slopes = _losses(part, chunk, np.asarray(block @ X[fits].T) + shift)
+            w = mine[:, fits]
+            values[fits] += np.einsum("gr,gr->r", losses, w)
+            slopes *= chunk.segments.spread(w) if part.loss.coupled else w
+            gradients[fits] += part.design.combine(slopes.T, block)
     return values, gradients
 
 
@@ -56,21 +74,19 @@ def _units(part: Part, chunk: Chunk, units: Index) -> Index:
 
 
 def _losses(part: Part, chunk: Chunk, z: Array) -> tuple[Array, Array]:
-    """Return the loss of each group or row, shape (k, n_groups) or (k, n_rows), and its slopes, shape (k,
-    n_rows), for k fits with logits z, shape (k, n_rows).
+    """Return the loss of each group or row, shape (n_groups, k) or (n_rows, k), and its slopes, shape
+    (n_rows, k), for k fits with logits z, shape (n_rows, k).
     """
-    (k, n), loss = z.shape, part.loss
-    b, w, constant = part.targets(chunk)
-    b, w = np.tile(b, k), w if np.ndim(w) == 0 else np.tile(w, k)
+    loss = part.loss
+    b, w, constant = (np.reshape(v, (-1, 1)) for v in part.targets(chunk))
     if not loss.coupled:
-        columns, extras = loss.accumulate(*loss.transform(z.ravel(), 0.0), b, w, 0.0, 0.0)
-        return extras[0].reshape(k, n), columns[0].reshape(k, n)
-    # The groups of one fit after those of another.
-    segments = chunk.segments.tiled(k)
-    sums, columns = group_sums(loss, z.ravel(), segments, b, w, np.tile(constant, k))
-    return sums.value.reshape(k, -1), group_slopes(sums, columns, segments).reshape(k, n)
+        columns, extras = loss.accumulate(*loss.transform(z, 0.0), b, w, 0.0, 0.0)
+        return extras[0], columns[0]
+    sums, columns = group_sums(loss, z, chunk.segments, b, w, constant)
+    return sums.value, group_slopes(sums, columns, chunk.segments)
 
 
+@in_threads
 def all_at_one_point(
     part: Part, chunks: list[Chunk], at: Evaluation, W: Array, units: Index
 ) -> tuple[Array, Array, Array]:
@@ -84,15 +100,15 @@ def all_at_one_point(
     for chunk in part.prefetch(chunks):
         block, z = part.logits(chunk, at.x)
         mine = W[_units(part, chunk, units)]
-        losses, slopes = _losses(part, chunk, z[None])
-        values += losses[0] @ mine
+        losses, slopes = _losses(part, chunk, z[:, None])
+        values += losses[:, 0] @ mine
         rows = _dense(block)
         terms = _terms(part, chunk, rows, z, at)
         starts = chunk.segments.starts if part.loss.coupled else np.arange(len(z))
         for whole, own in _runs(starts, len(z), len(upper[0])):
             first = starts[whole] - own.start
             w = mine[whole].T
-            gradients += w @ _sums(slopes[0, own, None] * rows[own], first)
+            gradients += w @ _sums(slopes[own] * rows[own], first)
             for t, centred in terms:
                 c = centred[own]
                 products = (t[own, None] * c[:, upper[0]]) * c[:, upper[1]]
@@ -103,6 +119,7 @@ def all_at_one_point(
     return values, gradients, hessians
 
 
+@in_threads
 def each_at_its_own(part: Part, chunks: list[Chunk], X: Array, W: Array, units: Index) -> Array:
     """Return the Hessian of each fit at its own point, shape (R, d, d)."""
     hessians = np.zeros((len(X), part.n_unknowns, part.n_unknowns))

@@ -170,8 +170,8 @@ class Moves:
         found = []
         for first in range(0, k, width):
             some = steps[:, first : first + width]
-            moved = block @ some if many else part.design.product(block, some[:, 0])[:, None]
-            found.append(self._extents(part, chunk, np.ascontiguousarray(np.asarray(moved).T), counts))
+            moved = block @ some if many else part.design.product(block, some[:, 0])
+            found.append(self._extents(part, chunk, np.asarray(moved), counts))
         extents = np.concatenate(found, axis=1)
         if len(extents) == 1:
             self.largest = np.maximum(self.largest, extents[0])
@@ -182,22 +182,19 @@ class Moves:
 
     @staticmethod
     def _extents(part: Part, chunk: Chunk, moved: Array, counts: Mask) -> Array:
-        """Return the largest size of some steps' changes, shape (1, k), or, where a loss ignores what a group
-        shares, ``max a p`` and ``max -a p`` of the group in which they are furthest apart, shape (2, k).
+        """Return the largest size of each column of changes of logits, shape (1, k), or, where a loss ignores
+        what a group shares, ``max a p`` and ``max -a p`` of the group in which they are furthest apart, shape
+        (2, k).
         """
-        k, every = len(moved), bool(counts.all())
+        every = bool(counts.all())
         if not (part.loss.shift_invariant and part.penalty is None):
-            sizes = np.abs(moved if every else moved[:, counts])
-            return np.asarray(sizes.max(axis=1, initial=0.0)[None, :])
-        segments = chunk.segments.tiled(k)
-        up, down = (
-            segments.max(
-                (sign * moved if every else np.where(counts, sign * moved, -np.inf)).ravel()
-            ).reshape(k, -1)
-            for sign in (1.0, -1.0)
-        )
-        widest = np.argmax(up + down, axis=1)[:, None]
-        return np.stack([np.take_along_axis(one, widest, axis=1)[:, 0] for one in (up, down)])
+            sizes = np.abs(moved if every else moved[counts])
+            return np.reshape(sizes.max(axis=0, initial=0.0), (1, -1))
+        seen = counts if moved.ndim == 1 else counts[:, None]
+        ends = (sign * moved if every else np.where(seen, sign * moved, -np.inf) for sign in (1.0, -1.0))
+        up, down = (chunk.segments.max(end).reshape(len(chunk.segments), -1) for end in ends)
+        widest = np.argmax(up + down, axis=0)[None, :]
+        return np.concatenate([np.take_along_axis(one, widest, axis=0) for one in (up, down)])
 
 
 def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Mask) -> float:

@@ -359,7 +359,7 @@ def group_sums(
     """Return what whole groups sum to at their exact normalisers, and their columns."""
     normaliser, y, v = loss.normalise(z, segments)
     columns, extras = loss.accumulate(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
-    one = np.ones(len(segments))
+    one = np.ones((len(segments), *(1,) * (z.ndim - 1)))
     sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
     return loss.finalize(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
 
