@@ -9,7 +9,7 @@ from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from storages import STORAGES
 
-from attnfit import minimize, minimize_many, problems
+from attnfit import losses, minimize, minimize_many, problems
 
 G, SIZE, D = 40, 4, 3
 N = G * SIZE
@@ -304,3 +304,36 @@ def test_threads_change_no_bit(monkeypatch):
         found.append((many.x, many.value, many.move, problem.n_passes))
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+class ByTarget(losses.SeparableLoss):
+    """Squares that weigh more where the target is large, told row by row."""
+
+    def phi(self, f, b):
+        return 0.5 * self._weights(f, b) * (f - b) ** 2
+
+    def first(self, f, b):
+        return self._weights(f, b) * (f - b)
+
+    def second(self, f, b):
+        return self._weights(f, b)
+
+    def _weights(self, f, b):
+        out = np.ones_like(f)
+        out[b > 0.2] *= 2.0
+        return out
+
+
+def test_a_loss_of_ones_own_that_asks_for_rows():
+    rng, A, u = data()
+    b = u / np.bincount(IDS, weights=u)[IDS]
+    W = bootstrap(rng, len(np.unique(IDS)), R=3)
+    problem = problems.Softmax(A, b, groups=IDS, loss=ByTarget())
+    many = minimize_many(problem, W, random_state=0)
+    assert many.converged.all() and many.n_alone == 0
+    for r in range(3):
+        w = W[:, r][IDS].astype(float)
+        own = minimize(
+            problems.Softmax(A, b, groups=IDS, loss=ByTarget(), weights=w), tol=1e-10, x0=many.x[r]
+        )
+        np.testing.assert_allclose(many.x[r], own.x, atol=1e-6)

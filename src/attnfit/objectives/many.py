@@ -79,6 +79,8 @@ def _losses(part: Part, chunk: Chunk, z: Array) -> tuple[Array, Array]:
     """
     loss = part.loss
     b, w, constant = (np.reshape(v, (-1, 1)) for v in part.targets(chunk))
+    # A loss of one's own may look for rows by its target: it has the shape of the outputs.
+    b, w = np.broadcast_to(b, z.shape), np.broadcast_to(w, z.shape)
     if not loss.coupled:
         columns, extras = loss.accumulate(*loss.transform(z, 0.0), b, w, 0.0, 0.0)
         return extras[0], columns[0]
