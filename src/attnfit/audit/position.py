@@ -15,7 +15,7 @@ from attnfit.audit.regression import regressed_embedding
 
 # The probe knows less than its score says: beside the model's own prior it counts this much.
 TRUST = (1.0, 0.3, 0.03)
-FIRST_BATCH, SCAN_BATCH = 16, 2048
+FIRST_BATCH, SCAN_BATCH, DOUBT_BATCH = 16, 2048, 1 << 14
 # After each of these the vocabulary is ranked again by what the candidates tried tell.
 BATCHES = (16, 16, 32, *(64,) * 8)
 # Candidates whose lessons order the rest.
@@ -123,7 +123,7 @@ class PositionSearch:
             self.shortlist(NOISY_WIDER)
             rest = [token for token in range(len(self._table)) if token not in found.seen]
             while rest and not self._is_alone(certain) and found.log_odds >= certain:
-                some, rest = rest[:SCAN_BATCH], rest[SCAN_BATCH:]
+                some, rest = rest[:DOUBT_BATCH], rest[DOUBT_BATCH:]
                 self._try(some)
         # Where some tokens are as near as that, others that were not tried may be.
         found.exhausted = self._is_alone(certain) or len(found.tokens) == len(self._table)

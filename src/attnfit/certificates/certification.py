@@ -38,12 +38,15 @@ from attnfit.objectives.objective import Evaluation, Offer
 from attnfit.objectives.part import Part, in_runs, merged
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.token_problem import TokenProblem
-from attnfit.objectives.units import centred
+from attnfit.objectives.units import centred, is_shifted
 
 Array = NDArray[np.float64]
 
 # Attention problems are certified up to this many entries of the matrix that is otherwise never formed.
 DENSE_ENTRIES = 1 << 27
+# Rows are centred by group where a column is so many times larger than its differences: the bound of rounding
+# grows as much where they are not.
+SHIFTED = 4.0
 
 
 def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
@@ -56,8 +59,9 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     groups are longer than a block (three for 32 columns or more in memory), one where directions are open,
     and d^2 numbers. A mixture is certified by its duality gap instead.
 
-    The rows are centred by group first where the loss ignores what a group shares. Rounding is bounded to
-    first order with a probabilistic constant: errors are taken as independent, with sqrt(d) in place of d.
+    The rows are centred by group first where the loss ignores what a group shares and that is large.
+    Rounding is bounded to first order with a probabilistic constant: errors are taken as independent, with
+    sqrt(d) in place of d.
 
     Parameters
     ----------
@@ -129,9 +133,11 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
     if missing is not None:
         return refused(missing)
     x = as_point(x, problem.shape)
-    grouped = centred(problem)
     if rigorous:
-        return certify_rigorously(problem, x, grouped)
+        return certify_rigorously(problem, x, centred(problem))
+    rows, at_hand = problem.rows, problem.rows.is_whole and not problem.design.on_disk
+    near = at_hand and not is_shifted(rows, SHIFTED, constants=True)
+    grouped = problem if near else centred(problem)
     at = grouped.evaluate(x, hessian=grouped.n_unknowns <= NARROW)
     return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
 

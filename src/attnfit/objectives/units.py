@@ -80,8 +80,10 @@ def _refuse_codes(design: Design, j: int, size: float) -> None:
 # ---- rows centred by group
 
 
-def is_shifted(part: Part) -> bool:
-    """Whether the first rows show a column that is all but constant within groups, far from zero."""
+def is_shifted(part: Part, ratio: float = SHIFTED, *, constants: bool = False) -> bool:
+    """Whether the first rows show a column whose size is so many times what tells the rows of a group apart,
+    or one that does not tell them apart at all if ``constants`` count; False where no rows are at hand.
+    """
     if not part.loss.shift_invariant or part.penalty is not None:
         return False
     n, order = min(part.n_rows, LOOKED_AT), part.groups.order
@@ -90,7 +92,7 @@ def is_shifted(part: Part) -> bool:
         return False
     starts = part.groups.starts
     spread = _largest(centre_rows(block, starts[starts < n]))
-    return bool(((spread > 0.0) & (_largest(block) > SHIFTED * spread)).any())
+    return bool(((constants | (spread > 0.0)) & (_largest(block) > ratio * spread)).any())
 
 
 def _largest(block: Any) -> Array:
