@@ -45,6 +45,7 @@ TRIED = ROOT / ".mutants" / "tried.tsv"
 # The tests that guard each module, without those that take long.
 LOSSES = ["losses", "segments", "certificate_constants"]
 BALLS = [
+    "certificates",
     "certificate_constants",
     "kantorovich",
     "certificate_intervals",
@@ -66,6 +67,7 @@ GUARDS = {
     "losses/named": ["loss_sums", "open_losses"],
     "objectives/units": ["certificates_centred"],
     "certificates/certification": [*BALLS, "certificates_rigorous"],
+    "certificates/intervals": BALLS,
     "certificates/kantorovich": BALLS,
     "certificates/lipschitz": BALLS,
     "certificates/rigorous": PROVEN,

@@ -37,6 +37,9 @@ class Cubic:
     def rounding(self):
         return 0.0
 
+    def glance(self, radius):
+        return 0.0, np.inf
+
     def obstacle(self, radius):
         self.asked.append(radius)
 
@@ -115,6 +118,9 @@ class Given:
 
     def rounding(self):
         return 0.0
+
+    def glance(self, radius):
+        return 0.0, np.inf
 
     def obstacle(self, radius):
         return self.obstacle_is
@@ -216,3 +222,20 @@ def test_refusals_say_what_is_known():
         assert "overflows" in proof.reason
         assert np.isnan(proof.lambda_min)
         assert proof.n_unidentified == 0
+
+
+@pytest.mark.parametrize(
+    ("rounding", "cheap", "value", "taken"),
+    [
+        (0.0, 2.0, 0.0, True),  # near: M eta is 0.002
+        (0.0, 30.0, 0.0, False),  # the cheap constant is too large to say how near
+        (2.5e-3, 2.0, 0.0, False),  # rounding reaches beyond the ball that was looked at
+        (1.5e-3, 2.0, 1e14, True),  # which is larger where the loss is
+    ],
+)
+def test_a_cheap_constant_counts_on_its_ball_and_near_the_answer(rounding, cheap, value, taken):
+    given = Given(H=np.eye(1), M=1.0)
+    given.glance = lambda radius: (rounding, cheap)
+    proof = given.certificate(np.array([1e-3]), value)
+    assert proof.valid
+    assert np.isclose(proof.lipschitz, cheap if taken else given.M)
