@@ -38,6 +38,7 @@ EQUIVALENT = [
     ("certificates/good_start", r"became `return \(-1\.0\)`"),
     ("certificates/good_start", r"became .*sums_on_ball\(.*, _data, \(1\.0\)\)"),
     ("certificates/certification", r"became .*sums_on_ball\(.*, _rounding, \(1\.0\)\)"),
+    ("certificates/certification", r"became .*_rounding\(rows, \(1\.0\)\)"),
     ("solvers/evidence", r"became `SHRUNK = \(-0\.5\)`"),
     ("solvers/evidence", r"became `if not \(diagonal > 0\.0\)\.any\(\):`"),
     ("solvers/subproblem", r"became `size: float = \(1\.0\)`"),
