@@ -301,3 +301,24 @@ def test_rows_elsewhere_are_left_in_their_units(tmp_path):
     stored = np.load(tmp_path / "A.npy", mmap_mode="r")
     assert problems.Softmax(stored, b, ids).reduction() is None
     assert problems.Softmax(np.array(stored), b, ids).reduction() is not None
+
+
+@pytest.mark.parametrize("n_groups", [1, 700])
+@pytest.mark.parametrize("first", [0, 900, 6_000])
+def test_what_groups_share_is_found_wherever_it_begins(n_groups, first):
+    """A year that is stored from some row on: rounding counts differences only."""
+    rng = np.random.default_rng(0)
+    n = 7_000
+    A, groups = rng.standard_normal((n, 3)), np.repeat(np.arange(n_groups), n // n_groups)
+    b = np.exp(A @ [0.3, -0.2, 0.1])
+    b /= np.bincount(groups, weights=b)[groups]
+    shifted = A.copy()
+    # A group has a column with the year or without it.
+    shifted[groups >= groups[first], 1] += 2.0**20
+    plain, year = (
+        minimize(problems.Softmax(X, b, groups, loss="cross_entropy"), random_state=0, tol=1e-10)
+        for X in (A, shifted)
+    )
+    found = year.certificate()
+    assert found.valid
+    assert found.radius < 1e3 * max(plain.certificate().radius, 1e-13)

@@ -38,7 +38,7 @@ from attnfit.objectives.objective import Evaluation, Offer
 from attnfit.objectives.part import Part, in_runs, merged
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.token_problem import TokenProblem
-from attnfit.objectives.units import centred, is_shifted
+from attnfit.objectives.units import centred, shares_much
 
 Array = NDArray[np.float64]
 
@@ -135,9 +135,8 @@ def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
     x = as_point(x, problem.shape)
     if rigorous:
         return certify_rigorously(problem, x, centred(problem))
-    rows, at_hand = problem.rows, problem.rows.is_whole and not problem.design.on_disk
-    near = at_hand and not is_shifted(rows, SHIFTED, constants=True)
-    grouped = problem if near else centred(problem)
+    apart = not problem.rows.is_whole or shares_much(problem.rows, SHIFTED)
+    grouped = centred(problem) if apart else problem
     at = grouped.evaluate(x, hessian=grouped.n_unknowns <= NARROW)
     return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
 

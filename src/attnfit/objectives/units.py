@@ -15,7 +15,7 @@ from attnfit.data.groups import Chunk
 from attnfit.data.matrix import Design, SparseDesign
 from attnfit.objectives.objective import Drawn, Reduction
 from attnfit.objectives.part import Part, merged
-from attnfit.segments import Array
+from attnfit.segments import Array, Index
 
 if TYPE_CHECKING:
     from attnfit.objectives.rows import RowProblem
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # A column whose common part in a group is so many times what tells its rows apart loses digits that a fit
 # needs.
 SHIFTED = 1e5
-# Rows that are looked at.
-LOOKED_AT = 1_000
+# Rows that are looked at, and of how many groups.
+LOOKED_AT, LOOKED_AT_GROUPS = 1_000, 100
 # Squares of larger entries, weighted and added up, may overflow; beyond the second they do.
 LARGE, HUGE = 1e60, 1e150
 
@@ -80,19 +80,43 @@ def _refuse_codes(design: Design, j: int, size: float) -> None:
 # ---- rows centred by group
 
 
-def is_shifted(part: Part, ratio: float = SHIFTED, *, constants: bool = False) -> bool:
-    """Whether the first rows show a column whose size is so many times what tells the rows of a group apart,
-    or one that does not tell them apart at all if ``constants`` count; False where no rows are at hand.
+def is_shifted(part: Part) -> bool:
+    """Whether the first rows show a column that is all but constant within groups, far from zero."""
+    starts, n = part.groups.starts, min(part.n_rows, LOOKED_AT)
+    sizes = _sizes_and_spreads(part, np.arange(n), starts[starts < n])
+    return sizes is not None and bool(((sizes[1] > 0.0) & (sizes[0] > SHIFTED * sizes[1])).any())
+
+
+def shares_much(part: Part, ratio: float) -> bool:
+    """Whether a column is so many times larger than its differences within groups, as far as some rows from
+    everywhere tell; True where none are at hand.
+    """
+    sizes = _sizes_and_spreads(part, *_some_rows(part))
+    return sizes is None or bool((sizes[0] > ratio * sizes[1]).any())
+
+
+def _sizes_and_spreads(part: Part, rows: Index, starts: Index) -> tuple[Array, Array] | None:
+    """Return the largest entry of each column, shape (d,), and the largest difference from the first row of
+    its group, among some rows in group order; None where none are at hand or nothing is shared.
     """
     if not part.loss.shift_invariant or part.penalty is not None:
-        return False
-    n, order = min(part.n_rows, LOOKED_AT), part.groups.order
-    block = part.design.peek(slice(0, n) if order is None else order[:n])
-    if block is None:
-        return False
-    starts = part.groups.starts
-    spread = _largest(centre_rows(block, starts[starts < n]))
-    return bool(((constants | (spread > 0.0)) & (_largest(block) > ratio * spread)).any())
+        return None
+    block = part.design.peek(rows if part.groups.order is None else part.groups.order[rows])
+    return None if block is None else (_largest(block), _largest(centre_rows(block, starts)))
+
+
+def _some_rows(part: Part) -> tuple[Index, Index]:
+    """Return all rows where these are few, else some of some groups, both spread over all, and where groups
+    begin among them.
+    """
+    starts, n = part.groups.starts, part.n_rows
+    if n <= LOOKED_AT:
+        return np.arange(n), starts
+    groups = np.unique(np.linspace(0, len(starts) - 1, LOOKED_AT_GROUPS).astype(np.intp))
+    each = LOOKED_AT // len(groups)
+    # The rows of a short group more than once.
+    within = np.linspace(0.0, 1.0, each) * (np.diff(starts, append=n)[groups, None] - 1)
+    return (starts[groups, None] + within.astype(np.intp)).ravel(), each * np.arange(len(groups))
 
 
 def _largest(block: Any) -> Array:
