@@ -4,12 +4,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from audit_models import audit_cache, tiny  # noqa: F401
 from scipy.stats import ncx2
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from attnfit import audit  # noqa: E402
 from attnfit.audit.candidates import CandidateSet  # noqa: E402
+from attnfit.audit.forms import parse_access  # noqa: E402
 from attnfit.audit.position import Clues, PositionSearch  # noqa: E402
 from attnfit.audit.result import certain_log_odds  # noqa: E402
 from attnfit.audit.target import CONFIDENCE, Target, reach  # noqa: E402
@@ -66,3 +69,24 @@ def test_the_nearest_of_those_tried_is_not_taken_for_the_truth(separation, cheap
     if cheap and separation >= 80.0:
         # All tokens are tried before one is claimed, so that the true one is found.
         assert sum(certain for _, certain in claims) >= 35
+
+
+@pytest.mark.parametrize(
+    ("nats", "kept", "claimed"), [(30.0, 4, False), (400.0, 4, True), (30.0, 10**6, True)]
+)
+def test_a_withheld_first_token_counts_those_that_were_not_tried(tiny, monkeypatch, nats, kept, claimed):  # noqa: F811
+    """Thirty nats before those tried are enough if these are all tokens, or no other one could be as near."""
+    monkeypatch.setattr("attnfit.audit.withheld.FIRSTS_KEPT", kept)
+    seen = audit.observe(tiny, tiny.private_texts[0], "hidden:1", "noise:0.1+drop0")
+    search = parse_access("hidden:1").search(tiny, seen, 10**6)
+    found = search._after(tiny.tokenise(tiny.private_texts[0])[0])
+    perfect = -0.5 * sum(target.n_numbers for target in search._targets)
+
+    def likelihoods(sequences):
+        first = sequences[:, 0] == found.tokens[0]
+        return torch.where(first, perfect, perfect - nats).double()
+
+    monkeypatch.setattr(search, "_likelihoods", likelihoods)
+    position = search._settled(found).positions[0]
+    assert position.token == found.tokens[0]
+    assert (position.log_odds >= certain_log_odds(len(found.tokens))) == claimed

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import shrink_blocks
 from instances import ALL_LOSSES, instance
 
 from attnfit import minimize, problems
@@ -78,3 +79,11 @@ def test_the_loss_at_zero_takes_no_look_at_the_rows(family, loss):
     found = problem.rows.reduce(value_at_zero)
     assert problem.n_passes == before
     assert np.isclose(found, problem.value(np.zeros(4)), rtol=1e-12, atol=0.0)
+
+
+def test_the_loss_at_zero_of_a_long_group_takes_a_read(monkeypatch):
+    """Its normaliser is the sum of pieces; a fit that needs the loss evaluates it."""
+    shrink_blocks(monkeypatch)
+    problem = instance("Softmax", "squared", sizes=(400, 7), d=4)[0].problem()
+    assert problem.rows.n_long
+    assert np.isnan(problem.rows.reduce(value_at_zero))
