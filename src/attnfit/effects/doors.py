@@ -337,5 +337,7 @@ def Exponential(
     if absorb is None:
         return models.Exponential(A, b, function, row_penalty=row_penalty, **given)
     if function != "exp":
-        raise NotImplementedError(f"absorb takes function='exp' only, not {function!r}")
+        raise NotImplementedError(
+            f"absorb takes function='exp' only, not {function!r}; pass the effects as sparse dummies"
+        )
     return absorbed_problem(lambda X: models.Exponential(X, b, **given), A, absorb, row_penalty, singletons)
