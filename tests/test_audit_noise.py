@@ -12,8 +12,11 @@ pytest.importorskip("transformers")
 
 from attnfit import audit  # noqa: E402
 from attnfit.audit.candidates import CandidateSet  # noqa: E402
+from attnfit.audit.context_free import ContextFree, context_free  # noqa: E402
+from attnfit.audit.engine.prefix import Prefix  # noqa: E402
 from attnfit.audit.forms import parse_access  # noqa: E402
-from attnfit.audit.position import Clues, PositionSearch  # noqa: E402
+from attnfit.audit.models.model import Model  # noqa: E402
+from attnfit.audit.position import SLACK, Clues, PositionSearch  # noqa: E402
 from attnfit.audit.result import certain_log_odds  # noqa: E402
 from attnfit.audit.target import CONFIDENCE, Target, reach  # noqa: E402
 
@@ -34,9 +37,10 @@ def test_a_state_beyond_reach_would_have_missed_by_more(n, excess):
         assert ncx2.cdf(1.3 * squares, n, far) > 1e-4
 
 
-def searched(separation, seed, *, cheap):
+def searched(separation, seed, *, cheap, known=1.0):
     """Search for a token that all rankings put last, behind one whose state is near its own, and a hundred
-    that are nearly as near to that as the truth.
+    that are nearly as near to that as the truth; with "table", one tells ``known`` times how far all are
+    apart.
     """
     generator = torch.Generator().manual_seed(seed)
     states = 40.0 * torch.randn(N_TOKENS, WIDTH, generator=generator)
@@ -55,20 +59,66 @@ def searched(separation, seed, *, cheap):
     target = Target(observed, torch.ones(WIDTH), torch.full((WIDTH,), 40.0))
     found = CandidateSet(prefix, target)
     clues = Clues(ranker, ranker, ranks)
-    PositionSearch(found, clues, torch.zeros(N_TOKENS, WIDTH), 10**6, cheap=cheap).most_likely(
-        certain_log_odds(14), thorough=False
-    )
-    return found.tokens[found.best], found.log_odds >= certain_log_odds(14)
+    search = PositionSearch(
+        found, clues, torch.zeros(N_TOKENS, WIDTH), 10**6, cheap=bool(cheap),
+        context_free=ContextFree(known * states, 0) if cheap == "table" else None,
+    )  # fmt: skip
+    search.most_likely(certain_log_odds(14), thorough=False)
+    return found.tokens[found.best], found.log_odds >= certain_log_odds(14), len(found.tokens)
 
 
 @pytest.mark.parametrize("separation", [30.0, 80.0, 110.0, 150.0, 180.0, 250.0])
-@pytest.mark.parametrize("cheap", [False, True])
+@pytest.mark.parametrize("cheap", [False, True, "table"])
 def test_the_nearest_of_those_tried_is_not_taken_for_the_truth(separation, cheap):
-    claims = [searched(separation, seed, cheap=cheap) for seed in range(40)]
+    claims = [searched(separation, seed, cheap=cheap)[:2] for seed in range(40)]
     assert not any(certain and token != TRUTH for token, certain in claims)
     if cheap and separation >= 80.0:
         # All tokens are tried before one is claimed, so that the true one is found.
         assert sum(certain for _, certain in claims) >= 35
+
+
+@pytest.mark.parametrize("separation", [110.0, 250.0])
+def test_a_table_saves_what_cannot_be_the_truth_and_one_that_is_wrong_saves_nothing(separation):
+    """It claims what trying everything claims; where states are nearer than it says, everything is tried."""
+    for seed in range(10):
+        every = searched(separation, seed, cheap=True)
+        table = searched(separation, seed, cheap="table")
+        assert table[:2] == every[:2] and table[2] < every[2]
+        assert searched(separation, seed, cheap="table", known=1.1) == every
+
+
+def random_model(family):
+    from audit_families import random_module
+
+    return Model(family, random_module(family), None, "causal")
+
+
+@pytest.mark.parametrize("access", ["kv:0", "k:0", "v:0"])
+def test_what_a_first_block_caches_is_apart_as_the_table_says_after_any_prefix(access):
+    model, tokens = random_model("llama"), list(range(300))
+    table = context_free(model, access)
+    for prefix in ([], [5, 9, 4], list(range(11, 40))):
+        before = Prefix(model, access)
+        if prefix:
+            before.extend(prefix)
+        states = before.candidates(tokens)
+        width = states.shape[1]
+        target = Target(states[3], torch.linspace(0.5, 1.0, width), torch.ones(width))
+        known, apart = table.apart(target, 3)[tokens], target.separations(states, states[3])
+        assert (known <= apart * (1.0 + SLACK)).all()
+        # Keys in units of their largest error, values exactly.
+        assert (known >= 0.25 * apart).all() and table.holds(tokens, states, 3)
+    assert context_free(model, "kv:1") is None and context_free(model, 1) is None
+
+
+@pytest.mark.parametrize("access", ["kv:0", "v:0"])
+def test_positions_that_are_added_to_embeddings_are_noticed(access):
+    """Values then depend on the position: the table of another one must not be believed."""
+    model, tokens = random_model("gpt2"), list(range(60))
+    prefix = Prefix(model, access)
+    prefix.extend([1, 2, 3, 4])
+    assert not context_free(model, access).holds(tokens, prefix.candidates(tokens), 7)
+    assert context_free(model, "k:0") is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from attnfit.audit.calibration import calibrate
 from attnfit.audit.candidates import CandidateSet
 from attnfit.audit.checks import check_prefix
+from attnfit.audit.context_free import context_free
 from attnfit.audit.engine.prefix import Prefix, alternatives
 from attnfit.audit.engine.prior import Prior
 from attnfit.audit.errors import ObservationMismatch
@@ -155,7 +156,10 @@ class HiddenSearch:
         names = ("running", "within") if at else ("first", "first")
         prior = self._prior.after(tokens)
         clues = Clues(self._rankers[names[0]], self._rankers[names[1]], prior)
-        search = PositionSearch(evaluated, clues, self._model.embeddings, self._budget, cheap=self._cheap)
+        free = context_free(self._model, self._layer) if target.noisy and target.basis is None else None
+        search = PositionSearch(
+            evaluated, clues, self._model.embeddings, self._budget, cheap=self._cheap, context_free=free
+        )
         method: str | None
         if target.noisy:
             certain = certain_log_odds(len(self._states))

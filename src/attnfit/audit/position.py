@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnfit.audit.candidates import CandidateSet
+from attnfit.audit.context_free import ContextFree
 from attnfit.audit.embedding_newton import EmbeddingNewton
 from attnfit.audit.engine.prior import with_surprises
+from attnfit.audit.models.model import Tokens
 from attnfit.audit.ordering import interleaved
 from attnfit.audit.probes import Ranker
 from attnfit.audit.regression import regressed_embedding
@@ -25,6 +27,8 @@ NOISY_SHORTLIST, NOISY_WIDER = 64, 1024
 # the certain log odds, and than this many times as far as its misfit lets the true token be: the nearest of
 # those tried, which are most like it, may not be the nearest of all.
 FAR, BEYOND_REACH, RIVALS = 16.0, 2.0, 64
+# What rounding may make of distances that a table tells.
+SLACK = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +63,16 @@ class PositionSearch:
     cheap : bool
         Whether to try the whole vocabulary takes less than Newton's method, which is then left out; where
         errors leave doubt, many are tried, and all where none of them explains the state.
+    context_free : ContextFree, optional
+        Tells which tokens cannot be the true one without trying them.
     """
 
     def __init__(
-        self, evaluated: CandidateSet, clues: Clues, table: Any, budget: int, *, cheap: bool
-    ) -> None:
+        self, evaluated: CandidateSet, clues: Clues, table: Any, budget: int, *, cheap: bool,
+        context_free: ContextFree | None = None,
+    ) -> None:  # fmt: skip
         self._evaluated, self._clues, self._table, self._budget = evaluated, clues, table, budget
-        self._cheap = cheap
+        self._cheap, self._context_free = cheap, context_free
 
     def run(self) -> str | None:
         """Return the stage that found a token which explains the observation, None if all of them fail."""
@@ -116,23 +123,47 @@ class PositionSearch:
             self._try(interleaved([like], found.seen, RIVALS))
             if found.best == best:
                 break
-        fits = float(found.misfits.min()) <= found.target.limit
-        if fits and self._is_alone(certain) and found.log_odds >= certain:
+        if self._fits and self._is_alone(certain) and found.log_odds >= certain:
             return
         if self._cheap:
-            self.shortlist(NOISY_WIDER)
-            rest = [token for token in range(len(self._table)) if token not in found.seen]
-            while rest and not self._is_alone(certain) and found.log_odds >= certain:
-                some, rest = rest[:DOUBT_BATCH], rest[DOUBT_BATCH:]
-                self._try(some)
+            known = self._context_free is not None
+            if not (known and self._fits):
+                self.shortlist(NOISY_WIDER)
+            # Where a table tells which tokens are worth it, one is looked for that fits, too.
+            missed = known and not self._fits
+            while (missed or (found.log_odds >= certain and not self._is_alone(certain))) and self._left:
+                rest = self._within_reach(certain)
+                if not rest:
+                    found.exhausted = True
+                    return
+                self._try(rest[:DOUBT_BATCH])
+                missed = missed and not self._fits
         # Where some tokens are as near as that, others that were not tried may be.
         found.exhausted = self._is_alone(certain) or len(found.tokens) == len(self._table)
 
+    @property
+    def _fits(self) -> bool:
+        """Whether the best token misses the observation by no more than the true one may."""
+        return float(self._evaluated.misfits.min()) <= self._evaluated.target.limit
+
     def _is_alone(self, certain: float) -> bool:
         """Return whether every rival tried is further from the best token than the true one can be."""
+        return self._evaluated.apart > self._far(certain)
+
+    def _far(self, certain: float) -> float:
+        """Return how far from the best token the true one cannot be, nor count."""
         found = self._evaluated
         within = found.target.reach(float(found.misfits.min()))
-        return found.apart > max(FAR * certain, BEYOND_REACH * within)
+        return max(FAR * certain, BEYOND_REACH * within)
+
+    def _within_reach(self, certain: float) -> Tokens:
+        """Return the tokens not tried yet that may be as near to the best one as the true token can be."""
+        found, free = self._evaluated, self._context_free
+        left = [token for token in range(len(self._table)) if token not in found.seen]
+        if free is None or not free.holds(found.tokens, found.states, found.best):
+            return left
+        near = free.apart(found.target, found.tokens[found.best]) <= (1.0 + SLACK) * self._far(certain)
+        return [token for token in left if near[token]]
 
     def shortlist(self, count: int = FIRST_BATCH) -> bool:
         """Try the best of the probe, of the prior and of both."""
@@ -167,7 +198,11 @@ class PositionSearch:
         rest = interleaved(lists, found.seen, len(prior))
         return any(self._try(rest[at : at + SCAN_BATCH]) for at in range(0, len(rest), SCAN_BATCH))
 
+    @property
+    def _left(self) -> int:
+        """How many candidates may still be tried."""
+        return max(0, self._budget - self._evaluated.n_candidates)
+
     def _try(self, tokens: list[int]) -> bool:
-        left = max(0, self._budget - self._evaluated.n_candidates)
-        self._evaluated.add(tokens[:left])
+        self._evaluated.add(tokens[: self._left])
         return self._evaluated.solved

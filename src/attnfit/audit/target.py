@@ -73,7 +73,11 @@ class Target:
 
     def separations(self, states: Any, state: Any) -> Any:
         """Return how far states are from another one: the sum of squares in units of the error."""
-        return self._squares(states, state) / self._unit
+        return self.in_errors(self._squares(states, state))
+
+    def in_errors(self, squares: Any) -> Any:
+        """Return sums of squares in units of `likely` as `separations` count them."""
+        return squares / self._unit
 
     def reach(self, misfit: float) -> float:
         """Return how far from a candidate of some misfit the true state can be, as `separations` are."""
@@ -91,8 +95,12 @@ class Target:
         return 1.0 if self.most is None else max(1.0, self.most) ** 2
 
     def _squares(self, states: Any, state: Any) -> Any:
-        likely = (self.error.square() + (TOLERANCE * self._spread).square()).sqrt()
-        return (self._along(states - state) / likely).square().sum(-1)
+        return (self._along(states - state) / self.likely).square().sum(-1)
+
+    @cached_property
+    def likely(self) -> Any:
+        """Standard deviation of what error and rounding make of a state, along each column of the basis."""
+        return (self.error.square() + (TOLERANCE * self._spread).square()).sqrt()
 
     @cached_property
     def noisy(self) -> bool:

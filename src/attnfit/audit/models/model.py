@@ -73,6 +73,8 @@ class Model:
     def __post_init__(self) -> None:
         self._near: dict[int, Tokens] = {}
         self._runs: dict[str, Model] = {}
+        # What of a layer depends on the token alone: see `attnfit.audit.context_free`.
+        self.context_free: dict[Layer, Any] = {}
         self.module.eval().requires_grad_(False)
         self.blocks = find_blocks(self.module)
 
@@ -369,6 +371,7 @@ class Model:
             )
         other = copy(self)
         other.first_position, other.ways, other.calibrations = first_position, {}, {}
+        other.context_free = {}
         return other
 
     def in_dtype(self, name: str) -> Model:
