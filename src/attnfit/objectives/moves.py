@@ -161,18 +161,18 @@ class Moves:
 
     def add(self, part: Part, chunk: Chunk, block: Any, at: Evaluation, steps: Array) -> None:
         """Add the rows of a chunk."""
-        counts, k = counting_rows(part, chunk), steps.shape[1]
+        counts, k = None if part.all_count else counting_rows(part, chunk), steps.shape[1]
         if kind_of(part.loss) is Kind.EXACT and part.penalty is None:
             self.least = min(self.least, _least_free(part, chunk, block, at, counts))
         # One step at a time where there are few: BLAS is slower at products with a few.
         many = k > FEW_STEPS and (isinstance(block, np.ndarray) or sparse.issparse(block))
-        width = max(1, MOVED // len(counts)) if many else 1
+        width = max(1, MOVED // chunk.segments.n_rows) if many else 1
         found = []
         for first in range(0, k, width):
             some = steps[:, first : first + width]
             moved = block @ some if many else part.design.product(block, some[:, 0])
             found.append(self._extents(part, chunk, np.asarray(moved), counts))
-        extents = np.concatenate(found, axis=1)
+        extents = found[0] if len(found) == 1 else np.concatenate(found, axis=1)
         if len(extents) == 1:
             self.largest = np.maximum(self.largest, extents[0])
         elif chunk.long >= 0:
@@ -181,23 +181,25 @@ class Moves:
             self.largest = np.maximum(self.largest, 0.5 * extents.sum(axis=0))
 
     @staticmethod
-    def _extents(part: Part, chunk: Chunk, moved: Array, counts: Mask) -> Array:
+    def _extents(part: Part, chunk: Chunk, moved: Array, counts: Mask | None) -> Array:
         """Return the largest size of each column of changes of logits, shape (1, k), or, where a loss ignores
         what a group shares, ``max a p`` and ``max -a p`` of the group in which they are furthest apart, shape
         (2, k).
         """
-        every = bool(counts.all())
         if not (part.loss.shift_invariant and part.penalty is None):
-            sizes = np.abs(moved if every else moved[counts])
+            sizes = np.abs(moved if counts is None else moved[counts])
             return np.reshape(sizes.max(axis=0, initial=0.0), (1, -1))
-        seen = counts if moved.ndim == 1 else counts[:, None]
-        ends = (sign * moved if every else np.where(seen, sign * moved, -np.inf) for sign in (1.0, -1.0))
-        up, down = (chunk.segments.max(end).reshape(len(chunk.segments), -1) for end in ends)
-        widest = np.argmax(up + down, axis=0)[None, :]
-        return np.concatenate([np.take_along_axis(one, widest, axis=0) for one in (up, down)])
+        ends = moved, -moved
+        if counts is not None:
+            seen = counts if moved.ndim == 1 else counts[:, None]
+            ends = np.where(seen, moved, -np.inf), np.where(seen, -moved, -np.inf)
+        up, down = (chunk.segments.max(end) for end in ends)
+        widest = np.argmax(up + down, axis=0)
+        places = widest if moved.ndim == 1 else (widest, np.arange(moved.shape[1]))
+        return np.array([up[places], down[places]]).reshape(2, -1)
 
 
-def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Mask) -> float:
+def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Mask | None) -> float:
     """Return the smallest output, relative to the largest of its group, of a row that the loss lets fall:
     as `rows_of` does, without the normalisers.
     """
@@ -209,7 +211,7 @@ def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Ma
     else:
         fixed = b > 0.0 if part.loss.has_target else np.zeros(b.shape, dtype=bool)
         z = z - z.max()
-    return float(np.exp(z[counts & ~fixed].min(initial=np.inf)))
+    return float(np.exp(z[~fixed if counts is None else counts & ~fixed].min(initial=np.inf)))
 
 
 @in_runs
@@ -260,7 +262,8 @@ class Probe:
         squares, before = np.zeros((2, self._part.n_unknowns))
         n_rows = 0
         for chunk, block in self._kept:
-            rows = np.asarray(block @ np.eye(self._part.n_unknowns))
+            plain = block if isinstance(block, np.ndarray) else block @ np.eye(self._part.n_unknowns)
+            rows = np.asarray(plain, dtype=np.float64)
             before += np.sum(rows * rows, axis=0)
             if self._part.loss.shift_invariant:
                 segments = chunk.segments

@@ -314,15 +314,31 @@ class Judge:
         if coarse > COARSE * curvature > 0.0:
             return coarse / curvature
         assert model.base is not None
-        if model.base.is_firm(WEAK):
-            return 0.0
-        v, curvature, share = model.weakest()
-        move = float(self._measure(at, model, v)[0]) if share <= WEAK else 0.0
-        if not move > 0.0:
-            return 0.0
-        nudge = NUDGE / move
-        change = float(v @ (self.problem.evaluate(at.x + nudge * v).gradient - at.gradient))
-        return abs(change / (nudge * curvature) - 1.0) * NUDGE
+        weak = [] if model.base.is_firm(WEAK) else [model.weakest()]
+        noise = 0.0
+        for v, curvature, share in [*weak, *self._faintest(model)]:
+            move = float(self._measure(at, model, v)[0]) if share <= WEAK else 0.0
+            if move > 0.0:
+                nudge = NUDGE / move
+                change = float(v @ (self.problem.evaluate(at.x + nudge * v).gradient - at.gradient))
+                noise = max(noise, abs(change / (nudge * curvature) - 1.0) * NUDGE)
+        return noise
+
+    def _faintest(self, model: Model) -> list[tuple[Array, float, float]]:
+        """Return the unknown with the least curvature a logit if others have far more, as `Model.weakest`
+        does: scaled variables hide that the slopes of the others may round its own away.
+        """
+        squares = model.scale**2
+        if self.probe is None or not squares.min() <= WEAK * squares.max():
+            return []
+        sizes = self.probe.column_sizes()
+        share = squares / np.where(sizes > 0.0, sizes, np.inf) ** 2
+        share[share == 0.0] = np.inf
+        j = int(np.argmin(share))
+        if not np.isfinite(share[j]):
+            return []
+        largest = float(share[np.isfinite(share)].max())
+        return [(np.eye(1, len(share), j)[0], float(squares[j]), float(share[j]) / largest)]
 
     def _accepted(self, at: Evaluation, model: Model | None = None) -> Status:
         """Accept a point, unless a row has all but vanished that the loss lets fall for ever, and nothing
