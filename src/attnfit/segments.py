@@ -60,7 +60,7 @@ class Segments:
 
     def spread(self, values: Array) -> Array:
         """Repeat one value a run on all its rows; broadcastable against (n_rows,) or (n_rows, k)."""
-        return values if len(self) == 1 else np.repeat(values, self.sizes, axis=0)
+        return values if len(self.starts) == 1 else values.repeat(self._length or self.sizes, axis=0)
 
     def _entries(self, rows: Array) -> Array:
         """Return the first entries of all runs, the second, and so on."""

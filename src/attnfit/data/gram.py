@@ -16,6 +16,9 @@ Index = NDArray[np.intp]
 
 # What is made of a part of a block stays in cache; a compiled loop makes one array, numpy several.
 PART_BYTES, COMPILED_BYTES = 1 << 18, 1 << 19
+# Entries up to which making a sparse indicator of groups costs more than NumPy's slower sums; columns up to
+# which a product that is not symmetric costs less than setting negative weights apart.
+FEW, VERY_NARROW = 1 << 14, 8
 
 
 def flatness(d: int) -> float:
@@ -55,6 +58,8 @@ def group_rows(block: Any, weights: Array, starts: Index) -> Any:
         total = combine_rows(weights, block).reshape(1, -1)
         return sparse.csr_array(total) if sparse.issparse(block) else total
     n = block.shape[0]
+    if isinstance(block, np.ndarray) and block.size <= FEW:
+        return np.add.reduceat(block * weights[:, None], starts, axis=0)
     indicator = sparse.csr_array((weights, np.arange(n), np.append(starts, n)), shape=(len(starts), n))
     return indicator @ block
 
@@ -166,9 +171,8 @@ class Gram:
         if self._compiled:
             self._add_compiled(block, t, r, 0.0, np.zeros((0, 0)), np.zeros(1, dtype=np.intp))
             return
-        scale = np.sqrt(np.abs(t)) if r is None else np.sqrt(np.abs(t)) * r
         for part in self._parts(len(t)):
-            self._add_dense(block[part] * scale[part, None], t[part])
+            self._add_weighted(block[part] if r is None else block[part] * r[part, None], t[part])
 
     def add_centred(
         self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Any, starts: Index
@@ -180,15 +184,16 @@ class Gram:
             if self._compiled:
                 self._add_compiled(block, t, r, q, mu, starts)
                 return
-            group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(t)))
+            ends = np.append(starts[1:], len(t))
+            whole = len(t) <= self._step
+            group = np.arange(len(starts)).repeat(ends - starts)
             for part in self._parts(len(t)):
-                centre = mu[group[part]]
+                centre = mu.repeat(ends - starts, axis=0) if whole else mu[group[part]]
                 if isinstance(q, np.ndarray):
                     centre *= q[part, None]
                 rows = block[part] if r is None else block[part] * r[part, None]
                 np.subtract(rows, centre, out=centre)
-                centre *= np.sqrt(np.abs(t[part]))[:, None]
-                self._add_dense(centre, t[part])
+                self._add_weighted(centre, t[part])
             return
         tr = t if r is None else t * r
         self._add_rows(block, tr if r is None else tr * r)
@@ -210,9 +215,7 @@ class Gram:
             for part in self._parts(len(t)):
                 rows = block[part] if r is None else block[part] * r[part, None]
                 centre = np.multiply.outer(q[part], mu) if isinstance(q, np.ndarray) else mu
-                rows = rows - centre
-                rows *= np.sqrt(np.abs(t[part]))[:, None]
-                self._add_dense(rows, t[part])
+                self._add_weighted(rows - centre, t[part])
             return
         tr = t if r is None else t * r
         self._add_rows(block, tr if r is None else tr * r)
@@ -271,8 +274,13 @@ class Gram:
             total += half + half.T
         return total
 
-    def _add_dense(self, rows: Array, t: Array) -> None:
-        """Add rows that carry the root of the size of their weight."""
+    def _add_weighted(self, rows: Array, t: Array) -> None:
+        """Add dense rows."""
+        if rows.shape[1] <= VERY_NARROW:
+            product = (rows * t[:, None]).T @ rows
+            self._total += 0.5 * (product + product.T)
+            return
+        rows = rows * np.sqrt(np.abs(t))[:, None]
         # numpy recognises X^T X and calls the symmetric product: half the arithmetic.
         self._total += rows.T @ rows
         negative = np.flatnonzero(t < 0.0)

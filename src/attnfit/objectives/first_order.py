@@ -132,13 +132,13 @@ def read(
         )
         sampler.finish(totals.scores)
     states, centres = totals.finalize(rows.loss, reference, rows.long_constants)
-    value = totals.value + 0.5 * float(np.sum(problem.ridge * x * x))
-    gradient = totals.gradient + problem.ridge * x
+    pull = problem.ridge * x
+    value, gradient = totals.value + 0.5 * float(pull @ x), totals.gradient + pull
     value = value if np.isfinite(value) and np.isfinite(gradient).all() else np.inf
     matrix = None
     if hessian and (near is None or _trustworthy(reference, near.state, states, totals.long_weights)):
         matrix = totals.gram.result()
-        matrix[np.diag_indices(len(x))] += problem.ridge
+        matrix.flat[:: len(x) + 1] += problem.ridge
     return Evaluation(
         x, value, gradient, states, centres, totals.gradient_at_zero if at_zero else None, sample, matrix
     )
@@ -251,7 +251,7 @@ def _add_chunk(
         rows.append(penalty * linear)
     if long_states is not None:
         rows.append(part.slope_at_zero(chunk, long_states))
-    products = part.design.combine(np.stack(rows), block)
+    products = part.design.combine(rows[0][None, :] if len(rows) == 1 else np.stack(rows), block)
     if long < 0:
         totals.gradient += products[0]
     else:

@@ -145,6 +145,8 @@ class Part(RowStore):
         self.n_groups, self.n_long = len(self.groups), len(self.long_groups)
         self.long_numbers: Index = np.arange(self.n_long)
         self.long_constants = self.constants[self.long_groups]
+        # Whether every row plays a part in the loss, as far as that is known without looking at each.
+        self.all_count = self.weights is None and not (loss.needs_mass and (self.constants <= 0.0).any())
 
     def with_loss(self, loss: Loss, b: Any, weights: Any) -> Self:
         """Return the same rows with another loss; ``b``, ``weights`` in group order."""
@@ -183,9 +185,8 @@ class Part(RowStore):
         Work returns what `merged` adds up: on data in several places it runs where they are, and only its
         sums travel.
         """
-        chunks = self.chunks if drawn is None else drawn.chunks
-        with self.threads(chunks):
-            return work(self, chunks, *args)
+        with self.threads(drawn):
+            return work(self, self.chunks if drawn is None else drawn.chunks, *args)
 
     def reduce_and_draw(self, work: Callable[..., Any], *args: Any) -> tuple[Any, Drawn]:
         """Return the first result of ``work``, and the chunks that it drew, which stay where they are."""
@@ -193,11 +194,11 @@ class Part(RowStore):
             sums, chunks = work(self, self.chunks, *args)
         return sums, Drawn(chunks, sum(chunk.matrix.shape[0] for chunk in chunks))
 
-    def threads(self, chunks: list[Chunk] | None = None) -> AbstractContextManager[None]:
+    def threads(self, drawn: Drawn | None = None) -> AbstractContextManager[None]:
         """Give BLAS one thread where rows are narrow and not few: with two, products of narrow blocks take as
         long, on both, or longer (measured, 16 to 200 columns); five times as long where others compute too.
         """
-        n_rows = self.n_rows if chunks is None else sum(chunk.segments.n_rows for chunk in chunks)
+        n_rows = self.n_rows if drawn is None else drawn.n_rows
         many = self.n_unknowns * n_rows >= MANY
         return one_blas_thread(alone=False) if many and self.n_unknowns <= NARROW else nullcontext()
 
@@ -359,23 +360,20 @@ def group_sums(
     """Return what whole groups sum to at their exact normalisers, and their columns."""
     normaliser, y, v = loss.normalise(z, segments)
     columns, extras = loss.accumulate(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
-    one = np.ones((len(segments), *(1,) * (z.ndim - 1)))
+    one = np.ones(())
     sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
     return loss.finalize(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
 
 
 def group_slopes(statistics: GroupStatistics, columns: tuple[Array, ...], segments: Segments) -> Array:
     """Return the gradient in the logits of whole groups, shape (n_rows,)."""
-    slope = np.zeros_like(columns[0])
-    for coefficient, column in zip(statistics.coefficients, columns, strict=True):
-        # At an exact normaliser most coefficients are zero or one.
-        if np.any(coefficient):
-            if np.all(coefficient == 1.0):
-                slope += column
-            else:
-                spread = segments.spread(np.asarray(coefficient)) if np.ndim(coefficient) else coefficient
-                slope += spread * column
-    return slope
+    slope: Array | None = None
+    for coefficient, column in zip(map(np.asarray, statistics.coefficients), columns, strict=True):
+        # At an exact normaliser some coefficients are zero, and what they multiply need not be finite.
+        if coefficient.any():
+            term = (segments.spread(coefficient) if coefficient.ndim else coefficient) * column
+            slope = term if slope is None else np.add(slope, term, out=slope)
+    return np.zeros_like(columns[0]) if slope is None else slope
 
 
 def row_values(part: Part, chunks: list[Chunk], at: Evaluation, formula: Any) -> Array:

@@ -25,6 +25,7 @@ from attnfit.solvers.subproblem import (
     QuasiNewton,
     SteihaugToint,
     Step,
+    length,
     preconditioned,
 )
 
@@ -79,7 +80,7 @@ class Model:
     def solve(self, gradient: Array, radius: float, *, steep_only: bool = False) -> Step:
         """Return the minimiser within the radius; ``p`` is in the user's units."""
         step = self.quadratic.solve(gradient / self.scale, radius, steep_only=steep_only)
-        return replace(step, p=step.p / self.scale, size=float(np.linalg.norm(step.p)))
+        return Step(step.p / self.scale, step.predicted, step.bounded, length(step.p))
 
     def approach(self, gradient: Array) -> Array | None:
         """Return how far a stationary point is, whatever its kind, shape (d,); None without a matrix."""
@@ -99,12 +100,12 @@ class Model:
 
     def norm(self, v: Array) -> float:
         """Return the length of a step in scaled variables."""
-        return float(np.linalg.norm(self.scale * v))
+        return length(self.scale * v)
 
     def dual_norm(self, gradient: Array) -> float:
         """Return the length of a gradient in scaled variables."""
         with np.errstate(over="ignore", invalid="ignore"):
-            return float(np.linalg.norm(gradient / self.scale))
+            return length(gradient / self.scale)
 
     @property
     def negative(self) -> bool:
@@ -199,8 +200,7 @@ class Exact:
     Parameters
     ----------
     patient : bool
-        Try a Hessian before asking for the next one: right for a start so close that the first is likely to
-        be the last.
+        Try a Hessian before asking for the next one: for a start so close that the first may be the last.
     """
 
     def __init__(self, *, patient: bool = False) -> None:

@@ -18,7 +18,7 @@ from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.solvers.curvature import Model, Strategy
 from attnfit.solvers.result import History, Record
-from attnfit.solvers.subproblem import Step
+from attnfit.solvers.subproblem import Step, length
 from attnfit.solvers.verdicts import STAY, Judge, Next, Status, Verdict
 
 Callback = Callable[[Record], Any]
@@ -175,8 +175,8 @@ class Descent:
         """Return the size of a gradient relative to the reference, in the variables of the last model."""
         scale = 1.0 if self.model is None else self.model.scale
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            size, goal = np.linalg.norm(gradient / scale), np.linalg.norm(self.reference / scale)
-            return float(size / goal) if goal > 0.0 else 0.0
+            size, goal = length(gradient / scale), length(self.reference / scale)
+            return size / goal if goal > 0.0 else 0.0
 
     def remodel(self, problem: Problem, strategy: Strategy, tracker: Tracker) -> Model:
         """Model the curvature where the descent stands; the radius stays the same in the new variables."""

@@ -53,12 +53,21 @@ class Sample:
         Its rows over those of the full problem.
     is_full : bool
         Whether it is the full problem itself.
+    drawn_convex : RowProblem, optional
+        The surrogate on rows that were drawn.
     """
 
     problem: Any
-    convex: Any
-    share: float
+    share: float = 1.0
     is_full: bool = True
+    drawn_convex: Any = None
+
+    @property
+    def convex(self) -> Any:
+        """The convex surrogate, None where there is none; few fits of all rows need one."""
+        if not self.is_full or self.problem.convex:
+            return self.drawn_convex
+        return self.problem.convex_surrogate()
 
     @property
     def n_passes(self) -> float:
@@ -70,20 +79,15 @@ class Sample:
         )
 
 
-def whole(problem: Problem) -> Sample:
-    """Return the problem itself with its convex surrogate."""
-    return Sample(problem, None if problem.convex else problem.convex_surrogate(), 1.0)
-
-
 def draw_sample(problem: RowProblem, n_rows: int, rng: np.random.Generator) -> Sample:
     """Return an importance-weighted sample of about ``n_rows`` rows of a problem and its convex surrogate."""
     small_enough = problem.n_rows <= n_rows and problem.rows.is_whole
     draw = None if small_enough else draw_rows(problem.rows, n_rows, rng)
     if draw is None:
-        return whole(problem)
+        return Sample(problem)
     small = draw.problem(problem.loss, problem.ridge)
     convex = None if problem.convex else draw.convex_surrogate(problem.loss, problem.ridge)
-    return Sample(small, convex, small.n_rows / problem.n_rows, is_full=False)
+    return Sample(small, small.n_rows / problem.n_rows, False, convex)
 
 
 def draw_pilot(sample: Sample, n_rows: int, rng: np.random.Generator) -> Sample:
@@ -96,7 +100,7 @@ def draw_pilot(sample: Sample, n_rows: int, rng: np.random.Generator) -> Sample:
     if convex is not None:
         beside = draw.with_targets(*(v[draw.rows] for v in (convex.b, convex.weights, convex.offset)))
         convex = beside.problem(convex.loss, convex.ridge)
-    return Sample(small, convex, sample.share * small.n_rows / problem.n_rows, is_full=False)
+    return Sample(small, sample.share * small.n_rows / problem.n_rows, False, convex)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Start:
     def draw(cls, problem: Any, rng: np.random.Generator) -> Start:
         """Draw both samples; large problems whose rows can be drawn only."""
         if not problem.rows_can_be_drawn:
-            itself = whole(problem)
+            itself = Sample(problem)
             return cls(problem, itself, itself)
         pilot_rows, n_rows = sample_sizes(problem.n_rows, problem.n_unknowns)
         sample = draw_sample(problem, n_rows, rng)
@@ -213,8 +217,8 @@ class Start:
                 other = problem.log_start(factor)
                 if other is not None:
                     points[f"logarithms, {factor:g} x"] = other.x
-        if self.pilot.convex is not None and (logs is None or logs.share < MOST):
-            convex = self.pilot.convex
+        convex = self.pilot.convex if logs is None or logs.share < MOST else None
+        if convex is not None:
             zero = np.zeros(convex.n_unknowns)
             found = _on_sample(convex, zero, "convex surrogate", tracker).at.x
             points["convex"] = self.full.adopt(found)

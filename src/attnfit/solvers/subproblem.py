@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,12 @@ KEPT_NUMBERS = 1 << 25
 FINE, ROUGH = 0.01, 0.1
 # Drawn rows precondition where they are at most this share of all: more would cost what they save.
 HELPFUL = 0.2
+TINY = float(np.finfo(np.float64).tiny)
+
+
+def length(v: Array) -> float:
+    """Return the Euclidean length of a vector; NumPy's norm takes as long to begin as a short one takes."""
+    return math.sqrt(v @ v)
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,15 @@ class MoreSorensen:
     """
 
     def __init__(self, hessian: Array, tolerance: float = RANK_TOLERANCE) -> None:
-        self.values, self.vectors = linalg.eigh(hessian, check_finite=False, driver="evd")
-        self.floor = tolerance * max(float(np.abs(self.values).max()), np.finfo(float).tiny)
-
-    @property
-    def negative(self) -> bool:
-        """Whether some direction has negative curvature beyond rounding."""
-        return bool(self.values[0] < -1e-9 * float(np.abs(self.values).max()))
+        # `scipy.linalg.eigh` takes as long to find this routine as a small matrix takes.
+        self.values, self.vectors, failed = linalg.lapack.dsyevd(hessian, lower=1)
+        if failed:
+            raise linalg.LinAlgError(f"eigenvectors were not found: dsyevd returned {failed}")
+        largest = float(np.abs(self.values).max())
+        self.floor = tolerance * max(largest, TINY)
+        self._flat = np.abs(self.values) <= self.floor
+        # Whether some direction has negative curvature beyond rounding.
+        self.negative = bool(self.values[0] < -1e-9 * largest)
 
     def is_firm(self, share: float) -> bool:
         """Whether every direction has more curvature than this share of the largest."""
@@ -62,12 +71,12 @@ class MoreSorensen:
     @property
     def unidentified(self) -> Array:
         """Directions without curvature, shape (n_unknowns, k), as columns."""
-        return np.asarray(self.vectors[:, np.abs(self.values) <= self.floor])
+        return np.asarray(self.vectors[:, self._flat])
 
     @property
     def n_flat(self) -> int:
         """Number of directions without curvature."""
-        return int((np.abs(self.values) <= self.floor).sum())
+        return int(np.count_nonzero(self._flat))
 
     def weakest(self) -> tuple[Array, float, float]:
         """Return the direction of least curvature that is not flat, shape (d,), its curvature, and that as a
@@ -82,22 +91,22 @@ class MoreSorensen:
         along directions without curvature.
         """
         along = self.vectors.T @ g
-        flat = np.abs(self.values) <= self.floor
-        # A gradient in a flat direction that is rounding must not be divided by a curvature that is rounding.
-        along[flat & (steep_only | (np.abs(along) <= 1e-3 * np.linalg.norm(along)))] = 0.0
-        active = along != 0.0
+        if self.n_flat:
+            # A gradient in a flat direction that is rounding must not be divided by a curvature that is
+            # rounding.
+            rounding = np.abs(along) <= 1e-3 * length(along)
+            along[self._flat & (steep_only | rounding)] = 0.0
         # Curvature that is negative by rounding counts by its size.
-        if not self.negative and not (flat & active).any():
-            q = np.zeros_like(along)
-            q[active] = -along[active] / np.abs(self.values[active])
-            if np.linalg.norm(q) <= radius:
+        if not self.negative and not along[self._flat].any():
+            q = -along / np.where(self._flat, 1.0, np.abs(self.values))
+            if length(q) <= radius:
                 return self._step(along, q, False)
         if not np.isfinite(radius):
             # No radius yet and no Newton step: take the scale between a gradient step (the diagonal is about
             # one) and the step of the model with the curvature's absolute values.
             size = np.maximum(np.abs(self.values), max(self.floor, 1e-100))
-            radius = float(np.sqrt(np.linalg.norm(along / size) * np.linalg.norm(along)))
-        radius = max(radius, np.finfo(float).tiny)
+            radius = float(np.sqrt(length(along / size) * length(along)))
+        radius = max(radius, TINY)
         return self._step(along, self._boundary(along, radius), True)
 
     def approach(self, g: Array) -> Array:
@@ -108,7 +117,7 @@ class MoreSorensen:
         return np.asarray(self.vectors @ (-(self.vectors.T @ g) / size))
 
     def _step(self, along: Array, q: Array, bounded: bool) -> Step:
-        predicted = -float(along @ q + 0.5 * np.sum(self.values * q * q))
+        predicted = -float(along @ q + 0.5 * (self.values * q) @ q)
         return Step(self.vectors @ q, predicted, bounded)
 
     def _boundary(self, along: Array, radius: float) -> Array:
@@ -116,11 +125,11 @@ class MoreSorensen:
         Newton.
         """
         lowest = max(0.0, -float(self.values[0]))
-        low, high = lowest, lowest + float(np.linalg.norm(along)) / radius + self.floor
+        low, high = lowest, lowest + length(along) / radius + self.floor
         gap = self.floor
 
         def size(shift: float) -> float:
-            return float(np.linalg.norm(along / (self.values + shift)))
+            return length(along / (self.values + shift))
 
         if lowest > 0 and size(lowest + gap) < radius:
             # Hard case: fill up to the radius along the direction of most negative curvature.
@@ -196,7 +205,7 @@ class Cholesky:
         """Return the global minimiser of the model within the radius."""
         if self._factor is not None:
             p = -linalg.cho_solve((self._factor, True), g, check_finite=False)
-            if np.linalg.norm(p) <= radius:
+            if length(p) <= radius:
                 return Step(p, -0.5 * float(g @ p), False)
         return self.eigen.solve(g, radius, steep_only=steep_only)
 
@@ -246,7 +255,7 @@ class QuasiNewton:
         r = -inner.p
         for (s, y, rho), alpha in zip(self._pairs, reversed(coefficients), strict=True):
             r += (alpha - rho * float(y @ r)) * s
-        if np.linalg.norm(r) > radius:
+        if length(r) > radius:
             return self.base.solve(g, radius, steep_only=steep_only)
         return Step(-r, 0.5 * float(g @ r), False)
 
@@ -281,13 +290,11 @@ class SteihaugToint:
             if curvature <= RANK_TOLERANCE * float(direction @ direction):
                 self.negative = True
                 # Without a radius yet, a gradient step sets the scale: the model's diagonal is about one.
-                reach = (
-                    radius if np.isfinite(radius) else max(float(np.linalg.norm(g)), float(np.linalg.norm(p)))
-                )
+                reach = radius if np.isfinite(radius) else max(length(g), length(p))
                 tau = _to_boundary(p, direction, reach)
                 return _krylov_step(g, p + tau * direction, Hp + tau * Hd, True)
             alpha = square / curvature
-            if np.linalg.norm(p + alpha * direction) > radius:
+            if length(p + alpha * direction) > radius:
                 tau = _to_boundary(p, direction, radius)
                 return _krylov_step(g, p + tau * direction, Hp + tau * Hd, True)
             p, Hp, r = p + alpha * direction, Hp + alpha * Hd, r + alpha * Hd
@@ -327,11 +334,11 @@ class FlexibleGradients(SteihaugToint):
         if self._whole is None:
             self._whole = self._flexible(g)
         whole = self._whole
-        return whole if whole is not None and np.linalg.norm(whole.p) <= radius else super().solve(g, radius)
+        return whole if whole is not None and length(whole.p) <= radius else super().solve(g, radius)
 
     def _flexible(self, g: Array) -> Step | None:
         p, Hp, r = np.zeros_like(g), np.zeros_like(g), g.copy()
-        target = self.forcing * float(np.linalg.norm(g))
+        target = self.forcing * length(g)
         direction, before, square = np.zeros_like(g), r, 1.0
         for _ in range(self.max_products):
             z = self.precondition(r)
@@ -345,7 +352,7 @@ class FlexibleGradients(SteihaugToint):
                 return None
             alpha = -float(r @ direction) / curvature
             p, Hp, r = p + alpha * direction, Hp + alpha * Hd, r + alpha * Hd
-            if np.linalg.norm(r) <= target:
+            if length(r) <= target:
                 break
         return _krylov_step(g, p, Hp, False)
 
