@@ -1,7 +1,7 @@
 """Heads of a real model from their maps: ``python -m benchmarks.heads``.
 
 Each head is fitted to the maps of some texts and judged on others, beside the model's own weights, uniform
-maps, and a training loop in PyTorch (Adam on cross entropy) that gets the same time.
+maps, and a training loop in PyTorch (Adam on cross entropy) that gets the same processor time.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def uniform(seen: Any) -> list[Any]:
 
 def fit(seen: Any, seconds: float) -> tuple[Any, str, float, float]:
     """Return the fitted unknown, how the fit ended, its passes and its time."""
-    problem, began = seen.problem(), time.perf_counter()
+    problem, began = seen.problem(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = minimize(
-            problem, random_state=0, n_starts=1, callback=lambda _: time.perf_counter() - began > seconds
+            problem, random_state=0, n_starts=1, callback=lambda _: time.process_time() - began > seconds
         )
-    return result.x, str(result.status), result.n_passes, time.perf_counter() - began
+    return result.x, str(result.status), result.n_passes, time.process_time() - began
 
 
 def train(seen: Any, held_out: Any, seconds: float) -> list[float]:
@@ -89,8 +89,8 @@ def train(seen: Any, held_out: Any, seconds: float) -> list[float]:
 
         texts = [torch.tensor(A, dtype=torch.float32) for A in seen.queries]
         maps = [torch.tensor(np.asarray(B, dtype=np.float32)) for B in seen.maps]
-        began = time.perf_counter()
-        while time.perf_counter() - began < seconds:
+        began = time.process_time()
+        while time.process_time() - began < seconds:
             optimiser.zero_grad()
             shares = [torch.log_softmax(logits(A), dim=1).clamp_min(-1e4) for A in texts]
             loss = -sum((B * log).sum() for log, B in zip(shares, maps, strict=True))
@@ -138,7 +138,7 @@ def main() -> None:
     model = audit.load(name)
     texts: Sequence[Any] = model.private_texts[:8] if arguments.quick else read_texts()
     cases = QUICK if arguments.quick else [CASES[k] for k in arguments.only or range(len(CASES))]
-    head = ["layer, head", "tokens", "maps", "seconds", "passes", "ended", "held out", "Adam, same time",
+    head = ["layer, head", "tokens", "maps", "CPU seconds", "passes", "ended", "held out", "Adam, same time",
             "own weights", "uniform"]  # fmt: skip
     rows: list[list[str]] = []
     with threadpool_limits(1):
@@ -147,7 +147,7 @@ def main() -> None:
             rows.append(measure(model, texts, case, peer=not arguments.quick))
             if arguments.quick or arguments.only:
                 continue
-            said = "Relative error of the maps of two texts that were not fitted; one thread. "
+            said = "Relative error of the maps of two texts that were not fitted; one thread, its own time. "
             said += f"{len(rows)} of {len(cases)} heads."
             command = shlex.join(["python", "-m", "benchmarks.heads", *sys.argv[1:]])
             write("heads", command, [said, table(head, rows)])
