@@ -1,21 +1,24 @@
 """Inversion of transformer blocks: ``python -m benchmarks.blocks``.
 
-Planted inputs of random blocks, token by token and with a vocabulary; blocks of a real model from its own
+Planted inputs of random blocks, token by token and with a vocabulary; blocks of real models from their own
 states. A verdict "recovered" where the input found is not the planted one is counted as false.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from attnfit import audit
 from attnfit.inversion import Block, BlockInversion, Heads, Mlp, Norm, recover
-from benchmarks.report import table, write
+from benchmarks.report import RESULTS, table, write
 
 TEXT = "The doctor in Lisbon said that the old car"
 # Gain, blocks, tokens, width, starts a token beside the first.
@@ -39,6 +42,10 @@ KNOWN = [
 ]
 # Block of the real model, and the first token that is not given.
 REAL = [(layer, first) for layer in (0, 10, 20, 29) for first in (1, 4)]
+# Post-norm blocks of an encoder: all tokens see all, so few of them. Steps of the one start.
+ENCODED, STEPS = "the doctor", 25
+# Blocks of the encoder, and tokens that are known from the ends: [SEP], [CLS] and [SEP].
+ENCODER = [*((k, 2) for k in range(6)), *((k, 1) for k in (0, 2, 5)), *((k, 0) for k in (0, 5))]
 ROUNDED = {"float64": 1e-9, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -152,85 +159,249 @@ def vocabulary_rows(seeds: int, cases: Sequence[Any]) -> list[list[str]]:
     return rows
 
 
-def real_rows(model: Any, cases: Sequence[Any], n: int) -> list[list[str]]:
-    """Return rows of blocks of a model: some tokens after the true ones before them."""
+def states_of(model: Any, text: str) -> tuple[list[int], list[Any]]:
+    """Return the tokens of a text, and what enters each block of a model and leaves the last, (n, d) each."""
     import torch
 
+    ids = [int(token) for token in model.tokenise(text)]
     with torch.no_grad():
-        ids = torch.tensor([model.tokenise(TEXT)])
-        states = model.module(input_ids=ids, output_hidden_states=True).hidden_states
+        seen = model.module(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return ids, [one[0].double().numpy() for one in seen]
+
+
+def kind(found: Any) -> str:
+    """Return the verdict in words."""
+    return "proven ambiguous" if "proven:" in found.message else str(found.verdict)
+
+
+def compared(found: Any, T: Any) -> tuple[str, str, str]:
+    """Return which input was found, the largest relative error of a token, and 1 for a false recovery."""
+    error = float(np.max(np.linalg.norm(found.x.T - T, axis=1) / np.linalg.norm(T, axis=1)))
+    other = "none" if found.verdict == "not recovered" else "another"
+    return (
+        "true" if error < 1e-4 else other,
+        f"{error:.0e}",
+        str(int(found.verdict == "recovered" and error >= 1e-4)),
+    )
+
+
+def real_rows(model: Any, cases: Sequence[Any], n: int) -> list[list[str]]:
+    """Return rows of blocks of a model: some tokens after the true ones before them."""
+    states = states_of(model, TEXT)[1]
     rows = []
     for layer, first in cases:
         one = Block.from_model(model, layers=[layer])[0]
-        T = states[layer][0, : first + n].double().numpy()
+        T = states[layer][: first + n]
         problem = BlockInversion(one, one.output(T), known={k: T[k] for k in range(first)})
         began = time.perf_counter()
         found = recover(problem, random_state=0, n_starts=1)
         seconds = (time.perf_counter() - began) / n
-        at, sizes = found.identifiability, np.linalg.norm(T[first:], axis=1)
-        error = float(np.max(np.linalg.norm(found.x.T - T[first:], axis=1) / sizes))
-        other = "none" if found.verdict == "not recovered" else "another"
+        at = found.identifiability
         rows.append(
             [
                 str(layer),
                 f"{first} to {first + n - 1}",
                 "-" if at.singular_values is None else f"{at.singular_values.min():.1e}",
                 "-" if at.condition is None else f"{at.condition:.0e}",
-                "true" if error < 1e-4 else other,
-                f"{error:.0e}",
+                *compared(found, T[first:])[:2],
                 " ".join(f"{x:+d}" for x in found.signs),
                 str(found.homotopy_steps),
-                "proven ambiguous" if "proven:" in found.message else found.verdict,
+                kind(found),
                 f"{seconds:.1f}",
             ]
         )
     return rows
 
 
+def embedding(model: Any) -> tuple[Norm, Callable[[int], Any]]:
+    """Return the norm that the embeddings of a BERT end with, and the rows of its first block by position."""
+    from attnfit.heads.weights import numbers
+
+    parts = model.module.embeddings
+    last = parts.LayerNorm
+    norm = Norm(numbers(last.weight), numbers(last.bias), float(last.eps), True)
+    words, places = numbers(parts.word_embeddings.weight), numbers(parts.position_embeddings.weight)
+    kind_of_text = numbers(parts.token_type_embeddings.weight)[0]
+    return norm, lambda position: norm.forward(words + places[position] + kind_of_text)[0]
+
+
+def encoder_rows(model: Any, cases: Sequence[Any]) -> list[list[str]]:
+    """Return rows of post-norm blocks of an encoder, with tokens known from the ends."""
+    _, states = states_of(model, ENCODED)
+    rows = []
+    for layer, n_known in cases:
+        block = Block.from_model(model, layers=[layer])[0]
+        before = Block.from_model(model, layers=[layer - 1])[0].norms[-1] if layer else embedding(model)[0]
+        T = states[layer]
+        known = {k: T[k] for k in (len(T) - 1, 0)[:n_known]}
+        problem = BlockInversion(block, block.output(T), known=known or None, input_norm=before)
+        began = time.perf_counter()
+        found = recover(problem, random_state=0, n_starts=1, max_iter=STEPS)
+        seconds = time.perf_counter() - began
+        at = found.identifiability
+        rows.append(
+            [
+                str(layer),
+                f"{n_known} of {len(T)}",
+                f"{at.n_equations}, {at.n_unknowns}",
+                "-" if at.condition is None else f"{at.condition:.0e}",
+                f"{found.residual:.0e}",
+                *compared(found, T[problem.unknown]),
+                kind(found),
+                f"{seconds:.0f}",
+            ]
+        )
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def token_rows(name: str, model: Any, text: str) -> list[str]:
+    """Return the row of the first block of a model, whose tokens are rows of a table."""
+    from attnfit.heads.weights import numbers
+
+    ids, _ = states_of(model, text)
+    table_of: Any = numbers(model.module.get_input_embeddings().weight)
+    if hasattr(model.module, "embeddings"):
+        table_of = embedding(model)[1]
+    block = Block.from_model(model, layers=[0])[0]
+    at = [table_of(k) if callable(table_of) else table_of for k in range(len(ids))]
+    T = np.stack([rows[token] for rows, token in zip(at, ids, strict=True)])
+    began = time.perf_counter()
+    found = recover(BlockInversion(block, block.output(T)), vocabulary=table_of, random_state=0, n_starts=3)
+    seconds = time.perf_counter() - began
+    right = int(np.sum(found.tokens == np.array(ids)))
+    false = found.verdict == "recovered" and right < len(ids)
+    cells = [name, f"{len(at[0]):,}", f"{right} of {len(ids)}", f"{found.residual:.0e}"]
+    cells += [f"{found.margins.min():.1e}", str(int(false)), kind(found), f"{seconds:.0f}"]
+    print(" | ".join(cells), file=sys.stderr, flush=True)
+    return cells
+
+
 def main() -> None:
     """Print the tables and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="few cases; writes nothing")
+    parser.add_argument(
+        "--only", nargs="*", choices=SECTIONS, help="sections to measure; the stored others stay"
+    )
     arguments = parser.parse_args()
-    quick = arguments.quick
-    some, seeds = (slice(0, 2), 2) if quick else (slice(None), 4)
-    model = audit.load("tiny" if quick else "smollm2")
-    name = "the tiny model" if quick else "SmolLM2-135M"
-    sections: list[str] = []
+    quick, names = arguments.quick, arguments.only or list(SECTIONS)
+    if quick and not arguments.only:
+        names = [name for name in names if name not in ("encoder", "tokens")]
+    stored = {} if quick else stored_sections()
+    for name in names:
+        section = SECTIONS[name](quick)
+        print(section, flush=True)
+        stored[section.split("\n", 1)[0]] = section
+    if not quick:
+        command = shlex.join(["python", "-m", "benchmarks.blocks", *sys.argv[1:]])
+        print(write("blocks", command, [SAID, *stored.values()]))
 
-    def add(*parts: str) -> None:
-        sections.extend(parts)
-        print("\n\n".join(parts), flush=True)
 
-    add(
-        "Random pre-norm blocks (RMSNorm, GELU, 4 heads), normal tokens, float64; one core, used by others "
-        "too. With as many equations as unknowns only the experimenter knows whether the input found is the "
-        "planted one; another exact input has the same output to 1e-9.",
-        "## Causal, token by token, nothing known",
-        '"starts" are those of each token; with one no others are looked for.',
-        table(["gain", "blocks", "tokens", "width", "starts", *CELLS], random_rows(seeds, RANDOM[some])),
+def stored_sections() -> dict[str, str]:
+    """Return the sections of the stored table by their titles."""
+    path = RESULTS / "blocks.md"
+    text = path.read_text() if path.exists() else ""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
+    return {part.split("\n", 1)[0]: part.strip() for part in parts}
+
+
+SAID = (
+    "Random pre-norm blocks (RMSNorm, GELU, 4 heads), normal tokens, float64; one core, used by others too. "
+    "With as many equations as unknowns only the experimenter knows whether the input found is the planted one; "
+    "another exact input has the same output to 1e-9."
+)
+
+
+def causal(quick: bool) -> str:
+    """Return the section of causal random blocks."""
+    rows = random_rows(2 if quick else 4, RANDOM[: 2 if quick else None])
+    return "\n\n".join(
+        [
+            "## Causal, token by token, nothing known",
+            '"starts" are those of each token; with one no others are looked for.',
+            table(["gain", "blocks", "tokens", "width", "starts", *CELLS], rows),
+        ]
     )
-    add(
-        "## The last of 8 tokens known, width 16",
-        table(["gain", "mask", "known", *CELLS], known_rows(seeds + 2, KNOWN[some])),
-    )
+
+
+def known(quick: bool) -> str:
+    """Return the section of known tokens."""
+    rows = known_rows(4 if quick else 6, KNOWN[: 2 if quick else None])
+    return "## The last of 8 tokens known, width 16\n\n" + table(["gain", "mask", "known", *CELLS], rows)
+
+
+def vocabulary(quick: bool) -> str:
+    """Return the section of random vocabularies."""
+    rows = vocabulary_rows(2 if quick else 4, VOCABULARY[: 2 if quick else None])
     header = ["gain", "blocks", "tokens", "mask", "output", *CELLS]
-    add(
-        "## Tokens of a vocabulary of 1,000 normal rows, width 16",
-        table(header, vocabulary_rows(seeds, VOCABULARY[some])),
-    )
+    return "## Tokens of a vocabulary of 1,000 normal rows, width 16\n\n" + table(header, rows)
+
+
+def real(quick: bool) -> str:
+    """Return the section of causal blocks of a model."""
+    rows = real_rows(audit.load("tiny" if quick else "smollm2"), [(0, 1), (1, 1)] if quick else REAL, 2)
     header = [
         "block", "tokens", "least singular value", "condition", "input found", "error", "signs",
         "path points", "verdict", "s a token",
     ]  # fmt: skip
-    add(
-        f"## Blocks of {name}",
-        f'"{TEXT}": tokens after the true ones before them, from the output of the block in float64. '
-        "Singular values are those of each token's own map; one start a token.",
-        table(header, real_rows(model, [(0, 1), (1, 1)] if quick else REAL, 2)),
+    return "\n\n".join(
+        [
+            f"## Blocks of {'the tiny model' if quick else 'SmolLM2-135M'}",
+            f'"{TEXT}": tokens after the true ones before them, from the output of the block in float64. '
+            "Singular values are those of each token's own map; one start a token.",
+            table(header, rows),
+        ]
     )
-    if not quick:
-        print(write("blocks", "python -m benchmarks.blocks", sections))
+
+
+def encoder(quick: bool) -> str:
+    """Return the section of post-norm blocks."""
+    rows = encoder_rows(audit.load("minilm"), ENCODER[2:3] if quick else ENCODER)
+    header = [
+        "block", "known", "equations, unknowns", "condition", "residual", "input found", "error",
+        "false recovered", "verdict", "s",
+    ]  # fmt: skip
+    return "\n\n".join(
+        [
+            "## Blocks of all-MiniLM-L6-v2",
+            f'"{ENCODED}" in [CLS] and [SEP]: post-norm blocks in which all tokens see all, from the output '
+            "of the block in float64 with the norm before the block (`input_norm`). Known are [CLS] and "
+            f"[SEP], as they enter the block, or [SEP] alone. One start of at most {STEPS} steps.",
+            table(header, rows),
+        ]
+    )
+
+
+def tokens(quick: bool) -> str:
+    """Return the section of the first blocks of models, with their vocabularies."""
+    cases = [("SmolLM2-135M", "smollm2", TEXT), ("all-MiniLM-L6-v2", "minilm", ENCODED)]
+    rows = [token_rows(label, audit.load(name), text) for label, name, text in cases[: 1 if quick else None]]
+    header = [
+        "block 0 of",
+        "rows",
+        "tokens found",
+        "residual",
+        "least margin",
+        "false recovered",
+        "verdict",
+        "s",
+    ]
+    return "\n\n".join(
+        [
+            "## The first block of real models, with the vocabulary",
+            f'"{TEXT}" and "{ENCODED}": the tokens of the block are rows of the embedding, all of which are '
+            "candidates. The margin is what is left of the output, relatively, with the best exchange of one "
+            "token.",
+            table(header, rows),
+        ]
+    )
+
+
+SECTIONS: dict[str, Callable[[bool], str]] = {
+    "causal": causal, "known": known, "vocabulary": vocabulary, "real": real, "tokens": tokens,
+    "encoder": encoder,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 from instances import relative
 from scipy.special import softmax
 
-from attnfit.problems import FullAttention
+from attnfit.objectives.full_attention import FullAttention
 from attnfit.reproduction import one_layer
 from attnfit.solvers import minimize
 

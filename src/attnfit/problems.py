@@ -12,7 +12,8 @@ from attnfit.effects.doors import Exponential, Poisson, Softmax
 from attnfit.losses.elementwise import FunctionName
 from attnfit.objectives.attention import Attention as _FullRank
 from attnfit.objectives.attention import AttentionLoss
-from attnfit.objectives.full_attention import FullAttention
+from attnfit.objectives.full_attention import FullAttention as _FullOutputs
+from attnfit.objectives.head_outputs import HeadOutputs, read_outputs
 from attnfit.objectives.head_reading import read_head
 from attnfit.objectives.heads import HeadAttention
 from attnfit.objectives.inverse import LayerInversion
@@ -241,3 +242,153 @@ def Attention(
     if rank is None:
         return _FullRank(A1, A2, B, loss, mask, ridge=ridge, **options)
     return LowRankAttention(_FullRank(A1, A2, B, loss, mask, **options), rank, ridge)
+
+
+@overload
+def FullAttention(
+    A1: Any,
+    A2: Any,
+    A3: Any,
+    B: Any,
+    *,
+    mask: Any = None,
+    weights: Any = None,
+    offset: Any = None,
+    ridge: float = 0.0,
+    n_heads: int = 1,
+    rank: None = None,
+    rotary: None = None,
+    positions: None = None,
+    softcap: None = None,
+    sink: Literal[False] = False,
+    qk_norm: None = None,
+    n_key_heads: None = None,
+) -> _FullOutputs: ...
+
+
+@overload
+def FullAttention(
+    A1: Any,
+    A2: Any,
+    A3: Any,
+    B: Any,
+    *,
+    mask: Any = None,
+    weights: Any = None,
+    offset: Any = None,
+    ridge: float = 0.0,
+    n_heads: int = 1,
+    rank: int = ...,
+    rotary: Rotary | None = None,
+    positions: Any = None,
+    softcap: float | None = None,
+    sink: bool = False,
+    qk_norm: float | None = None,
+    n_key_heads: int | None = None,
+) -> HeadOutputs: ...
+
+
+def FullAttention(
+    A1: Any,
+    A2: Any,
+    A3: Any,
+    B: Any,
+    *,
+    mask: Any = None,
+    weights: Any = None,
+    offset: Any = None,
+    ridge: float = 0.0,
+    n_heads: int = 1,
+    rank: int | None = None,
+    rotary: Rotary | None = None,
+    positions: Any = None,
+    softcap: float | None = None,
+    sink: bool = False,
+    qk_norm: float | None = None,
+    n_key_heads: int | None = None,
+) -> _FullOutputs | HeadOutputs:
+    """Fit (X, Y) so that attention outputs are given: ``0.5 sum_i w_i |(sum_h P_h A3 Y_h - B)_i|^2 + ridge``.
+
+    ``P_h = softmax(A1 X_h A2^T + offset)`` row by row over unmasked keys; the ridge is ``0.5 ridge
+    (||X||_F^2 + ||Y||_F^2)``. The source prints the loss without the 0.5, for one head and one text.
+
+    Parameters
+    ----------
+    A1 : array_like, shape (n, d1), or a list of them
+        Queries; a list holds one matrix a text, and so do then A2, A3, B and, where given, mask, weights and
+        offset. X and Y are the same for all texts, and a query attends to keys of its text only.
+    A2 : array_like, shape (k, d2), or a list
+        Keys.
+    A3 : array_like, shape (k, v), or a list
+        What values are made of.
+    B : array_like, shape (n, m), or a list
+        Outputs.
+    mask : "causal" or array_like of bool, shape (n, k), or a list, optional
+    weights : array_like, shape (n,), or a list, optional
+    offset : array_like, shape (n, k), or a list, optional
+    ridge : float
+        Needed where A3 has dependent columns, or more columns (times heads) than there are outputs: Y is then
+        not determined.
+    n_heads : int
+        Heads whose outputs are added. They are a set: their order means nothing.
+    rank : int, optional
+        The width h of the heads: the unknown is then W_Q, shape (d1, h), and W_K, (d2, h), of each head and
+        Y, and the problem is `attnfit.objectives.head_outputs.HeadOutputs`. Required by all that follow, and
+        may exceed d1 and d2. The ridge is ``0.5 ridge`` times the square of all unknowns.
+    rotary : Rotary, optional
+        Turn queries ``W_Q^T a1`` and keys ``W_K^T a2`` by their positions.
+    positions : array_like, shape (k,) or (k, F), or a list, optional
+        Those of the keys, in the place of what ``rotary`` has.
+    softcap : float, optional
+        Keep logits below this size: ``cap tanh(q . k / cap)``.
+    sink : bool
+        Let part of each row go to a key without a value, whose logit is unknown, one a head.
+    qk_norm : float, optional
+        Divide queries and keys by the root of their mean square plus this, and multiply them by gains, before
+        they are turned.
+    n_key_heads : int, optional
+        Heads that differ in W_K: each serves as many heads in their order. As many as heads by default.
+
+    Raises
+    ------
+    ValueError
+        If anything is not finite or of the wrong shape, a query sees no key, Z = [P_1 A3 ... P_H A3] is
+        singular for every X and ridge is zero, or rank is missing or less than the columns turned.
+
+    Notes
+    -----
+    Y is linear in the model, so `attnfit.minimize` eliminates it. To first order in X one text without a mask
+    shows ``X C Y`` only, C being the covariance of keys and values; several texts or a causal mask have
+    several C. Source: "Local Convergence of Approximate Newton Method for Two Layer Nonlinear Regression",
+    attention optimisation problem, with exact derivatives; Golub and Pereyra, "The differentiation of
+    pseudo-inverses and nonlinear least squares problems whose variables separate" (1973); of rotary factors,
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from attnfit import minimize, problems
+    >>> rng = np.random.default_rng(0)
+    >>> texts = [rng.standard_normal((25, 3)) for _ in range(3)]
+    >>> head = {"mask": "causal", "rank": 2, "rotary": problems.Rotary(frequencies=[0.5])}
+    >>> blank = problems.FullAttention(texts, texts, texts, [np.zeros((25, 3))] * 3, **head)
+    >>> x = rng.standard_normal(blank.n_unknowns)
+    >>> problem = problems.FullAttention(texts, texts, texts, blank.predict(x), **head)
+    >>> result = minimize(problem, random_state=0)
+    >>> M, true = problem.matrices(result.x)[0], blank.matrices(x)[0]
+    >>> "exact fit" in result.message, bool(abs(M - true).max() < 1e-6 * abs(true).max())
+    (True, True)
+    """
+    plain = rotary is None and softcap is None and not sink and qk_norm is None
+    options: dict[str, Any] = {
+        "mask": mask, "weights": weights, "offset": offset, "ridge": ridge, "n_heads": n_heads
+    }  # fmt: skip
+    if rank is None and plain:
+        for name, value in (("positions", positions), ("n_key_heads", n_key_heads)):
+            if value is not None:
+                raise ValueError(f"{name} is for factors of heads; pass rank= and rotary=, or leave it out")
+        return _FullOutputs(A1, A2, A3, B, **options)
+    return read_outputs(
+        A1, A2, A3, B, rank, rotary=rotary, positions=positions, softcap=softcap, sink=sink, qk_norm=qk_norm,
+        n_key_heads=n_key_heads, **options,
+    )  # fmt: skip

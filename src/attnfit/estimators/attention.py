@@ -11,10 +11,10 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from attnfit import problems
-from attnfit.estimators.head_fit import FittedHead, held_out_head, point_of, rotary_matrices, unseen_note
+from attnfit.estimators.head_fit import FittedHead, held_out_head, point_of, unseen_note
 from attnfit.objectives.attention import Attention, AttentionLoss
 from attnfit.objectives.head_checks import distance_note, few_pairs_note, sums_note
-from attnfit.objectives.rotary import Rotary
+from attnfit.objectives.rotary import Rotary, rotary_matrices
 from attnfit.solvers import Result, minimize
 
 Array = NDArray[np.float64]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attnfit.objectives.head_passes import HeadPoint
 from attnfit.objectives.head_reading import read_head
 from attnfit.objectives.heads import HeadAttention
-from attnfit.objectives.rotary import Rotary
+from attnfit.objectives.rotary import placed
 from attnfit.solvers import FactorLevenbergMarquardt, Result, minimize
 
 Array = NDArray[np.float64]
@@ -95,21 +95,6 @@ class FittedHead:
         return out
 
 
-def placed(rotary: Rotary | None, positions: Any) -> Rotary | None:
-    """Return a rotary embedding at these positions.
-
-    Raises
-    ------
-    ValueError
-        If there are positions, but no embedding that they play a part in.
-    """
-    if positions is None:
-        return rotary
-    if rotary is None:
-        raise ValueError("positions are for rotary embeddings; pass rotary=Rotary(...), or leave them out")
-    return replace(rotary, positions=positions)
-
-
 def held_out_head(
     model: Any,
     queries: Any,
@@ -184,16 +169,3 @@ def unseen_note(problem: HeadAttention, model: Any) -> str | None:
         f"{len(model.frequencies_identified_)} frequencies {n_slow} turned by less than a radian there, and "
         "only sums of them are known: fit longer texts"
     )
-
-
-def rotary_matrices(W_Q: Array, W_K: Array, rotary: Rotary) -> tuple[NDArray[np.complex128], Array]:
-    """Return M, shape (..., F, d1, d2), and X_0, shape (..., d1, d2), of factors of shape (..., d, h)."""
-    F = len(rotary.of_width(W_Q.shape[-1], 1)[0])
-    half = rotary.layout == "half"
-    first = slice(0, F) if half else slice(0, 2 * F, 2)
-    second = slice(F, 2 * F) if half else slice(1, 2 * F, 2)
-    q, k = (W[..., first] + 1j * W[..., second] for W in (W_Q, W_K))
-    # C - i S with C = q_a k_a' + q_b k_b' and S = q_a k_b' - q_b k_a'.
-    M = np.einsum("...if,jf->...fij", q, k.conj())
-    rest = slice(2 * F, None)
-    return M, W_Q[..., rest] @ W_K[..., rest].T

@@ -12,7 +12,14 @@ from attnfit.data.gram import majorant
 from attnfit.data.inputs import as_point, as_ridge
 from attnfit.data.pairs import KroneckerDesign
 from attnfit.objectives.objective import Evaluation, Problem, Reduction
-from attnfit.objectives.projected import Maps, ProjectedAttention, read_texts, text_maps
+from attnfit.objectives.projected import (
+    Maps,
+    ProjectedAttention,
+    read_count,
+    read_texts,
+    require_regular,
+    text_maps,
+)
 from attnfit.objectives.whitening import Whitening
 
 Array = NDArray[np.float64]
@@ -22,47 +29,15 @@ KEPT_PAIRS = 1 << 24
 
 
 class FullAttention(Problem):
-    """Fit (X, Y) so that attention outputs are given: ``0.5 sum_i w_i |(sum_h P_h A3 Y_h - B)_i|^2 + ridge``.
-
-    ``P_h = softmax(A1 X_h A2^T + offset)`` row by row over unmasked keys; the ridge is ``0.5 ridge
-    (||X||_F^2 + ||Y||_F^2)``. The source prints the loss without the 0.5, for one head and one text.
-
-    Parameters
-    ----------
-    A1 : array_like, shape (n, d1), or a list of them
-        Queries; a list holds one matrix a text, and so do then A2, A3, B and, where given, mask, weights and
-        offset. X and Y are the same for all texts, and a query attends to keys of its text only.
-    A2 : array_like, shape (k, d2), or a list
-        Keys.
-    A3 : array_like, shape (k, v), or a list
-        What values are made of.
-    B : array_like, shape (n, m), or a list
-        Outputs.
-    mask : "causal" or array_like of bool, shape (n, k), or a list, optional
-    weights : array_like, shape (n,), or a list, optional
-    offset : array_like, shape (n, k), or a list, optional
-    ridge : float
-        Needed where A3 has dependent columns, or more columns (times heads) than there are outputs: Y is then
-        not determined.
-    n_heads : int
-        Heads whose outputs are added. They are a set: their order means nothing.
-
-    Raises
-    ------
-    ValueError
-        If anything is not finite or of the wrong shape, a query sees no key, or Z = [P_1 A3 ... P_H A3] is
-        singular for every X and ridge is zero.
+    """Attention outputs over all X and Y: what `attnfit.problems.FullAttention` makes where no rank is given,
+    and documents.
 
     Notes
     -----
     The unknown is the vector (X, Y), each in C order, X of shape (d1, d2) and Y of (v, m), with a leading
     axis of heads where there are several: see `split`. With ``C = Z Y - B``, ``G = w C`` and ``S_h = P_h o
     (G Y_h^T A3^T - rowsum)``: ``dL/dX_h = A1^T S_h A2``, ``dL/dY = Z^T G``, summed over texts. Y is linear in
-    the model, so `minimize` eliminates it (`projected`). To first order in X one text without a mask shows
-    ``X C Y`` only, C being the covariance of keys and values; several texts or a causal mask have several C.
-    Source: "Local Convergence of Approximate Newton Method for Two Layer Nonlinear Regression", attention
-    optimisation problem, with exact derivatives; Golub and Pereyra, "The differentiation of pseudo-inverses
-    and nonlinear least squares problems whose variables separate" (1973).
+    the model, so `minimize` eliminates it (`projected`).
     """
 
     linear = False
@@ -81,28 +56,15 @@ class FullAttention(Problem):
         ridge: float = 0.0,
         n_heads: int = 1,
     ) -> None:
-        if isinstance(n_heads, bool) or not isinstance(n_heads, int | np.integer) or n_heads < 1:
-            raise ValueError(f"n_heads must be an integer >= 1, not {n_heads!r}")
-        self.n_heads = int(n_heads)
+        self.n_heads = read_count(n_heads, "n_heads")
         self.design, self.texts, self.weights = read_texts(A1, A2, A3, B, mask, weights, offset)
         self.A1 = np.concatenate([text.A1 for text in self.texts])
         self.A2 = np.concatenate([text.A2 for text in self.texts])
         self.A3 = np.concatenate([text.A3 for text in self.texts])
         self.B = np.concatenate([text.B for text in self.texts])
         self.ridge: float | Array = as_ridge(ridge)
-        self._require_regular()
+        require_regular(self.A3, len(self.A1), self.n_heads, float(np.max(self.ridge)))
         self._pairs_read = 0
-
-    def _require_regular(self) -> None:
-        v = self.A3.shape[1]
-        rank = int(np.linalg.matrix_rank(self.A3))
-        if self.ridge == 0.0 and (rank < v or len(self.A1) < self.n_heads * v):
-            what = f"A3 has rank {rank}" if rank < v else f"there are only {len(self.A1)} outputs"
-            heads = f" in {self.n_heads} heads" if self.n_heads > 1 else ""
-            raise ValueError(
-                f"Z = softmax(A1 X A2^T) A3 is singular for every X: {what} but A3 has {v} columns{heads}, "
-                "so Y is not determined; pass ridge > 0, or drop columns of A3"
-            )
 
     @property
     def shape(self) -> tuple[int, ...]:

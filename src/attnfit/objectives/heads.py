@@ -80,6 +80,10 @@ class HeadAttention(Problem):
         """Reads of the pairs since the problem was made."""
         return self._passes
 
+    def count_pass(self) -> None:
+        """Count a read of pairs that were kept."""
+        self._passes += 1.0
+
     @property
     def first_factor(self) -> NDArray[np.bool_]:
         """Which unknowns are solved for again where the others stand still: W_Q and the coefficients."""
@@ -110,7 +114,7 @@ class HeadAttention(Problem):
         point = self.parts(x)
         maps = [np.zeros((len(inputs.A), n)) for inputs, n in zip(self.left * self.read.n_heads,
                 self.read.n_keys * self.read.n_heads, strict=True)]  # fmt: skip
-        for at in self._logits(point):
+        for at in self.logits(point):
             s, queries = self.place(at.chunk)
             e = np.exp(at.z - at.z.max(axis=1, keepdims=True))
             e /= e.sum(axis=1, keepdims=True)
@@ -148,10 +152,12 @@ class HeadAttention(Problem):
         left = [inputs.at(W, point.gains_q) for W in point.W_Q for inputs in self.left]
         return left, [inputs.at(point.W_K, point.gains_k) for inputs in self.right]
 
-    def _logits(self, point: HeadPoint) -> Iterator[Logits]:
+    def logits(
+        self, point: HeadPoint, vectors: tuple[list[Vectors], list[Vectors]] | None = None
+    ) -> Iterator[Logits]:
         """Yield the logits chunk by chunk: one pass."""
-        self._passes += 1.0
-        left, right = self.vectors(point)
+        self.count_pass()
+        left, right = self.vectors(point) if vectors is None else vectors
         turned, keys = [v.turned for v in left], [v.turned for v in right]
         cap = self.read.softcap
         for chunk in self.rows.prefetch(self.rows.chunks):
@@ -189,7 +195,7 @@ class HeadAttention(Problem):
         """
         point, value = self.parts(x), 0.0
         pull = Pull(self, point)
-        for logits in self._logits(point):
+        for logits in self.logits(point):
             flat, segments = logits.flat, logits.chunk.segments
             if self.rows.loss.shift_invariant:
                 # Squares of residuals lose the digits of what all logits of a row have in common.
@@ -210,7 +216,7 @@ class HeadAttention(Problem):
     def curvature(self, point: HeadPoint, *, gauss_newton: bool) -> Iterator[Curved]:
         """Yield the curvature in the logits chunk by chunk: one pass."""
         rows = self.rows
-        for at in self._logits(point):
+        for at in self.logits(point):
             flat, spread = at.flat, at.chunk.segments.spread
             state = [spread(s) for s in rows.finalize(at.chunk, flat)[0].state]
             terms, weights = rows.gram_rows(at.chunk, flat, state, gauss_newton=gauss_newton)
@@ -236,11 +242,11 @@ class HeadAttention(Problem):
         def product(v: Array) -> Array:
             along = self.parts(v)
             if prepared is not None:
-                self._passes += 1.0
-            pull, moved = Pull(self, point, vectors), self._moved(vectors, along)
+                self.count_pass()
+            pull, moved = Pull(self, point, vectors), self.moved(vectors, along)
             for curved in prepared or self.curvature(point, gauss_newton=gauss_newton):
                 at = curved.at
-                dq, dk, dy, dz = self._step(at, along, *moved)
+                dq, dk, dy, dz = self.step(at, along, *moved)
                 change = change_of_matrix(curved.terms, curved.weights, dz)
                 S = change * at.passed
                 if not gauss_newton:
@@ -252,13 +258,13 @@ class HeadAttention(Problem):
 
         return product
 
-    def _moved(self, vectors: Any, along: HeadPoint) -> tuple[list[Array], list[Array]]:
+    def moved(self, vectors: Any, along: HeadPoint) -> tuple[list[Array], list[Array]]:
         """Return the changes of all vectors along a step."""
         left, right = vectors
         dQ = [one.moved(along.W_Q[s // len(right)], along.gains_q) for s, one in enumerate(left)]
         return dQ, [one.moved(along.W_K, along.gains_k) for one in right]
 
-    def _step(
+    def step(
         self, at: Logits, along: HeadPoint, dQ: list[Array], dK: list[Array]
     ) -> tuple[Array, Array, Array, Array]:
         """Return the changes of the queries, the keys, their products and the logits of a chunk."""
@@ -274,11 +280,11 @@ class HeadAttention(Problem):
         point = self.parts(at.x)
         vectors, largest = self.vectors(point), np.zeros(steps.shape[1])
         along = [self.parts(step) for step in steps.T]
-        moved = [self._moved(vectors, one) for one in along]
-        for logits in self._logits(point):
+        moved = [self.moved(vectors, one) for one in along]
+        for logits in self.logits(point):
             mask = logits.mask
             for k, (one, own) in enumerate(zip(along, moved, strict=True)):
-                dz = self._step(logits, one, *own)[3]
+                dz = self.step(logits, one, *own)[3]
                 seen = np.ones(dz.shape, dtype=bool) if mask is None else mask
                 dz = dz - np.sum(dz * seen, axis=1, keepdims=True) / np.sum(seen, axis=1, keepdims=True)
                 largest[k] = max(largest[k], float(np.abs(dz[seen]).max(initial=0.0)))

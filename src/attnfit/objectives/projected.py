@@ -119,6 +119,13 @@ def read_texts(
     return design, texts, _weights(weights, texts, first)
 
 
+def read_count(n: Any, name: str) -> int:
+    """Return a number of heads, checked."""
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"{name} must be an integer >= 1, not {n!r}")
+    return int(n)
+
+
 def text_maps(texts: list[Text], X: Array) -> Iterator[Maps]:
     """Yield the maps for X, shape (heads, d1, d2), by blocks of queries."""
     for text in texts:
@@ -180,8 +187,7 @@ class ProjectedAttention(Problem):
     def __init__(self, full: FullAttention) -> None:
         self.full = full
         self.ridge: float | Array = full.ridge
-        size = float(np.mean(np.sum(full.A3**2, axis=1))) * float(full.weights.sum()) / full.A3.shape[1]
-        self.value_ridge = float(np.max(full.ridge)) + FLOOR * size
+        self.value_ridge = floored_ridge(full.A3, full.weights, float(np.max(full.ridge)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -221,13 +227,7 @@ class ProjectedAttention(Problem):
         """
         full = self.full
         Z = np.concatenate([one.values(one.P) for one in maps])
-        w = np.sqrt(full.weights)[:, None]
-        floor = np.sqrt(self.value_ridge) * np.eye(Z.shape[1])
-        factor = np.asarray(np.linalg.qr(np.concatenate([w * Z, floor]), mode="r")).T
-        ridge = float(np.max(full.ridge))
-        Y = np.zeros((Z.shape[1], full.B.shape[1]))
-        for _ in range(1 + REFINEMENTS):
-            Y += _solve(factor, Z.T @ (w**2 * (full.B - Z @ Y)) - ridge * Y)
+        factor, Y = best_values(Z, full.weights, full.B, float(np.max(full.ridge)), self.value_ridge)
         return Z, factor, Y.reshape(full.n_heads, -1, full.B.shape[1])
 
     def evaluate(
@@ -264,7 +264,7 @@ class ProjectedAttention(Problem):
         def product(v: Array) -> Array:
             dX = self.by_head(v)
             dZ = np.concatenate([maps.values(full.moved(maps, dX)) for maps in again()])
-            dY = -_solve(factor, dZ.T @ G + Z.T @ (full.weights[:, None] * (dZ @ _stacked(Y))))
+            dY = -solve_factored(factor, dZ.T @ G + Z.T @ (full.weights[:, None] * (dZ @ _stacked(Y))))
             out = np.zeros_like(dX)
             for maps in again():
                 out += full.second(maps, Y, dX, dY.reshape(Y.shape))[0]
@@ -286,7 +286,7 @@ class ProjectedAttention(Problem):
         def product(v: Array) -> Array:
             dX = self.by_head(v)
             change = np.concatenate([maps.values(full.moved(maps, dX)) for maps in again()]) @ _stacked(Y)
-            change -= Z @ _solve(factor, Z.T @ (w * change))
+            change -= Z @ solve_factored(factor, Z.T @ (w * change))
             out = np.zeros_like(dX)
             for maps in again():
                 out += full.pulled(maps, full.slope(maps, (w * change)[maps.rows], Y))
@@ -319,7 +319,40 @@ class ProjectedAttention(Problem):
         return np.full(self.n_unknowns, max(float(mean), 1e-300))
 
 
-def _solve(factor: Array, right: Array) -> Array:
+def require_regular(A3: Array, n: int, n_heads: int, ridge: float) -> None:
+    """Raise ValueError where Y is not determined: A3 is of low rank, or n outputs are too few for all heads,
+    without a ridge.
+    """
+    v = A3.shape[1]
+    rank = int(np.linalg.matrix_rank(A3))
+    if ridge == 0.0 and (rank < v or n < n_heads * v):
+        what = f"A3 has rank {rank}" if rank < v else f"there are only {n} outputs"
+        heads = f" in {n_heads} heads" if n_heads > 1 else ""
+        raise ValueError(
+            f"Z = softmax(A1 X A2^T) A3 is singular for every X: {what} but A3 has {v} columns{heads}, "
+            "so Y is not determined; pass ridge > 0, or drop columns of A3"
+        )
+
+
+def floored_ridge(A3: Array, weights: Array, ridge: float) -> float:
+    """Return the ridge of the equations for Y, which keeps them regular where queries attend alike."""
+    size = float(np.mean(np.sum(A3**2, axis=1))) * float(weights.sum()) / A3.shape[1]
+    return float(ridge + FLOOR * size)
+
+
+def best_values(Z: Array, weights: Array, B: Array, ridge: float, floored: float) -> tuple[Array, Array]:
+    """Return L with ``L L^T = Z^T W Z + floored`` and Y, shape (heads v, m), that fits ``Z Y`` to B best."""
+    w = np.sqrt(weights)[:, None]
+    floor = np.sqrt(floored) * np.eye(Z.shape[1])
+    factor = np.asarray(np.linalg.qr(np.concatenate([w * Z, floor]), mode="r")).T
+    Y = np.zeros((Z.shape[1], B.shape[1]))
+    for _ in range(1 + REFINEMENTS):
+        Y += solve_factored(factor, Z.T @ (w**2 * (B - Z @ Y)) - ridge * Y)
+    return factor, Y
+
+
+def solve_factored(factor: Array, right: Array) -> Array:
+    """Return the solution of ``L L^T y = right``."""
     return np.asarray(linalg.cho_solve((factor, True), right))
 
 

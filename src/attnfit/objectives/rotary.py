@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnfit.data.inputs import choose
 from attnfit.segments import Array
@@ -189,3 +190,31 @@ class Turn:
         out[..., first] = a * self.cos - b * sin
         out[..., second] = b * self.cos + a * sin
         return out
+
+
+def placed(rotary: Rotary | None, positions: Any) -> Rotary | None:
+    """Return a rotary embedding at these positions.
+
+    Raises
+    ------
+    ValueError
+        If there are positions, but no embedding that they play a part in.
+    """
+    if positions is None:
+        return rotary
+    if rotary is None:
+        raise ValueError("positions are for rotary embeddings; pass rotary=Rotary(...), or leave them out")
+    return replace(rotary, positions=positions)
+
+
+def rotary_matrices(W_Q: Array, W_K: Array, rotary: Rotary) -> tuple[NDArray[np.complex128], Array]:
+    """Return M, shape (..., F, d1, d2), and X_0, shape (..., d1, d2), of factors of shape (..., d, h)."""
+    F = len(rotary.of_width(W_Q.shape[-1], 1)[0])
+    half = rotary.layout == "half"
+    first = slice(0, F) if half else slice(0, 2 * F, 2)
+    second = slice(F, 2 * F) if half else slice(1, 2 * F, 2)
+    q, k = (W[..., first] + 1j * W[..., second] for W in (W_Q, W_K))
+    # C - i S with C = q_a k_a' + q_b k_b' and S = q_a k_b' - q_b k_a'.
+    M = np.einsum("...if,...jf->...fij", q, k.conj())
+    rest = slice(2 * F, None)
+    return M, W_Q[..., rest] @ np.swapaxes(W_K[..., rest], -1, -2)

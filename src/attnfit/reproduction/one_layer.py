@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 
-from attnfit.problems import FullAttention
+from attnfit.objectives.full_attention import FullAttention
 from attnfit.reproduction.page import Claim, Curve, Page, Table
 from attnfit.solvers import VariableProjection, minimize
 

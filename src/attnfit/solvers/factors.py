@@ -138,11 +138,20 @@ class Point:
 
 
 class Fit:
-    """Descents of one problem."""
+    """Descents of one problem.
 
-    def __init__(self, problem: Any, tracker: Tracker, tol: float, at_zero: float) -> None:
+    Parameters
+    ----------
+    exact : float, optional
+        Value at which nothing but rounding is left of the loss.
+    """
+
+    def __init__(
+        self, problem: Any, tracker: Tracker, tol: float, at_zero: float, exact: float | None = None
+    ) -> None:
         self.problem, self.tracker, self.tol = problem, tracker, tol
         self.at_zero = max(at_zero, TINY)
+        self.exact = EXACT * self.at_zero if exact is None else exact
         self.first = problem.first_factor
         self.reference = 0.0
 
@@ -218,7 +227,7 @@ class Fit:
 
     def is_exact(self, at: Evaluation) -> bool:
         """Whether nothing but rounding is left of the loss."""
-        return at.value <= EXACT * self.at_zero
+        return at.value <= self.exact
 
     def _status(self, point: Point, damping: float) -> Status:
         """Return how a descent ends, `MAX_ITER` where it goes on."""

@@ -48,14 +48,14 @@ def default_solver(problem: Problem) -> Any:
         from attnfit.solvers.damped import LevenbergMarquardt
 
         return LevenbergMarquardt()
-    if Offer.FACTORS in offers:
-        from attnfit.solvers.factors import FactorLevenbergMarquardt
-
-        return FactorLevenbergMarquardt()
     if Offer.PROJECTION in offers:
         from attnfit.solvers.variable_projection import VariableProjection
 
         return VariableProjection() if VariableProjection.suits(problem) else Newton()
+    if Offer.FACTORS in offers:
+        from attnfit.solvers.factors import FactorLevenbergMarquardt
+
+        return FactorLevenbergMarquardt()
     if Offer.MIXTURE in offers:
         from attnfit.solvers.simplex import ActiveSet
 

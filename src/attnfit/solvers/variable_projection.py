@@ -12,14 +12,14 @@ from attnfit.objectives.objective import MAX_DENSE, Offer
 from attnfit.objectives.projected import ProjectedAttention
 from attnfit.objectives.separable import Points, Separable
 from attnfit.solvers.curvature import FrozenHessian, MatrixFree, natural_scale
+from attnfit.solvers.factor_projection import run_factors
 from attnfit.solvers.loop import Descent, Outcome, Solver, StopFit, Tracker, descend
+from attnfit.solvers.outputs import EXACT, SAME, Reached
 from attnfit.solvers.verdicts import Judge, Status, Verdict
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
-# A residual of this share of |B| is zero; values closer than SAME, relatively, are of one minimum.
-EXACT, SAME = 1e-9, 1e-6
 # Steps to first order in X, of all from there, and of one text; a start is left after IDLE_STEPS without a
 # gain of IDLE, relatively.
 FIRST_ORDER_STEPS, STEPS, STEPS_ONE_TEXT, IDLE_STEPS, IDLE = 12, 40, 60, 15, 1e-4
@@ -58,10 +58,13 @@ class VariableProjection(Solver):
     started from random X. Starts go on until the residual is zero, until the lowest value was reached
     twice (by one text without a mask four times), or until they are used up.
 
+    Factors of heads (``rank=``) are fitted by conjugate gradients, from solutions to first order. With more
+    than 600 of them a few steps of each start choose the one that goes on.
+
     Parameters
     ----------
     n_starts : int, optional
-        Largest number of starts; 40 by default, 400 for one text without a mask.
+        Largest number of starts; 40 by default, 400 for one text without a mask, 4 for many factors.
     seconds : float
         One text without a mask gets no further starts after this time.
 
@@ -85,7 +88,11 @@ class VariableProjection(Solver):
     @staticmethod
     def suits(problem: Any) -> bool:
         """Return whether the maps and the normal equations of a start fit in memory."""
-        if Offer.PROJECTION not in problem.offers or problem.n_unknowns > MAX_DENSE:
+        if Offer.PROJECTION not in problem.offers:
+            return False
+        if Offer.FACTORS in problem.offers:
+            return True
+        if problem.n_unknowns > MAX_DENSE:
             return False
         return Separable(problem).numbers <= BATCH
 
@@ -105,6 +112,8 @@ class VariableProjection(Solver):
                 f"VariableProjection takes FullAttention with at most {MAX_DENSE:,} unknowns in X, and maps "
                 "that fit in memory; leave solver out"
             )
+        if Offer.FACTORS in problem.offers:
+            return run_factors(problem, x0, self.n_starts, tol, max_iter, tracker, rng)
         search = Search(problem, tracker, max_iter)
         try:
             if x0 is None:
@@ -219,48 +228,18 @@ class Search:
 
     def verdict(self, x: Array) -> str:
         """Return what the lowest value means, and how much of B it explains, as a message."""
-        full = self.problem.full
-        at = self.exactly.evaluate(x.reshape(1, *self.shape))
-        share = float(np.sqrt(at.squares[0] / self.size))
+        full, exactly = self.problem.full, self.exactly
+        at = exactly.evaluate(x.reshape(1, *self.shape))
         n_equations = int(np.sum(full.weights > 0)) * full.B.shape[1]
         n_unknowns = self.problem.n_unknowns + at.Y[0].size
-        starts = f"{self.n_starts} start{'s'[: self.n_starts > 1]}"
-        if share <= EXACT:
-            if n_equations > n_unknowns:
-                return (
-                    f"exact fit (residual {share:.1e} of |B|, {n_equations:,} equations for "
-                    f"{n_unknowns:,} unknowns), found by one of {starts}"
-                )
-            return (
-                f"residual {share:.1e} of |B|, but {n_equations:,} equations for {n_unknowns:,} "
-                "unknowns leave room for other X and Y"
-            )
-        if self.n_reached > 1:
-            said = f"lowest of {starts}, reached {self.n_reached} times"
-        else:
-            said = (
-                f"warning: reached by one of {starts}: a lower one may exist; more starts, several texts or "
-                "a causal mask help"
-            )
-        said += f"; the squared residual is {share**2:.1e} of |B|^2, {self._shares(share**2)}"
-        if self.seen_alike and float(self.exactly.spread(at.X).max()) < WEAK:
-            said += "; X is determined only up to X C Y to first order"
-        return said
-
-    def _shares(self, share: float) -> str:
-        """Return a squared residual, as a share of that of B, beside two simpler models."""
-        B, root = self.exactly.B, self.exactly.root
-        texts = zip(self.exactly.uniform, self.problem.full.texts, strict=True)
-        uniform = root * np.concatenate([U[0] @ text.A3 for U, text in texts])
-        affine = root * np.column_stack([self.problem.full.A1, np.ones(len(root))])
-        left = []
-        for model in (uniform, affine):
-            rest = B - model @ np.linalg.lstsq(model, B, rcond=None)[0]
-            left.append(float(np.sum(rest * rest)) / self.size)
-        shares = [f"{share / one:.1e}" if one > EXACT**2 else "more than all" for one in left]
-        return (
-            f"{shares[0]} of what uniform attention leaves and {shares[1]} of what an affine map of A1 leaves"
-        )
+        share = float(np.sqrt(at.squares[0] / self.size))
+        texts = zip(exactly.uniform, full.texts, strict=True)
+        uniform = exactly.root * np.concatenate([U[0] @ text.A3 for U, text in texts])
+        affine = exactly.root * np.column_stack([full.A1, np.ones(len(exactly.root))])
+        reached = Reached(share, n_equations, n_unknowns, self.n_starts, self.n_reached)
+        said = reached.said([uniform, affine], exactly.B)
+        weak = share > EXACT and self.seen_alike and float(exactly.spread(at.X).max()) < WEAK
+        return f"{said}; X is determined only up to X C Y to first order" if weak else said
 
     def _descend(
         self, model: Separable, X: Array, steps: int, phase: str, culled: dict[int, float] | None = None
