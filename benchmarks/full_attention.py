@@ -6,10 +6,10 @@ import argparse
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from attnfit import minimize, problems
-from benchmarks.report import table, write
+from benchmarks.report import stored_sections, table, write
 
 Array = Any
 
@@ -68,6 +68,13 @@ SEVERAL = [
     Case(25, 25, 16, 8, 8, deviation=1.0, texts=8, heads=2),
 ]
 LARGE = [Case(100, 100, 8, 5, 4, deviation=1.0), Case(200, 200, 16, 8, 8, deviation=1.0)]
+# Rotary heads of width 4: queries a text, texts, features, values, outputs, heads, key heads, mask.
+ROTARY = [
+    (30, 3, 5, 3, 4, 1, 1, "causal"), (60, 1, 6, 4, 4, 1, 1, "causal"), (30, 3, 5, 3, 4, 1, 1, None),
+    (30, 4, 6, 4, 4, 2, 2, "causal"), (30, 4, 6, 4, 4, 2, 1, "causal"), (200, 1, 6, 4, 4, 3, 3, "causal"),
+]  # fmt: skip
+# Layer and head of SmolLM2, tokens a text, seconds of processor time; queries and keys of the head itself.
+REAL = [(10, 3, 128, 270.0)]
 HARD = [Case(200, 200, 16, 8, 8, deviation=d) for d in (2.0, 0.3)]
 
 
@@ -76,12 +83,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_attention", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small problems and one of each other kind")
     parser.add_argument("--threads", type=int, default=1, help="BLAS threads (default 1)")
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, help="sections to measure; the others stay")
     options = parser.parse_args()
+    name = "full-attention" + ("-quick" if options.quick else "")
+    stored = stored_sections(name)
+    names = options.only or [key for key in SECTIONS if not (options.quick and key == "head")]
     with threadpool_limits(options.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        sections = [report(options.quick)]
-    command = shlex.join(["python", "-m", "benchmarks.full_attention", *sys.argv[1:]])
-    print(write("full-attention" + ("-quick" if options.quick else ""), command, sections).read_text())
+        for key in names:
+            section = SECTIONS[key](options.quick)
+            print(section, flush=True)
+            stored[section.split("\n", 1)[0]] = section
+            command = shlex.join(["python", "-m", "benchmarks.full_attention", *sys.argv[1:]])
+            write(name, command, list(stored.values()))
 
 
 def report(quick: bool) -> str:
@@ -136,7 +150,7 @@ def row(case: Case, seeds: Sequence[int], said: str, *, before: bool = True) -> 
     ]
 
 
-def plant(case: Case, seed: int) -> tuple[problems.FullAttention, Array]:
+def plant(case: Case, seed: int) -> tuple[Any, Array]:
     """Return an instance and its X, shape (heads, d, d)."""
     rng = np.random.default_rng(seed)
     drawn = [
@@ -161,6 +175,118 @@ def plant(case: Case, seed: int) -> tuple[problems.FullAttention, Array]:
 def distance(fitted: Array, X: Array) -> float:
     """Return the largest relative error of a head from the nearest one fitted."""
     return max(min(float(np.linalg.norm(other - one) / np.linalg.norm(one)) for other in fitted) for one in X)
+
+
+def rotary_report(quick: bool) -> str:
+    """Return the section of rotary heads."""
+    rows = []
+    for n, texts, d, v, m, heads, keys, mask in ROTARY[: 1 if quick else None]:
+        exact, false, starts, seconds, errors = 0, 0, [], [], [0.0]
+        seeds = range(2 if quick else 4)
+        for seed in seeds:
+            problem, x = plant_rotary(n, texts, d, v, m, heads, keys, mask, seed)
+            began = process_time()
+            result = minimize(problem, random_state=0)
+            seconds.append(process_time() - began)
+            zero = problem.relative_error(result.x) <= ZERO
+            exact += zero
+            false += "exact fit" in result.message and not zero
+            starts.append(len(result.local_values))
+            if zero:
+                errors.append(distance(identified(problem, result.x), identified(problem, x)))
+        label = f"{n} tokens" if texts == 1 else f"{texts} texts of {n}"
+        label += f", d {d}{', causal' if mask else ''}"
+        print(f"{label}, {heads} heads on {keys}: {exact} of {len(seeds)}", file=sys.stderr, flush=True)
+        rows.append(
+            [
+                label, f"{heads} on {keys}", f"{exact} of {len(seeds)}", f"{min(starts)} to {max(starts)}",
+                f"{median(seconds):.2g}", f"{max(seconds):.2g}", str(false), f"{max(errors):.0e}",
+            ]
+        )  # fmt: skip
+    header = ["problem", "heads on key heads", "exact fits", "starts", "processor s, median", "largest"]
+    header += ["called exact, and not", "largest error of M where exact"]
+    text = (
+        "Outputs of planted heads of width 4 whose queries and keys are turned by position (base 100), "
+        f"without noise, logits of deviation 1; seeds 0 to {len(seeds) - 1}. The error is that of the "
+        "matrices M_f of all frequencies together, which are what is identified, heads in the best order."
+    )
+    return f"## planted outputs of rotary heads\n\n{text}\n\n" + table(header, rows)
+
+
+def plant_rotary(
+    n: int, texts: int, d: int, v: int, m: int, heads: int, keys: int, mask: str | None, seed: int
+) -> tuple[Any, Array]:
+    """Return an instance and its unknown."""
+    rng = np.random.default_rng(seed)
+    A = [rng.standard_normal((n, d)) for _ in range(texts)]
+    A3 = [rng.standard_normal((n, v)) for _ in range(texts)]
+    options: dict[str, Any] = {"mask": mask, "n_heads": heads, "n_key_heads": keys, "rank": 4}
+    options["rotary"] = problems.Rotary(theta=100.0)
+
+    def made(B: Any) -> Any:
+        return problems.FullAttention(A, A, A3, B, **options)
+
+    blank = made([np.zeros((n, m)) for _ in A])
+    x, projected = rng.standard_normal(blank.n_unknowns), blank.projected()
+    factors = x[: blank.n_factors]
+    x[: blank.n_factors] = projected.scaled(factors, 1.0 / projected.spread(factors))
+    B = blank.predict(x)
+    return made(B if texts > 1 else [B]), x
+
+
+def identified(problem: Any, x: Array) -> Array:
+    """Return M of each head, flat."""
+    M = problem.matrices(x)[0]
+    return M.reshape(len(M), -1)
+
+
+def head_report(quick: bool) -> str:
+    """Return the section of a real head."""
+    rows = []
+    for layer, head, n, limit in REAL:
+        fitted, held_out, truth = real_head(layer, head, n)
+        began = process_time()
+        result = minimize(
+            fitted, random_state=0, n_starts=1, max_iter=10_000,
+            callback=lambda _, began=began, limit=limit: process_time() - began > limit,
+        )  # fmt: skip
+        took = process_time() - began
+        zero = np.zeros(fitted.n_factors)
+        uniform = np.concatenate([zero, fitted.projected().best_values(zero).reshape(-1)])
+        M, M_0 = fitted.matrices(result.x)[0][0], fitted.matrices(truth)[0][0]
+        errors = np.linalg.norm(M - M_0, axis=(1, 2)) / np.linalg.norm(M_0, axis=(1, 2))
+        fast = fitted.heads.read.frequencies[0] * n > 10.0
+        rows.append(
+            [
+                f"{layer}, {head}", f"6 of {n}", f"{fitted.B.size:,}, {fitted.n_identified:,}", f"{took:.0f}",
+                f"{result.n_passes:,.0f}", str(result.status), f"{fitted.relative_error(result.x):.1e}",
+                f"{held_out.relative_error(result.x):.1e}", f"{held_out.relative_error(truth):.0e}",
+                f"{held_out.relative_error(uniform):.1e}", f"{np.median(errors[fast]):.0e}",
+            ]
+        )  # fmt: skip
+    header = ["layer, head", "texts", "equations, unknowns", "processor s", "passes", "ended", "fitted"]
+    header += ["held out", "own weights, held out", "uniform, held out", "M of fast frequencies"]
+    text = (
+        "A head of SmolLM2-135M from its outputs (single precision, before the output projection), and the "
+        "queries, keys and values that enter it before they are turned: W_Q, W_K (64 x 64 each) and Y are "
+        "fitted to six texts from the first solution to first order, and judged on two others. Errors are "
+        "relative; of M the median over frequencies that turn by more than 10 radians."
+    )
+    return f"## a head of SmolLM2-135M\n\n{text}\n\n" + table(header, rows)
+
+
+def real_head(layer: int, head: int, n: int) -> tuple[Any, Any, Array]:
+    """Return the problem of six texts, that of two others, and the model's own unknown."""
+    from benchmarks.heads import read_texts
+    from examples.head_outputs import observe, problem
+
+    seen = observe(read_texts(), layer, head, n)
+    return problem(seen, slice(0, 6)), problem(seen, slice(6, None)), seen.truth
+
+
+SECTIONS: dict[str, Callable[[bool], str]] = {
+    "planted": report, "rotary": rotary_report, "head": head_report
+}  # fmt: skip
 
 
 if __name__ == "__main__":

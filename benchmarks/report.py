@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -124,6 +125,14 @@ def write(name: str, command: str, sections: list[str]) -> Path:
     path = RESULTS / f"{name}.md"
     path.write_text(f"# {name}\n\n" + "\n\n".join([surroundings(command), *sections]) + "\n")
     return path
+
+
+def stored_sections(name: str) -> dict[str, str]:
+    """Return the sections of a stored report by their titles: those measured anew replace their like."""
+    path = RESULTS / f"{name}.md"
+    text = path.read_text() if path.exists() else ""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
+    return {part.split("\n", 1)[0]: part.strip() for part in parts}
 
 
 def surroundings(command: str) -> str:

@@ -1,4 +1,4 @@
-"""Outputs of heads with rotary embeddings: derivatives against PyTorch, and what comes back of planted heads."""
+"""Outputs of heads with rotary embeddings: derivatives against PyTorch, and planted heads that come back."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from instances import relative
 from sklearn.exceptions import ConvergenceWarning
 
 from attnfit import minimize, problems
-from attnfit.objectives.head_outputs import MapsAt
+from attnfit.objectives.head_maps import MapsAt
 from attnfit.solvers import VariableProjection
 
 H, D1, D2, V, M, THETA = 4, 3, 2, 2, 3, 50.0
@@ -164,32 +164,21 @@ def test_the_problem_to_first_order(name):
     assert relative(bilinear.gradient(theta), gradient[: len(theta)]) < 1e-8
 
 
-@pytest.mark.parametrize("name", ["rotary", "shared", "softcap", "sink", "norm"])
-def test_the_metric_is_the_mean_curvature_of_a_factor_while_values_stand_still(name):
-    problem, _, stacked, x = instance(**CASES[name] | {"ridge": 0.0})
+@pytest.mark.parametrize("name", ["rotary", "shared", "softcap", "sink"])
+def test_the_metric_is_the_mean_curvature_of_queries_while_keys_and_values_stand_still(name):
+    problem, _, stacked, x = instance(**CASES[name])
     found = problem.reduction()
-    white, size = found.problem, problem.heads.n_unknowns
-    y = found.restrict(x)
+    white, y = found.problem, found.restrict(x)
     Y = as_tensor(white.best_values(y).reshape(-1, M))
-    point = white.heads.parts(y[:size])
-    lifted = found.lift(y)[: problem.n_factors]
-    J = torch.autograd.functional.jacobian(lambda t: stacked(t) @ Y, as_tensor(lifted)).numpy()
-    J = np.sqrt(problem.weights)[:, None, None] * J
+    theta = as_tensor(found.lift(y)[: problem.n_factors])
+    J = torch.autograd.functional.jacobian(lambda t: stacked(t) @ Y, theta).numpy()
+    own = J[..., : D1 * H].reshape(*J.shape[:2], D1, H)
+    own = np.sqrt(problem.weights)[:, None, None, None] * (problem.heads.sides()[0].forward.T @ own)
+    # Query t moves outputs by a_t times a matrix: the squares are |a_t|^2 times its block.
+    lengths = np.sum(np.concatenate([one.A for one in white.heads.left]) ** 2, axis=1)
+    blocks = np.einsum("tmrh,tmrg->thg", own, own) / lengths[:, None, None]
     metric = white.metric(white.evaluate(y)).parts[0]
-    left = white.heads.left
-    own = J[..., : problem.heads.d1 * H].reshape(*J.shape[:2], D1, H)
-    # In whitened variables, all queries chosen: the trace over the rows of W_Q of the curvature.
-    sides = problem.heads.sides()
-    own = np.einsum("tmdh,dr->tmrh", own, sides[0].forward)
-    exactly = np.einsum("tmrh,tmrg->hg", own, own)
-    if problem.heads.read.qk_norm is None:
-        # Rows of orthonormal queries: sum_t |a_t|^2 block_t, against the mean of the blocks.
-        blocks = np.einsum("tmrh,tmrg->thg", own, own)
-        lengths = np.sum(np.concatenate([i.A for i in left]) ** 2, axis=1)
-        mean = np.mean(blocks / lengths[:, None, None], axis=0)
-        assert relative(metric.by_q[0], mean) < 1e-9
-    assert point.W_Q.shape[0] == problem.per_group
-    assert np.all(np.linalg.eigvalsh(exactly) >= -1e-9)
+    assert relative(metric.by_q[0], blocks.mean(axis=0)) < 1e-9
 
 
 # ---- what comes back
@@ -311,7 +300,7 @@ def test_identified_numbers_are_the_rank_of_the_jacobian(name):
 
 
 def test_many_factors_are_fitted_from_the_best_of_a_few_steps(monkeypatch):
-    problem, x = planted(1, 25, 3)
+    problem, _ = planted(1, 25, 3)
     monkeypatch.setattr("attnfit.solvers.factor_projection.FEW", 1)
     monkeypatch.setattr("attnfit.solvers.factors.FEW", 1)
     result = minimize(problem, random_state=0)

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from attnfit.data.gram import majorant
 from attnfit.data.inputs import as_point
+from attnfit.objectives.head_maps import MapsAt, moves_of
 from attnfit.objectives.head_metric import AVERAGED, Metric
-from attnfit.objectives.head_outputs import HeadOutputs, MapsAt, moves_of
+from attnfit.objectives.head_outputs import HeadOutputs
 from attnfit.objectives.heads import HeadAttention
 from attnfit.objectives.objective import Evaluation, Moved, Offer, Problem
 from attnfit.objectives.projected import best_values, floored_ridge, solve_factored

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.head_outputs import MapsAt
+from attnfit.objectives.head_maps import MapsAt
 from attnfit.objectives.projected_heads import ProjectedHeads
 from attnfit.solvers.factors import FEW, STEPS, Fit, Point
 from attnfit.solvers.loop import Descent, Outcome, StopFit, Tracker
