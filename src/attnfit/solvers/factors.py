@@ -85,7 +85,8 @@ class FactorLevenbergMarquardt(Solver):
         ValueError
             If the problem has no two factors.
         """
-        if Offer.FACTORS not in problem.offers:
+        # Of outputs an exact fit needs a count of equations, which their own solver makes.
+        if Offer.FACTORS not in problem.offers or Offer.PROJECTION in problem.offers:
             raise ValueError(
                 f"FactorLevenbergMarquardt takes Attention with rotary, softcap, sink or qk_norm, not "
                 f"{type(problem).__name__}; leave solver out"
