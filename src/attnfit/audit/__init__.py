@@ -19,40 +19,58 @@ if TYPE_CHECKING:
     from attnfit.audit.check import check_access, check_defence
     from attnfit.audit.checks import check_states
     from attnfit.audit.defences import Defence, Defended
+    from attnfit.audit.exposing import Exposure, exposure
+    from attnfit.audit.extracting import Extraction, extraction, windows
     from attnfit.audit.gradient import invert_gradient
     from attnfit.audit.gradient_search import GradientResult
     from attnfit.audit.inverting import invert
     from attnfit.audit.logits import invert_logits
     from attnfit.audit.masked import MaskedResult, recover_masked
+    from attnfit.audit.members import Membership, MembershipScore, membership
+    from attnfit.audit.memorising import Memorised, memorised
     from attnfit.audit.models import Model, load
     from attnfit.audit.observation import Observation, observe
+    from attnfit.audit.planted import Canaries, canaries
     from attnfit.audit.relaxation import Relaxation, masked_relaxation
     from attnfit.audit.report import Report
     from attnfit.audit.result import InversionResult, Position
+    from attnfit.audit.roc import conformal_p_values
     from attnfit.audit.running import run
+    from attnfit.audit.scored import ScoredTexts, score_texts
     from attnfit.audit.states import StatesAccess, invert_attention, invert_hidden
     from attnfit.audit.topk import invert_topk
     from attnfit.audit.utility import Utility, utility_lost
 
 _HOMES = {
     "Access": "access",
+    "Canaries": "planted",
     "Defence": "defences",
     "Defended": "defences",
+    "Exposure": "exposing",
+    "Extraction": "extracting",
+    "GradientResult": "gradient_search",
     "InversionResult": "result",
     "MaskedResult": "masked",
+    "Membership": "members",
+    "MembershipScore": "members",
+    "Memorised": "memorising",
     "Model": "models",
     "Observation": "observation",
     "Position": "result",
     "Relaxation": "relaxation",
     "Report": "report",
+    "ScoredTexts": "scored",
     "StatesAccess": "states",
     "Utility": "utility",
+    "canaries": "planted",
     "check_access": "check",
     "check_defence": "check",
     "check_states": "checks",
+    "conformal_p_values": "roc",
+    "exposure": "exposing",
+    "extraction": "extracting",
     "invert": "inverting",
     "invert_attention": "states",
-    "GradientResult": "gradient_search",
     "invert_gradient": "gradient",
     "invert_hidden": "states",
     "invert_kv": "cache",
@@ -60,21 +78,31 @@ _HOMES = {
     "invert_topk": "topk",
     "load": "models",
     "masked_relaxation": "relaxation",
+    "membership": "members",
+    "memorised": "memorising",
     "observe": "observation",
     "recover_masked": "masked",
     "run": "running",
+    "score_texts": "scored",
     "utility_lost": "utility",
+    "windows": "extracting",
 }
 
 __all__ = [
     "Access",
     "AuditError",
+    "Canaries",
     "Defence",
     "Defended",
+    "Exposure",
+    "Extraction",
     "GradientResult",
     "InversionResult",
     "MalformedModel",
     "MaskedResult",
+    "Membership",
+    "MembershipScore",
+    "Memorised",
     "Model",
     "ModelTooLarge",
     "NoRoundTrip",
@@ -84,12 +112,17 @@ __all__ = [
     "Position",
     "Relaxation",
     "Report",
+    "ScoredTexts",
     "StatesAccess",
     "Unsupported",
     "Utility",
+    "canaries",
     "check_access",
     "check_defence",
     "check_states",
+    "conformal_p_values",
+    "exposure",
+    "extraction",
     "invert",
     "invert_attention",
     "invert_gradient",
@@ -99,10 +132,14 @@ __all__ = [
     "invert_topk",
     "load",
     "masked_relaxation",
+    "membership",
+    "memorised",
     "observe",
     "recover_masked",
     "run",
+    "score_texts",
     "utility_lost",
+    "windows",
 ]
 
 

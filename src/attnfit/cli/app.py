@@ -17,6 +17,7 @@ from attnfit.cli.errors import EXIT_CODES, Exit, suggest
 from attnfit.cli.example import example
 from attnfit.cli.fit import command_for
 from attnfit.cli.invert import invert
+from attnfit.cli.memorised import canaries_command, memorised_command
 from attnfit.cli.mixture import fit_mixture
 from attnfit.cli.models import OPTIONS
 from attnfit.cli.origin import TYPED
@@ -103,6 +104,7 @@ app.add_typer(
     epilog=EXIT_CODES,
 )
 ANALYST = (predict, score_command, elasticities_command, example)
-for command in (*ANALYST, invert, audit, reproduce, demo, warmup):
+MODELS = (audit, memorised_command, canaries_command)
+for command in (*ANALYST, invert, *MODELS, reproduce, demo, warmup):
     app.command(epilog=EXIT_CODES)(command)
 app.command(context_settings={"ignore_unknown_options": True, **SETTINGS}, epilog=EXIT_CODES)(bench)

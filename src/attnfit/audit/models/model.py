@@ -259,7 +259,7 @@ class Model:
 
     def detokenise(self, tokens: Sequence[int]) -> str:
         """Return the text of some tokens, without the special ones that the tokenizer puts around a text."""
-        before, after = self._around
+        before, after = self.around
         inner = list(tokens)
         if before and inner[: len(before)] == before:
             inner = inner[len(before) :]
@@ -268,7 +268,7 @@ class Model:
         return str(self.tokenizer.decode(inner, clean_up_tokenization_spaces=False))
 
     @cached_property
-    def _around(self) -> tuple[Tokens, Tokens]:
+    def around(self) -> tuple[Tokens, Tokens]:
         """The special tokens before and after a text."""
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = self.tokenizer("a")["input_ids"]
