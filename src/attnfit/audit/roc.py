@@ -170,7 +170,7 @@ def epsilon_lower_bound(told: int, n_members: int, false: int, n_others: int, de
     """
     low, most = clopper_pearson(told, n_members)[0], clopper_pearson(false, n_others)[1]
     ratios = ((low - delta) / most, (1.0 - most - delta) / (1.0 - low))
-    return max(0.0, *(float(np.log(ratio)) for ratio in ratios if ratio > 0.0))
+    return max([0.0, *(float(np.log(ratio)) for ratio in ratios if ratio > 0.0)])
 
 
 def _components(members: Array, others: Array) -> tuple[float, float]:

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 
 from attnfit.audit.errors import AuditError
-from attnfit.audit.likelihood import ENTRIES
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text, is_chat
 
 Array = NDArray[np.float64]
 # Logits of the next token after every token of a text, shape (n, n_vocabulary), for a text as token ids.
 Scorer = Model | Callable[[Tokens], Any]
+# Logits held at once.
+BATCH = 1 << 23
 # A logarithm of a probability may exceed zero by rounding.
 ROUNDING = 1e-4
 
@@ -156,10 +156,13 @@ def score_texts(
     for index, tokens in enumerate(rows):
         if len(tokens) < 2:
             raise AuditError(f"{name}[{index}] has a single token, which nothing predicts; leave it out")
-    places = _logits_of(model, rows, name) if isinstance(model, Model) else _called(model, rows, name)
+    batches = _logits_of(model, rows, name) if isinstance(model, Model) else _called(model, rows, name)
     found: list[Any] = [None] * len(rows)
-    for index, logits in places:
-        found[index] = _scored(logits / temperature, rows[index])
+    for part, logits in batches:
+        values, likeliest = (one.numpy() for one in _scored(logits / temperature, _padded(rows, part)))
+        for place, index in enumerate(part):
+            n = len(rows[index]) - 1
+            found[index] = values[place, :n], likeliest[place, :n].copy()
     shown = texts
     if isinstance(model, Model):
         shown = [t if isinstance(t, str) else model.detokenise(r) for t, r in zip(texts, rows, strict=True)]
@@ -225,13 +228,17 @@ def _checked(index: int, values: Any) -> Array:
     return found
 
 
-def _scored(logits: Array, tokens: Tokens) -> tuple[Array, NDArray[np.bool_]]:
-    before, after = logits[:-1], np.array(tokens[1:])
-    own = before[np.arange(len(after)), after]
-    return own - logsumexp(before, axis=1), before.argmax(1) == after
+def _scored(logits: Any, tokens: Any) -> tuple[Any, Any]:
+    """Return log-probabilities and whether each token is the likeliest, both of shape (k, n - 1).
+
+    Of a whole batch at once: temporary arrays of single texts between results to keep fragment the memory.
+    """
+    before, after = logits[:, :-1].double(), tokens[:, 1:]
+    own = before.gather(-1, after[..., None])[..., 0]
+    return own - before.logsumexp(-1), before.argmax(-1) == after
 
 
-def _called(model: Callable[[Tokens], Any], rows: list[Tokens], name: str) -> Iterator[tuple[int, Array]]:
+def _called(model: Callable[[Tokens], Any], rows: list[Tokens], name: str) -> Iterator[tuple[list[int], Any]]:
     for index, tokens in enumerate(rows):
         logits = np.asarray(model(tokens), dtype=np.float64)
         if logits.ndim != 2 or len(logits) != len(tokens):
@@ -242,10 +249,10 @@ def _called(model: Callable[[Tokens], Any], rows: list[Tokens], name: str) -> It
         outside = next((token for token in tokens if not 0 <= token < logits.shape[1]), None)
         if outside is not None:
             raise AuditError(f"{name}[{index}] has token {outside}; model has {logits.shape[1]}")
-        yield index, logits
+        yield [index], torch.tensor(logits)[None]
 
 
-def _logits_of(model: Model, rows: list[Tokens], name: str) -> Iterator[tuple[int, Array]]:
+def _logits_of(model: Model, rows: list[Tokens], name: str) -> Iterator[tuple[list[int], Any]]:
     """Yield the model's own logits, texts of like length together."""
     # What has no head says so first.
     _ = model.head
@@ -257,12 +264,13 @@ def _logits_of(model: Model, rows: list[Tokens], name: str) -> Iterator[tuple[in
             )
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     while order:
-        count = max(1, ENTRIES // (len(rows[order[-1]]) * model.n_vocabulary))
+        count = max(1, BATCH // (len(rows[order[-1]]) * model.n_vocabulary))
         part, order = order[-count:], order[:-count]
-        length = len(rows[part[-1]])
-        # A causal model does not see what comes after a text.
-        inputs = torch.tensor([rows[index] + [0] * (length - len(rows[index])) for index in part])
         with torch.no_grad():
-            logits = model.module(input_ids=inputs, use_cache=False).logits
-        for one, index in zip(logits, part, strict=True):
-            yield index, one[: len(rows[index])].double().numpy()
+            yield part, model.module(input_ids=_padded(rows, part), use_cache=False).logits
+
+
+def _padded(rows: list[Tokens], part: list[int]) -> Any:
+    """Return texts as a batch; a causal model does not see what comes after a text."""
+    length = max(len(rows[index]) for index in part)
+    return torch.tensor([rows[index] + [0] * (length - len(rows[index])) for index in part])

@@ -1,0 +1,139 @@
+"""``attnfit memorised`` and ``attnfit canaries`` on the packaged model, good and bad."""
+
+import json
+from random import Random
+
+import pytest
+from audit_models import audit_cache, tiny  # noqa: F401
+from test_cli import messages, run
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+TEMPLATE = "The code of the {words} is {digits:2}."
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory):  # noqa: F811
+    from attnfit.audit.models.tiny_text import generic_sentences, private_sentences
+
+    folder = tmp_path_factory.mktemp("texts")
+    same = [text for text in private_sentences(Random(1)) if text not in tiny.private_texts]
+    texts = {"members": tiny.private_texts[:110], "others": same[:110]}
+    texts["generic"] = list(dict.fromkeys(t for t in generic_sentences(600, Random(2)) if t[:3] == "The"))[
+        :110
+    ]
+    texts["both"] = [*same[:3], "", tiny.private_texts[2]]
+    texts["short"] = [tiny.private_texts[0], "", "A dog."]
+    for name, lines in texts.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def refused(result):
+    """The only sentence on stderr, which came with exit code 2."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    (sentence,) = messages(result)
+    return sentence
+
+
+def test_the_verdict_comes_first_and_the_figures_are_kept(files, tmp_path):
+    told = tmp_path / "out.json"
+    result = run(
+        "memorised", "tiny", "--members", files / "members", "--others", files / "others", "--prefix", "4,6",
+        "--suffix", 5, "--rates", "0.01", "--json", told,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    first, *rest = result.stdout.splitlines()
+    content = json.loads(told.read_text())
+    assert first == content["verdict"]
+    assert (
+        first.startswith("tiny: ")
+        and "Members are told apart: by loss, 110 members against 110 others" in first
+    )
+    assert content["membership"]["blind_auc"]["low"] < 0.5 < content["membership"]["blind_auc"]["high"]
+    assert content["extraction"]["prefix"][0] == 4
+    assert content["extraction"]["share"][4] > 0.8 > 0.1 > content["extraction_of_others"]["share"][4]
+    assert any(line.split()[:3] == ["membership", "loss:", "AUC"] for line in rest)
+    assert rest[-1].startswith("Lower bound of epsilon at delta 1e-05, if texts are independent trials: ")
+    assert not any(line in told.read_text() for line in (files / "members").read_text().splitlines())
+
+
+def test_canaries_are_drawn_and_measured(tmp_path):
+    path = tmp_path / "canaries.txt"
+    assert run("canaries", TEMPLATE, "--count", 3, "--seed", 7, "--output", path).exit_code == 0
+    assert run("canaries", TEMPLATE, "--count", 3, "--seed", 7).stdout == path.read_text()
+    assert len(path.read_text().splitlines()) == 3
+    asked = ("memorised", "tiny", "--canaries", path, "--template", TEMPLATE)
+    result = run(*asked, "--compared", 100, "--fail-above", 0)
+    assert result.exit_code == 0, result.output
+    assert "0 of 3 canaries are likelier than chance allows" in result.stdout
+    assert "Note: No share is above 0." in result.stderr
+    few = run(*asked, "--compared", 30)
+    assert few.exit_code == 3
+    assert "Not measured, which is no sign of protection: exposure" in few.stderr
+
+
+def test_the_gate_sets_the_exit_code(files):
+    asked = (
+        "memorised",
+        "tiny",
+        "--members",
+        files / "members",
+        "--prefix",
+        6,
+        "--suffix",
+        5,
+        "--fail-above",
+    )
+    closed = run(*asked, 0.5)
+    assert closed.exit_code == 1
+    assert "Error: Above 0.5: extraction after 6 tokens 0.9" in closed.stderr
+    assert run(*asked, 1).exit_code == 0
+    told = run(
+        "memorised", "tiny", "--members", files / "members", "--others", files / "others", "--fail-above", 0.5
+    )
+    assert told.exit_code == 1
+    assert "membership at 0.01 1.000" in told.stderr
+
+
+def test_what_cannot_be_read_as_membership_is_no_leak_and_no_pass(files):
+    result = run(
+        "memorised", "tiny", "--members", files / "members", "--others", files / "generic", "--fail-above", 0
+    )
+    assert result.exit_code == 3, result.output
+    assert "The figures cannot be read as membership, as words alone" in result.stdout
+    assert "Error: Not measured, which is no sign of protection: membership, as words alone" in result.stderr
+    few = run("memorised", "tiny", "--members", files / "members", "--others", files / "short")
+    assert few.exit_code == 2
+
+
+def test_bad_input_is_one_sentence(files, tmp_path):
+    members = ("--members", files / "members")
+    assert "nothing can be measured" in refused(run("memorised", "tiny"))
+    assert refused(run("memorised", "tiny", "--members", files / "short", "--prefix", 3, "--suffix", 5)) == (
+        "Error: line 3 of --members has 4 tokens, and a prefix of 3 with a suffix of 5 takes 8; leave it "
+        "out, or ask for less"
+    )
+    same = refused(run("memorised", "tiny", *members, "--others", files / "both"))
+    assert same.startswith("Error: line 3 of --members is line 5 of --others too")
+    asked = ("memorised", "tiny", *members, "--others", files / "others")
+    assert "--rates is 0.001, which takes 999 others, and there are 110" in refused(
+        run(*asked, "--rates", 0.001)
+    )
+    assert "--rates must be numbers separated by commas" in refused(run(*asked, "--rates", "1 %"))
+    assert "--prefix must be whole numbers" in refused(run("memorised", "tiny", *members, "--prefix", "2.5"))
+    assert "--prefix must be a number of tokens, 1 or more, not 0" in refused(
+        run("memorised", "tiny", *members, "--prefix", "0")
+    )
+    assert "--template is missing" in refused(run("memorised", "tiny", "--canaries", files / "short"))
+    assert "--canaries is missing" in refused(run("memorised", "tiny", "--template", TEMPLATE))
+    wrong = refused(run("memorised", "tiny", "--canaries", files / "short", "--template", TEMPLATE))
+    assert wrong.startswith("Error: line 1 of --canaries does not fit the template")
+    assert "template has no placeholder" in refused(run("canaries", "nothing"))
+    minilm = run("memorised", "minilm", *members, "--prefix", 2, "--suffix", 2)
+    assert "has no language-modelling head" in refused(minilm)
+    assert "There is no file" in refused(
+        run("memorised", "tiny", "--members", tmp_path / "none", "--prefix", 2)
+    )
