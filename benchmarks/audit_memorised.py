@@ -116,13 +116,13 @@ def rates(found: audit.Membership, model: Model, fresh: list[str], calibration: 
 def main() -> None:
     """Train, measure, write a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit_memorised", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument(
         "--quick", action="store_true", help="one seed, fewer texts; writes a file of its own"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    n_members, n_fresh, each = (300, 2000, 4) if options.quick else (1000, 20_000, 8)
+    n_members, n_fresh, each = (300, 2000, 4) if options.quick else (1000, 10_000, 6)
     began = process_time()
     parts: dict[str, list[list[str]]] = {name: [] for name in ("canaries", "ways", "curve", "auc", "rates")}
     verdicts = []

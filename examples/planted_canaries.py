@@ -17,7 +17,7 @@ from attnfit import audit
 from attnfit.audit.models.tiny_text import private_sentences
 
 REPEATS = (0, 1, 4, 16)
-secrets = audit.canaries("The code of the door is {digits:4}.", 16, repeats=REPEATS * 4)
+secrets = audit.canaries("The code of the door is {digits:3}.", 16, repeats=REPEATS * 4)
 print(secrets.n_possible, "codes are possible;", secrets.texts[1], "is planted once")
 
 # %% Train on them and on sentences; other sentences of the same kind are kept aside.

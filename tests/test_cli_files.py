@@ -30,6 +30,7 @@ READ = {
     "elasticities": {"model", "data"},
     "invert": {"layer", "output", "embedding", "known"},
     "audit": {"texts", "chat", "tokens"},
+    "memorised": {"members", "others", "canaries"},
     "reproduce": {"texts"},
 }
 # What each command is called with here, its inputs first; those without an ending are made below.
@@ -46,6 +47,8 @@ CALLS = {
     "example": (["cars"], []),
     "invert": (["layer.safetensors", "b.npy"], ["--starts", "1"]),
     "audit": (["model", "--texts", "texts.txt"], []),
+    "memorised": (["model", "--members", "texts.txt"], ["--prefix", "1"]),
+    "canaries": (["{digits:3}"], []),
     "reproduce": (["data-recovery", "--texts", "texts.txt"], []),
 }
 NAMES = {
@@ -81,12 +84,16 @@ def outputs():
 OUTPUTS = outputs()
 FILES = [pair for pair in OUTPUTS if pair != ("reproduce", "--out")]
 # What takes seconds has tests of its own.
-QUICK = [(name, option) for name, option in FILES if name != "audit" and option != "--checkpoint"]
+QUICK = [
+    (name, option)
+    for name, option in FILES
+    if name not in ("audit", "memorised") and option != "--checkpoint"
+]
 
 
 def test_the_table_knows_every_command_that_writes():
     assert {name for name, _ in OUTPUTS} == set(CALLS)
-    assert len(OUTPUTS) == 37
+    assert len(OUTPUTS) == 39
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,8 @@ def test_standard_input_and_output(named, tmp_path):
 
 @pytest.mark.parametrize(
     "command", [[], ["fit"], ["fit", "softmax"], ["fit", "attention"], ["fit", "mixture"], ["predict"],
-                ["invert"], ["audit"], ["reproduce"], ["demo"], ["bench"], ["warmup"]], ids="-".join,
+                ["invert"], ["audit"], ["memorised"], ["canaries"], ["reproduce"], ["demo"], ["bench"],
+                ["warmup"]], ids="-".join,
 )  # fmt: skip
 def test_every_help_has_the_table(command):
     shown = run(*command, "--help", width="80").stdout

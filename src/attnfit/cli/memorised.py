@@ -159,6 +159,7 @@ def _in_files(sentence: str, given: Mapping[str, Mapping[int, str]]) -> str:
         return f"line {numbers[place]} of --{match[1]}" if place < len(numbers) else match[0]
 
     told = re.sub(r"\b(members|others|canaries)\[(\d+)\]", line, sentence)
+    told = re.sub(r"^(members|others|reference)\b", r"--\1", told)
     told = re.sub(r"\bprefixes(\[\d+\])?", "--prefix", told)
     return re.sub(r"\brates(\[\d+\])?", "--rates", told)
 
