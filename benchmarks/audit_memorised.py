@@ -27,7 +27,7 @@ from benchmarks.report import table, write
 
 TEMPLATE = "The code of the door is {digits:5}."
 REPEATS = (0, 1, 2, 4, 8, 16)
-BATCH, RATE, IGNORED = 64, 3e-3, -100
+BATCH, RATE, IGNORED, HUNDREDTH = 64, 3e-3, -100, 0.01
 PREFIXES, SUFFIX = (2, 4, 6), 5
 N_COMPARED, N_WORDS = 2000, max(PREFIXES) + SUFFIX
 
@@ -85,16 +85,21 @@ def exposures(model: Model, secrets: audit.Canaries) -> tuple[list[list[str]], l
             [str(count), str(at.sum()), f"{bits.mean():.1f}", f"{bits.min():.1f} to {bits.max():.1f}",
              f"{int(exact.exposed[at].sum())}"]
         )  # fmt: skip
-    far = np.array([how == "extrapolated" for how in sampled.method])
     lone = np.array([how == "bounded" for how in sampled.method])
     within = (sampled.interval[:, 0] <= exact.bits) & (exact.bits <= sampled.interval[:, 1])
-    wrong = np.abs(sampled.bits - exact.bits)
+    beyond, low, high = sampled.extrapolated.T
+    told = np.isfinite(beyond)
+    # Ranks are whole numbers, and tails are not.
+    covered = (low - HUNDREDTH <= exact.bits) & (exact.bits <= high + HUNDREDTH)
+    excess = (beyond - exact.bits)[told]
     p_values = "-" if sampled.fit_p_values is None else ", ".join(f"{p:.3f}" for p in sampled.fit_p_values)
     summary = [
-        str((~far & ~lone).sum()), f"{int(within[~far & ~lone].sum())}", str(far.sum()),
-        f"{int(within[far].sum())}", f"{wrong[far].max():.1f}" if far.any() else "-", str(lone.sum()),
-        f"{int(within[lone].sum())}", p_values,
-    ]  # fmt: skip
+        f"{int(within[~lone].sum())} of {int((~lone).sum())}",
+        f"{int(within[lone].sum())} of {int(lone.sum())}",
+        f"{int(covered[told].sum())} of {int(told.sum())}",
+        f"{np.median(excess):.1f} ({excess.min():.1f} to {excess.max():.1f})" if told.any() else "-",
+        p_values,
+    ]
     return lines, summary
 
 
@@ -122,7 +127,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    n_members, n_fresh, each = (300, 2000, 4) if options.quick else (1000, 10_000, 6)
+    n_members, n_fresh, each = (300, 2000, 4) if options.quick else (1000, 8000, 6)
     began = process_time()
     parts: dict[str, list[list[str]]] = {name: [] for name in ("canaries", "ways", "curve", "auc", "rates")}
     verdicts = []
@@ -181,8 +186,8 @@ def report(
     )
     heads = {
         "canaries": ["seed", "repeats", "canaries", "mean bits", "range", "exposed at 5 % (Holm)"],
-        "ways": ["seed", "counted", "within", "extrapolated", "within", "largest error, bits", "bounded",
-                 "within", "p of the fit: all, tail"],
+        "ways": ["seed", "counted: within", "bounded: within", "extrapolated: within",
+                 "extrapolated - exact, bits", "p of the fit: all, tail"],
         "curve": ["seed", "prefix", "greedy: members", "others", "1 draw: members", "others",
                   "100 draws: members", "others"],
         "auc": ["seed", "score", "AUC [95 %]", "told at 1 %", "at 0.1 %"],
@@ -191,7 +196,7 @@ def report(
     titles = {
         "canaries": "## Exposure of canaries, all other texts of the template compared",
         "ways": f"## The same canaries against {N_COMPARED:,} sampled texts\n\nWithin: exact exposures that "
-        "lie in the interval of 95 %.",
+        "lie in the interval of 95 %. The last but one: median, least and largest.",
         "curve": f"## Texts extracted: {SUFFIX} tokens after a prefix\n\nGreedily, or with probability 1/2 "
         "in 1 or 100 draws.",
         "auc": "## Membership: area under the ROC curve, share of members told",

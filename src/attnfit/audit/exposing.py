@@ -17,8 +17,8 @@ from attnfit.audit.roc import conformal_p_values
 from attnfit.audit.scored import Array, ScoredTexts
 from attnfit.inference.tables import to_frame
 
-Method = Literal["exact", "sampled", "extrapolated", "bounded"]
-# A tail that so many sampled candidates lie in is counted, not extrapolated.
+Method = Literal["exact", "sampled", "bounded"]
+# A tail that so many sampled candidates lie in is counted; farther out a sample only bounds an exposure.
 ENOUGH = 10
 # With fewer candidates the test would miss a distribution that is none of ours.
 FEWEST_FITTED = 1000
@@ -47,16 +47,20 @@ class Exposure:
     bits : ndarray, shape (n_canaries,)
         Exposure.
     interval : ndarray, shape (n_canaries, 2)
-        At 95 %: Clopper-Pearson's where candidates were sampled, that of refits where the tail was
-        extrapolated; both ends are `bits` where all were compared.
+        At 95 %, Clopper-Pearson's, where candidates were sampled; both ends are `bits` where all were
+        compared.
     p_values : ndarray, shape (n_canaries,)
         ``(1 + #{candidates at least as likely}) / (n_compared + 1)``: the chance of a rank that good for a
         canary that the model has never seen. Counted, never extrapolated.
-    method : tuple of {"exact", "sampled", "extrapolated", "bounded"}
-        All candidates compared; counted among those sampled; the tail of a fitted skew-normal distribution;
-        or, where that fit is refused or few candidates were sampled, the least that the sample shows.
+    method : tuple of {"exact", "sampled", "bounded"}
+        All candidates compared; counted among those sampled; or, where fewer than ten of these are as likely,
+        the least that the sample shows.
     n_compared, n_possible : int
         Candidates scored, and all that there are, without the other canaries but with the one ranked.
+    extrapolated : ndarray, shape (n_canaries, 3)
+        Exposure of bounded canaries by the tail of a fitted skew-normal distribution, in bits, with the
+        interval at 95 % that refits give. NaN for others, where the fit is refused and where few candidates
+        were sampled. It holds if texts that no sample shows go on as the fit does.
     fit : tuple of float or None
         Shape, location and scale of the skew-normal distribution of log-probabilities, as SciPy's `skewnorm`.
     fit_p_values : tuple of float or None
@@ -71,6 +75,7 @@ class Exposure:
     method: tuple[Method, ...]
     n_compared: int
     n_possible: int
+    extrapolated: Array
     fit: tuple[float, float, float] | None = None
     fit_p_values: tuple[float, float] | None = None
 
@@ -102,11 +107,14 @@ class Exposure:
                 f"Whether any of {n} canaries is exposed cannot be told: {self.n_compared} candidates were "
                 f"compared, and it takes {int(np.ceil(n / LEVEL)) - 1}."
             )
-        best = int(self.bits.argmax())
+        beyond = np.nan_to_num(self.extrapolated[:, 0])
+        best = max(range(n), key=lambda k: (self.bits[k], beyond[k]))
         low, high = self.interval[best]
         told = f"{self.bits[best]:.1f} of {self.largest:.1f} bits"
         if self.method[best] != "exact":
             told += f", {self.method[best]}, interval {low:.1f} to {high:.1f}"
+        if beyond[best]:
+            told += f" (extrapolated: {beyond[best]:.1f})"
         return (
             f"{found} of {n} canaries are likelier than chance allows for a text never seen (5 % over all of "
             f"them); the most exposed has {told}."
@@ -119,6 +127,7 @@ class Exposure:
             "low": self.interval[:, 0].tolist(),
             "high": self.interval[:, 1].tolist(),
             "method": list(self.method),
+            "extrapolated": self.extrapolated[:, 0].tolist(),
             "p_value": self.p_values.tolist(),
             "exposed": self.exposed.tolist(),
         }
@@ -172,15 +181,17 @@ def exposure(
 
     Notes
     -----
-    Of a sample, a canary that at least ten sampled texts are as likely as is ranked by their share. Beyond, a
-    skew-normal distribution with the mean, variance and skewness of the sampled log-probabilities tells the
-    tail, unless a Kolmogorov-Smirnov test on all of them, or on the likeliest tenth, refuses it (at 5 %
-    together, calibrated by refits to samples of the fitted distribution, whose exposures also give the
-    interval). Such an exposure is an extrapolation: no sample can test a tail where it has no text.
+    Of a sample, a canary that at least ten sampled texts are as likely as is ranked by their share. Beyond,
+    exposure is bounded by what the sample shows. Beside that stands an extrapolation: a skew-normal
+    distribution with the mean, variance and skewness of the sampled log-probabilities tells the tail, unless
+    a Kolmogorov-Smirnov test on all of them, or on the likeliest tenth, refuses it (at 5 % together,
+    calibrated by refits to samples of the fitted distribution, whose exposures also give the interval). No
+    sample can test a tail where it has no text.
 
     References
     ----------
-    Carlini et al., "The Secret Sharer", arXiv:1802.08232, definition 5 and section 4.3.
+    Carlini et al., "The Secret Sharer", arXiv:1802.08232 (exposure, and its extrapolation by a skew-normal
+    distribution).
 
     Examples
     --------
@@ -203,23 +214,20 @@ def exposure(
     counts = n - np.searchsorted(others, own, side="left")
     p_values = conformal_p_values(own, others)
     bits = 0.0 - np.log2(p_values)
-    interval = np.stack([bits, bits], 1)
+    interval, extrapolated = np.stack([bits, bits], 1), np.full((m, 3), np.nan)
     method: list[Method] = ["exact"] * m
     fit, checks = None, None
     if size > n + 1:
         ends = np.array([clopper_pearson(int(count), n) for count in counts])
         interval = _bits(ends[:, ::-1], size)
-        method = ["sampled" if count >= ENOUGH else "bounded" for count in counts]
         beyond = counts < ENOUGH
+        method = ["bounded" if far else "sampled" for far in beyond]
         if beyond.any() and n >= FEWEST_FITTED and others[0] < others[-1]:
             fit, checks, tails = _extrapolated(others, own[beyond], random_state)
             if min(checks) > LEVEL / 2:
-                bits[beyond] = _bits(tails[0], size)
-                low, high = np.quantile(_bits(tails, size), [LEVEL / 2, 1 - LEVEL / 2], axis=0)
-                interval[beyond] = np.stack(
-                    [np.minimum(low, bits[beyond]), np.maximum(high, bits[beyond])], 1
-                )
-                method = ["extrapolated" if far else how for far, how in zip(beyond, method, strict=True)]
+                every = _bits(tails, size)
+                ends = np.quantile(every, [LEVEL / 2, 1 - LEVEL / 2], axis=0)
+                extrapolated[beyond] = np.stack([every[0], *ends], 1)
     return Exposure(
         texts=tuple(map(str, scored.texts)),
         repeats=None if repeats is None else tuple(repeats),
@@ -229,6 +237,7 @@ def exposure(
         method=tuple(method),
         n_compared=n,
         n_possible=size,
+        extrapolated=extrapolated,
         fit=fit,
         fit_p_values=checks,
     )
