@@ -67,6 +67,9 @@ class Access(ABC):
         Whether row t of what leaves is that of token t.
     counts_positions : bool
         Whether what leaves depends on the position of the first token also where states do not.
+    conclusive : bool
+        Whether a text that the attack does not find says anything: where not, it counts as not tested to
+        the end.
     """
 
     place: int = 0
@@ -80,6 +83,7 @@ class Access(ABC):
     forecasts: ClassVar[bool] = True
     ordered: ClassVar[bool] = True
     counts_positions: ClassVar[bool] = False
+    conclusive: ClassVar[bool] = True
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -122,6 +126,10 @@ class Access(ABC):
         AuditError
             If there is no attack on it.
         """
+
+    def prepare(self, model: Model) -> None:
+        """Learn what every inversion needs, beside probes, before the time of an audit counts."""
+        return
 
     def run_layer(self, model: Model) -> Layer | None:
         """Return the layer whose states leave as they are, where a run in fewer digits can be compared with

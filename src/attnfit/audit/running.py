@@ -222,6 +222,8 @@ class _Run:
             return
         seen = [form for form in map(parse_access, self._settings.access) if self._supported(form)]
         calibrate(model, list(dict.fromkeys(form.layer(model) for form in seen if form.probed)))
+        for form in seen:
+            form.prepare(model)
         for dtype in {dtype for defence in self._settings.defences if (dtype := split_run(defence)[0])}:
             for layer in dict.fromkeys(form.run_layer(model) for form in seen):
                 # Where nothing is measured the cells say so.

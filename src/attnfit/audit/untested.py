@@ -39,29 +39,6 @@ class Untested(Access):
         )
 
 
-class LastState(Untested):
-    """The state of the last position only."""
-
-    kind, number, first = "last", "LAYER", 1
-    published = (
-        "27 % of texts exact from one vector of Llama-2-7B (arXiv 2311.13647, after training an inverter on "
-        "outputs, at second hand)"
-    )
-
-    @property
-    def description(self) -> str:
-        """What leaves, in words."""
-        return f"the last token's state after layer {self.place}"
-
-    def layer(self, model: Model) -> Layer:
-        """Return the block."""
-        return self.place
-
-    def leak(self, model: Model, tokens: Tokens) -> Leak:
-        """Return the last row."""
-        return Leak(model.states(tokens, self.place)[-1:])
-
-
 class LastLogits(Untested):
     """The scores of the next token after the whole text only."""
 

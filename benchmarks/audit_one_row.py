@@ -1,0 +1,123 @@
+"""Whole texts read back from the one state of their last position: ``python -m benchmarks.audit_one_row``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from importlib.metadata import version
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnfit import audit
+from attnfit.audit.forms import parse_access
+from attnfit.audit.intervals import wilson
+from attnfit.audit.last import LastRowSearch
+from attnfit.audit.models.model import Model
+from benchmarks.audit_held_out import MOVED, altered
+from benchmarks.audit_texts import drawn
+from benchmarks.report import table, write
+
+ACCESS = "last:1"
+# Texts of each length, the cheap ones first: what is done is kept when the rest is stopped.
+CELLS = (
+    *(("smollm2", length, count) for length, count in ((2, 4), (4, 4), (6, 3), (8, 2))),
+    *(("tiny", length, 6) for length in (2, 3, 4, 6, 8)),
+)
+HEADER = ["form", "model", "tokens", "texts", "verified", "share (Wilson 95 %)", "false verified"]
+HEADER += ["tokens compared a text", "CPU seconds a text"]
+CONTROLS = ("weights moved by 1e-3", "noise", "a row moved by 1e-3", "another layer")
+# Controls are of texts of so many tokens, and texts of up to so many are looked for.
+LENGTHS, LONGEST = (2, 3), 3
+SHARE = 1e-3
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit_one_row", description=__doc__)
+    parser.add_argument("--seed", default="dev-9", help="tag of the release, or dev-* for development")
+    parser.add_argument("--controls", type=int, default=200)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    models: dict[str, Model] = {}
+    lines: list[list[str]] = []
+    misses: list[str] = []
+    for name, length, count in CELLS:
+        if name not in models:
+            models = {name: audit.load(name)}
+            parse_access(ACCESS).prepare(models[name])
+            # The tables of the first block are made once a model.
+            audit.invert(models[name], audit.observe(models[name], [1, 2], ACCESS))
+        line, missed = measure(models[name], length, count, options.seed)
+        print(" | ".join(line), flush=True)
+        lines.append(line)
+        misses += missed
+        save(options, lines, misses, [])
+    save(options, lines, misses, controls(models["tiny"], options.controls, options.seed))
+
+
+def save(options: Any, lines: list[list[str]], misses: list[str], controlled: list[list[str]]) -> None:
+    """Write what is known so far."""
+    command = shlex.join(["python", "-m", "benchmarks.audit_one_row", *sys.argv[1:]])
+    head = (
+        f"English of the descriptions of wheels, seed {options.seed}; one thread, torch {version('torch')}, "
+        f"transformers {version('transformers')}. Neither text nor length is known; lengths are tried "
+        f"in turn. Calibration and tables of a model, made once, are not counted. "
+        f"{len(lines)} of {len(CELLS)} cells."
+    )
+    told = "## Texts not recovered\n\n" + ("\n".join(misses) or "none")
+    below = table(["control", "observations", "claims"], controlled) if controlled else "Not run."
+    control = (
+        f"## Controls\n\ntiny, texts of {LENGTHS[0]} or {LENGTHS[1]} tokens; texts of up to {LONGEST} are "
+        f"looked for. Any claim is false.\n\n{below}"
+    )
+    write("audit-one-row", command, [head, table(HEADER, lines), told, control])
+
+
+def measure(model: Model, length: int, count: int, seed: str) -> tuple[list[str], list[str]]:
+    """Invert the texts of one cell."""
+    verified = false = compared = 0
+    seconds, misses = 0.0, []
+    cell = drawn(model, "English", length, count, seed)
+    for number, tokens in enumerate(cell):
+        seen = audit.observe(model, tokens, ACCESS)
+        began = process_time()
+        found = audit.invert(model, seen)
+        seconds += process_time() - began
+        right = found.tokens == tokens
+        verified, false = verified + (found.verified and right), false + (found.verified and not right)
+        compared += found.n_candidates
+        if not (found.verified and right):
+            misses.append(f"- {model.name}, {length}, {number}: {found.message}")
+    n = len(cell)
+    low, high = wilson(verified, n)
+    line = [ACCESS, model.name, str(length), str(n), str(verified), f"{low:.3f} to {high:.3f}", str(false)]
+    return [*line, f"{compared / n:,.0f}", f"{seconds / n:.1f}"], misses
+
+
+def controls(model: Model, count: int, seed: str) -> list[list[str]]:
+    """Count claims on rows that no text has given."""
+    rng, moved = np.random.default_rng(0), altered(model, MOVED)
+    texts = [text for length in LENGTHS for text in drawn(model, "English", length, count, seed)]
+    counts = {name: [0, 0] for name in CONTROLS}
+    for number in range(count):
+        name, tokens = CONTROLS[number % len(CONTROLS)], texts[int(rng.integers(len(texts)))]
+        row = (moved if name.startswith("weights") else model).states(tokens, 1)[-1:]
+        if name == "noise":
+            row = row.mean() + row.std() * rng.standard_normal(row.shape)
+        elif name.startswith("a row"):
+            row = row + SHARE * row.std() * rng.standard_normal(row.shape)
+        elif name == "another layer":
+            row = model.states(tokens, 2)[-1:]
+        found = LastRowSearch(model, row, model.n_vocabulary, longest=LONGEST).run([])
+        counts[name][0] += 1
+        counts[name][1] += found.verified
+    lines = [[name, *map(str, both)] for name, both in counts.items()]
+    return [*lines, ["all", *(str(sum(both[k] for both in counts.values())) for k in (0, 1))]]
+
+
+if __name__ == "__main__":
+    main()
