@@ -28,6 +28,7 @@ PAIR_KEYS = {
     *("access", "defence", "n_texts", "n_cut", "n_errors", "tokens_right", "tokens", "sentences_exact"),
     *("verified", "false_claims", "divergence", "agreement", "predicted", "seconds", "message", "tested"),
     *("token_share", "token_interval", "sentence_share", "sentence_interval", "n_unsupported", "n_missing"),
+    "n_open",
     "tokens_ambiguous",
     "all_right",
     "all_tokens",

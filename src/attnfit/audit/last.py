@@ -84,12 +84,10 @@ class LastState(Untested):
         Raises
         ------
         AuditError
-            If it is of a later block or an encoder, has errors, or was withheld.
+            If it is of a later block or an encoder, or has errors.
         """
         if self.place != 1 or model.kind != "causal":
             return super().search(model, observation, budget)
-        if observation.dropped:
-            raise AuditError(f"the one row of {self} was withheld: nothing is left to read")
         if (observation.error > 0).any():
             raise AuditError(f"there is no attack here on {self} with errors, only on the row as computed")
         return LastRowSearch(model, observation.array, budget)

@@ -115,6 +115,7 @@ def _pair_row(pair: Pair) -> list[Entry]:
         "cut short": pair.n_cut,
         "impossible": pair.n_errors,
         "not run": pair.n_missing,
+        "not found, which proves nothing": pair.n_open,
         "tokens known up to their like": pair.tokens_ambiguous,
     }
     remarks = [f"{count} {what}" for what, count in counts.items() if count]

@@ -9,6 +9,7 @@ from typing import Any
 
 from attnfit.audit.breakpoints import HALF, Forecast
 from attnfit.audit.cells import Cell
+from attnfit.audit.forms import parse_access
 from attnfit.audit.intervals import wilson
 
 # The interval of a share of which nothing is known.
@@ -31,6 +32,8 @@ class Pair:
         embedding.
     all_right, all_tokens : int
         Those of chat templates included.
+    n_open : int
+        Those that ended without a token, of a form of access where that proves nothing (`Access.conclusive`).
     sentences_exact : int
     verified, false_claims : int
         Inversions that claim to be right, and those of them that are wrong.
@@ -64,6 +67,7 @@ class Pair:
     tokens_ambiguous: int = 0
     all_right: int = 0
     all_tokens: int = 0
+    n_open: int = 0
 
     @property
     def has_template(self) -> bool:
@@ -77,13 +81,13 @@ class Pair:
 
     @property
     def tested(self) -> bool:
-        """Whether any inversion ran to its end, and all of those that ran can be trusted."""
-        return self.n_texts > 0 and not self.n_unsupported
+        """Whether any inversion that ran to its end says something, and all can be trusted."""
+        return self.n_texts > self.n_open and not self.n_unsupported
 
     @property
     def complete(self) -> bool:
         """Whether every text was inverted to its end."""
-        return not (self.n_cut or self.n_errors or self.n_unsupported or self.n_missing)
+        return not (self.n_cut or self.n_errors or self.n_unsupported or self.n_missing or self.n_open)
 
     @property
     def leak(self) -> float:
@@ -131,12 +135,15 @@ def summarise(
     done = [cell for cell in mine if cell.status == "done"]
     failed = [cell for cell in mine if cell.status == "error"]
     unsupported = [cell for cell in mine if cell.status == "unsupported"]
+    open_ = [] if parse_access(access).conclusive else [cell for cell in done if not cell.tokens]
     cut = len(mine) - len(done) - len(failed) - len(unsupported)
     message = ""
     if unsupported:
         message = unsupported[0].message
     elif failed:
         message = failed[0].message
+    elif open_:
+        message = open_[0].message
     elif not done:
         message = "no inversion ended within the budget"
         if cut:
@@ -162,6 +169,7 @@ def summarise(
         message=message,
         n_unsupported=len(unsupported),
         tokens_ambiguous=sum(cell.n_ambiguous for cell in done),
+        n_open=len(open_),
         n_missing=0 if n_asked is None else n_asked - len(mine),
     )
 

@@ -120,15 +120,18 @@ class FirstBlock:
         vectors = self.model.embeddings[torch.full((len(mixtures),), token)]
         places = torch.full((1, len(mixtures)), self.model.first_position + place)
         with self._exchanged(double=mixtures.dtype == torch.float64) as block:
-            part = _asking(block)
-            setattr(part, NAME, mixtures[None])
+            # Which part asks depends on the architecture: the mixture lies at hand for all.
+            parts = list(block.modules())
+            for part in parts:
+                setattr(part, NAME, mixtures[None])
             try:
                 return capture(
                     self.model.base, [block], "output", inputs_embeds=vectors.to(mixtures.dtype)[None],
                     position_ids=places, use_cache=False,
                 )[0][0]  # fmt: skip
             finally:
-                delattr(part, NAME)
+                for part in parts:
+                    delattr(part, NAME)
 
     def _see(self, tokens: Any, places: Any) -> _Seen:
         places = self.model.first_position + places
@@ -192,9 +195,3 @@ class FirstBlock:
 def spread(heads: Any, count: int) -> Any:
     """Return key heads, shape (key heads, ...), once for every head that shares them."""
     return heads.repeat_interleave(count // len(heads), 0)
-
-
-def _asking(block: Any) -> Any:
-    """Return the part of a block that calls the attention function."""
-    parts = [part for part in block.modules() if getattr(part, "config", None) is not None]
-    return parts[0] if parts else block
