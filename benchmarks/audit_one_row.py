@@ -24,25 +24,30 @@ from benchmarks.report import RESULTS, table, write
 ACCESS = "last:1"
 # Texts of each length, the cheap ones first: what is done is kept when the rest is stopped.
 CELLS = (
-    *(("smollm2", length, count) for length, count in ((2, 4), (4, 4), (6, 3), (8, 2))),
-    *(("tiny", length, 6) for length in (2, 3, 4, 6, 8)),
-)
+    ("smollm2", 2, 4), ("tiny", 2, 4), ("tiny", 3, 4), ("smollm2", 4, 3), ("tiny", 4, 4), ("tiny", 6, 4),
+    ("smollm2", 6, 3), ("smollm2", 8, 3),
+)  # fmt: skip
 HEADER = ["form", "model", "tokens", "texts", "verified", "share (Wilson 95 %)", "false verified"]
 HEADER += ["tokens compared a text", "CPU seconds a text"]
 CONTROLS = ("weights moved by 1e-3", "noise", "a row moved by 1e-3", "another layer")
 # Controls are of texts of so many tokens, and no longer ones are looked for.
 LONGEST = 2
-SHARE = 1e-3
+SHARE, EVERY = 1e-3, 10
+CONTROL_HEADER = ["control", "observations", "text run accepted", "searched", "claims"]
 
 
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit_one_row", description=__doc__)
+    parser.add_argument("table", choices=["texts", "controls"])
     parser.add_argument("--seed", default="dev-9", help="tag of the release, or dev-* for development")
     parser.add_argument("--controls", type=int, default=200)
     parser.add_argument("--keep", type=int, default=0, help="rows of the stored table that stay as they are")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.table == "controls":
+        controls(audit.load("tiny"), options.controls, options.seed)
+        return
     models: dict[str, Model] = {}
     lines, misses = stored(options.keep)
     for name, length, count in CELLS[options.keep :]:
@@ -55,9 +60,7 @@ def main() -> None:
         print(" | ".join(line), flush=True)
         lines.append(line)
         misses += missed
-        save(options, lines, misses, [])
-    model = models.get("tiny") or audit.load("tiny")
-    save(options, lines, misses, controls(model, options.controls, options.seed))
+        save(options, lines, misses)
 
 
 def stored(count: int) -> tuple[list[list[str]], list[str]]:
@@ -72,9 +75,8 @@ def stored(count: int) -> tuple[list[list[str]], list[str]]:
     return kept, [line for line in misses if tuple(line[2:].split(", ")[:2]) in known]
 
 
-def save(options: Any, lines: list[list[str]], misses: list[str], controlled: list[list[str]]) -> None:
+def save(options: Any, lines: list[list[str]], misses: list[str]) -> None:
     """Write what is known so far."""
-    command = shlex.join(["python", "-m", "benchmarks.audit_one_row", *sys.argv[1:]])
     head = (
         f"English of the descriptions of wheels, seed {options.seed}; one thread, torch {version('torch')}, "
         f"transformers {version('transformers')}. Neither text nor length is known; lengths are tried "
@@ -83,12 +85,12 @@ def save(options: Any, lines: list[list[str]], misses: list[str], controlled: li
         + (f"; the first {options.keep} rows are of an earlier run." if options.keep else ".")
     )
     told = "## Texts not recovered\n\n" + ("\n".join(misses) or "none")
-    below = table(["control", "observations", "claims"], controlled) if controlled else "Not run."
-    control = (
-        f"## Controls\n\ntiny, texts of {LONGEST} tokens; longer ones are not looked for. "
-        f"Any claim is false.\n\n{below}"
-    )
-    write("audit-one-row", command, [head, table(HEADER, lines), told, control])
+    write("audit-one-row", command(), [head, table(HEADER, lines), told])
+
+
+def command() -> str:
+    """Return how this was called."""
+    return shlex.join(["python", "-m", "benchmarks.audit_one_row", *sys.argv[1:]])
 
 
 def measure(model: Model, length: int, count: int, seed: str) -> tuple[list[str], list[str]]:
@@ -112,11 +114,16 @@ def measure(model: Model, length: int, count: int, seed: str) -> tuple[list[str]
     return [*line, f"{compared / n:,.0f}", f"{seconds / n:.1f}"], misses
 
 
-def controls(model: Model, count: int, seed: str) -> list[list[str]]:
-    """Count claims on rows that no text has given."""
+def controls(model: Model, count: int, seed: str) -> None:
+    """Count what is accepted and claimed of rows that no text has given.
+
+    Acceptance, which every claim needs, is asked for all of them first; the searches follow, and those done
+    are kept when the rest is stopped.
+    """
     rng, moved = np.random.default_rng(0), altered(model, MOVED)
     texts = drawn(model, "English", LONGEST, count, seed)
-    counts = {name: [0, 0] for name in CONTROLS}
+    counts = {name: [0, 0, 0, 0] for name in CONTROLS}
+    asked = []
     for number in range(count):
         name, tokens = CONTROLS[number % len(CONTROLS)], texts[int(rng.integers(len(texts)))]
         row = (moved if name.startswith("weights") else model).states(tokens, 1)[-1:]
@@ -126,11 +133,22 @@ def controls(model: Model, count: int, seed: str) -> list[list[str]]:
             row = row + SHARE * row.std() * rng.standard_normal(row.shape)
         elif name == "another layer":
             row = model.states(tokens, 2)[-1:]
-        found = LastRowSearch(model, row, model.n_vocabulary, longest=LONGEST).run([])
+        search = LastRowSearch(model, row, model.n_vocabulary, longest=LONGEST)
         counts[name][0] += 1
-        counts[name][1] += found.verified
-    lines = [[name, *map(str, both)] for name, both in counts.items()]
-    return [*lines, ["all", *(str(sum(both[k] for both in counts.values())) for k in (0, 1))]]
+        counts[name][1] += not search.contradiction(tokens)
+        asked.append((name, search))
+    for number, (name, search) in enumerate(asked, 1):
+        counts[name][2] += 1
+        counts[name][3] += search.run([]).verified
+        if number % EVERY == 0 or number == count:
+            lines = [[name, *map(str, some)] for name, some in counts.items()]
+            lines.append(["all", *(str(sum(some[k] for some in counts.values())) for k in range(4))])
+            print(lines[-1], flush=True)
+            head = (
+                f"tiny, last:1, texts of {LONGEST} tokens, seed {seed}; longer ones are not looked for. Any "
+                "claim is false."
+            )
+            write("audit-one-row-controls", command(), [head, table(CONTROL_HEADER, lines)])
 
 
 if __name__ == "__main__":
