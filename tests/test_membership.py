@@ -183,6 +183,18 @@ def test_rates_that_take_more_others_are_refused(rate, needed):
     assert math.isnan(at[1].share) and math.isnan(at[1].realised) and all(map(math.isnan, at[1].interval))
 
 
+def test_a_rate_that_a_product_misses_by_rounding():
+    # 0.29 * 100 is 28.999999999999996.
+    others = ScoredTexts([f"o{k}" for k in range(99)], -np.arange(1.0, 100.0)[:, None])
+    at = (
+        audit.membership(ScoredTexts(["a", "b"], [[-28.5], [-29.5]]), others, rates=[0.29])
+        .scores[0]
+        .at_rates[0]
+    )
+    assert at.n_told == 1
+    assert at.realised == pytest.approx(stats.beta.ppf(0.975, 29, 71))
+
+
 def test_what_is_no_membership_is_refused():
     rng = np.random.default_rng(0)
     members, others = of(rng, 3, 2.0), of(rng, 3, 2.0)
