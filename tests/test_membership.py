@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from attnfit import audit
 from attnfit.audit import AuditError, ScoredTexts
+from attnfit.audit import members as membership
 from attnfit.audit.intervals import clopper_pearson, wilson
 from attnfit.audit.roc import auc, blind_auc, epsilon_lower_bound
 
@@ -297,6 +298,24 @@ def test_epsilon_stays_below_that_of_randomised_response(truth):
     )
     assert stats.binomtest(int((bounds > truth).sum()), 400, 0.05, alternative="greater").pvalue > 1e-3
     assert np.median(bounds) > 0.6 * truth
+
+
+def test_epsilon_is_judged_on_texts_that_did_not_choose_its_threshold(monkeypatch):
+    seen = []
+
+    def kept(threshold, halves, delta):
+        seen.append([set(values) for values in halves])
+        return bound(threshold, halves, delta)
+
+    bound = membership._epsilon_at
+    monkeypatch.setattr(membership, "_epsilon_at", kept)
+    rng = np.random.default_rng(0)
+    membership._epsilon(rng.random(100), rng.random(90), 1e-5, rng)
+    *chosen, judged = seen
+    assert len(chosen) > 1
+    for one in chosen:
+        assert not one[0] & judged[0] and not one[1] & judged[1]
+    assert len(chosen[0][0] | judged[0]) == 100 and len(chosen[0][1] | judged[1]) == 90
 
 
 def test_epsilon_of_membership_is_chosen_and_judged_on_different_halves():
