@@ -35,7 +35,7 @@ MISSED = 10.0
 # most 10 for true last tokens of "tiny", and 1,700 and more for others.
 UNLIKELY = 100.0
 # Tokens drawn to learn what rows look like.
-N_DRAWN = 2048
+N_DRAWN = 4096
 # Perplexity of the tokens at each distance, round by round, and how much of the spread of all tokens remains.
 PERPLEXITIES = (300.0, 200.0, 100.0, 60.0, 30.0, 15.0, 8.0, 4.0, 2.0, 1.0, 1.0, 1.0)
 REMAINING = (1.0, 0.3, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005, 0.0, 0.0)
