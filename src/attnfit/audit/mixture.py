@@ -32,7 +32,8 @@ N_EXCHANGED, PAIRED = 8, 1024
 # A mixture gives the state if it misses by at most so many roundings a channel.
 MISSED = 10.0
 # Mean square of a mixture in units of the spread of those of texts, above which it is none of a text: seen at
-# most 10 for true last tokens of "tiny", and 1,700 and more for others.
+# most 10 for the true last token in 11 of 12 texts of "tiny" (in one Newton's method ended at another
+# mixture), and 1,700 and more for others.
 UNLIKELY = 100.0
 # Tokens drawn to learn what rows look like.
 N_DRAWN = 4096
