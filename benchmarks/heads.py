@@ -7,8 +7,6 @@ maps, and a training loop in PyTorch (Adam on cross entropy) that gets the same 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from attnfit import audit, heads, minimize
-from benchmarks.report import table, write
+from benchmarks.report import RESULTS, table, write
 
 # Descriptions of data sets that come with scikit-learn: six fitted, two held out.
 NAMES = [
@@ -115,7 +113,7 @@ def measure(
     problem = held_out.problem()
     ours = errors(held_out, problem.predict(x))
     columns = [
-        f"{layer}, {head}", str(n), dtype, f"{took:.0f}", f"{passes:,.0f}", status, shown(ours),
+        *named(case), f"{took:.0f}", f"{passes:,.0f}", status, shown(ours),
         shown(train(fitted, held_out, took)) if peer and seen.rotary is not None else "-",
         shown(errors(held_out, held_out.recomputed())), shown(errors(held_out, uniform(held_out))),
     ]  # fmt: skip
@@ -128,11 +126,30 @@ def shown(found: list[float]) -> str:
     return ", ".join(f"{one:.1e}" for one in found)
 
 
+def named(case: tuple[int, int, int, str, float]) -> list[str]:
+    """Return the cells that tell a case from others."""
+    layer, head, n, dtype, _ = case
+    return [f"{layer}, {head}", str(n), dtype]
+
+
+def stored() -> list[list[str]]:
+    """Return the rows of the table as it was written last."""
+    path = RESULTS / "heads.md"
+    lines = path.read_text().splitlines() if path.exists() else []
+    cut = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ")
+    ]
+    # The first two lines are the header.
+    return cut[2:]
+
+
 def main() -> None:
     """Fit all heads and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two heads of a tiny model; writes nothing")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases, from 0; writes nothing")
+    parser.add_argument(
+        "--only", type=int, nargs="*", help="numbers of the cases, from 0; the stored others stay"
+    )
     arguments = parser.parse_args()
     name = "tiny" if arguments.quick else "smollm2"
     model = audit.load(name)
@@ -140,17 +157,17 @@ def main() -> None:
     cases = QUICK if arguments.quick else [CASES[k] for k in arguments.only or range(len(CASES))]
     head = ["layer, head", "tokens", "maps", "CPU seconds", "passes", "ended", "held out", "Adam, same time",
             "own weights", "uniform"]  # fmt: skip
-    rows: list[list[str]] = []
     with threadpool_limits(1):
         torch.set_num_threads(1)
         for case in cases:
-            rows.append(measure(model, texts, case, peer=not arguments.quick))
-            if arguments.quick or arguments.only:
+            row = measure(model, texts, case, peer=not arguments.quick)
+            if arguments.quick:
                 continue
+            kept = {tuple(one[:3]): one for one in stored()} | {tuple(row[:3]): row}
+            rows = [kept[key] for key in map(tuple, map(named, CASES)) if key in kept]
             said = "Relative error of the maps of two texts that were not fitted; one thread, its own time. "
-            said += f"{len(rows)} of {len(cases)} heads."
-            command = shlex.join(["python", "-m", "benchmarks.heads", *sys.argv[1:]])
-            write("heads", command, [said, table(head, rows)])
+            said += f"{len(rows)} of {len(CASES)} heads."
+            write("heads", "python -m benchmarks.heads [--only CASE ...]", [said, table(head, rows)])
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Pooled(Untested):
     kind, reads_encoders = "pooled", True
     published = (
         "92 % of texts of 32 tokens exact after training an inverter for the embedding (vec2text, arXiv "
-        "2310.06816, at second hand)"
+        "2310.06816)"
     )
 
     @property

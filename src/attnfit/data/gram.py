@@ -189,8 +189,8 @@ class Gram:
             group = np.arange(len(starts)).repeat(ends - starts)
             for part in self._parts(len(t)):
                 centre = mu.repeat(ends - starts, axis=0) if whole else mu[group[part]]
-                if isinstance(q, np.ndarray):
-                    centre *= q[part, None]
+                if isinstance(q, np.ndarray) or q != 1.0:
+                    centre *= q[part, None] if isinstance(q, np.ndarray) else q
                 rows = block[part] if r is None else block[part] * r[part, None]
                 np.subtract(rows, centre, out=centre)
                 self._add_weighted(centre, t[part])
@@ -214,7 +214,7 @@ class Gram:
                 return
             for part in self._parts(len(t)):
                 rows = block[part] if r is None else block[part] * r[part, None]
-                centre = np.multiply.outer(q[part], mu) if isinstance(q, np.ndarray) else mu
+                centre = np.multiply.outer(q[part], mu) if isinstance(q, np.ndarray) else q * mu
                 self._add_weighted(rows - centre, t[part])
             return
         tr = t if r is None else t * r
