@@ -215,3 +215,12 @@ def test_the_sizes_of_columns_that_a_probe_sees(family, named):
     np.testing.assert_allclose(
         Probe(problem.rows).column_sizes(), np.sqrt((within**2).mean(axis=0)), atol=1e-9
     )
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("cross_entropy", 1.0), ("squared", 50.0)])
+def test_a_group_without_a_target_moves_nothing_where_the_loss_needs_one(loss, expected):
+    """The second group moves by fifty, and only least squares asks what its outputs are."""
+    A = np.array([[1.0], [-1.0], [50.0], [-50.0]])
+    problem = problems.Softmax(A, np.array([0.5, 0.5, 0.0, 0.0]), np.array([0, 0, 1, 1]), loss=loss)
+    at = problem.evaluate(np.zeros(1))
+    assert problem.moves(at, np.ones((1, 1))).largest[0] == expected

@@ -328,10 +328,9 @@ class Judge:
         """Return the unknown with the least curvature a logit if others have far more, as `Model.weakest`
         does: scaled variables hide that the slopes of the others may round its own away.
         """
-        squares = model.scale**2
-        if self.probe is None or not squares.min() <= WEAK * squares.max():
+        if self.probe is None:
             return []
-        sizes = self.probe.column_sizes()
+        squares, sizes = model.scale**2, self.probe.column_sizes()
         share = squares / np.where(sizes > 0.0, sizes, np.inf) ** 2
         share[share == 0.0] = np.inf
         j = int(np.argmin(share))
