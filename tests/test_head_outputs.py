@@ -348,3 +348,15 @@ def test_named_errors(changes, message):
     options = {"rank": 4, "rotary": problems.Rotary(frequencies=[1.0, 0.1])} | changes
     with pytest.raises(ValueError, match=message):
         problems.FullAttention(A, A, A3, B, **options)
+
+
+@pytest.mark.parametrize("head", [{}, {"rank": 2, "rotary": problems.Rotary(frequencies=[0.5])}])
+def test_outputs_that_are_zero_tell_nothing_of_the_maps(head):
+    rng = np.random.default_rng(0)
+    texts = [rng.standard_normal((25, 3)) for _ in range(2)]
+    nothing = [np.zeros((25, 3))] * 2
+    result = minimize(
+        problems.FullAttention(texts, texts, texts, nothing, mask="causal", **head), random_state=0
+    )
+    assert result.value == 0.0
+    assert "nothing is known of X" in result.message and "exact" not in result.message

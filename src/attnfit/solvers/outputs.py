@@ -41,6 +41,8 @@ class Reached(NamedTuple):
         B : ndarray, shape (n, m)
         """
         starts = f"{self.n_starts} start{'s'[: self.n_starts > 1]}"
+        if not B.any():
+            return "all outputs are zero, so that Y = 0 fits them whatever X is: nothing is known of X"
         if self.share <= EXACT:
             if self.n_equations > self.n_unknowns:
                 return (
