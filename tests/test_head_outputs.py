@@ -360,3 +360,15 @@ def test_outputs_that_are_zero_tell_nothing_of_the_maps(head):
     )
     assert result.value == 0.0
     assert "nothing is known of X" in result.message and "exact" not in result.message
+
+
+@pytest.mark.parametrize(("noise", "exact"), [(1e-7, False), (1e-12, True)])
+@pytest.mark.parametrize("head", [{}, {"rank": 2, "rotary": problems.Rotary(frequencies=[0.5])}])
+def test_an_exact_fit_leaves_a_billionth(head, noise, exact):
+    rng = np.random.default_rng(0)
+    texts = [rng.standard_normal((25, 3)) for _ in range(3)]
+    blank = problems.FullAttention(texts, texts, texts, [np.zeros((25, 3))] * 3, mask="causal", **head)
+    planted = blank.predict(0.5 * rng.standard_normal(blank.n_unknowns))
+    outputs = [B * (1.0 + noise * rng.standard_normal(B.shape)) for B in planted]
+    problem = problems.FullAttention(texts, texts, texts, outputs, mask="causal", **head)
+    assert ("exact fit" in minimize(problem, random_state=0).message) == exact
