@@ -130,6 +130,44 @@ def test_gauss_newton_is_the_hessian_where_residuals_vanish(name):
     assert np.all(np.linalg.eigvalsh(exact.hessian(x)) > -1e-8 * np.abs(product).max())
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_products_in_single_precision(name, loss, n_heads):
+    """They are right to its digits, and precision stays double where its range would not do."""
+    settings = SETTINGS[name]
+    texts, maps = instance(n_heads, settings.get("sink", False))
+    given = maps if n_heads > 1 else [m[0] for m in maps]
+    for weight, rounded in ((1.0, True), (1e14, True), (1e20, False), (1e-20, False)):
+        weights = [np.full(len(A), weight) for A in texts]
+        problem = problems.Attention(texts, texts, given, loss, "causal", rank=H, weights=weights, **settings)
+        x, v = np.random.default_rng(1).standard_normal((2, problem.n_unknowns)) * 0.5
+        at = problem.evaluate(x)
+        double = problem.gauss_newton_operator(at)(v)
+        found = problem.gauss_newton_operator(at, single=True)(v)
+        assert found.dtype == np.float64
+        assert np.abs(found - double).max() <= 1e-5 * np.abs(double).max()
+        assert np.array_equal(found, double) != rounded
+
+
+def test_single_precision_ends_where_double_does(monkeypatch):
+    """An exact fit needs the last digits, whatever the products on the way to it had."""
+    texts, maps, *_ = planted(torch.float64, seed=1)
+    problem = problems.Attention(texts[0], texts[0], maps[0], "log_ratio", "causal", rank=H,
+                                 rotary=problems.Rotary(theta=THETA))  # fmt: skip
+    monkeypatch.setattr("attnfit.solvers.factors.FEW", 0)
+    asked, own = [], type(problem).gauss_newton_operator
+
+    def watched(self, at, *, single=False):
+        asked.append(single)
+        return own(self, at, single=single)
+
+    monkeypatch.setattr(type(problem), "gauss_newton_operator", watched)
+    result = minimize(problem, random_state=0)
+    assert "exact fit" in result.message
+    assert asked[0] and not asked[-1]
+
+
 def test_logits_depend_on_distances_only():
     texts, maps = instance(1, False)
     one = problems.Attention(texts[0], texts[0], maps[0][0], "log_ratio", "causal", rank=H,

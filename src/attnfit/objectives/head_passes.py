@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,11 +10,15 @@ from numpy.typing import NDArray
 
 from attnfit.data.groups import Chunk
 from attnfit.losses.loss import GramTerm
-from attnfit.objectives.head_vectors import Vectors
+from attnfit.objectives.head_vectors import Inputs, Vectors
+from attnfit.objectives.rotary import Turn
 from attnfit.segments import Array
 
 if TYPE_CHECKING:
     from attnfit.objectives.heads import HeadAttention
+
+# Largest curvature in a logit with which products are formed in single precision: its range is 1e-38 to 1e38.
+SINGLE_RANGE = (1e-15, 1e15)
 
 
 class HeadPoint(NamedTuple):
@@ -68,6 +73,37 @@ class Curved(NamedTuple):
     weights: Array | None
 
 
+class InSingle:
+    """Copies of arrays, and of what holds them, in single precision; an array met twice is copied once."""
+
+    def __init__(self) -> None:
+        # With each copy its original, so that no other array takes its identity.
+        self._made: dict[int, tuple[Array, Any]] = {}
+
+    @staticmethod
+    def holds(curvature: list[Curved]) -> bool:
+        """Whether products with the curvature stay far from the limits of single precision."""
+        sizes = [float(np.max(np.abs(t), initial=0.0)) for one in curvature for t, _, _ in one.terms]
+        low, high = SINGLE_RANGE
+        return low <= max(sizes, default=0.0) <= high
+
+    def __call__(self, part: Any) -> Any:
+        """Return the copy; what is no array and holds none is returned as it is."""
+        if isinstance(part, np.ndarray) and part.dtype == np.float64:
+            if id(part) not in self._made:
+                self._made[id(part)] = (part, part.astype(np.float32))
+            return self._made[id(part)][1]
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            return type(part)(*map(self, part))
+        if isinstance(part, list):
+            return [self(one) for one in part]
+        if isinstance(part, tuple):
+            return tuple(self(one) for one in part)
+        if isinstance(part, Vectors | Inputs | Turn):
+            return replace(part, **{field.name: self(getattr(part, field.name)) for field in fields(part)})
+        return part
+
+
 def dense(mask: NDArray[np.bool_] | None, shape: tuple[int, ...], values: Any) -> Any:
     """Return one value a pair as a matrix, zero where masked; numbers stay numbers."""
     if values is None:
@@ -111,7 +147,7 @@ class Pull:
         self.left, self.right = found
         h = problem.rank
         self.by_query, self.by_key = (
-            [np.zeros((len(v.unit), h)) for v in side] for side in (self.left, self.right)
+            [np.zeros((len(v.unit), h), dtype=v.unit.dtype) for v in side] for side in (self.left, self.right)
         )
         # The same for what the point itself pulls, of which a step bends the norms.
         self.fixed_query, self.fixed_key = ([r.copy() for r in side] for side in (self.by_query, self.by_key))

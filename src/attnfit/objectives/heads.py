@@ -15,7 +15,7 @@ from attnfit.data.inputs import as_point
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.budget import keeps_row_weights
 from attnfit.objectives.head_metric import Metric, mean_curvature
-from attnfit.objectives.head_passes import Curved, HeadPoint, Logits, Pull, change_of_matrix, dense
+from attnfit.objectives.head_passes import Curved, HeadPoint, InSingle, Logits, Pull, change_of_matrix, dense
 from attnfit.objectives.head_reading import ReadHead
 from attnfit.objectives.head_vectors import Inputs, Vectors
 from attnfit.objectives.objective import Evaluation, Moved, Offer, Problem, Reduction
@@ -178,7 +178,7 @@ class HeadAttention(Problem):
 
     def _with_features(self, z: Array, c: Array, s: int, queries: slice) -> Array:
         for one, F in zip(c, self.read.features[s], strict=True):
-            z = z + one * F[queries]
+            z = z + (one * F[queries]).astype(z.dtype, copy=False)
         return z
 
     def evaluate(
@@ -229,18 +229,29 @@ class HeadAttention(Problem):
         """Return v -> H v, exactly."""
         return self._operator(at.x, gauss_newton=False)
 
-    def gauss_newton_operator(self, at: Evaluation) -> Callable[[Array], Array]:
-        """Return v -> J' L'' J v with L'' the positive semidefinite curvature of the loss in the logits."""
-        return self._operator(at.x, gauss_newton=True)
+    def gauss_newton_operator(self, at: Evaluation, *, single: bool = False) -> Callable[[Array], Array]:
+        """Return v -> J' L'' J v with L'' the positive semidefinite curvature of the loss in the logits.
 
-    def _operator(self, x: Array, *, gauss_newton: bool) -> Callable[[Array], Array]:
+        In single precision a product takes a third of the time, and is right to six digits; where the
+        curvature is too large to be kept, or beyond that range, precision stays double.
+        """
+        return self._operator(at.x, gauss_newton=True, single=single)
+
+    def _operator(self, x: Array, *, gauss_newton: bool, single: bool = False) -> Callable[[Array], Array]:
         point = self.parts(x)
         vectors = self.vectors(point)
         found = self.curvature(point, gauss_newton=gauss_newton)
         prepared = list(found) if keeps_row_weights(self.rows) else None
+        rounded = InSingle()
+        if single and prepared is not None and rounded.holds(prepared):
+            point, vectors, prepared = rounded(point), rounded(vectors), rounded(prepared)
+        else:
+            single = False
 
         def product(v: Array) -> Array:
             along = self.parts(v)
+            if single:
+                along = InSingle()(along)
             if prepared is not None:
                 self.count_pass()
             pull, moved = Pull(self, point, vectors), self.moved(vectors, along)

@@ -143,8 +143,10 @@ class ProjectedHeads(Problem):
         """Return the value where all logits are equal: what the fit explains is measured against it."""
         return self.evaluate(np.zeros(self.n_unknowns)).value
 
-    def gauss_newton_operator(self, at: Evaluation) -> Callable[[Array], Array]:
-        """Return v -> J^T J v with Kaufman's Jacobian of the residual."""
+    def gauss_newton_operator(self, at: Evaluation, *, single: bool = False) -> Callable[[Array], Array]:
+        """Return v -> J^T J v with Kaufman's Jacobian of the residual, always in double precision: the
+        projection takes off nearly all of what the heads have in common.
+        """
         full, maps = self.full, self._maps(at.x)
         Z, factor, Y = self._project(maps)
         w = full.weights[:, None]
