@@ -343,16 +343,16 @@ def looks(monkeypatch):
 @pytest.mark.parametrize(
     ("lengths", "n"),
     [
-        ([1.0] * 3, 0),
-        ([1.0] * 4, 1),
-        ([0.11] * 4, 1),
-        ([0.09] * 4, 0),
-        ([1.0, 1.0, 1.0, 0.75], 1),
-        ([1.0, 1.0, 1.0, 0.65], 0),
-        ([1.0] * 13, 1),
-        ([1.0] * 14, 2),
-        ([1.0] * 23, 2),
-        ([1.0] * 24, 3),
+        ([1.0] * 5, 0),
+        ([1.0] * 6, 1),
+        ([0.11] * 6, 1),
+        ([0.09] * 6, 0),
+        ([*[1.0] * 5, 0.75], 1),
+        ([*[1.0] * 5, 0.65], 0),
+        ([1.0] * 15, 1),
+        ([1.0] * 16, 2),
+        ([1.0] * 25, 2),
+        ([1.0] * 26, 3),
         ([1.0] * 90, 5),
     ],
 )
@@ -366,15 +366,15 @@ def test_a_fit_that_keeps_its_stride_is_looked_at(looks, lengths, n):
 def test_what_a_direction_without_a_minimum_means(looks, exact, status):
     looks.found = SimpleNamespace(exact=exact)
     judge = Judge(Logits(), TOL)
-    assert strides(judge, [1.0] * 4)[-1] is status
+    assert strides(judge, [1.0] * 6)[-1] is status
     assert judge.verdict.separation is looks.found
 
 
 def test_a_start_that_keeps_its_stride_ends(looks):
     judge = Judge(Logits(), 1e-2, final=False)
-    found = strides(judge, [1.0] * 14)
-    assert set(found[:13]) == {Next.STEP}
-    assert found[13] is Status.MAX_ITER
+    found = strides(judge, [1.0] * 16)
+    assert set(found[:15]) == {Next.STEP}
+    assert found[15] is Status.MAX_ITER
     assert looks.n == 0
 
 

@@ -10,8 +10,9 @@ import narwhals as nw
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.data.inputs import library_of
 from attnfit.formulas.frames import require_columns
-from attnfit.inference.tables import library_of, to_frame
+from attnfit.inference.tables import to_frame
 
 __all__ = ["explode_rankings", "long_to_wide", "wide_to_long"]
 

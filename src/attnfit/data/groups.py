@@ -63,7 +63,7 @@ def parse_groups(groups: Any, n: int) -> Groups:
     """
     if groups is None:
         return Groups(np.zeros(1, dtype=np.intp), None, np.zeros(1, dtype=np.intp))
-    source = stored_source(groups, "groups")
+    source = None if type(groups) is np.ndarray else stored_source(groups, "groups")
     if source is not None:
         if source.shape == (n,):
             found = _stored_groups(source)

@@ -16,10 +16,24 @@ from attnfit.data.on_disk import open_design, stored_source
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
+FRAMES = ("pandas", "polars", "pyarrow")
+
 
 def is_dask(values: Any) -> bool:
     """Whether these are a Dask array or data frame."""
     return type(values).__module__.partition(".")[0] in ("dask", "dask_expr") and hasattr(values, "dask")
+
+
+def library_of(data: Any) -> str | None:
+    """Return the name of the library that a data frame is of, None for anything else."""
+    name = type(data).__module__.partition(".")[0]
+    return name if name in FRAMES and hasattr(data, "columns") else None
+
+
+def library_and_index(data: Any) -> tuple[str | None, Any]:
+    """Return the library of a data frame and its index, if it has one."""
+    library = library_of(data)
+    return library, data.index if library == "pandas" else None
 
 
 def partitions(values: Any) -> list[Any]:

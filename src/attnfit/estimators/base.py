@@ -17,10 +17,10 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import r2_score
 
+from attnfit.data.inputs import library_and_index
 from attnfit.estimators.formula import ATTRIBUTES
 from attnfit.estimators.inferring import InferenceMixin
 from attnfit.estimators.reading import is_elsewhere, read_elsewhere
-from attnfit.inference.scenario import library_and_index
 from attnfit.objectives.rows import RowProblem
 from attnfit.solvers import Record, Result, minimize
 

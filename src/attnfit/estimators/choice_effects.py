@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from attnfit.data.groups import parse_groups
+from attnfit.data.inputs import library_and_index
 from attnfit.estimators import reading
 from attnfit.estimators.choices import add_zero_rows
 from attnfit.estimators.variables import covariance_for, variable_of
 from attnfit.inference import Fitted
 from attnfit.inference.effects import Effects, ScenarioComparison, effects_of, ratio_of
-from attnfit.inference.scenario import MAX_PAIRS, LogSums, Scenario, library_and_index
+from attnfit.inference.scenario import MAX_PAIRS, LogSums, Scenario
 from attnfit.objectives.models import Softmax
 
 Array = NDArray[np.float64]

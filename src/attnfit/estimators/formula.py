@@ -26,7 +26,7 @@ def caller(depth: int) -> Mapping[str, Any]:
 
 def keep(model: Any, training: Training, formula: str) -> None:
     """Keep on a fitted model what predictions and effects need of its formula."""
-    from attnfit.inference.scenario import library_and_index
+    from attnfit.data.inputs import library_and_index
 
     model._formula, model._names_of, model.formula_ = training.design, training.names, formula
     model._alternatives = training.given.get("alternatives")

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
+from attnfit.data.inputs import library_and_index
 from attnfit.estimators import reading
 from attnfit.estimators.variables import covariance_for, variable_of
 from attnfit.inference import Fitted
 from attnfit.inference.choice_effects import Variable
 from attnfit.inference.effects import Effects, effects_of, ratio_of
 from attnfit.inference.outcome_effects import outcome_rows, outcome_sum
-from attnfit.inference.scenario import library_and_index
 from attnfit.objectives.models import Exponential
 from attnfit.objectives.objective import Evaluation
 

@@ -88,7 +88,8 @@ def read_features(estimator: Any, X: Any, *, reset: bool) -> Design:
     """
     with _spelling():
         # Frames keep their column names for the message, what is on disk is not read before the fit.
-        if nw.dependencies.is_into_dataframe(X) or stored_source(X, "X") is not None:
+        in_memory = type(X) is np.ndarray
+        if not in_memory and (nw.dependencies.is_into_dataframe(X) or stored_source(X, "X") is not None):
             design = as_design(X, "X")
             validate_data(estimator, X, reset=reset, skip_check_array=True)
             return design

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from attnfit.inference import tables
 from attnfit.inference.choice_effects import (
     Responses,
     Variable,
@@ -206,9 +205,3 @@ class Scenario:
     def _require_here(self) -> None:
         if not self.problem.rows.is_whole:
             raise ValueError("one value a row or group needs the rows in memory; pass X and groups")
-
-
-def library_and_index(data: Any) -> tuple[str | None, Any]:
-    """Return the library of a data frame and its index, if it has one."""
-    library = tables.library_of(data)
-    return library, data.index if library == "pandas" else None

@@ -8,18 +8,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from attnfit.data.inputs import FRAMES
+
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#",
     "$": r"\$", "<": r"\textless{}", ">": r"\textgreater{}", "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}", '"': r"\char34{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}",
 }  # fmt: skip
-LIBRARIES = ("pandas", "polars", "pyarrow")
-
-
-def library_of(data: Any) -> str | None:
-    """Return the name of the library that a data frame is of, None for anything else."""
-    name = type(data).__module__.partition(".")[0]
-    return name if name in LIBRARIES and hasattr(data, "columns") else None
 
 
 def to_frame(columns: dict[str, Any], library: Any = None, index: Any = None) -> Any:
@@ -30,7 +25,7 @@ def to_frame(columns: dict[str, Any], library: Any = None, index: Any = None) ->
     ImportError
         If no library for data frames is installed.
     """
-    library = library or next((name for name in LIBRARIES if find_spec(name)), None)
+    library = library or next((name for name in FRAMES if find_spec(name)), None)
     if library is None:
         raise ImportError("a data frame needs pandas or polars; install one, or use columns()")
     import narwhals as nw

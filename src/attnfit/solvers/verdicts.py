@@ -54,7 +54,7 @@ IDLE = 1e-12
 # An output below this share of the largest of its group may be on its way to zero.
 VANISHED = 1e-12
 # Evaluations before the first look for a direction without a minimum, and between two looks; their number.
-FIRST_LOOK, NEXT_LOOK, MAX_LOOKS = 4, 10, 5
+FIRST_LOOK, NEXT_LOOK, MAX_LOOKS = 6, 10, 5
 
 
 class Status(StrEnum):
