@@ -1,5 +1,5 @@
 """The published recovery of masked tokens on a local GPT-2:
-``python -m experiments.gpt2_recovery path/to/gpt2 --texts private.txt --out results [--quick]``.
+``python -m experiments.gpt2_recovery path/to/gpt2 --texts private.txt --out results [--device cuda]``.
 
 Fine-tunes a copy until it has memorised the private texts (one a line), keeps it in the folder of results,
 and attacks it as published. Nothing is downloaded: the directory holds config, tokenizer and safetensors.
@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--until", type=float, default=0.0, help="stop early at this loss, in nats a token")
     parser.add_argument("--quick", action="store_true", help="attack with larger steps")
+    parser.add_argument("--device", default="cpu", help="of torch, for both: cpu, cuda or mps")
     options = parser.parse_args(arguments)
     texts = list(read_texts(options.texts).values())
-    loaded = load_directory(options.model)
+    loaded = load_directory(options.model).on(options.device)
     loss = memorise(loaded.module, loaded.tokenizer, texts, options.steps, options.until)
     print(f"Fine-tuned to {loss:.2f} nats a token.", flush=True)
     home = options.out / "model"
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     attacked = options.out / "attacked.txt"
     attacked.write_text("\n".join(texts[:N_TEXTS]) + "\n", encoding="utf-8")
     attack = {"quick": options.quick, "out": options.out, "model": str(home), "seed": 0}
-    data_recovery({**attack, "texts": attacked})
+    data_recovery({**attack, "texts": attacked, "device": options.device})
 
 
 def memorise(
@@ -78,6 +79,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def _step(module: Any, adam: Any, inputs: Any, labels: Any) -> float:
+    inputs, labels = inputs.to(module.device), labels.to(module.device)
     logits = module(input_ids=inputs).logits[:, :-1]
     loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
     adam.zero_grad()

@@ -149,11 +149,17 @@ def test_the_page_and_the_flag(monkeypatch, tmp_path):
 
 def test_the_page_on_auditing_quotes_the_results_file():
     root = Path(__file__).parent.parent
-    found = json.loads((root / "experiments" / "results" / "memorisation-quick.json").read_text())
+    found = json.loads((root / "experiments" / "results" / "memorisation.json").read_text())
     page = (root / "docs" / "audit.md").read_text()
     for row in found["tables"][0]["rows"]:
         loss, text, both, last, half, rounded, scored, soft = row.values()
         cells = f"{loss:.2f}; {text:.1f}", f"{both:.2f} ({last:.2f})", half, f"{rounded:.2f}", f"{scored:.2f}"
         assert f"| {' | '.join(cells)} | {soft:.1f} |" in page
     excess = re.findall(r"shares of texts vary (\S+) times", found["claims"][3]["measured"])[0]
-    assert f"vary {excess} times as much as by chance" in " ".join(page.split())
+    words = " ".join(page.split())
+    assert f"vary {excess} times as much as by chance" in words
+    histogram = {row["nats a token"]: row for row in found["tables"][1]["rows"]}[0.3369]
+    assert (histogram["0.00 to 0.05"], histogram["0.75 to 1.00"]) == (16, 4)
+    shares = [row["success"] for row in found["tables"][2]["rows"]]
+    assert "0.1 find both tokens in {:.2f} of the runs, 1,500 of 0.01 in {:.2f}".format(*shares) in words
+    assert f"10,000 of 1e-3 in {shares[2]:.2f}" in words

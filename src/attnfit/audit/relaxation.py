@@ -70,6 +70,7 @@ def masked_relaxation(
     temperature: float = 1.0,
     n_repeats: int = 1,
     random_state: int = 0,
+    device: str = "cpu",
 ) -> Relaxation:
     """Recover masked tokens by Adam on soft ones, as published.
 
@@ -91,6 +92,9 @@ def masked_relaxation(
     n_repeats : int
         Starts, descended from together.
     random_state : int
+        The starts it draws are the same on every device.
+    device : str
+        Of torch, as "cuda", on which a copy of the model descends.
 
     Returns
     -------
@@ -99,7 +103,7 @@ def masked_relaxation(
     Raises
     ------
     AuditError
-        If the known part is empty or a number is not positive.
+        If the known part is empty, a number is not positive, or there is no such device.
 
     Notes
     -----
@@ -108,7 +112,7 @@ def masked_relaxation(
     """
     (found,) = masked_relaxations(
         model, [suffix], n_masked, steps=steps, step_size=step_size, temperature=temperature,
-        n_repeats=n_repeats, random_state=random_state,
+        n_repeats=n_repeats, random_state=random_state, device=device,
     )  # fmt: skip
     return found
 
@@ -123,6 +127,7 @@ def masked_relaxations(
     temperature: float = 1.0,
     n_repeats: int = 1,
     random_state: int = 0,
+    device: str = "cpu",
 ) -> list[Relaxation]:
     """Attack several texts with known parts of one length in one batch, each as `masked_relaxation` would
     with the random state after that of the text before.
@@ -140,13 +145,13 @@ def masked_relaxations(
             raise AuditError(f"{name} must be positive, not {value!r}")
     if len({len(part) for part in known}) != 1:
         raise AuditError("suffixes must have one length to be attacked in one batch; pass them one by one")
-    began = perf_counter()
+    began, model = perf_counter(), model.on(device)
     starts = []
     for place in range(len(known)):
         random = torch.Generator().manual_seed(random_state + place)
         starts.append(torch.randn((n_repeats, n_masked, model.n_vocabulary), generator=random))
-    U = torch.cat(starts).requires_grad_()
-    rows = torch.tensor(known).repeat_interleave(n_repeats, 0)
+    U = torch.cat(starts).to(device).requires_grad_()
+    rows = torch.tensor(known, device=device).repeat_interleave(n_repeats, 0)
     adam = torch.optim.Adam([U], lr=step_size)
     taken, history, then = [], [], []
     marks = set(np.linspace(0, steps, min(POINTS, steps) + 1).astype(int).tolist())
@@ -154,14 +159,14 @@ def masked_relaxations(
         losses = soft_loss(model, U / temperature, rows)
         if step in marks:
             taken.append(step)
-            history.append(losses.detach().double().numpy())
-            then.append(U.detach().argmax(-1).numpy())
+            history.append(losses.detach().cpu().double().numpy())
+            then.append(U.detach().argmax(-1).cpu().numpy())
         if step < steps:
             adam.zero_grad()
             losses.sum().backward()
             adam.step()
     weights = torch.softmax(U.detach() / temperature, -1)
-    sharpness = weights.max(-1).values.min(-1).values.double().numpy()
+    sharpness = weights.max(-1).values.min(-1).values.cpu().double().numpy()
     seconds = (perf_counter() - began) / len(known)
     found = []
     for place in range(len(known)):

@@ -119,6 +119,7 @@ def reproduce_data_recovery(
     quick: bool = False,
     n_repeats: int | None = None,
     random_state: int = 0,
+    device: str = "cpu",
     progress: Callable[[float, int], None] | None = None,
 ) -> Reproduction:
     """Attack memorised texts whose first two tokens are hidden, as published.
@@ -134,6 +135,8 @@ def reproduce_data_recovery(
     n_repeats : int, optional
         Starts for each text; 25 unless given.
     random_state : int
+    device : str
+        Of torch, on which soft tokens descend; exact scoring stays on the processor.
     progress : callable, optional
         Called with the number of texts done, and of all.
 
@@ -144,7 +147,7 @@ def reproduce_data_recovery(
     Raises
     ------
     AuditError
-        If there are no texts, or one is too short to hide its beginning.
+        If there are no texts, one is too short to hide its beginning, or there is no such device.
     """
     began = perf_counter()
     chosen = tuple(model.private_texts[:N_TEXTS] if texts is None else texts)
@@ -163,6 +166,7 @@ def reproduce_data_recovery(
                 step_size=size,
                 n_repeats=n_repeats or N_REPEATS,
                 random_state=random_state + place,
+                device=device,
             )
         )
     known = [truth[N_MASKED:] for truth in truths]

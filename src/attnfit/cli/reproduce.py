@@ -38,6 +38,9 @@ def reproduce(
     ] = "tiny",
     texts: Annotated[Path | None, typer.Option(help="Texts it has memorised, one a line.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="Where soft tokens of data-recovery descend: cpu, cuda, mps.")
+    ] = "cpu",
     memorisation: Annotated[
         bool,
         typer.Option(help="With data-recovery: attack the packaged model at several stages of training."),
@@ -52,10 +55,13 @@ def reproduce(
             raise InputError(
                 "--memorisation goes with data-recovery, and trains its own model; leave the rest out"
             )
+        if device != "cpu" and (memorisation or paper != "data-recovery"):
+            raise InputError("--device goes with data-recovery; leave it out")
         papers = [MEMORISATION] if memorisation else list(PAPERS) if paper == "all" else [paper]
         if out is not None:
             _prepare(out, papers, {"--texts": texts, "--model": Path(model)})
-        options = {"quick": quick, "out": out, "model": model, "texts": texts, "seed": seed}
+        options = {"quick": quick, "out": out, "model": model, "texts": texts, "seed": seed,
+                   "device": device}  # fmt: skip
         for name in papers:
             memorised(options) if name == MEMORISATION else PAPERS[name](options)
 
@@ -73,7 +79,12 @@ def data_recovery(options: Options) -> None:
         loaded = load(options["model"])
         progress.say("descending")
         found = reproduce_data_recovery(
-            loaded, given, quick=options["quick"], random_state=options["seed"], progress=progress.count
+            loaded,
+            given,
+            quick=options["quick"],
+            random_state=options["seed"],
+            device=options["device"],
+            progress=progress.count,
         )
     show_data_recovery(stdout(), found)
     if options["out"] is not None:

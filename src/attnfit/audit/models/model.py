@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -119,6 +119,23 @@ class Model:
         table = getattr(getattr(self.base, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         return 0 if padding is None else int(padding) + 1
+
+    def on(self, device: str) -> Model:
+        """Return the model on a device of torch, a copy unless it is there.
+
+        Raises
+        ------
+        AuditError
+            If there is no such device.
+        """
+        try:
+            if self.module.device == torch.device(device):
+                return self
+            module = deepcopy(self.module).to(device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise AuditError(f"device {device!r} cannot be used here ({reason}); pass 'cpu'") from None
+        return replace(self, module=module, calibrations={}, ways={})
 
     @cached_property
     def embeddings(self) -> Any:
