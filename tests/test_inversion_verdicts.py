@@ -11,6 +11,7 @@ from instances import relative
 from attnfit import inversion, problems
 from attnfit.inversion.counting import _enough, count
 from attnfit.inversion.pairs import pair_squares
+from benchmarks.decoding import tabled, tuples_within, weakly_attended
 
 
 def heads_of(n, d, m, heads=1, seed=0, known=0, mask=None, scale=1.0):
@@ -220,35 +221,10 @@ def test_outputs_with_two_tokens_exchanged_are_those_of_the_layer(mask, heads, s
         assert (square <= 1e-12 * size) == (exact <= 1e-12 * size)
 
 
-def tuples_within(layer, table, precision):
-    """All tuples of rows whose output is within the precision."""
-    tuples = np.array(list(product(range(len(table)), repeat=layer.n)))
-    outputs = layer.layer.forward(table[tuples]).output
-    left = np.sqrt(np.sum((outputs - layer.B) ** 2, axis=(1, 2)) / np.sum(layer.B**2))
-    return [tuple(t) for t in tuples[left <= precision].tolist()]
-
-
-def tabled(n, size, d=3, scale=1.0, noise=0.0, seed=0):
-    rng = np.random.default_rng(seed)
-    W, V, table = (
-        scale * rng.standard_normal((d, d)),
-        rng.standard_normal((d, d)),
-        rng.standard_normal((size, d)),
-    )
-    tokens = rng.integers(size, size=n)
-    B = problems.LayerInversion(W, V, np.zeros((n, d))).output(table[tokens].T)
-    E = rng.standard_normal(B.shape)
-    B = B + noise * np.linalg.norm(B) / np.linalg.norm(E) * E
-    return problems.LayerInversion(W, V, B), table, tokens
-
-
 def test_recovered_means_that_no_other_tuple_fits():
     recovered, ambiguous, wrong = 0, 0, 0
     for seed in range(120):
-        rng = np.random.default_rng(1000 + seed)
-        n, size = int(rng.integers(2, 4)), int(rng.integers(4, 9))
-        precision = float(10.0 ** rng.uniform(-3, -2))
-        layer, table, _ = tabled(n, size, d=2, scale=0.03, noise=0.9 * precision, seed=seed)
+        layer, table, precision = weakly_attended(seed)
         found = inversion.recover(layer, vocabulary=table, precision=precision, n_starts=6, random_state=0)
         within = tuples_within(layer, table, precision)
         if found.verdict == "recovered":
