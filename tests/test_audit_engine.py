@@ -116,7 +116,7 @@ def test_what_was_tried_elsewhere_is_run_again(model):
 
 
 def test_the_prior_uses_a_prefix_that_is_run_anyway(model):
-    for layer, shared in ((model.n_layers + 1, True), (model.n_layers, False)):
+    for layer, shared in ((model.n_layers + 1, True), (model.n_layers, True), (model.n_layers - 1, False)):
         prefix = Prefix(model, layer)
         prior = Prior(model, prefix)
         for length in (2, 5):

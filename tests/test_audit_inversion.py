@@ -8,6 +8,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from attnfit import audit  # noqa: E402
+from attnfit.audit import hidden  # noqa: E402
+from attnfit.audit.uncertainty import Uncertainty  # noqa: E402
 
 # What it has memorised, what it could have, and what it never saw.
 TEXTS = ("private", "The quiet doctor sold the broken clock yesterday.", "Zebras yawn; my PIN is 4921!")
@@ -30,6 +32,27 @@ def test_everything_comes_back(tiny, access, text):  # noqa: F811
     assert all(margin > 0 for margin in found.margins)
     assert found.n_candidates >= len(found.tokens)
     assert "recovered" in str(found)
+
+
+@pytest.mark.parametrize("enough", [0.0, 0.618, 2.0])
+def test_drafts_are_verified_while_they_are_right_often_enough(tiny, monkeypatch, enough):  # noqa: F811
+    """A share of two is never reached: after the first wrong one drafts are but candidates among others."""
+    monkeypatch.setattr(hidden, "RIGHT_ENOUGH", enough)
+    text = tiny.private_texts[7]
+    seen = audit.observe(tiny, text, "hidden:3")
+    states, errors = torch.from_numpy(seen.array), Uncertainty(torch.zeros(seen.array.shape))
+    search = hidden.HiddenSearch(tiny, 3, states, errors, tiny.n_vocabulary)
+    draft = search._draft()
+    found = search.run([])
+    assert found.verified and found.text == text
+    right = [token == other for token, other in zip(draft, found.tokens, strict=True)]
+    assert True in right[right.index(False) :]
+    # Every token that was found tells of its draft, once.
+    assert (search._n_right, search._n_judged) == (sum(right), len(right))
+    verified, shares = [method == "draft" for method in found.methods], np.cumsum(right) / np.arange(1, 14)
+    for place in range(1, len(right)):
+        if right[place] and verified[place - 1] == right[place - 1]:
+            assert verified[place] == (verified[place - 1] or shares[place - 1] >= enough)
 
 
 @pytest.mark.parametrize("defence", ["float16", "bfloat16", "int8", "noise:0.05", "noise:0.05std", "round:2"])

@@ -24,7 +24,7 @@ class Prefix:
     states : Tensor, shape (copies, len(tokens), width)
         Theirs at the deepest layer, whose width may be another one.
     complete : bool
-        Whether that is the state from which the next token is predicted.
+        Whether that is the state from which the next token is predicted, or the one before the last norm.
     n_candidates : int
         Candidates evaluated so far: each is a pass of one token through the layers.
     n_forwards : int
@@ -51,7 +51,8 @@ class Prefix:
         self.model, self._copies = model, copies
         self.tokens: list[Any] = []
         self.states = torch.empty(copies, 0, model.width)
-        self.complete = layers[-1] == model.n_layers + 1
+        self.complete = layers[-1] in (model.n_layers, model.n_layers + 1)
+        self._is_normed = layers[-1] != model.n_layers
         self.n_candidates = self.n_forwards = 0
         kind = way or max((way_for(model, layer) for layer in layers), key=WAYS.index)
         self._way = kind(model, [model.part(layer) for layer in layers], copies)
@@ -83,6 +84,14 @@ class Prefix:
         self.tokens += tokens
         self._offered = []
         return states[0] if self._copies == 1 else states
+
+    def predicted(self) -> Any:
+        """Return log p(next token | tokens), shape (copies, n_vocabulary); only of a complete prefix."""
+        last = self.states[:, -1]
+        if not self._is_normed:
+            with torch.no_grad():
+                last = self.model.final_norm(last)
+        return torch.log_softmax(self.model.unembed(last), -1)
 
     def crop(self, length: int) -> None:
         """Forget all tokens but the first `length`."""

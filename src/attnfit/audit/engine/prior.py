@@ -85,4 +85,4 @@ def _next(prefix: Prefix, tokens: list[Any]) -> Any:
         prefix.crop(same)
     if same < len(tokens):
         prefix.extend(tokens[same:])
-    return torch.log_softmax(prefix.model.unembed(prefix.states[:, -1]), -1)
+    return prefix.predicted()
