@@ -16,8 +16,9 @@ from attnfit.audit import (
     AuditError,
     Canaries,
     ScoredTexts,
-    exposing,
 )
+from attnfit.audit.intervals import skew_normal_above, skew_normal_fit
+from attnfit.audit.memorisation.canaries import LEVEL
 
 TEMPLATE = "The code of the {words} is {digits:2}."
 
@@ -182,20 +183,23 @@ def test_counts_of_ten_are_counted_and_nine_bound():
 def test_tails_are_scipys(shape):
     at = np.linspace(-60, -20, 81)
     np.testing.assert_allclose(
-        exposing._above(at, (shape, -40, 4.0)), stats.skewnorm.sf(at, shape, -40, 4.0), rtol=1e-9, atol=2e-14
+        skew_normal_above(at, (shape, -40, 4.0)),
+        stats.skewnorm.sf(at, shape, -40, 4.0),
+        rtol=1e-9,
+        atol=2e-14,
     )
-    assert exposing._above(np.array([0.0]), (shape, -40, 4.0))[0] == 1e-15
+    assert skew_normal_above(np.array([0.0]), (shape, -40, 4.0))[0] == 1e-15
 
 
 def test_the_fit_has_the_moments_of_the_sample():
     rng = np.random.default_rng(3)
     for sample in (rng.normal(2, 3, 2000), rng.gamma(20.0, 1.0, 2000), -rng.gamma(40.0, 1.0, 2000)):
-        fit = exposing._moments_fit(sample)
+        fit = skew_normal_fit(sample)
         mean, variance, skewness = stats.skewnorm.stats(*fit, moments="mvs")
         assert (mean, variance) == pytest.approx((sample.mean(), sample.var()))
         assert skewness == pytest.approx(stats.skew(sample))
     # More skewed than any skew-normal distribution.
-    assert abs(stats.skewnorm.stats(*exposing._moments_fit(rng.exponential(size=2000)), moments="s")) < 0.9953
+    assert abs(stats.skewnorm.stats(*skew_normal_fit(rng.exponential(size=2000)), moments="s")) < 0.9953
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -244,7 +248,7 @@ def heavy_above(rng):
 def test_a_wrong_fit_is_refused_and_the_sample_speaks(sample):
     others = sample(np.random.default_rng(0))
     found = audit.exposure(of([others.max() + 1], "canary"), of(others), 10**9)
-    assert min(found.fit_p_values) <= exposing.LEVEL / 2
+    assert min(found.fit_p_values) <= LEVEL / 2
     assert found.method == ("bounded",)
     assert np.isnan(found.extrapolated).all()
     assert found.bits[0] == pytest.approx(np.log2(1501))
@@ -259,7 +263,7 @@ def test_the_second_test_looks_at_the_tail():
     body[-60:] = body[-60] + 0.02 * np.arange(60)
     found = audit.exposure(of([body.max() + 1], "canary"), of(body), 10**9)
     whole, tail = found.fit_p_values
-    assert whole > exposing.LEVEL / 2 >= tail
+    assert whole > LEVEL / 2 >= tail
     assert np.isnan(found.extrapolated).all()
 
 

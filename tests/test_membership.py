@@ -11,11 +11,12 @@ from sklearn.metrics import roc_auc_score
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+
 from attnfit import audit
 from attnfit.audit import AuditError, ScoredTexts
-from attnfit.audit import members as membership
-from attnfit.audit.intervals import clopper_pearson, wilson
-from attnfit.audit.roc import auc, blind_auc, epsilon_lower_bound
+from attnfit.audit.intervals import auc, clopper_pearson, epsilon_lower_bound, wilson
+from attnfit.audit.memorisation import membership
+from attnfit.audit.memorisation.membership import blind_auc
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay", "kite", "lion"]
 

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 from attnfit import audit  # noqa: E402
 from attnfit.audit import AuditError, ScoredTexts  # noqa: E402
-from attnfit.audit.extracting import SAMPLES  # noqa: E402
-from attnfit.audit.members import RATES  # noqa: E402
+from attnfit.audit.memorisation.extraction import SAMPLES  # noqa: E402
+from attnfit.audit.memorisation.membership import RATES  # noqa: E402
 
 # Three states: the likeliest way from 0 is 0 1 2 0 1 2 ...
 CHAIN = np.array([[0.1, 0.7, 0.2], [0.25, 0.15, 0.6], [0.8, 0.1, 0.1]])
@@ -51,7 +51,7 @@ def test_log_probabilities_are_those_of_the_chain():
 
 
 def test_log_probabilities_are_the_models_own(tiny, monkeypatch):  # noqa: F811
-    from attnfit.audit import scored as module
+    from attnfit.audit.memorisation import scores as module
 
     texts = [tiny.private_texts[0], "A dog.", tiny.private_texts[1], "We saw a clock"]
     found = audit.score_texts(tiny, texts, temperature=0.7)
@@ -150,13 +150,11 @@ def test_special_tokens_stay_before_a_prefix(tiny, monkeypatch):  # noqa: F811
     seen = []
     monkeypatch.setitem(tiny.__dict__, "around", ([0], [0]))
     monkeypatch.setattr(
-        "attnfit.audit.memorising.windows", lambda rows, *_, **__: seen.append(rows) or {2: rows}
+        "attnfit.audit.memorisation.report.windows", lambda rows, *_, **__: seen.append(rows) or {2: rows}
     )
-    from attnfit.audit import memorising
+    from attnfit.audit.memorisation import report
 
-    assert memorising._cut(tiny, [[0, 5, 6, 7, 0], [8, 9]], [2], 1, "members") == {
-        2: [[0, 5, 6, 7], [0, 8, 9]]
-    }
+    assert report._cut(tiny, [[0, 5, 6, 7, 0], [8, 9]], [2], 1, "members") == {2: [[0, 5, 6, 7], [0, 8, 9]]}
     assert seen == [[[5, 6, 7], [8, 9]]]
 
 

@@ -19,56 +19,55 @@ if TYPE_CHECKING:
     from attnfit.audit.check import check_access, check_defence
     from attnfit.audit.checks import check_states
     from attnfit.audit.defences import Defence, Defended
-    from attnfit.audit.exposing import Exposure, exposure
-    from attnfit.audit.extracting import Extraction, extraction, windows
     from attnfit.audit.gradient import invert_gradient
     from attnfit.audit.gradient_search import GradientResult
+    from attnfit.audit.intervals import conformal_p_values
     from attnfit.audit.inverting import invert
     from attnfit.audit.logits import invert_logits
     from attnfit.audit.masked import MaskedResult, recover_masked
-    from attnfit.audit.members import Membership, MembershipScore, membership
-    from attnfit.audit.memorising import Memorised, memorised
+    from attnfit.audit.memorisation.canaries import Canaries, Exposure, canaries, exposure
+    from attnfit.audit.memorisation.extraction import Extraction, extraction, windows
+    from attnfit.audit.memorisation.membership import Membership, MembershipScore, membership
+    from attnfit.audit.memorisation.report import Memorised, memorised
+    from attnfit.audit.memorisation.scores import ScoredTexts, score_texts
     from attnfit.audit.models import Model, load
     from attnfit.audit.observation import Observation, observe
-    from attnfit.audit.planted import Canaries, canaries
     from attnfit.audit.relaxation import Relaxation, masked_relaxation
     from attnfit.audit.report import Report
     from attnfit.audit.result import InversionResult, Position
-    from attnfit.audit.roc import conformal_p_values
     from attnfit.audit.running import run
-    from attnfit.audit.scored import ScoredTexts, score_texts
     from attnfit.audit.states import StatesAccess, invert_attention, invert_hidden
     from attnfit.audit.topk import invert_topk
     from attnfit.audit.utility import Utility, utility_lost
 
 _HOMES = {
     "Access": "access",
-    "Canaries": "planted",
+    "Canaries": "memorisation.canaries",
     "Defence": "defences",
     "Defended": "defences",
-    "Exposure": "exposing",
-    "Extraction": "extracting",
+    "Exposure": "memorisation.canaries",
+    "Extraction": "memorisation.extraction",
     "GradientResult": "gradient_search",
     "InversionResult": "result",
     "MaskedResult": "masked",
-    "Membership": "members",
-    "MembershipScore": "members",
-    "Memorised": "memorising",
+    "Membership": "memorisation.membership",
+    "MembershipScore": "memorisation.membership",
+    "Memorised": "memorisation.report",
     "Model": "models",
     "Observation": "observation",
     "Position": "result",
     "Relaxation": "relaxation",
     "Report": "report",
-    "ScoredTexts": "scored",
+    "ScoredTexts": "memorisation.scores",
     "StatesAccess": "states",
     "Utility": "utility",
-    "canaries": "planted",
+    "canaries": "memorisation.canaries",
     "check_access": "check",
     "check_defence": "check",
     "check_states": "checks",
-    "conformal_p_values": "roc",
-    "exposure": "exposing",
-    "extraction": "extracting",
+    "conformal_p_values": "intervals",
+    "exposure": "memorisation.canaries",
+    "extraction": "memorisation.extraction",
     "invert": "inverting",
     "invert_attention": "states",
     "invert_gradient": "gradient",
@@ -78,14 +77,14 @@ _HOMES = {
     "invert_topk": "topk",
     "load": "models",
     "masked_relaxation": "relaxation",
-    "membership": "members",
-    "memorised": "memorising",
+    "membership": "memorisation.membership",
+    "memorised": "memorisation.report",
     "observe": "observation",
     "recover_masked": "masked",
     "run": "running",
-    "score_texts": "scored",
+    "score_texts": "memorisation.scores",
     "utility_lost": "utility",
-    "windows": "extracting",
+    "windows": "memorisation.extraction",
 }
 
 __all__ = [

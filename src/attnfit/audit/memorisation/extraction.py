@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from attnfit.audit.advice import percent
 from attnfit.audit.errors import AuditError
 from attnfit.audit.intervals import wilson
+from attnfit.audit.memorisation.scores import Array, ScoredTexts
 from attnfit.audit.models.texts import Tokens
-from attnfit.audit.scored import Array, ScoredTexts
 from attnfit.inference.tables import to_frame
 
 # Tokens that the papers let a model produce, draws of them, and the chance that counts as extracted.

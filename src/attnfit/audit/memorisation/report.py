@@ -8,13 +8,12 @@ from typing import Any
 
 from attnfit.audit.advice import percent
 from attnfit.audit.errors import AuditError
-from attnfit.audit.exposing import Exposure, exposure
-from attnfit.audit.extracting import SUFFIX, Extraction, counted, extraction, windows
-from attnfit.audit.members import Membership, membership
+from attnfit.audit.memorisation.canaries import MOST_COMPARED, Canaries, Exposure, exposure
+from attnfit.audit.memorisation.extraction import SUFFIX, Extraction, counted, extraction, windows
+from attnfit.audit.memorisation.membership import Membership, membership
+from attnfit.audit.memorisation.scores import Scorer, score_texts, tokens_of
 from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text
-from attnfit.audit.planted import MOST_COMPARED, Canaries
-from attnfit.audit.scored import Scorer, score_texts, tokens_of
 from attnfit.audit.versions import versions
 from attnfit.inference.tables import to_frame
 

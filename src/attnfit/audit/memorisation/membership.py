@@ -12,9 +12,16 @@ from scipy.stats import beta
 
 from attnfit.audit.advice import percent
 from attnfit.audit.errors import AuditError
-from attnfit.audit.intervals import wilson
-from attnfit.audit.roc import Auc, auc, blind_auc, conformal_p_values, epsilon_lower_bound
-from attnfit.audit.scored import Array, ScoredTexts
+from attnfit.audit.intervals import (
+    Auc,
+    auc,
+    auc_interval,
+    conformal_p_values,
+    delong,
+    epsilon_lower_bound,
+    wilson,
+)
+from attnfit.audit.memorisation.scores import Array, ScoredTexts
 from attnfit.inference.tables import to_frame
 
 Conclusion = Literal["told apart", "not told apart", "confounded"]
@@ -25,6 +32,11 @@ LEAST_LIKELY, COMPRESSION = 0.2, 6
 FEWEST_FOR_EPSILON, THRESHOLDS = 20, 100
 # A product of a rate and a count may miss an integer by rounding.
 ROUNDING = 1e-9
+# Folds of the classifier that does not see the model; each needs a few texts of either kind.
+FOLDS, FEWEST_IN_FOLD = 5, 4
+# Each fold is judged by fits to the others, so that what is alike in two of them counts twice: where words do
+# not tell, the mean of the areas varies twice as much as that of independent ones.
+TWICE = 2.0
 
 
 @dataclass(frozen=True)
@@ -265,6 +277,53 @@ def membership(
         delta=delta,
         n_duplicates=sum(map(len, given)) - sum(map(len, kept)),
     )
+
+
+def blind_auc(members: Sequence[Any], others: Sequence[Any], *, random_state: int = 0) -> Auc | None:
+    """Return how well a classifier that sees words, and not the model, tells members from others.
+
+    Logistic regression on counts of words and marks, in 5 folds: each text is judged by a fit to the other
+    folds, and compared with those of its own fold, so that the mean of the 5 areas is 1/2 where words do not
+    tell. Its variance is taken as twice that of independent areas, as folds are judged by one another.
+
+    Parameters
+    ----------
+    members, others : sequence of str or of list of int
+        Numbers of tokens are words too.
+    random_state : int
+
+    Returns
+    -------
+    Auc or None
+        None with fewer than 20 texts of a kind.
+
+    References
+    ----------
+    Das et al., "Blind Baselines Beat Membership Inference Attacks for Foundation Models", arXiv:2406.16201.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MaxAbsScaler
+
+    if min(len(members), len(others)) < FOLDS * FEWEST_IN_FOLD:
+        return None
+    texts = np.array(
+        [t if isinstance(t, str) else " ".join(map(str, t)) for t in (*members, *others)], object
+    )
+    labels = np.repeat([1, 0], [len(members), len(others)])
+    classifier = make_pipeline(
+        CountVectorizer(token_pattern=r"\w+|[^\w\s]"), MaxAbsScaler(), LogisticRegression(max_iter=1000)
+    )
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=random_state)
+    found = []
+    for fitted, judged in folds.split(texts, labels):
+        logits = classifier.fit(texts[fitted], labels[fitted]).decision_function(texts[judged])
+        own = labels[judged] == 1
+        found.append(delong(logits[own], logits[~own]))
+    value, variance = np.mean(found, axis=0)
+    return auc_interval(value, TWICE * variance / FOLDS, min(len(members), len(others)))
 
 
 def _distinct(members: ScoredTexts, others: ScoredTexts) -> tuple[list[int], list[int]]:

@@ -1,0 +1,1 @@
+"""What a model that one trains has memorised: extraction, membership, canaries."""
