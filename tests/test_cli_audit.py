@@ -47,6 +47,38 @@ def test_audit_writes_everything(texts, tmp_path):
     assert "<h1>What tiny gives away</h1>" in page.read_text()
 
 
+def test_two_tokens_are_read_from_their_last_state(tiny, tmp_path, monkeypatch):  # noqa: F811
+    from attnfit.audit.last import LastRowSearch
+
+    # Noise, which is no text of any length, would be searched for at twelve lengths.
+    monkeypatch.setitem(LastRowSearch.__init__.__kwdefaults__, "longest", 2)
+    path, told = tmp_path / "two.txt", tmp_path / "out.json"
+    tokens = [tiny.tokenise(text) for text in tiny.private_texts[:2]]
+    path.write_text("".join(f"{tiny.detokenise(ids[:2])}\n" for ids in tokens))
+    asked = ("audit", "tiny", "--texts", path, "--access", "last:1", "--defences", "none", "--budget", 600)
+    result = run(*asked, "--json", told, "--reveal")
+    assert result.exit_code == 0, result.output
+    verdict = (
+        "tiny: up to 100 % of tokens recovered without a defence (last:1), 4 of 4 tokens, 2 of 2 texts "
+        "whole, 95 % at least 51 %"
+    )
+    assert " ".join(result.stdout.split()).startswith(verdict)
+    content = json.loads(told.read_text())
+    assert content["verdict"] == verdict
+    (pair,) = content["pairs"]
+    assert (pair["access"], pair["defence"], pair["tested"], pair["n_open"]) == ("last:1", "none", True, 0)
+    assert (pair["tokens_right"], pair["tokens"], pair["verified"], pair["false_claims"]) == (4, 4, 2, 0)
+    cells = [cell for cell in content["cells"] if not cell["control"]]
+    assert [cell["tokens"] for cell in cells] == [ids[:2] for ids in tokens]
+    (control,) = content["controls"]
+    assert (control["noise"], control["false_claims"]) == (2, 0)
+    # A text that is longer than was looked for is open, which is no protection.
+    path.write_text(f"{tiny.detokenise(tokens[0][:3])}\n")
+    longer = run(*asked, "--fail-above", 0.5)
+    assert longer.exit_code == 3, longer.output
+    assert "Not tested to the end, which is no sign of protection: last:1 with none" in longer.stderr
+
+
 def test_the_gate_sets_the_exit_code(texts):
     open_gate = run("audit", "tiny", "--texts", texts, *SMALL, "--fail-above", 1)
     assert open_gate.exit_code == 0, open_gate.output

@@ -73,6 +73,101 @@ def test_canaries_are_drawn_and_measured(tmp_path):
     assert "Not measured, which is no sign of protection: exposure" in few.stderr
 
 
+def test_a_page_to_hand_over_is_written(files, tmp_path):
+    page, told, secrets = tmp_path / "out.html", tmp_path / "out.json", tmp_path / "canaries.txt"
+    assert run("canaries", TEMPLATE, "--count", 3, "--output", secrets).exit_code == 0
+    asked = (
+        "memorised", "tiny", "--members", files / "members", "--others", files / "others", "--prefix", "4,6",
+        "--suffix", 5, "--canaries", secrets, "--template", TEMPLATE, "--compared", 100,
+        "--owner", "Legal <b>",
+    )  # fmt: skip
+    texts = [*(files / "members").read_text().splitlines(), *secrets.read_text().splitlines()]
+    result = run(*asked, "--html", page, "--json", told)
+    assert result.exit_code == 0, result.output
+    content, counts = page.read_text(), json.loads(told.read_text())
+    assert "<h1>What tiny has memorised</h1>" in content
+    count, tested = counts["extraction"]["extracted"][4], counts["extraction"]["texts"][4]
+    first = content[content.index('class="verdict"') :]
+    assert f"given 6 tokens, it produces the next 5 for {count} of {tested} texts (" in first
+    assert "0 of 3 canaries (" in first
+    assert "Legal &lt;b&gt;" in content
+    assert f"fingerprint {counts['settings']['fingerprint']}" in content
+    assert counts["command"].startswith("attnfit memorised tiny --members ")
+    assert "--html" in content[content.index("<pre>") :]
+    assert counts["owner"] == "Legal <b>"
+    assert not any(text in content + told.read_text() for text in texts)
+    assert counts["texts"] == {"extracted": None, "canaries": None}
+    # Both are replaced, with the texts that were asked for.
+    shown = run(*asked, "--html", page, "--json", told, "--reveal", "--examples", 2)
+    assert shown.exit_code == 0, shown.output
+    counts, content = json.loads(told.read_text()), page.read_text()
+    assert len(counts["texts"]["extracted"]) == count
+    assert counts["texts"]["canaries"] == secrets.read_text().splitlines()
+    first = counts["texts"]["extracted"][0]
+    assert texts[first["place"]].startswith(f"{first['prefix']}{first['suffix']}")
+    assert f"{first['prefix']}<mark>{first['suffix']}</mark>" in content
+    assert content.count("<mark>") == 2
+    assert texts[-1] in content
+    # One page is asked for, and one table of figures printed, where it goes to standard output.
+    piped = run(
+        "memorised", "tiny", "--canaries", secrets, "--template", TEMPLATE, "--compared", 100, "--html", "-"
+    )
+    assert piped.stdout.startswith("<!doctype html>") and piped.stdout.rstrip().endswith("</html>")
+    assert "canaries are likelier than chance" in " ".join(piped.stderr.split())
+
+
+def test_texts_are_shown_on_request_only(files, tmp_path):
+    asked = ("memorised", "tiny", "--members", files / "members", "--prefix", 2, "--suffix", 2)
+    page = ("--html", tmp_path / "out.html")
+    assert refused(run(*asked, *page, "--examples", 3)) == (
+        "Error: --examples shows texts, which a report leaves out; add --reveal to show them"
+    )
+    assert "--examples is for the page, which is missing; add --html FILE" in refused(
+        run(*asked, "--reveal", "--examples", 3)
+    )
+    assert refused(run(*asked, "--reveal")) == (
+        "Error: --reveal is for files, which are missing; add --html FILE or --json FILE"
+    )
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_no_file_of_canaries_is_lost(files, tmp_path):
+    path = tmp_path / "canaries.txt"
+    drawn = ("canaries", TEMPLATE, "--count", 3, "--output", path)
+    assert run(*drawn).exit_code == 0
+    kept = path.read_text()
+    assert refused(run(*drawn, "--seed", 1)) == (
+        f"Error: --output: {path} exists, and canaries that were planted cannot be measured once their file "
+        "is lost; name another file, or add --force"
+    )
+    asked = ("memorised", "tiny", "--members", files / "members", "--prefix", 2, "--suffix", 2)
+    for option in ("--html", "--json"):
+        assert refused(run(*asked, option, path)) == (
+            f"Error: {option}: {path} is no earlier report, and canaries that were planted cannot be "
+            "measured once their file is lost; name another file, or add --force"
+        )
+    # Nor through a link, nor where its braces look like a report's.
+    (tmp_path / "link").symlink_to(path)
+    assert "no earlier report" in refused(run(*asked, "--json", tmp_path / "link"))
+    assert path.read_text() == kept
+    braces, lists = tmp_path / "braces.txt", tmp_path / "lists.txt"
+    assert run("canaries", "{{{digits:3}}}", "--output", braces).exit_code == 0
+    lists.write_text("[1, 2]\n")
+    for other in (braces, lists):
+        assert "no earlier report" in refused(run(*asked, "--json", other))
+    assert run(*drawn, "--seed", 1, "--force").exit_code == 0
+    assert path.read_text() != kept
+    # What holds nothing, or an earlier report, is replaced as other outputs are.
+    told, page = tmp_path / "out.json", tmp_path / "out.html"
+    told.write_text("")
+    for _ in range(2):
+        assert run(*asked, "--json", told, "--html", page).exit_code == 0
+    assert json.loads(told.read_text())["schema"] == "attnfit-memorised/1"
+    assert run(*asked, "--json", path, "--force").exit_code == 0
+    assert json.loads(path.read_text())["schema"] == "attnfit-memorised/1"
+    assert run("canaries", TEMPLATE, "--output", "/dev/null").exit_code == 0
+
+
 def test_the_gate_sets_the_exit_code(files):
     asked = (
         "memorised",

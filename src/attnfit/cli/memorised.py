@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,14 @@ from attnfit.cli.audit import bad_input, read_texts
 from attnfit.cli.console import Grid, note, problem
 from attnfit.cli.errors import Debug, Exit, InputError, one_sentence
 from attnfit.cli.options import flat
+from attnfit.cli.origin import command
 from attnfit.cli.output import STREAM, check_paths, put, put_json, results
 from attnfit.cli.progress import FitProgress
 from attnfit.cli.report import print_whole
+from attnfit.writing import is_special
+
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that may hold canaries.")]
+LOST = "canaries that were planted cannot be measured once their file is lost"
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,56 @@ class MeasureOptions:
         }
 
 
+@dataclass(frozen=True)
+class WriteOptions:
+    """What is written."""
+
+    html_path: Annotated[
+        Path | None, typer.Option("--html", help="Write a report to hand over here (.html).")
+    ] = None
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures here (.json).")] = None
+    reveal: Annotated[
+        bool, typer.Option("--reveal/--redact", help="Write texts into both files, or counts and figures.")
+    ] = False
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --reveal: texts that come back to show on the page.", show_default="10"
+        ),
+    ] = None
+    owner: Annotated[str, typer.Option(help="Who answers for the model; stands on the report.")] = ""
+    force: Force = False
+
+    def __post_init__(self) -> None:
+        """Raise InputError where texts are asked for and may not be shown, or nothing would show them."""
+        if self.examples is not None and not self.reveal:
+            raise InputError("--examples shows texts, which a report leaves out; add --reveal to show them")
+        if self.examples is not None and self.html_path is None:
+            raise InputError("--examples is for the page, which is missing; add --html FILE")
+        if self.reveal and self.html_path is None and self.json_path is None:
+            raise InputError("--reveal is for files, which are missing; add --html FILE or --json FILE")
+
+    @property
+    def files(self) -> dict[str, Path | None]:
+        """By option."""
+        return {"--html": self.html_path, "--json": self.json_path}
+
+    def write(self, found: Any) -> None:
+        """Write what was asked for."""
+        from attnfit.audit.memorisation.report_html import N_EXAMPLES, render
+
+        if self.html_path is not None:
+            put(self.html_path, render(found, not self.reveal, self.examples or N_EXAMPLES))
+        put_json(self.json_path, found.as_json(not self.reveal))
+
+
 def memorised(
     model: Annotated[
         str, typer.Argument(help="tiny, smollm2, a directory or a .gguf file.", metavar="MODEL")
     ],
     texts: TextOptions,
     measures: MeasureOptions,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures here (.json).")] = None,
+    outputs: WriteOptions,
     fail_above: Annotated[
         float | None,
         typer.Option(
@@ -114,7 +163,10 @@ def memorised(
     """
     with bad_input(debug):
         folder = Path(model)
-        check_paths({"MODEL": folder if folder.exists() else None, **texts.files}, {"--json": json_path})
+        check_paths({"MODEL": folder if folder.exists() else None, **texts.files}, outputs.files)
+        if not outputs.force:
+            for option, path in outputs.files.items():
+                _require_result(option, path)
         given = {option: read_texts(path) for option, path in texts.files.items() if path is not None}
         asked = measures.arguments()
         with FitProgress() as progress:
@@ -122,8 +174,9 @@ def memorised(
             found = _measured(
                 (model, measures.reference), given, texts.template, asked, seed, allow_pickle, progress
             )
-        _show(results(json_path), found)
-        put_json(json_path, found.as_json())
+        found = replace(found, command=command(), owner=outputs.owner)
+        _show(results(*outputs.files.values()), found)
+        outputs.write(found)
         _judge(found, fail_above)
 
 
@@ -227,6 +280,24 @@ def _shares(found: Any) -> tuple[dict[str, float], list[str]]:
     return shares, unread
 
 
+def _require_result(option: str, path: Path | None) -> None:
+    """Raise InputError if a file would be replaced that is no earlier result, and so may hold canaries."""
+    if path is None or path == STREAM or is_special(path) or not path.exists():
+        return
+    told = path.read_bytes()
+    if option == "--html":
+        earlier = told.lstrip()[:14].lower() == b"<!doctype html"
+    else:
+        try:
+            earlier = isinstance(json.loads(told), dict)
+        except (ValueError, RecursionError):
+            earlier = False
+    if told.strip() and not earlier:
+        raise InputError(
+            f"{option}: {path} is no earlier report, and {LOST}; name another file, or add --force"
+        )
+
+
 def canaries(
     template: Annotated[
         str, typer.Argument(help='Such as "The code of the {words} is {digits:4}."', metavar="TEMPLATE")
@@ -234,6 +305,7 @@ def canaries(
     count: Annotated[int, typer.Option(min=1, help="Number of canaries.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     output: Annotated[Path, typer.Option(help="File to write.", show_default="print them")] = STREAM,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Draw canaries to insert in training data: {digits:4} is four digits, {words:2} two words."""
@@ -241,6 +313,8 @@ def canaries(
         from attnfit.audit import canaries as draw
 
         check_paths({}, {"--output": output})
+        if output != STREAM and output.exists() and not is_special(output) and not force:
+            raise InputError(f"--output: {output} exists, and {LOST}; name another file, or add --force")
         put(output, "\n".join(draw(template, count, random_state=seed).texts) + "\n")
 
 

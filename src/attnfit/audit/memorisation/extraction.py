@@ -40,6 +40,8 @@ class Extraction:
         Its probability p.
     n_duplicates : int
         Texts left out because another one has the same suffix.
+    places : tuple of int
+        Where the texts tested stand among those given.
     """
 
     suffix: int
@@ -49,6 +51,7 @@ class Extraction:
     samples: tuple[int, ...]
     chance: float
     n_duplicates: int
+    places: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def n_texts(self) -> int:
@@ -253,7 +256,10 @@ def extraction(
                 )
         greedy[prefix] = np.array([texts.likeliest[k][-suffix:].all() for k in kept])
         q[prefix] = np.array([texts.log_probabilities[k][-suffix:].sum() for k in kept])
-    return Extraction(suffix, tuple(greedy), greedy, q, tuple(samples), chance, len(first) - len(kept))
+    n_duplicates = len(first) - len(kept)
+    return Extraction(
+        suffix, tuple(greedy), greedy, q, tuple(samples), chance, n_duplicates, places=tuple(kept)
+    )
 
 
 def _different_suffixes(scored: ScoredTexts, suffix: int) -> list[int]:

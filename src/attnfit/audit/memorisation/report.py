@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
+from datetime import date
+from os import PathLike
 from typing import Any
 
 from attnfit.audit.advice import percent
@@ -16,8 +18,26 @@ from attnfit.audit.models.model import Model, Tokens
 from attnfit.audit.models.texts import Text
 from attnfit.audit.versions import versions
 from attnfit.inference.tables import to_frame
+from attnfit.writing import write
 
 SCHEMA = "attnfit-memorised/1"
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A text that greedy decoding completes.
+
+    Attributes
+    ----------
+    place : int
+        Among the members given.
+    prefix, suffix : str
+        What the model was given, and what it produced; numbers of tokens where it has no tokenizer.
+    """
+
+    place: int
+    prefix: str
+    suffix: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +55,14 @@ class Memorised:
     exposure : Exposure or None
     settings : dict
         What was asked for, to measure it again.
+    extracted : tuple of Extracted
+        Members that come back by greedy decoding after the longest prefix, for those who may see them.
+    made : str
+        Day of the measurement, as 2026-01-31.
+    command : str
+        What measures it again.
+    owner : str
+        Who answers for the model, as given.
     """
 
     model: str
@@ -43,6 +71,10 @@ class Memorised:
     membership: Membership | None
     exposure: Exposure | None
     settings: dict[str, Any] = field(repr=False)
+    extracted: tuple[Extracted, ...] = field(default=(), repr=False)
+    made: str = ""
+    command: str = ""
+    owner: str = ""
 
     @property
     def verdict(self) -> str:
@@ -57,8 +89,14 @@ class Memorised:
         told += [one.verdict for one in (self.membership, self.exposure) if one is not None]
         return f"{self.model}: {' '.join(told)}"
 
-    def as_json(self) -> dict[str, Any]:
-        """Return everything as plain data: counts and figures, no text."""
+    def as_json(self, redact: bool = True) -> dict[str, Any]:
+        """Return everything as plain data.
+
+        Parameters
+        ----------
+        redact : bool
+            Leave texts out: counts and figures remain.
+        """
         measures = {
             "extraction": self.extraction,
             "extraction_of_others": self.extraction_of_others,
@@ -87,7 +125,26 @@ class Memorised:
                 "fit_p_values": exposed.fit_p_values,
             }
         about = {"schema": SCHEMA, "verdict": self.verdict, "model": self.model, "settings": self.settings}
-        return {**about, **found, "versions": versions()}
+        texts = {
+            "extracted": None if redact else [asdict(one) for one in self.extracted],
+            "canaries": None if redact or self.exposure is None else list(self.exposure.texts),
+        }
+        run = {"made": self.made, "command": self.command, "owner": self.owner}
+        return {**about, **found, "texts": texts, **run, "versions": versions()}
+
+    def to_html(self, path: str | PathLike[str], *, redact: bool = True) -> None:
+        """Write the report as one page that fetches nothing.
+
+        Parameters
+        ----------
+        path : path
+        redact : bool
+            Leave texts out: counts and figures remain. Otherwise the page hides them until it is asked to
+            show them.
+        """
+        from attnfit.audit.memorisation.report_html import render
+
+        write(path, render(self, redact))
 
     def to_frame(self) -> Any:
         """Return the counts of all measures as one data frame, of pandas or else polars, a row for each."""
@@ -199,14 +256,17 @@ def memorised(
         )
     say = progress or (lambda _: None)
     texts = {name: one for name, one in (("members", members), ("others", others)) if one is not None}
-    extracted = {}
+    extractions: dict[str, Extraction] = {}
+    extracted: tuple[Extracted, ...] = ()
     for name, given in texts.items() if prefixes else ():
         say(f"extraction of {name}")
         cut = _cut(model, given, prefixes, suffix, name)
         scored = {
             size: score_texts(model, rows, temperature=temperature, name=name) for size, rows in cut.items()
         }
-        extracted[name] = extraction(scored, suffix)
+        extractions[name] = extraction(scored, suffix)
+        if name == "members":
+            extracted = _extracted(model, extractions[name], cut[max(prefixes)])
     told = None
     if others is not None:
         say("membership")
@@ -226,6 +286,7 @@ def memorised(
             random_state=random_state,
         )
     settings = {
+        "fingerprint": model.fingerprint if isinstance(model, Model) else None,
         "members": None if members is None else len(members),
         "others": None if others is None else len(others),
         "prefixes": list(prefixes),
@@ -236,7 +297,16 @@ def memorised(
         "max_compared": max_compared,
         "random_state": random_state,
     }
-    return Memorised(_name(model), extracted.get("members"), extracted.get("others"), told, exposed, settings)
+    return Memorised(
+        _name(model),
+        extractions.get("members"),
+        extractions.get("others"),
+        told,
+        exposed,
+        settings,
+        extracted=extracted,
+        made=date.today().isoformat(),
+    )
 
 
 def _cut(
@@ -252,6 +322,21 @@ def _cut(
         inner.append(row[first : len(row) - last])
     cut = windows(inner, prefixes, suffix, name=name)
     return {size: [[*before, *row] for row in found] for size, found in cut.items()}
+
+
+def _extracted(model: Scorer, found: Extraction, rows: list[Tokens]) -> tuple[Extracted, ...]:
+    """Return the texts that greedy decoding completes, out of windows with the longest prefix."""
+    first = len(model.around[0]) if isinstance(model, Model) else 0
+
+    def told(tokens: Tokens) -> str:
+        return model.detokenise(tokens) if isinstance(model, Model) else " ".join(map(str, tokens))
+
+    hits = zip(found.places, found.greedy[max(found.prefixes)], strict=True)
+    return tuple(
+        Extracted(place, told(rows[place][first : -found.suffix]), told(rows[place][-found.suffix :]))
+        for place, hit in hits
+        if hit
+    )
 
 
 def _decoded(prefix: int, n_samples: int) -> str:

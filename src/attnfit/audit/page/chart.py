@@ -13,6 +13,8 @@ from attnfit.audit.page import fill
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 62, 40
 # Labels that are nearer to one another would overlap.
 ROOM = 11
+# A legend: where its lines begin, their height, the length of a sample, and about the width of a letter.
+LEGEND, ROW, SAMPLE, LETTER = 32, 14, 18, 6.4
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,19 @@ class Line:
     style : str
         Class of the line.
     labels : sequence of str
-        What stands at each point; nothing, and no dots, without.
+        What stands at each point; nothing, and no dots, without. Where it is empty, there is a dot alone.
+    name : str
+        What the legend calls the line; it is left out of the legend without.
+    tips : sequence of str
+        What is shown of each point under the pointer, the label unless given.
     """
 
     x: Sequence[float]
     y: Sequence[float]
     style: str = "curve"
     labels: Sequence[str] = ()
+    name: str = ""
+    tips: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,11 @@ class Chart:
         return self.width - RIGHT
 
     @property
+    def plot_width(self) -> int:
+        """Length of the horizontal axis."""
+        return self.right - self.left
+
+    @property
     def bottom(self) -> int:
         """Where it lies."""
         return self.height - BOTTOM
@@ -115,16 +128,30 @@ class Chart:
         """Return points as SVG writes them."""
         return " ".join(f"{self._x(a):.1f},{self._y(b):.1f}" for a, b in zip(x, y, strict=True))
 
-    def dots(self, line: Line) -> Iterator[tuple[float, float, str, bool]]:
-        """Yield the place and the label of each point, and whether the label has room beside the last one:
-        others are left to the pointer.
+    @property
+    def legend(self) -> Iterator[tuple[float, float, Line]]:
+        """Where the sample of each line that has a name begins."""
+        x, y = float(self.left), float(LEGEND)
+        for line in self.lines:
+            if not line.name:
+                continue
+            width = SAMPLE + 6 + LETTER * len(line.name)
+            if x + width > self.right and x > self.left:
+                x, y = float(self.left), y + ROW
+            yield x, y, line
+            x += width + 12
+
+    def dots(self, line: Line) -> Iterator[tuple[float, float, str, str, bool]]:
+        """Yield the place, the label and the tip of each point, and whether the label has room beside the
+        last one: others are left to the pointer.
         """
         taken = -math.inf
-        for x, y, label in zip(line.x, line.y, line.labels, strict=bool(line.labels)):
+        tips = line.tips or line.labels
+        for x, y, label, tip in zip(line.x, line.y, line.labels, tips, strict=bool(line.labels)):
             at = self._x(x)
-            shown = at - taken >= ROOM
+            shown = bool(label) and at - taken >= ROOM
             taken = at if shown else taken
-            yield at, self._y(y), label, shown
+            yield at, self._y(y), label, tip, shown
 
     def _x(self, value: float) -> float:
         low, high = self.x_range
