@@ -1,5 +1,7 @@
 """Candidates after a shared prefix, compared with plain forward passes of transformers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from audit_models import audit_cache, tiny  # noqa: F401
@@ -7,6 +9,7 @@ from audit_models import audit_cache, tiny  # noqa: F401
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from attnfit.audit import position  # noqa: E402
 from attnfit.audit.candidates import CandidateSet  # noqa: E402
 from attnfit.audit.embedding_newton import EmbeddingNewton  # noqa: E402
 from attnfit.audit.engine.prefix import Prefix  # noqa: E402
@@ -181,6 +184,32 @@ def test_newton_finds_a_token_it_was_not_told(model):
     evaluated.add(list(range(16)))
     assert EmbeddingNewton(evaluated, model.embeddings, 10**6).search()
     assert evaluated.nearest()[0] == truth
+
+
+@pytest.mark.parametrize(("rank", "stage"), [(100, "likely"), (500, "newton")])
+def test_likely_words_come_before_newtons_method(model, monkeypatch, rank, stage):
+    """Where neither probe nor regression tells anything, the prior does, as far as it is asked."""
+    monkeypatch.setattr(position, "BATCHES", ())
+    monkeypatch.setattr(position, "LIKELY", 400)
+    monkeypatch.setattr(position, "regressed_embedding", lambda *_: None)
+    prefix, truth = Prefix(model, 2), 321
+    prefix.extend(TOKENS[:4])
+    state = prefix.candidates([truth])[0]
+    scale = prefix.candidates(range(0, 800, 20)).std(0)
+    evaluated = CandidateSet(prefix, Target(state, torch.zeros(48), scale))
+    others = [token for token in range(model.n_vocabulary) if token != truth]
+    order = [*others[:rank], truth, *others[rank:]]
+    prior = torch.empty(model.n_vocabulary)
+    prior[order] = -torch.arange(model.n_vocabulary, dtype=torch.float32)
+    blank = SimpleNamespace(
+        probe=SimpleNamespace(estimate=lambda _: None), scores=lambda _: torch.zeros(model.n_vocabulary)
+    )
+    search = position.PositionSearch(
+        evaluated, position.Clues(blank, blank, prior), model.embeddings, 10**6, cheap=False
+    )
+    assert search.run() == stage
+    assert evaluated.nearest()[0] == truth
+    assert (evaluated.n_candidates <= 16 + 400) == (stage == "likely")
 
 
 # ---- logits that are not plain -----------------------------------------------------------------------------

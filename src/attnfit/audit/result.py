@@ -28,7 +28,7 @@ class Position:
         that for log-probabilities, which are compared exactly only where it decides.
     n_candidates : int
         Candidates evaluated for this position.
-    method : {"known", "draft", "shortlist", "regression", "newton", "scan", "joint", "nearest"}
+    method : {"known", "draft", "shortlist", "regression", "likely", "newton", "scan", "joint", "nearest"}
         The stage that found it; "joint" with all later positions, as its own was withheld; "nearest" is a
         best guess that the noise does not explain.
     log_odds : float
