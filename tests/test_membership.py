@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 
 from attnfit import audit
 from attnfit.audit import AuditError, ScoredTexts
-from attnfit.audit.intervals import auc, clopper_pearson, epsilon_lower_bound, wilson
+from attnfit.audit.intervals import Auc, auc, clopper_pearson, epsilon_lower_bound, wilson
 from attnfit.audit.memorisation import membership
 from attnfit.audit.memorisation.membership import blind_auc
 
@@ -197,6 +198,32 @@ def test_a_rate_that_a_product_misses_by_rounding():
     assert at.realised == pytest.approx(stats.beta.ppf(0.975, 29, 71))
 
 
+def test_a_rate_that_is_no_decimal_is_not_missed_by_rounding():
+    # One minus 0.9 is 0.09999999999999998, which the p-value of whatever is above all nine exceeds.
+    others = ScoredTexts([f"o{k}" for k in range(9)], -np.arange(2.0, 11.0)[:, None])
+    members = ScoredTexts(["a", "b"], [[-1.0], [-5.0]])
+    assert audit.membership(members, others, rates=[1 - 0.9]).scores[0].at_rates[0].n_told == 1
+
+
+def test_bytes_are_those_of_the_usual_compression():
+    rng = np.random.default_rng(0)
+    members = ScoredTexts(texts(rng, 2, length=400), [[-1.0], [-2.0]])
+    sizes = [[len(zlib.compress(text.encode(), level)) for level in (1, 6)] for text in members.texts]
+    assert all(fast != usual for fast, usual in sizes)
+    found = {one.name: one for one in audit.membership(members, of(rng, 3, 2.0)).scores}["zlib"]
+    np.testing.assert_allclose(found.members, [-1.0 / sizes[0][1], -2.0 / sizes[1][1]])
+
+
+@pytest.mark.parametrize(
+    ("low", "told"), [(0.51, "told apart"), (0.5, "not told apart"), (0.3, "not told apart")]
+)
+def test_members_are_told_apart_where_the_interval_says_so(low, told):
+    rng = np.random.default_rng(0)
+    found = audit.membership(of(rng, 5, 1.0), of(rng, 5, 1.0))
+    first = replace(found.scores[0], auc=Auc(0.7, low, 0.9))
+    assert replace(found, scores=(first, *found.scores[1:])).conclusion == told
+
+
 def test_what_is_no_membership_is_refused():
     rng = np.random.default_rng(0)
     members, others = of(rng, 3, 2.0), of(rng, 3, 2.0)
@@ -206,6 +233,9 @@ def test_what_is_no_membership_is_refused():
         r"rates\[1\] must be between 0 and 1, not 1.0", audit.membership, members, others, rates=[0.5, 1.0]
     )
     refused("delta must be at least 0 and below 1, not 1.0", audit.membership, members, others, delta=1.0)
+    assert audit.membership(members, others, delta=0.0).delta == 0.0
+    twice = ScoredTexts([members.texts[0]] * 2, [[-1.0], [-1.0]])
+    refused(r"members\[0\] is others\[0\] too", audit.membership, twice, members)
     one = ScoredTexts(["x", " x"], [[-1.0], [-1.0]])
     refused("members has 1 different text; an interval takes 2", audit.membership, one, others)
     refused("others has 1 different text", audit.membership, members, one)
@@ -276,6 +306,15 @@ def test_the_blind_classifier_sees_words_and_nothing_else():
     assert blind_auc(texts(rng, 19), texts(rng, 60)) is None
 
 
+def test_the_variance_of_areas_of_folds_is_twice_that_of_independent_ones(monkeypatch):
+    monkeypatch.setattr(membership, "delong", lambda members, others: (0.6, 0.01))
+    rng = np.random.default_rng(0)
+    found = blind_auc(texts(rng, 20), texts(rng, 25))
+    half = stats.norm.ppf(0.975) * np.sqrt(2 * 0.01 / 5) / (0.6 * 0.4)
+    ends = 1 / (1 + np.exp(-(math.log(0.6 / 0.4) + np.array([-half, half]))))
+    assert (found.value, found.low, found.high) == pytest.approx((0.6, *ends))
+
+
 def test_epsilon_has_a_closed_form_at_the_ends():
     # All told and none false: both errors have the bound 1 - 0.025^(1/n).
     most = 1 - 0.025 ** (1 / 100)
@@ -287,6 +326,20 @@ def test_epsilon_has_a_closed_form_at_the_ends():
     low, high = clopper_pearson(300, 1000)[0], clopper_pearson(1, 1000)[1]
     assert epsilon_lower_bound(300, 1000, 1, 1000, 0.0) == pytest.approx(math.log(low / high))
     assert epsilon_lower_bound(999, 1000, 700, 1000, 0.0) == pytest.approx(math.log(low / high))
+
+
+def test_a_score_at_the_threshold_is_above_it():
+    halves = [np.ones(100), np.zeros(100)]
+    assert membership._epsilon_at(1.0, halves, 0.0) == epsilon_lower_bound(100, 100, 0, 100, 0.0) > 3.0
+
+
+def test_thresholds_are_many_enough_to_find_a_tenth_of_the_members():
+    rng = np.random.default_rng(0)
+    others = rng.random(1000)
+    members = np.append(rng.random(900), 2.0 + rng.random(100))
+    # A tenth of the members above all others, whatever lies below: half of either judge.
+    found = membership._epsilon(members, others, 0.0, rng)
+    assert found > 0.5 * epsilon_lower_bound(50, 500, 0, 500, 0.0) > 1.0
 
 
 @pytest.mark.parametrize("truth", [0.5, 2.0])

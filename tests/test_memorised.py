@@ -138,10 +138,28 @@ def test_certain_and_impossible_suffixes():
     assert found.chance == 0.5
 
 
+def test_a_probability_of_exactly_the_chance_counts():
+    half = ScoredTexts([[0, 1]], [[math.log(0.5)]], [[False]])
+    found = audit.extraction({1: half}, 1, samples=[1])
+    assert found.probabilities(1, 1).tolist() == [0.5]
+    assert (found.count(1, 1), found.samples_needed(1).tolist()) == (1, [1.0])
+
+
+def test_what_came_back_is_told_without_special_tokens(tiny, monkeypatch):  # noqa: F811
+    from attnfit.audit.memorisation import report
+
+    monkeypatch.setitem(tiny.__dict__, "around", ([0], []))
+    ids = tiny.tokenise("Nils Zhang has hidden")
+    rows = [[0, 9, 9, 9, 9], [0, *ids]]
+    scored = ScoredTexts(["a", "b"], [[-1.0]] * 2, [[False], [True]], rows)
+    (found,) = report._extracted(tiny, audit.extraction({3: scored}, 1), rows)
+    assert found == report.Extracted(1, tiny.detokenise(ids[:-1]), tiny.detokenise(ids[-1:]))
+
+
 def test_texts_with_the_same_suffix_are_one():
     texts = [[0, 1, 2], [2, 1, 2], [0, 1, 1]]
     found = audit.extraction(scored(texts, [1], 2), 2)
-    assert (found.n_texts, found.n_duplicates) == (2, 1)
+    assert (found.n_texts, found.n_duplicates, found.places) == (2, 1, (0, 2))
     own = ScoredTexts(["a b", "a b ", "c"], [[-1.0], [-1.0], [-2.0]], [[True], [True], [False]])
     assert audit.extraction({1: own}, 1).n_duplicates == 1
 
@@ -181,6 +199,7 @@ def test_what_cannot_be_scored_is_refused(tiny):  # noqa: F811
     ("arguments", "match"),
     [
         (([], []), "texts is empty"),
+        ((["a"], [[1e-3]]), r"log_probabilities\[0\]\[0\] is 0.001, above zero"),
         ((["a"], [[-1.0], [-2.0]]), "log_probabilities has 2 entries for 1 texts"),
         ((["a"], [[]]), r"log_probabilities\[0\] has shape \(0,\)"),
         ((["a", "b"], [[-1.0], [-1.0, -np.inf]]), r"log_probabilities\[1\]\[1\] is -inf: it must be finite"),
@@ -210,6 +229,7 @@ def test_what_cannot_be_extracted_is_refused():
     one = ScoredTexts([[0, 1]], [[-1.0]], [[True]])
     refused("scored is empty", audit.extraction, {})
     refused("chance must be between 0 and 1, not 1.0", audit.extraction, {1: one}, 1, chance=1.0)
+    refused("chance must be between 0 and 1, not 0.0", audit.extraction, {1: one}, 1, chance=0.0)
     refused(r"samples\[1\] must be a number of draws", audit.extraction, {1: one}, 1, samples=[1, 0])
     refused(r"scored\[1\].likeliest is missing", audit.extraction, {1: ScoredTexts(["a"], [[-1.0]])}, 1)
     refused(r"scored\[1\].log_probabilities\[0\] has 1 numbers, fewer than the suffix of 2", audit.extraction,
