@@ -175,17 +175,3 @@ def test_small_numbers_in_half_precision_have_the_error_stated():
     array = (1e-6 * np.random.default_rng(0).standard_normal((64, 48))).astype(np.float32)
     audit.check_defence("float16", array)
     assert np.abs(apply_defence(array, "float16").array - array).max() > 1e-8
-
-
-UNTESTED = {"last:2": "2311.13647", "last:logits": "79.5 %", "pooled": "92 %"}
-
-
-@pytest.mark.parametrize("form", UNTESTED)
-def test_forms_without_an_attack_never_have_a_share(tiny, form):  # noqa: F811
-    report = audit.run(tiny, tiny.private_texts[:1], [form], [None, "noise:3"], budget=60)
-    for pair in report.pairs:
-        plain = pair.as_json()
-        assert (pair.tested, plain["token_share"], plain["token_interval"]) == (False, None, [0.0, 1.0])
-    assert report.verdict.startswith(f"Not tested: {form} with none")
-    assert f"Not tested, which is no proof of protection: {form} with none, noise:3" in report.advice[-1]
-    assert UNTESTED[form] in report.advice[-1]

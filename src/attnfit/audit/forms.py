@@ -9,13 +9,13 @@ from attnfit.audit.access import FORMS, Access
 from attnfit.audit.cache import Keys, KeysAndValues, Values
 from attnfit.audit.errors import AuditError
 from attnfit.audit.gradient import Gradient
-from attnfit.audit.last import LastState
+from attnfit.audit.last import LastLogits, LastState
 from attnfit.audit.logits import Logits
 from attnfit.audit.masked import Masked
 from attnfit.audit.permuted import PermutedStates
+from attnfit.audit.pooled import Pooled
 from attnfit.audit.states import AttentionOutput, HiddenStates
 from attnfit.audit.topk import TopLogProbabilities
-from attnfit.audit.untested import LastLogits, Pooled
 
 # Entry points of this group name subclasses of `Access`.
 GROUP = "attnfit.access"

@@ -75,7 +75,8 @@ def observe(
         ``"hidden:LAYER"`` (states after that block, from 1), ``"attention:BLOCK"`` (output of that block's
         self-attention, from 0), ``"kv:BLOCK"``, ``"k:BLOCK"``, ``"v:BLOCK"`` (its keys and values as
         cached), ``"permuted:LAYER"`` (states in unknown order), ``"gradient"`` (of a training step),
-        ``"last:LAYER"`` (the state of the last position alone),
+        ``"last:LAYER"`` (the state of the last position alone), ``"last:logits"`` (its scores of the next
+        token), ``"pooled"`` (the mean of the last states, of length one),
         ``"logits"`` (at every position), ``"topk:COUNT"`` (the largest log-probabilities at every position,
         and their tokens), or a form of one's own, a subclass of `attnfit.audit.Access`.
     defence : str, optional

@@ -80,8 +80,8 @@ def audit(
         str | None,
         typer.Option(
             help="What is seen: hidden:LAYER, attention:BLOCK, kv:BLOCK, k:BLOCK, v:BLOCK, "
-            "permuted:LAYER, gradient, logits, topk:COUNT, masked, last:1; last:LAYER beyond, last:logits "
-            "and pooled are named, but not tested."
+            "permuted:LAYER, gradient, logits, topk:COUNT, masked; and of short texts last:LAYER, "
+            "last:logits and pooled, one row for a whole text."
         ),
     ] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts to audit with, one a line (UTF-8).")] = None,
