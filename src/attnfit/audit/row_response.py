@@ -85,7 +85,7 @@ class Reader:
     def n_multiplications(self) -> int:
         """Multiplications that a token takes, up to its layer."""
         blocks = self.model.blocks[: self.model.depth(self.layer)]
-        return sum(weight.numel() for block in blocks for weight in block.parameters())
+        return int(sum(weight.numel() for block in blocks for weight in block.parameters()))
 
     @cached_property
     def features(self) -> Any:

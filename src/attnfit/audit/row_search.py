@@ -191,7 +191,7 @@ class RowSearch:
         self._longest = reader.longest if longest is None else longest
         self._around = len(reader.model.around[0]), len(reader.model.around[1])
         self._roomiest = self._model.max_length - sum(self._around)
-        self._n_evaluated = 0
+        self._n_evaluated = self._n_forwards = 0
 
     def contradiction(self, truth: Tokens) -> str:
         """Return why the true text would not be accepted; empty if it would."""
@@ -219,7 +219,7 @@ class RowSearch:
         except KeyboardInterrupt:
             found, reason = (), "interrupted"
         n = self._n_evaluated + sum(search.n_evaluated for search in searches)
-        cost = Cost(n, n * (1 + sum(self._around)), perf_counter() - self._began)
+        cost = Cost(n, self._n_forwards, perf_counter() - self._began)
         if reason:
             # What is not known counts as not tested: it has no tokens, which could be the wrong ones.
             told = f"no text of up to {self._longest} tokens was found that alone gives the row"
@@ -317,6 +317,7 @@ class RowSearch:
     def _missed(self, texts: Sequence[Text]) -> list[float]:
         """Return how far the rows of texts are beyond the errors of the one observed, relative to spread."""
         missed = [0.0] * len(texts)
+        self._n_forwards += sum(len(text) + sum(self._around) for text in texts)
         for length in {len(text) for text in texts}:
             same = [place for place, text in enumerate(texts) if len(text) == length]
             far = self._beyond(self._reader.rows([texts[place] for place in same]), length)
