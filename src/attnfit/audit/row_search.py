@@ -145,7 +145,8 @@ class Exchange:
 class RowSearch:
     """The inversion of one row for a whole text.
 
-    Lengths are searched in turn, each round the one with the nearest text (`Exchange`). A text is verified if
+    Rounds of `Exchange` go to the length with the nearest text and, every other one, to a length that had
+    few: distances of different lengths are in units of their own. A text is verified if
     one plain forward pass of it gives the row to rounding, or to the bounds of its errors, and no other text
     does that was met on the way, has another token or two, the same in another order, or one more or less.
 
@@ -239,11 +240,16 @@ class RowSearch:
                 searches[0].advance()
             if self._gives_row(searches[-1].best):
                 return searches[-1].best
+        n_rounds = 0
         while (
             sum(search.n_evaluated for search in searches) < self._evaluations
             and process_time() - self._began_work < self._seconds
         ):
-            search = min(searches, key=lambda one: one.promise)
+            n_rounds += 1
+            if n_rounds % 2:
+                search = min(searches, key=lambda one: one.n_evaluated * one.response.length)
+            else:
+                search = min(searches, key=lambda one: one.promise)
             search.advance()
             if self._gives_row(search.best):
                 return search.best
