@@ -119,7 +119,7 @@ class Reader:
 def n_texts(reader: Reader, length: int) -> int:
     """Return how many texts a length is learned from."""
     places = 1 if reader.pooled else length
-    return max(LEAST, PER_FEATURE * places * reader.features.shape[1])
+    return max(LEAST, PER_FEATURE * places * int(reader.features.shape[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +220,8 @@ def response(reader: Reader, prior: Any, length: int) -> Response:
         tensors = load_file(path / "response.safetensors")
         probe = Probe(**{field.name: tensors[field.name] for field in fields(Probe)})
         known[key] = Response(probe, tensors["spread"], reader.features, length)
-    return known[key]
+    found: Response = known[key]
+    return found
 
 
 def learn_responses(reader: Reader, prior: Any) -> None:

@@ -21,8 +21,8 @@ EVALUATIONS, SECONDS = 30_000, 60.0
 # exchanged in one round, and tokens that are tried at each of their positions: more where there is
 # one position only.
 STARTS, SWEEPS, BEAM, PROPOSED, ALONE = 8, 2, 4, 32, 256
-# Rounds without a nearer text after which a length starts again, and by how much it counts as farther then.
-PATIENCE, PENALTY = 6, 1.5
+# Rounds without a nearer text after which a length starts again.
+PATIENCE = 6
 # Rows agree within so many roundings, measured on the text itself, and at least within this share of the
 # spread of a channel; where more would be needed nothing can be told. Others must miss by so many times more.
 REPEATS, AGREES, LOOSEST, APART = 30.0, 1e-5, 1e-3, 3.0
@@ -66,21 +66,20 @@ class Exchange:
         self._proposed = min(proposed, len(prior))
         self._generator = torch.Generator().manual_seed(0)
         self.rows: dict[Text, Any] = {}
+        self._stale = 0
         self.n_evaluated, self._least = 0, inf
         self.best: Text = ()
-        self._penalty = 1.0
         self._restart()
 
     @property
-    def promise(self) -> float:
-        """How far the nearest text of all is, in units of the residuals, more after each start in vain."""
-        return self._least * self._penalty
+    def is_done(self) -> bool:
+        """Whether all texts of one token were read: there are no others."""
+        return self.response.length == 1 and len(self.rows) == len(self._prior)
 
     def advance(self) -> None:
         """Make one round."""
         if self._stale >= PATIENCE or len(self._taken) == len(self._far):
             self._restart()
-            self._penalty *= PENALTY
         left = sorted((far, text) for text, far in self._far.items() if text not in self._taken)
         texts = [text for _, text in left[:BEAM]]
         self._taken.update(texts)
@@ -240,16 +239,15 @@ class RowSearch:
                 searches[0].advance()
             if self._gives_row(searches[-1].best):
                 return searches[-1].best
-        n_rounds = 0
         while (
             sum(search.n_evaluated for search in searches) < self._evaluations
             and process_time() - self._began_work < self._seconds
         ):
-            n_rounds += 1
-            if n_rounds % 2:
-                search = min(searches, key=lambda one: one.n_evaluated * one.response.length)
-            else:
-                search = min(searches, key=lambda one: one.promise)
+            # How near texts of different lengths are does not compare: one of many tokens comes near any row.
+            search = min(
+                (one for one in searches if not one.is_done),
+                key=lambda one: one.n_evaluated * one.response.length,
+            )
             search.advance()
             if self._gives_row(search.best):
                 return search.best
