@@ -34,7 +34,7 @@ def reader_of(tiny, form="last:2"):  # noqa: F811
 
 def searched(tiny, row, form="last:2", **more):  # noqa: F811
     """A search of short texts, with few evaluations."""
-    options = {"longest": 2, "evaluations": 3000} | more
+    options = {"longest": 2, "evaluations": 800} | more
     given = torch.from_numpy(np.asarray(row, dtype=np.float32)[0])
     return RowSearch(reader_of(tiny, form), given, token_frequencies(tiny), BUDGET, **options)
 
