@@ -34,6 +34,8 @@ CASES = [
 ]  # fmt: skip
 # Longer fits are not raced: the peer takes as long for each of its rates.
 RACED = 300
+# Time ends a fit, not its steps.
+MAX_ITER = 10_000
 QUICK = [(0, 1, 12, "float32", 2), (1, 0, 12, "float16", 2)]
 RATES = (1e-3, 1e-2)
 
@@ -62,7 +64,11 @@ def fit(seen: Any, seconds: float) -> tuple[Any, str, float, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = minimize(
-            problem, random_state=0, n_starts=1, callback=lambda _: time.process_time() - began > seconds
+            problem,
+            random_state=0,
+            n_starts=1,
+            max_iter=MAX_ITER,
+            callback=lambda _: time.process_time() - began > seconds,
         )
     return result.x, str(result.status), result.n_passes, time.process_time() - began
 
