@@ -78,11 +78,8 @@ def test_curvature_from_afar_is_formed_anew(apart, found):
 
 def test_the_step_is_measured_on_every_row():
     """Where some rows are at hand, they say only what is too long."""
-    probe = SimpleNamespace(
-        exact=False,
-        moves=lambda at, p: Moved(0.0 * np.abs(p).max(axis=0), np.inf),
-        column_sizes=lambda: np.ones(2),
-    )
+    still = lambda at, p: Moved(0.0 * np.abs(p).max(axis=0), np.inf)  # noqa: E731
+    probe = SimpleNamespace(exact=False, moves=still, column_sizes=lambda: np.ones(2))
     judge = Judge(Logits(), TOL, probe)
     at = point([2.0 * TOL, 0.0])
     assert look(judge, at, quadratic(exact_at=at.x)) is Next.STEP
