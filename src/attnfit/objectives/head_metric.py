@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from attnfit.objectives.head_bases import SlowBases
 from attnfit.segments import Array
 
 if TYPE_CHECKING:
@@ -26,10 +28,14 @@ class Metric:
     by_k : ndarray, shape (h, h)
     rest : ndarray
         Of gains and coefficients, one by one.
+    bases : SlowBases, optional
+        The curvature of changes of basis that maps hardly show.
     """
 
-    def __init__(self, problem: HeadAttention, by_q: Array, by_k: Array, rest: Array) -> None:
-        self.problem = problem
+    def __init__(
+        self, problem: HeadAttention, by_q: Array, by_k: Array, rest: Array, bases: SlowBases | None = None
+    ) -> None:
+        self.problem, self.bases = problem, bases
         self.by_q, self.by_k = by_q, by_k
         self.rest = np.maximum(rest, 1e-12 * max(float(rest.max(initial=0.0)), np.finfo(np.float64).tiny))
         self._inverses = [_inverse(M) for M in (*by_q, by_k)]
@@ -48,6 +54,22 @@ class Metric:
         return np.concatenate([*(W.reshape(-1) for W in by_q), (W_K @ self._inverses[n]).reshape(-1),
                                rest / self.rest])  # fmt: skip
 
+    def preconditioner(self, of_first: float, of_second: float) -> Callable[[Array], Array]:
+        """Return what divides by the curvature and that of damping, such shares of it; along changes of basis
+        exactly.
+        """
+        if self.bases is None:
+            return self.solve
+        along = self.bases.solver(of_first * self.by_q, of_second * self.by_k)
+
+        def solve(v: Array) -> Array:
+            W_Q, W_K, rest = self._split(v)
+            step_q, step_k = along(W_Q, W_K)
+            step = np.concatenate([step_q.reshape(-1), step_k.reshape(-1), np.zeros_like(rest)])
+            return np.asarray(self.solve(v) + step)
+
+        return solve
+
     def diagonal(self) -> Array:
         """Return the curvature of each unknown."""
         problem = self.problem
@@ -62,7 +84,7 @@ class Metric:
         return v[:first].reshape(-1, problem.d1, h), v[first:second].reshape(-1, h), v[second:]
 
 
-def mean_curvature(problem: HeadAttention, x: Array) -> Metric:
+def mean_curvature(problem: HeadAttention, x: Array, *, fine: bool = False) -> Metric:
     """Return ``P_Q = mean_t R_t^-1 Cov_t(K) R_t``, its mirror P_K, and the curvature of each other unknown.
 
     Some of the queries and keys stand for all. Where the columns of A1 and of A2 are orthonormal, as in the
@@ -78,13 +100,16 @@ def mean_curvature(problem: HeadAttention, x: Array) -> Metric:
     # Of each text as many keys as its share, in curvature summed over all queries.
     keys = [np.unique(np.linspace(0, len(i.A) - 1, AVERAGED).astype(int)) for i in problem.right]
     sums = [np.zeros((len(some), h, h)) for some in keys]
+    bases = SlowBases(problem, point) if fine and len(problem.slow) else None
     for curved in problem.curvature(point, gauss_newton=True):
         Q, K = curved.at.Q, curved.at.K
         s, queries = problem.place(curved.at.chunk)
         head, text = divmod(s, texts)
         u = sum((np.abs(t) if r is None else np.abs(t) * r * r for t, r, _ in curved.terms), 0.0 * Q @ K.T)
-        u = u * curved.at.passed**2
         share = 0.0 if curved.weights is None else curved.weights
+        if bases is not None:
+            bases.add(curved.at, u, share)
+        u = u * curved.at.passed**2
         n = len(problem.left[text].A)
         chosen = np.unique(np.linspace(0, n - 1, AVERAGED).astype(int))
         own = chosen[(chosen >= queries.start) & (chosen < queries.stop)] - queries.start
@@ -103,7 +128,7 @@ def mean_curvature(problem: HeadAttention, x: Array) -> Metric:
         found, curved_gains = right[text].metric(sums[text], some)
         by_k += found * (len(problem.right[text].A) / n_k)
         gains_k = gains_k + curved_gains
-    return Metric(problem, by_q, by_k, np.concatenate([gains_q, gains_k, by_c.reshape(-1)]))
+    return Metric(problem, by_q, by_k, np.concatenate([gains_q, gains_k, by_c.reshape(-1)]), bases)
 
 
 def _second_moments(weights: Array, rows: Array) -> Array:

@@ -14,6 +14,7 @@ from attnfit.data.groups import Chunk
 from attnfit.data.inputs import as_point
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.budget import keeps_row_weights
+from attnfit.objectives.head_bases import followed, slow_columns
 from attnfit.objectives.head_metric import Metric, mean_curvature
 from attnfit.objectives.head_passes import Curved, HeadPoint, InSingle, Logits, Pull, change_of_matrix, dense
 from attnfit.objectives.head_reading import ReadHead
@@ -52,6 +53,7 @@ class HeadAttention(Problem):
         self.read, self.rows, self.rank = read, read.rows, read.rank
         self.ridge: float | Array = ridge
         self._set_inputs(read.queries, read.keys)
+        self.slow = slow_columns(read)
         self._passes = 0.0
         self._in_better_units = False
 
@@ -312,9 +314,13 @@ class HeadAttention(Problem):
         """Return the mean curvature of the columns of the factors: `metric` without what couples them."""
         return self.metric(at).diagonal()
 
-    def metric(self, at: Evaluation) -> Metric:
+    def metric(self, at: Evaluation, *, fine: bool = False) -> Metric:
         """Return the mean curvature of each factor while the other stands still: see `mean_curvature`."""
-        return mean_curvature(self, at.x)
+        return mean_curvature(self, at.x, fine=fine)
+
+    def followed(self, x: Array, step: Array) -> Array:
+        """Return the point that a step leads to: see `attnfit.objectives.head_bases.followed`."""
+        return self.join(followed(self.parts(x), self.parts(step), self.slow))
 
     # ---- where a fit begins, and in which variables
 

@@ -190,7 +190,11 @@ class ProjectedHeads(Problem):
         """Return by how much each step changes a fitted logit at most, to first order."""
         return moves_of(self.heads, self.full.n_groups, at.x, steps)
 
-    def metric(self, at: Evaluation) -> Metrics:
+    def followed(self, x: Array, step: Array) -> Array:
+        """Return the point that a step leads to."""
+        return x + step
+
+    def metric(self, at: Evaluation, *, fine: bool = False) -> Metrics:
         """Return the mean curvature of each factor while the other, and Y, stand still."""
         maps = self._maps(at.x)
         return Metrics(mean_curvatures(maps, self._project(maps)[2]))
@@ -214,6 +218,10 @@ class Metrics:
     def solve(self, v: Array) -> Array:
         """Return v divided by the curvature: a preconditioner."""
         return np.concatenate([m.solve(own) for m, own in self._each(v)])
+
+    def preconditioner(self, of_first: float, of_second: float) -> Callable[[Array], Array]:
+        """Return `solve`: damping changes little of it."""
+        return self.solve
 
     def _each(self, v: Array) -> Any:
         return zip(self.parts, v.reshape(len(self.parts), -1), strict=True)

@@ -25,11 +25,14 @@ STEPS, STEPS_FEW = 5, 25
 # Damping at first, as a share of the curvature, and its least; of the first factor a share of it, since it is
 # solved for again.
 DAMPING, LEAST_DAMPING, OF_FIRST = 1e-1, 1e-12, 0.01
-# The damping changes by 1 - (2 gain - 1)^3 within these factors, and by the last after a refused step.
-FELL, RAISED, REFUSED = 1.0 / 6.0, 4.0, 8.0
+# The damping changes by 1 - (2 gain - 1)^3 within these factors, and by the last after a refused step; it
+# does not fall at the first step after one, where the next would be refused again.
+FELL, RAISED, REFUSED = 1.0 / 3.0, 4.0, 4.0
 # Steps of conjugate gradients: at most, those that solve for the first factor again, and the residual at
-# which they stop at the latest.
+# which they stop: while damping decides how far a step goes, more digits of it are worth nothing.
 MOST_PRODUCTS, AGAIN, LOOSE = 250, 25, 1e-2
+# Damping, at least, once changes of basis are solved for: before, conjugate gradients damped them.
+DAMPING_FINE = 3e-4
 # Residuals from which on products are formed in single precision.
 SINGLE = 1e-4
 # A fit that is refused so many steps in a row, or gains less than a share of its value in as many, ends.
@@ -50,6 +53,8 @@ class FactorLevenbergMarquardt(Solver):
     A joint Gauss-Newton step comes from conjugate gradients, preconditioned by the mean curvature of each
     factor; damping is a share of that curvature, small on the first factor. Solving for the first factor
     again makes most of what is gained: a plain joint step needs twice the passes for five times the error.
+    Rotary heads have changes of basis that their maps hardly show: once a step runs out of products or is
+    refused, these are a second level of the preconditioner, and steps follow them by their exponential.
 
     Parameters
     ----------
@@ -61,7 +66,9 @@ class FactorLevenbergMarquardt(Solver):
     In the manner of variable projection: Golub and Pereyra, "The differentiation of pseudo-inverses and
     nonlinear least squares problems whose variables separate" (1973). Damping: Nielsen, "Damping parameter in
     Marquardt's method" (1999): a rule without thresholds, as thresholds made it swing between steps refused
-    and steps too short (1.6 times the passes to the same value on a real head).
+    and steps too short (1.6 times the passes to the same value on a real head). Two levels, added: Tang,
+    Nabben, Vuik and Erlangga, "Comparison of two-level preconditioners derived from deflation, domain
+    decomposition and multigrid methods" (2009).
     """
 
     n_starts: int | None = None
@@ -139,6 +146,9 @@ class Point:
     n_idle: int = 0
     move: float = float("nan")
     status: Status = Status.MAX_ITER
+    # Whether the preconditioner solves for changes of basis, and what a step from here is made of.
+    fine: bool = False
+    model: Any = None
 
 
 class Fit:
@@ -174,11 +184,13 @@ class Fit:
     def _step(self, point: Point, name: str) -> None:
         problem, tracker, at = self.problem, self.tracker, point.at
         point.n_iter += 1
-        loose = min(LOOSE, float(np.sqrt(max(at.value, 0.0) / self.at_zero)))
         # Six digits are enough for residuals that are left larger, but not to show a minimum.
-        single = loose >= SINGLE and problem.n_unknowns > FEW
+        single = at.value >= SINGLE**2 * self.at_zero and problem.n_unknowns > FEW
         with tracker.timed("model"):
-            metric, product = problem.metric(at), problem.gauss_newton_operator(at, single=single)
+            if point.model is None:
+                metric = problem.metric(at, fine=point.fine)
+                point.model = metric, problem.gauss_newton_operator(at, single=single)
+            metric, product = point.model
         lam = point.damping
 
         def damped(v: Array) -> Array:
@@ -186,9 +198,10 @@ class Fit:
 
         with tracker.timed("step"):
             most = min(MOST_PRODUCTS, problem.n_unknowns)
-            p, predicted = solve(damped, metric.solve, at.gradient, loose, most)
+            precondition = metric.preconditioner(OF_FIRST * lam, lam)
+            p, predicted, was_cut = solve(damped, precondition, at.gradient, LOOSE, most)
         with tracker.timed("evaluate"):
-            trial = problem.evaluate(at.x + p)
+            trial = problem.evaluate(problem.followed(at.x, p))
         if np.isfinite(trial.value):
             again = self._again(trial, metric, single)
             trial = again if again.value < trial.value else trial
@@ -199,13 +212,15 @@ class Fit:
         if point.move <= STAY:
             # The value no longer tells which point is better.
             accepted = bool(trial.value <= at.value * (1.0 + ROUNDING))
-        change = 1.0 - (2.0 * gain - 1.0) ** 3
-        point.damping = max(lam * (min(max(change, FELL), RAISED) if accepted else REFUSED), LEAST_DAMPING)
+        change = min(max(1.0 - (2.0 * gain - 1.0) ** 3, 1.0 if point.n_rejected else FELL), RAISED)
+        point.damping = max(lam * (change if accepted else REFUSED), LEAST_DAMPING)
+        if not point.fine and (was_cut or not accepted):
+            point.fine, point.model, point.damping = True, None, max(point.damping, DAMPING_FINE)
         point.n_rejected = 0 if accepted else point.n_rejected + 1
         if accepted:
             gained = at.value - trial.value > IDLE * at.value
             point.n_idle = 0 if gained else point.n_idle + 1
-            point.at = trial
+            point.at, point.model = trial, None
         norm = float(np.linalg.norm(point.at.gradient)) / self.reference
         size = float(np.linalg.norm(p))
         tracker.record(f"fit: {name}", point.n_iter, point.at.value, norm, step_norm=size, accepted=accepted)
@@ -217,7 +232,7 @@ class Fit:
         with self.tracker.timed("model"):
             product = problem.gauss_newton_operator(at, single=single)
         with self.tracker.timed("step"):
-            p, _ = solve(
+            p, *_ = solve(
                 lambda v: np.where(first, product(v), 0.0),
                 lambda v: np.where(first, metric.solve(v), 0.0),
                 np.where(first, at.gradient, 0.0),
@@ -284,8 +299,10 @@ def solve(
     gradient: Array,
     residual: float,
     most: int,
-) -> tuple[Array, float]:
-    """Return p with ``H p = -gradient`` by preconditioned conjugate gradients, and the fall it promises."""
+) -> tuple[Array, float, bool]:
+    """Return p with ``H p = -gradient`` by preconditioned conjugate gradients, the fall it promises, and
+    whether the number of products ended it.
+    """
     p, r = np.zeros_like(gradient), -gradient
     z = precondition(r)
     d, rz = z, float(r @ z)
@@ -304,4 +321,4 @@ def solve(
         before, rz = rz, float(r @ z)
         d = z + (rz / before) * d
     # With r the residual, H p = -gradient - r.
-    return p, float(-0.5 * p @ (gradient - r))
+    return p, float(-0.5 * p @ (gradient - r)), bool(rz > max(goal, TINY))
