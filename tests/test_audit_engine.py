@@ -189,8 +189,7 @@ def test_newton_finds_a_token_it_was_not_told(model):
 @pytest.mark.parametrize(("rank", "stage"), [(100, "likely"), (500, "newton")])
 def test_likely_words_come_before_newtons_method(model, monkeypatch, rank, stage):
     """Where neither probe nor regression tells anything, the prior does, as far as it is asked."""
-    # More than one pass would not be cheaper than the first Jacobian; fewer candidates save next to nothing.
-    assert Fast.chunk // 2 <= position.LIKELY <= Fast.chunk
+    assert Fast.chunk >= position.LIKELY_BATCH and position.LIKELY % position.LIKELY_BATCH == 0
     monkeypatch.setattr(position, "BATCHES", ())
     monkeypatch.setattr(position, "LIKELY", 400)
     monkeypatch.setattr(position, "regressed_embedding", lambda *_: None)
@@ -212,6 +211,28 @@ def test_likely_words_come_before_newtons_method(model, monkeypatch, rank, stage
     assert search.run() == stage
     assert evaluated.nearest()[0] == truth
     assert (evaluated.n_candidates <= 16 + 400) == (stage == "likely")
+
+
+def test_a_probe_that_is_wrong_altogether_does_not_outvote_the_prior(model, monkeypatch):
+    prefix, truth = Prefix(model, 2), 321
+    prefix.extend(TOKENS[:4])
+    state = prefix.candidates([truth])[0]
+    evaluated = CandidateSet(
+        prefix, Target(state, torch.zeros(48), prefix.candidates(range(0, 800, 20)).std(0))
+    )
+    others = [token for token in range(model.n_vocabulary) if token != truth]
+    order = [*others[:40], truth, *others[40:]]
+    prior = torch.empty(model.n_vocabulary)
+    prior[order] = -0.1 * torch.arange(model.n_vocabulary, dtype=torch.float32)
+    scores = torch.arange(model.n_vocabulary, dtype=torch.float32)
+    scores[truth] = -1e5
+    monkeypatch.setattr(position, "regressed_embedding", lambda *_: None)
+    wrong = SimpleNamespace(probe=SimpleNamespace(estimate=lambda _: None), scores=lambda _: scores)
+    search = position.PositionSearch(
+        evaluated, position.Clues(wrong, wrong, prior), model.embeddings, 10**6, cheap=False
+    )
+    assert search.run() == "regression"
+    assert evaluated.nearest()[0] == truth and evaluated.n_candidates <= 200
 
 
 # ---- logits that are not plain -----------------------------------------------------------------------------
