@@ -37,6 +37,7 @@ def made(layout="half", frequencies=(1.0, 0.02, 0.005), n_heads=1, dtype=np.floa
 )  # fmt: skip
 def test_their_curvature_is_that_of_the_hessian(settings, monkeypatch):
     monkeypatch.setattr(head_bases, "AVERAGED_QUERIES", N)
+    monkeypatch.setattr(head_bases, "MOST_PAIRS", 50)
     problem, truth = made(**settings)
     x = truth + 0.1 * np.random.default_rng(0).standard_normal(len(truth))
     point = problem.parts(x)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SLOW, MOST_COLUMNS = 3.0, 48
 # Queries of a text from which the curvature of those numbers is formed.
 AVERAGED_QUERIES = 24
+# Pairs whose responses are kept at a time.
+MOST_PAIRS = 1 << 12
 # Least curvature of a number, as a share of its own where the others stand still: products are formed in
 # single precision.
 LEAST = 1e-6
@@ -86,8 +88,8 @@ class SlowBases:
         chosen = np.unique(np.linspace(0, n - 1, AVERAGED_QUERIES).astype(int))
         own = chosen[(chosen >= queries.start) & (chosen < queries.stop)] - queries.start
         keys = right.back(at.K)[:, columns]
-        blocks = []
-        for i in own:
+
+        def responses(i: int) -> Array:
             t = np.array([queries.start + i])
             query = left.rows(t).back(at.Q[i][None])[0, columns]
             seen = np.flatnonzero(u[i])
@@ -101,9 +103,10 @@ class SlowBases:
             if np.ndim(share):
                 J -= np.asarray(share)[i, seen] @ J
             J *= np.sqrt(u[i, seen] * (n / len(chosen)))[:, None]
-            blocks.append(J.astype(np.float32))
-        if blocks:
-            J = np.concatenate(blocks)
+            return np.asarray(J, dtype=np.float32)
+
+        for some in np.array_split(own, -(-len(own) * len(at.K) // MOST_PAIRS)) if len(own) else ():
+            J = np.concatenate([responses(int(i)) for i in some])
             self.curvature += J.T @ J
 
     def solver(self, by_q: Array, by_k: Array) -> Callable[[Array, Array], tuple[Array, Array]]:
