@@ -138,6 +138,7 @@ def test_a_fit_from_a_random_start_comes_to_its_end(monkeypatch):
     problem = problems.Attention(A, A, blank.predict(blank.initial_point(11)), **rest)
     result = minimize(problem, random_state=1, n_starts=1, max_iter=60)
     assert problem.relative_error(result.x) < 1e-10
+    assert result.gradient_norm == result.history[-1].gradient_norm < 1e-8
     # Without a second level steps of as many products end far off.
     monkeypatch.setattr(head_bases, "SLOW", 0.0)
     again = problems.Attention(A, A, blank.predict(blank.initial_point(11)), **rest)

@@ -233,6 +233,7 @@ def test_planted_heads_come_back(n, count, options):
     assert result.converged
     assert "exact fit" in result.message
     assert problem.relative_error(result.x) < 1e-9
+    assert result.gradient_norm < 1e-6
     assert max(head_errors(problem, result.x, x)) < 1e-6
 
 

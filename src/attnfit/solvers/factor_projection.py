@@ -78,7 +78,7 @@ class FactorSearch:
                 raise
             self.ends[self.best].status = Status.INTERRUPTED
         point = self.ends[self.best]
-        run = Descent.begin(point.at)
+        run = Descent(point.at, self.fit.reference)
         run.verdict = self.fit.verdict(point)
         run.status, run.n_iter = run.verdict.status, point.n_iter
         values = {name: end.at.value for name, end in self.ends.items()}

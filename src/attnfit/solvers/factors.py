@@ -122,7 +122,7 @@ class FactorLevenbergMarquardt(Solver):
             best = min(ends, key=lambda name: ends[name].at.value)
             ends[best].status = Status.INTERRUPTED
         point = ends[best]
-        run = Descent.begin(point.at)
+        run = Descent(point.at, fit.reference)
         run.verdict = fit.verdict(point)
         run.status, run.n_iter = run.verdict.status, point.n_iter
         values = {name: ends[name].at.value for name in sorted(ends, key=lambda name: ends[name].at.value)}
@@ -167,13 +167,15 @@ class Fit:
         self.at_zero = max(at_zero, TINY)
         self.exact = EXACT * self.at_zero if exact is None else exact
         self.first = problem.first_factor
-        self.reference = 0.0
+        # The gradient where the first descent begins: others are told relative to it.
+        self.reference: Array = np.zeros(0)
 
     def begin(self, x: Array) -> Point:
         """Return a descent that begins here."""
         with self.tracker.timed("evaluate"):
             at = self.problem.evaluate(x)
-        self.reference = self.reference or float(np.linalg.norm(at.gradient)) or 1.0
+        if not len(self.reference):
+            self.reference = at.gradient
         return Point(at)
 
     def descend(self, point: Point, steps: int, name: str) -> None:
@@ -221,7 +223,7 @@ class Fit:
             gained = at.value - trial.value > IDLE * at.value
             point.n_idle = 0 if gained else point.n_idle + 1
             point.at, point.model = trial, None
-        norm = float(np.linalg.norm(point.at.gradient)) / self.reference
+        norm = Descent(point.at, self.reference).relative(point.at.gradient)
         size = float(np.linalg.norm(p))
         tracker.record(f"fit: {name}", point.n_iter, point.at.value, norm, step_norm=size, accepted=accepted)
         point.status = self._status(point, lam)
