@@ -10,6 +10,7 @@ from attnfit import minimize, problems
 from attnfit.objectives import head_bases
 from attnfit.objectives.head_bases import slow_columns
 from attnfit.objectives.head_metric import mean_curvature
+from attnfit.solvers import factors
 from attnfit.solvers.factors import FactorLevenbergMarquardt, solve
 
 D, H, N = 7, 6, 14
@@ -68,6 +69,30 @@ def test_their_curvature_is_that_of_the_hessian(settings, monkeypatch):
     found = problem.join(found._replace(W_Q=step_q, W_K=step_k))
     # Coefficients of features have a part in the gradient that changes of basis do not pull.
     assert np.linalg.norm(found - Z @ G) < 1e-3 * np.linalg.norm(Z @ G)
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_their_curvature_has_the_range_of_the_weights(scale):
+    _, x = made()
+    found = []
+    for one in (1.0, scale):
+        problem, _ = made(weights=[one * np.ones(N), one * np.ones(N - 3)])
+        metric = problem.metric(problem.evaluate(x + 0.1), fine=True)
+        found.append(metric.bases.curvature)
+        assert np.isfinite(metric.preconditioner(1e-8, 1e-8)(np.ones(len(x)))).all()
+    np.testing.assert_allclose(found[1] / scale, found[0], rtol=1e-4, atol=1e-5 * np.abs(found[0]).max())
+
+
+def test_a_curvature_that_rounding_left_indefinite_is_factorised_all_the_same():
+    problem, x = made()
+    metric = problem.metric(problem.evaluate(x + 0.1), fine=True)
+    metric.bases.curvature -= 1e-3 * np.diag(np.diag(metric.bases.curvature))
+    assert np.linalg.eigvalsh(metric.bases.curvature)[0] < 0.0
+    assert np.isfinite(metric.preconditioner(1e-12, 1e-12)(np.ones(len(x)))).all()
+
+
+def test_refused_steps_take_the_least_damping_to_one():
+    assert factors.LEAST_DAMPING * factors.REFUSED**factors.REJECTIONS >= 1.0
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])

@@ -103,11 +103,14 @@ class SlowBases:
             if np.ndim(share):
                 J -= np.asarray(share)[i, seen] @ J
             J *= np.sqrt(u[i, seen] * (n / len(chosen)))[:, None]
-            return np.asarray(J, dtype=np.float32)
+            return np.asarray(J)
 
         for some in np.array_split(own, -(-len(own) * len(at.K) // MOST_PAIRS)) if len(own) else ():
             J = np.concatenate([responses(int(i)) for i in some])
-            self.curvature += J.T @ J
+            # Single precision has digits enough, but not the range of weights.
+            size = float(np.max(np.abs(J), initial=0.0)) or 1.0
+            J = np.asarray(J / size, dtype=np.float32)
+            self.curvature += (J.T @ J).astype(np.float64) * size**2
 
     def solver(self, by_q: Array, by_k: Array) -> Callable[[Array, Array], tuple[Array, Array]]:
         """Return what takes a gradient in the factors to a step along changes of basis: the curvature is that
@@ -120,8 +123,7 @@ class SlowBases:
             H += np.kron(M[square], W.T @ W)
         size = np.sqrt(np.maximum(np.diag(H), np.finfo(np.float64).tiny))
         H /= size * size[:, None]
-        H[np.diag_indices_from(H)] += LEAST
-        factor = scipy.linalg.cho_factor(H, lower=True, overwrite_a=True)
+        factor = _factorised(H, LEAST)
 
         def solve(W_Q: Array, W_K: Array) -> tuple[Array, Array]:
             g = self.by_key.T @ W_K[:, c]
@@ -155,3 +157,14 @@ def followed(point: HeadPoint, step: HeadPoint, columns: NDArray[np.intp]) -> He
                 -G.T
             )
     return HeadPoint(W_Q, W_K, *rest)
+
+
+def _factorised(H: Array, least: float) -> tuple[Array, bool]:
+    """Return the Cholesky factor of a matrix with ones on its diagonal, which rounding may have left
+    indefinite by more than ``least``.
+    """
+    try:
+        factor: tuple[Array, bool] = scipy.linalg.cho_factor(H + least * np.eye(len(H)), lower=True)
+    except np.linalg.LinAlgError:
+        return _factorised(H, 10.0 * least)
+    return factor

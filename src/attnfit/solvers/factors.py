@@ -35,8 +35,9 @@ MOST_PRODUCTS, AGAIN, LOOSE = 250, 25, 1e-2
 DAMPING_FINE = 3e-4
 # Residuals from which on products are formed in single precision.
 SINGLE = 1e-4
-# A fit that is refused so many steps in a row, or gains less than a share of its value in as many, ends.
-REJECTIONS, IDLE, IDLE_STEPS = 12, 1e-12, 5
+# A fit that is refused so many steps in a row, which take the least damping to one, or gains less than a
+# share of its value in as many, ends.
+REJECTIONS, IDLE, IDLE_STEPS = 20, 1e-12, 5
 # Up to so many unknowns starts are followed that far, and the exact Hessian, column by column, says whether
 # the end is a minimum.
 FEW = 600
