@@ -213,7 +213,8 @@ def test_likely_words_come_before_newtons_method(model, monkeypatch, rank, stage
     assert (evaluated.n_candidates <= 16 + 400) == (stage == "likely")
 
 
-def test_a_probe_that_is_wrong_altogether_does_not_outvote_the_prior(model, monkeypatch):
+@pytest.mark.parametrize(("batches", "stage"), [(position.BATCHES, "regression"), ((), "likely")])
+def test_a_probe_that_is_wrong_altogether_does_not_outvote_the_prior(model, monkeypatch, batches, stage):
     prefix, truth = Prefix(model, 2), 321
     prefix.extend(TOKENS[:4])
     state = prefix.candidates([truth])[0]
@@ -231,8 +232,10 @@ def test_a_probe_that_is_wrong_altogether_does_not_outvote_the_prior(model, monk
     search = position.PositionSearch(
         evaluated, position.Clues(wrong, wrong, prior), model.embeddings, 10**6, cheap=False
     )
-    assert search.run() == "regression"
-    assert evaluated.nearest()[0] == truth and evaluated.n_candidates <= 200
+    monkeypatch.setattr(position, "BATCHES", batches)
+    monkeypatch.setattr(position, "LIKELY", 200)
+    assert search.run() == stage
+    assert evaluated.nearest()[0] == truth and evaluated.n_candidates <= 216
 
 
 # ---- logits that are not plain -----------------------------------------------------------------------------
