@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from attnfit import minimize
 from attnfit.data import DenseDesign, Design
 from attnfit.estimators import RescaledSoftmaxRegressor, SoftmaxRegressor
-from attnfit.estimators.choices import ZeroRowsBelow
+from attnfit.estimators.outside import ZeroRowsBelow
 from attnfit.problems import Softmax
 
 N_GROUPS, N_ROWS = 12, 3

@@ -51,6 +51,7 @@ def fitted():
 NOT_SAVED = (
     "result_",
     "_training",
+    "_basis",
     "_fitted",
     "_share_totals",
     "row_penalty",

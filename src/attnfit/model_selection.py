@@ -199,7 +199,7 @@ class SoftmaxRegressorCV(SoftmaxRegressor):
     def _problem_of(self, matrix: Any, data: Any, numbers: Any) -> Any:
         """Return the problem of some rows without a ridge."""
         model = self._plain(0.0)
-        return model._problem(model._read(matrix, groups=numbers, **data), np.zeros(()))
+        return model._problem(model._read(matrix, groups=numbers, **data))
 
     def _ridges(self, matrix: Any, data: dict[str, Any], numbers: Any) -> Array:
         if self.ridges is not None:

@@ -109,17 +109,10 @@ class AbsorbingMixin:
 
     absorb: Any
     result_: Result
-    _labels: Absorbed | None
     _absorb_names: list[Any] | None
 
-    def _take_labels(self, X: Any, absorb: Any) -> Any:
-        """Return X without the columns that hold labels of effects, and keep the labels for the fit."""
-        X, self._labels = read_absorb(X, getattr(self, "absorb", None) if absorb is None else absorb)
-        return X
-
-    def _objective(self, problem: Any) -> Any:
+    def _objective(self, problem: Any, labels: Absorbed | None) -> Any:
         """Return what is minimised."""
-        labels = self.__dict__.pop("_labels", None)
         if labels is None:
             return problem
         require_absorbable(problem)

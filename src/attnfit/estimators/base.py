@@ -17,10 +17,14 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import r2_score
 
-from attnfit.data.inputs import library_and_index
+from attnfit.data import Column
+from attnfit.data.inputs import choose, is_dask, library_and_index
+from attnfit.data.sources import Source
+from attnfit.estimators.absorbing import Absorbed
 from attnfit.estimators.formula import ATTRIBUTES
-from attnfit.estimators.inferring import InferenceMixin
-from attnfit.estimators.reading import is_elsewhere, read_elsewhere
+from attnfit.estimators.inferring import WEIGHT_TYPES, Basis, InferenceMixin
+from attnfit.estimators.reading import Rows, read_elsewhere
+from attnfit.inference.covariance import KINDS
 from attnfit.objectives.rows import RowProblem
 from attnfit.solvers import Record, Result, minimize
 
@@ -75,12 +79,18 @@ T = TypeVar("T")
 Array = NDArray[np.float64]
 
 
+def has_callbacks(estimator: Any) -> bool:
+    """Whether anyone wants to be told about the estimator's fit."""
+    return bool(getattr(estimator, "_skl_callbacks", None)) or hasattr(estimator, "_parent_callback_ctx")
+
+
 class Listeners:
     """Tell an estimator's callbacks about the fit, every evaluation of the loss being one task.
 
     Parameters
     ----------
     estimator : estimator
+        With callbacks.
     X, y : array_like
         The training data as the user passed them.
     metadata : dict
@@ -94,31 +104,21 @@ class Listeners:
             "y": y,
             "metadata": {name: value for name, value in metadata.items() if value is not None},
         }
-        self._context: Any = None
-        if getattr(estimator, "_skl_callbacks", None) or hasattr(estimator, "_parent_callback_ctx"):
-            self._context = estimator._init_callback_context(max_subtasks=None)
-            self._context.call_on_fit_task_begin(estimator=estimator, **self._data)
+        self._context = estimator._init_callback_context(max_subtasks=None)
+        self._context.call_on_fit_task_begin(estimator=estimator, **self._data)
 
-    def on_record(self) -> Callable[[Record], bool] | None:
-        """Return what `attnfit.minimize` should call: true when a callback asks to stop."""
-        context, estimator = self._context, self._estimator
-        if context is None:
-            return None
-
-        def tell(record: Record) -> bool:
-            task = context.subcontext(task_name="evaluation")
-            task.call_on_fit_task_begin(estimator=estimator)
-            return bool(task.call_on_fit_task_end(estimator=estimator, metadata={"record": record}))
-
-        return tell
+    def tell(self, record: Record) -> bool:
+        """Tell of an evaluation; return true when a callback asks to stop."""
+        task = self._context.subcontext(task_name="evaluation")
+        task.call_on_fit_task_begin(estimator=self._estimator)
+        return bool(task.call_on_fit_task_end(estimator=self._estimator, metadata={"record": record}))
 
     def finish(self) -> None:
         """Tell that the estimator is fitted."""
-        if self._context is not None:
-            # Nothing is missing: the estimator itself can predict by now.
-            self._context.call_on_fit_task_end(
-                estimator=self._estimator, reconstruction_attributes={}, **self._data
-            )
+        # Nothing is missing: the estimator itself can predict by now.
+        self._context.call_on_fit_task_end(
+            estimator=self._estimator, reconstruction_attributes={}, **self._data
+        )
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,6 @@ def with_options(cls: type[T]) -> type[T]:
     """Write the parameters that all estimators share into the class's docstring."""
     cls.__doc__ = cls.__doc__ and cls.__doc__.replace("%(options)s", OPTIONS)
     return cls
-
-
-def loss_without_penalties(problem: RowProblem, x: Array, value: float) -> float:
-    """Return the loss at x given the objective; reads the data only where there is a row penalty."""
-    if problem.penalty is None and not np.any(problem.ridge):
-        return value
-    if problem.penalty is None:
-        return value - 0.5 * float(np.sum(problem.ridge * x * x))
-    return problem.without_penalties().value(x)
 
 
 class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEstimator):
@@ -179,73 +170,57 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
     def _remember(self, given: dict[str, Any]) -> None:
         """Keep the arguments of the constructor."""
         for name in self._get_param_names():
-            setattr(self, name, given[name])
+            # Not by `setattr`: a method has the name of one of them.
+            self.__dict__[name] = given[name]
 
     # ---- the fit, and what an estimator brings to it
 
     @abstractmethod
-    def _read(self, *data: Any, **given: Any) -> Any:
+    def _read(self, *data: Any, **given: Any) -> Rows:
         """Return the checked rows of data in memory."""
 
     @abstractmethod
-    def _row_penalty(self, rows: Any) -> Any:
-        """Return the row penalty as the problem takes it, of data in memory."""
-
-    @abstractmethod
-    def _problem(self, rows: Any, row_penalty: Any) -> RowProblem:
+    def _problem(self, rows: Rows) -> RowProblem:
         """Return the problem to fit."""
 
-    def _objective(self, problem: RowProblem) -> Any:
+    def _objective(self, problem: RowProblem, labels: Absorbed | None) -> Any:
         """Return what is minimised, where it is not the problem itself."""
         return problem
 
-    def _note_targets(self, rows: Any, *, grouped: bool) -> None:
+    def _note_targets(self, rows: Rows, *, grouped: bool) -> None:
         """Warn about targets that suit another loss better."""
 
-    def _after_fit(self, rows: Any, problem: RowProblem, y: Any, groups: Any) -> None:
+    def _after_fit(self, rows: Rows, problem: RowProblem, y: Any, groups: Any) -> None:
         """Set what only one of the estimators reports."""
 
-    def _fit(self, X: Any, y: Any, given: dict[str, Any], limits: Limits) -> Self:
-        """Fit the problem on these data, wherever they are."""
-        clusters = given.pop("clusters")
-        library, index = library_and_index(X)
-        listeners = Listeners(self, X, y, given)
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        given: dict[str, Any],
+        limits: Limits,
+        *,
+        clusters: Any,
+        labels: Absorbed | None,
+    ) -> Self:
+        """Fit the problem on these data, wherever they are, and set what every estimator reports."""
+        listeners = Listeners(self, X, y, given) if has_callbacks(self) else None
         groups = given.get("groups")
-        here = not is_elsewhere(X, y)
+        here = not (is_dask(X) or is_dask(y) or isinstance(y, Source | Column))
+        rows = self._read(X, y, **given) if here else read_elsewhere(self, X, y, given)
+        problem = self._problem(rows)
         if here:
-            rows = self._read(X, y, **given)
-            problem = self._problem(rows, self._row_penalty(rows))
             self._note_targets(rows, grouped=groups is not None)
         else:
-            weights, offset = given["sample_weight"], given["offset"]
-            rows = read_elsewhere(self, X, y, groups, weights, offset, grouped="groups" in given)
-            problem = self._problem(rows, self.row_penalty)
             self.n_features_in_ = problem.n_unknowns
-        self._solve(problem, (rows.y, rows.weights, rows.counts) if here else None, listeners, limits)
-        self._stands_on(rows, problem, clusters)
-        self._library, self._index = library, index
-        self._after_fit(rows, problem, y, groups)
-        listeners.finish()
-        return self
-
-    def _solve(
-        self,
-        problem: RowProblem,
-        training: tuple[Array, Array | None, Array | None] | None,
-        listeners: Listeners,
-        limits: Limits,
-    ) -> None:
-        """Fit the problem and set what every estimator reports; ``training`` is target, weights and counts of
-        the rows where they are in memory.
-        """
         for name in (*LAZY, *ATTRIBUTES):
             self.__dict__.pop(name, None)
         result = minimize(
-            self._objective(problem),
+            self._objective(problem, labels),
             solver=self.solver,
             tol=self.tol,
             max_iter=self.max_iter,
-            callback=listeners.on_record(),
+            callback=None if listeners is None else listeners.tell,
             random_state=self.random_state,
             n_starts=self.n_starts,
             separation=self.separation,
@@ -258,11 +233,29 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         self._limit = None if result.separation is None else result.separation.point
         if result.absorbed is not None and not np.isfinite(result.x).all():
             self._limit = result.absorbed.at.x
+        point = result.x if self._limit is None else self._limit
         # The first evaluation may be the last; scikit-learn counts it as an iteration.
         self.n_iter_ = max(1, result.n_iter)
-        self.n_rows_ = problem.n_rows if training is None else len(training[0])
-        self.loss_value_ = loss_without_penalties(problem, self._point, result.value)
-        self._training = training
+        self.n_rows_ = len(rows.y) if here else problem.n_rows
+        self.loss_value_ = result.value
+        if problem.penalty is not None:
+            # Only a read of the data tells a row penalty from the loss.
+            self.loss_value_ = problem.without_penalties().value(point)
+        elif np.any(problem.ridge):
+            self.loss_value_ -= 0.5 * float(np.sum(problem.ridge * point * point))
+        self._training = (rows.y, rows.weights, rows.counts) if here else None
+        choose(self.weight_type, dict.fromkeys(WEIGHT_TYPES), "weight_type")
+        choose(self.__dict__["covariance"], dict.fromkeys(KINDS), "covariance")
+        self._basis = Basis(problem, rows.counts, rows.kept, len(rows.outside), self.weight_type, clusters)
+        self.__dict__.pop("_fitted", None)
+        if clusters is not None:
+            # At once, so that labels that do not fit the rows are refused here.
+            self._fitted = self._make_fitted()
+        self._library, self._index = library_and_index(X)
+        self._after_fit(rows, problem, y, groups)
+        if listeners is not None:
+            listeners.finish()
+        return self
 
     # ---- computed when asked for
     # ------------------------------------------------------------------------------
@@ -353,7 +346,7 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
     def __getstate__(self) -> dict[str, Any]:
         # A pickled model must not carry the training data along.
         state: dict[str, Any] = dict(super().__getstate__())
-        for name in ("_training", "_fitted", "_data", "_index"):
+        for name in ("_training", "_basis", "_fitted", "_data", "_index"):
             state.pop(name, None)
         if "result_" in state:
             state["result_"] = replace(state["result_"], problem=None, separation=None, absorbed=None)

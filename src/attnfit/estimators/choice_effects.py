@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from attnfit.data.groups import parse_groups
 from attnfit.data.inputs import library_and_index
 from attnfit.estimators import reading
-from attnfit.estimators.choices import add_zero_rows
+from attnfit.estimators.outside import add_zero_rows
 from attnfit.estimators.variables import covariance_for, variable_of
 from attnfit.inference import Fitted
 from attnfit.inference.effects import Effects, ScenarioComparison, effects_of, ratio_of

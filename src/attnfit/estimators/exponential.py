@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import d2_tweedie_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.estimators.absorbing import AbsorbingMixin
+from attnfit.data.inputs import as_vector
+from attnfit.estimators.absorbing import AbsorbingMixin, read_absorb
 from attnfit.estimators.base import BaseRegressor, Limits, with_callbacks, with_options
 from attnfit.estimators.formula import OutcomeFormulaMixin
 from attnfit.estimators.outcome_effects import OutcomeEffectsMixin
@@ -20,7 +21,6 @@ from attnfit.estimators.reading import (
     read_features,
     read_groups,
     read_offset,
-    read_penalty,
     read_target,
     read_weights,
 )
@@ -90,18 +90,20 @@ class OutcomeRegressor(AbsorbingMixin, OutcomeFormulaMixin, OutcomeEffectsMixin,
         where they are, and ``r2_`` is NaN.
         """
         rows, clusters = read_groups(X, clusters, "clusters")
-        rows = self._take_labels(rows, absorb)
-        given = {"sample_weight": sample_weight, "offset": offset, "clusters": clusters}
-        return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
+        rows, labels = read_absorb(rows, self.absorb if absorb is None else absorb)
+        given = {"sample_weight": sample_weight, "offset": offset}
+        limits = Limits(checkpoint, resume, memory_limit)
+        return self._fit(rows, y, given, limits, clusters=clusters, labels=labels)
 
     def _read(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> Rows:
         design = read_features(self, X, reset=True)
         n = int(design.shape[0])
-        target, weights = read_target(self, y, n), read_weights(sample_weight, n, None)
-        return Rows(design, target, None, weights, read_offset(offset, n), target, weights)
-
-    def _row_penalty(self, rows: Rows) -> Any:
-        return read_penalty(self.row_penalty, len(rows.y), rows.weights)
+        y, weights = read_target(self, y, n), read_weights(sample_weight, n, None)
+        shift = read_offset(offset, n)
+        penalty = as_vector(self.row_penalty, n, "row_penalty", scalar=True)
+        if weights is not None and penalty.any():
+            penalty = penalty * np.sqrt(weights)
+        return Rows(design, y, None, weights, weights, shift, penalty, y=y, weights=weights)
 
     def predict(self, X: Any, offset: Any = None, absorb: Any = None) -> Array:
         """Return the outcome that the model expects, ``u(X coef_ + effects + offset)``, shape (n,).
@@ -213,14 +215,14 @@ class ExponentialRegressor(OutcomeRegressor):
     def _function(self) -> str:
         return str(self.function)
 
-    def _problem(self, rows: Rows, row_penalty: Any) -> Exponential:
+    def _problem(self, rows: Rows) -> Exponential:
         return Exponential(
             rows.design,
             rows.target,
             function=self.function,
             weights=rows.loss_weights,
             offset=rows.logit_offset,
-            row_penalty=row_penalty,
+            row_penalty=rows.row_penalty,
             ridge=self.ridge,
         )
 
@@ -295,13 +297,13 @@ class PoissonRegressor(OutcomeRegressor):
         tags.target_tags.positive_only = True
         return tags
 
-    def _problem(self, rows: Rows, row_penalty: Any) -> Poisson:
+    def _problem(self, rows: Rows) -> Poisson:
         return Poisson(
             rows.design,
             rows.target,
             weights=rows.loss_weights,
             offset=rows.logit_offset,
-            row_penalty=row_penalty,
+            row_penalty=rows.row_penalty,
             ridge=self.ridge,
         )
 

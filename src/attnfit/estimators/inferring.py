@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from types import MethodType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
@@ -11,12 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.data.inputs import choose
-from attnfit.estimators.choices import Choices
 from attnfit.estimators.summary import Summary, at_hand, summarise
 from attnfit.inference import Covariance, Fitted
 from attnfit.inference.absorbed import AbsorbedFitted
-from attnfit.inference.covariance import KINDS, Kind
+from attnfit.inference.covariance import Kind
 from attnfit.inference.exact_ties import ExactFitted, ExactTies
 from attnfit.inference.hypotheses import LikelihoodRatio, WaldTest, likelihood_ratio, wald
 from attnfit.inference.resampling import Resampled, bootstrap, jackknife
@@ -51,6 +50,31 @@ class ParameterAndMethod(Generic[P, R]):
         model.__dict__[self.name] = value
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What inference needs of a fit besides its result.
+
+    Attributes
+    ----------
+    problem : RowProblem
+        Without absorbed effects, and with several ones in a group as counts.
+    counts, kept : ndarray or None
+        As of `attnfit.estimators.reading.Rows`.
+    n_outside : int
+        Outside goods: the last rows of the design.
+    weight_type : {"sampling", "frequency"}
+    clusters : optional
+        Labels given to the fit.
+    """
+
+    problem: RowProblem
+    counts: Array | None
+    kept: NDArray[np.bool_] | None
+    n_outside: int
+    weight_type: str
+    clusters: Any
+
+
 class InferenceMixin:
     """What a fit says beyond its coefficients."""
 
@@ -58,7 +82,8 @@ class InferenceMixin:
     result_: Result
     weight_type: str
     tol: float
-    _fitted: Fitted
+    _basis: Basis
+    _limit: Array | None
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the parameters of the constructor by name."""
@@ -68,35 +93,37 @@ class InferenceMixin:
     def _training_problem(self, wanted: str) -> RowProblem:
         raise AssertionError
 
-    def _stands_on(self, rows: Any, problem: Any, clusters: Any) -> None:
-        """Keep what inference needs of a fit."""
-        choose(self.weight_type, dict.fromkeys(WEIGHT_TYPES), "weight_type")
-        choose(self.__dict__["covariance"], dict.fromkeys(KINDS), "covariance")
-        separation = self.result_.separation
-        outside = len(rows.outside) if isinstance(rows, Choices) else 0
-        counts = rows.counts
-        if counts is not None and outside:
-            counts = np.concatenate([counts, np.ones(outside)])
-        objective = self.result_.problem
-        kind: Any = ExactFitted if isinstance(objective, ExactTies) else Fitted
-        given: tuple[Any, ...] = (objective if kind is ExactFitted else problem,)
+    @cached_property
+    def _fitted(self) -> Fitted:
+        """The fit as inference sees it, made when first asked for."""
+        return self._make_fitted()
+
+    def _make_fitted(self) -> Fitted:
+        basis, result = self._basis, self.result_
+        separation, end = result.separation, result.absorbed
+        counts = basis.counts
+        if counts is not None and basis.n_outside:
+            counts = np.concatenate([counts, np.ones(basis.n_outside)])
+        kind: Any = ExactFitted if isinstance(result.problem, ExactTies) else Fitted
+        given: tuple[Any, ...] = (result.problem if kind is ExactFitted else basis.problem,)
         n_separated = 0 if separation is None else len(separation.rows)
-        end = self.result_.absorbed
+        point = result.x if self._limit is None else self._limit
         if end is not None:
-            kind, given = AbsorbedFitted, (objective, end)
+            kind, given = AbsorbedFitted, (result.problem, end)
             n_separated = end.prepared.dropped.n_without_weight
-        self._fitted = kind(
+        fitted: Fitted = kind(
             *given,
-            self._point if separation is None else separation.point,  # type: ignore[attr-defined]
-            finite=np.isfinite(self.coef_),
+            point if separation is None else separation.point,
+            finite=np.isfinite(result.x),
             n_separated=n_separated,
             determined=separation is None or separation.has_rest,
             counts=counts,
-            kept=rows.kept,
-            n_outside=outside,
-            weight_type=self.weight_type,
-            clusters=clusters,
+            kept=basis.kept,
+            n_outside=basis.n_outside,
+            weight_type=basis.weight_type,
+            clusters=basis.clusters,
         )
+        return fitted
 
     # ---- covariances
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import narwhals as nw
@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import column_or_1d, validate_data
 
-from attnfit.data import Column, DenseDesign, Design, SparseDesign
+from attnfit.data import DenseDesign, Design, SparseDesign
 from attnfit.data.groups import Groups
 from attnfit.data.inputs import as_design, as_vector, is_dask, partitions, require_finite_rows
 from attnfit.data.on_disk import stored_source
-from attnfit.data.sources import Source
 from attnfit.objectives.dask_parts import later
 from attnfit.segments import Segments
 
@@ -65,17 +64,72 @@ class ShareTotals:
         order = np.argsort(-np.abs(totals - 1.0), kind="stable")
         above = order[totals[order] > 1.0 + ROUNDING]
         below = order[totals[order] < 1.0 - ROUNDING]
-
-        def named(groups: NDArray[np.intp]) -> tuple[tuple[Any, float], ...]:
-            return tuple((labels[int(g)], float(totals[g])) for g in groups[:EXAMPLES])
-
+        named: list[tuple[tuple[Any, float], ...]] = []
+        for groups in (above, below):
+            shown: list[tuple[Any, float]] = []
+            for g in groups[:EXAMPLES]:
+                shown.append((labels[int(g)], float(totals[g])))
+            named.append(tuple(shown))
         single = int(np.count_nonzero(np.asarray(sizes) == 1))
-        return cls(len(above), len(below), named(above), named(below), single)
+        return cls(len(above), len(below), named[0], named[1], single)
 
     @property
     def n_unbalanced(self) -> int:
         """How many there are."""
         return self.n_above + self.n_below
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The checked arguments of ``fit`` as the problem takes them; outside goods, if any, are rows of zeros at
+    the end of the design.
+
+    Attributes
+    ----------
+    design : Design
+        The rows of X that count, then one row of zeros a group if there is an outside good.
+    target : ndarray
+        Of every row of the design: a repeated row gets the sum over its copies.
+    groups : ndarray of int or None
+        Number of each row's group, outside goods included; None for one group in order.
+    loss_weights, squared_weights : ndarray or None
+        Weights of every row of the design in the loss, and in a quadratic one: w copies with output f have
+        ``w (f - y)^2 = (wf - wy)^2 / w``.
+    logit_offset : ndarray or None
+        Of every row of the design: w copies of a row add ``log w`` to its logit.
+    row_penalty : ndarray
+        A number, or one of every row of the design. Its square enters the objective: of rows that count w
+        times it is multiplied by ``sqrt(w)``.
+    y : ndarray, shape (n,)
+        Target without the outside goods, where it is in memory; else an empty array.
+    weights : ndarray or None
+        Weights of the loss, shape (n,), where the user gave groups or the loss has none.
+    counts : ndarray or None
+        How often each row is repeated, shape (n,), where the user gave weights but no groups.
+    kept : ndarray of bool or None
+        The rows of X with a positive count, where some have none.
+    outside, outside_weights : ndarray
+        Targets and weights of the outside goods, shape (n_groups,) or (0,).
+    n_groups : int
+    totals : ShareTotals or None
+        What the targets of each group sum to, outside goods included; of shares in memory.
+    """
+
+    design: Any
+    target: Any
+    groups: Any
+    loss_weights: Any
+    squared_weights: Any
+    logit_offset: Any
+    row_penalty: Any
+    y: Array
+    weights: Array | None = None
+    counts: Array | None = None
+    kept: NDArray[np.bool_] | None = None
+    outside: Array = field(default_factory=partial(np.zeros, 0))
+    outside_weights: Array = field(default_factory=partial(np.zeros, 0))
+    n_groups: int = 0
+    totals: ShareTotals | None = None
 
 
 def read_features(estimator: Any, X: Any, *, reset: bool) -> Design:
@@ -86,9 +140,9 @@ def read_features(estimator: Any, X: Any, *, reset: bool) -> Design:
     ValueError
         If X is not a finite numeric matrix, or does not fit the training data.
     """
-    with _spelling():
-        # Frames keep their column names for the message, what is on disk is not read before the fit.
-        in_memory = type(X) is np.ndarray
+    # Frames keep their column names for the message, what is on disk is not read before the fit.
+    in_memory = type(X) is np.ndarray
+    try:
         if not in_memory and (nw.dependencies.is_into_dataframe(X) or stored_source(X, "X") is not None):
             design = as_design(X, "X")
             validate_data(estimator, X, reset=reset, skip_check_array=True)
@@ -97,6 +151,8 @@ def read_features(estimator: Any, X: Any, *, reset: bool) -> Design:
             estimator, X, reset=reset, accept_sparse="csr", dtype="numeric", ensure_all_finite=False
         )
         return as_design(checked, "X")
+    except ValueError as error:
+        raise _spelled(error) from None
 
 
 def read_groups(X: Any, groups: Any, argument: str = "groups") -> tuple[Any, Any]:
@@ -165,12 +221,6 @@ def read_offset(offset: Any, n: int) -> Array | None:
     return None if offset is None else as_vector(offset, n, "offset")
 
 
-def read_penalty(row_penalty: Any, n: int, weights: Array | None) -> Array:
-    """Return the row penalty of rows that count ``weights`` times: its square enters the objective."""
-    penalty = as_vector(row_penalty, n, "row_penalty", scalar=True)
-    return penalty if weights is None or not penalty.any() else penalty * np.sqrt(weights)
-
-
 def group_numbers(groups: Groups, n: int) -> NDArray[np.intp]:
     """Return the number of each row's group, shape (n,), in the user's order."""
     numbers = np.repeat(np.arange(len(groups)), np.diff(groups.starts, append=n))
@@ -182,9 +232,11 @@ def linear_predictor(design: Design, coef: Array, offset: Array | None) -> Array
     with np.errstate(over="ignore", invalid="ignore"):
         z = np.asarray(design @ coef)
     if not np.isfinite(z).all():
-        with _spelling():
+        try:
             for rows, block in design.blocks():
                 require_finite_rows(block, rows, "X", design.locate)
+        except ValueError as error:
+            raise _spelled(error) from None
         raise OverflowError("X coef_ overflows float64; X lies far outside the range of the training data")
     return z if offset is None else z + offset
 
@@ -195,57 +247,20 @@ def take_rows(design: Design, keep: NDArray[np.bool_]) -> Design:
     return SparseDesign(kept) if isinstance(design, SparseDesign) else DenseDesign(kept)
 
 
-@contextmanager
-def _spelling() -> Iterator[None]:
-    """Write NaN in messages about X as scikit-learn does: its checks look for it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace(" nan at ", " NaN at ")) from None
+def _spelled(error: ValueError) -> ValueError:
+    """Return an error about X with NaN as scikit-learn writes it: its checks look for it."""
+    return ValueError(str(error).replace(" nan at ", " NaN at "))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The arguments of ``fit`` as the problem takes them, without a copy of any; it has the attributes of
-    `attnfit.estimators.choices.Choices` that a problem is made from.
-
-    Attributes
-    ----------
-    y, weights : ndarray or None
-        Target and weights where they are in memory, an empty array and None elsewhere.
-    """
-
-    design: Any
-    target: Any
-    groups: Any
-    loss_weights: Any
-    logit_offset: Any
-    y: Array
-    weights: Array | None = None
-    counts: None = None
-    kept: None = None
-
-    @property
-    def squared_weights(self) -> Any:
-        """Weights of a quadratic loss."""
-        return self.loss_weights
-
-
-def is_elsewhere(X: Any, y: Any) -> bool:
-    """Whether a fit should leave the data where they are."""
-    return is_dask(X) or is_dask(y) or isinstance(y, Source | Column)
-
-
-def read_elsewhere(
-    estimator: Any, X: Any, y: Any, groups: Any, weights: Any, offset: Any, *, grouped: bool
-) -> Rows:
-    """Return the arguments of ``fit``; refuse what needs all rows at once.
+def read_elsewhere(estimator: Any, X: Any, y: Any, given: dict[str, Any]) -> Rows:
+    """Return the arguments of ``fit`` without a copy of any; refuse what needs all rows at once.
 
     Raises
     ------
     ValueError
         For an outside good, penalties of single rows, or weights that repeat rows.
     """
+    groups, weights = given.get("groups"), given["sample_weight"]
     if getattr(estimator, "outside_good", False):
         raise ValueError(
             "outside_good=True needs the whole table in memory; add a row of zeros to each group of the "
@@ -253,7 +268,7 @@ def read_elsewhere(
         )
     if np.ndim(estimator.row_penalty) or is_dask(estimator.row_penalty):
         raise ValueError("a row_penalty of each row needs the data in memory; pass one number, or arrays")
-    if grouped and weights is not None and groups is None:
+    if "groups" in given and weights is not None and groups is None:
         raise ValueError(
             "sample_weight repeats rows where there are no groups, which needs the whole table in memory; "
             "pass groups, or arrays"
@@ -263,7 +278,8 @@ def read_elsewhere(
         estimator.feature_names_in_ = np.array([str(name) for name in names], dtype=object)
     elif hasattr(estimator, "feature_names_in_"):
         del estimator.feature_names_in_
-    return Rows(X, y, groups, weights, offset, np.zeros(0))
+    penalty = estimator.row_penalty
+    return Rows(X, y, groups, weights, weights, given["offset"], penalty, y=np.zeros(0))
 
 
 def totals_elsewhere(problem: Any, y: Any, groups: Any) -> ShareTotals:

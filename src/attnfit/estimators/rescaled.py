@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from attnfit.data.inputs import choose
 from attnfit.estimators.base import with_options
-from attnfit.estimators.choices import Choices
 from attnfit.estimators.reading import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.losses.elementwise import FUNCTIONS, FunctionName
@@ -96,19 +95,19 @@ class RescaledSoftmaxRegressor(ShareRegressor):
         choose(self.function, FUNCTIONS, "function")
         return SquaredRescaled(self.function)
 
-    def _problem(self, choices: Choices | Rows, row_penalty: Any) -> Rescaled:
-        if self.function != "exp" and choices.counts is not None:
+    def _problem(self, rows: Rows) -> Rescaled:
+        if self.function != "exp" and rows.counts is not None:
             raise ValueError(
                 f"sample_weight repeats rows where there are no groups, for which function={self.function!r} "
                 "has no form; pass groups (np.zeros(n) for one group) to weight the loss instead"
             )
         return Rescaled(
-            choices.design,
-            choices.target,
+            rows.design,
+            rows.target,
             function=self.function,
-            groups=choices.groups,
-            weights=choices.squared_weights,
-            offset=choices.logit_offset,
-            row_penalty=row_penalty,
+            groups=rows.groups,
+            weights=rows.squared_weights,
+            offset=rows.logit_offset,
+            row_penalty=rows.row_penalty,
             ridge=self.ridge,
         )

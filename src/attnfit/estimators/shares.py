@@ -13,17 +13,13 @@ from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 
 from attnfit.data.groups import parse_groups
+from attnfit.data.inputs import as_vector
 from attnfit.estimators import reading
-from attnfit.estimators.absorbing import AbsorbingMixin
+from attnfit.estimators.absorbing import Absorbed, AbsorbingMixin, read_absorb
 from attnfit.estimators.base import BaseRegressor, Limits, with_callbacks
-from attnfit.estimators.choices import Choices, read_choices
 from attnfit.estimators.formula import ChoiceFormulaMixin
-from attnfit.estimators.reading import (
-    Rows,
-    ShareTotals,
-    normaliser_elsewhere,
-    totals_elsewhere,
-)
+from attnfit.estimators.outside import add_zero_rows, outside_shares
+from attnfit.estimators.reading import Rows, ShareTotals, normaliser_elsewhere, totals_elsewhere
 from attnfit.losses.loss import Loss
 from attnfit.objectives.rows import RowProblem
 from attnfit.segments import Segments
@@ -112,54 +108,92 @@ class ShareRegressor(AbsorbingMixin, ChoiceFormulaMixin, BaseRegressor):
         self._loss()
         rows, groups = reading.read_groups(X, groups)
         rows, clusters = reading.read_groups(rows, clusters, "clusters")
-        rows = self._take_labels(rows, absorb)
-        if self._labels is not None:
-            self._check_absorb(groups, sample_weight)
-        given = {"groups": groups, "sample_weight": sample_weight, "offset": offset, "clusters": clusters}
-        return self._fit(rows, y, given, Limits(checkpoint, resume, memory_limit))
-
-    def _check_absorb(self, groups: Any, sample_weight: Any) -> None:
-        if self.outside_good:
-            raise ValueError(
-                "outside_good=True does not go with absorb: an outside good has no label; add a row of zeros "
-                "with a label of its own to each group"
-            )
-        if groups is None and sample_weight is not None:
-            raise ValueError(
-                "sample_weight repeats rows where there are no groups, which does not go with absorb; pass "
-                "groups (np.zeros(n) for one group)"
-            )
+        labels: Absorbed | None = None
+        absorb = getattr(self, "absorb", None) if absorb is None else absorb
+        if absorb is not None:
+            rows, labels = read_absorb(rows, absorb)
+            if self.outside_good:
+                raise ValueError(
+                    "outside_good=True does not go with absorb: an outside good has no label; add a row of "
+                    "zeros with a label of its own to each group"
+                )
+            if groups is None and sample_weight is not None:
+                raise ValueError(
+                    "sample_weight repeats rows where there are no groups, which does not go with absorb; "
+                    "pass groups (np.zeros(n) for one group)"
+                )
+        given = {"groups": groups, "sample_weight": sample_weight, "offset": offset}
+        limits = Limits(checkpoint, resume, memory_limit)
+        return self._fit(rows, y, given, limits, clusters=clusters, labels=labels)
 
     def _read(
         self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None, offset: Any = None
-    ) -> Choices:
+    ) -> Rows:
         design = reading.read_features(self, X, reset=True)
-        return read_choices(self, design, y, groups, sample_weight, offset)
+        n = n_given = int(design.shape[0])
+        y = reading.read_target(self, y, n)
+        sets = parse_groups(groups, n)
+        shift = reading.read_offset(offset, n)
+        weights = reading.read_weights(sample_weight, n, None if groups is None else sets)
+        counts: Array | None = None
+        kept: NDArray[np.bool_] | None = None
+        if groups is None and weights is not None:
+            counts, weights = weights, None
+            if not counts.all():
+                kept = counts > 0.0
+                design, y, counts = reading.take_rows(design, kept), y[kept], counts[kept]
+                shift, n = None if shift is None else shift[kept], len(y)
+                sets = parse_groups(None, n)
+        numbers = reading.group_numbers(sets, n)
+        ids = None if len(sets) == 1 else numbers
+        mass = y if counts is None else counts * y
+        outside = outside_weights = np.zeros(0)
+        if self.outside_good:
+            outside = outside_shares(mass, sets, numbers)
+            design = add_zero_rows(design, len(sets))
+            if weights is not None:
+                outside_weights = np.bincount(numbers, weights=weights) / np.bincount(numbers)
+            if ids is not None:
+                ids = np.concatenate([numbers, np.arange(len(sets))])
+        totals = np.bincount(numbers, weights=mass, minlength=len(sets)) + (outside if len(outside) else 0.0)
+        # With an outside good there are two rows at least.
+        sizes = () if len(outside) or len(sets) == 1 else np.bincount(numbers)
+        # What is given by row, for every row of the design: see `Rows`.
+        zeros = np.zeros(len(outside))
+        loss_weights = None if weights is None else np.concatenate([weights, outside_weights])
+        squared_weights = loss_weights
+        penalty = as_vector(self.row_penalty, n_given, "row_penalty", scalar=True)
+        if penalty.ndim and kept is not None:
+            penalty = penalty[kept]
+        if counts is not None:
+            squared_weights = np.concatenate([1.0 / counts, np.ones(len(outside))])
+            penalty = penalty * np.sqrt(counts) if penalty.any() else penalty
+            shift = np.log(counts) + (0.0 if shift is None else shift)
+        penalty = np.concatenate([penalty, zeros]) if penalty.ndim else penalty
+        shift = None if shift is None else np.concatenate([shift, zeros])
+        return Rows(
+            design, target=np.concatenate([mass, outside]), groups=ids, n_groups=len(sets),
+            loss_weights=loss_weights, squared_weights=squared_weights, logit_offset=shift,
+            row_penalty=penalty, y=y, weights=weights, counts=counts, kept=kept, outside=outside,
+            outside_weights=outside_weights, totals=ShareTotals.of(totals, sets.labels, sizes),
+        )  # fmt: skip
 
-    def _row_penalty(self, rows: Choices) -> Any:
-        n = len(rows.y if rows.kept is None else rows.kept)
-        penalty = reading.read_penalty(self.row_penalty, n, None)
-        if penalty.ndim and rows.kept is not None:
-            penalty = penalty[rows.kept]
-        return rows.with_outside(reading.read_penalty(penalty, len(rows.y), rows.counts))
-
-    def _after_fit(self, rows: Choices | Rows, problem: RowProblem, y: Any, groups: Any) -> None:
-        here = isinstance(rows, Choices)
-        if isinstance(rows, Choices):
-            self.n_groups_, self._share_totals = rows.n_groups, rows.totals
-        else:
-            self.n_groups_, self._share_totals = problem.n_groups, totals_elsewhere(problem, y, groups)
-        self.n_unbalanced_groups_ = self._share_totals.n_unbalanced
+    def _after_fit(self, rows: Rows, problem: RowProblem, y: Any, groups: Any) -> None:
+        totals, self.n_groups_ = rows.totals, rows.n_groups
+        here = totals is not None
+        if totals is None:
+            totals, self.n_groups_ = totals_elsewhere(problem, y, groups), problem.n_groups
+        self._share_totals, self.n_unbalanced_groups_ = totals, totals.n_unbalanced
         self.__dict__.pop(self._normaliser_name, None)
-        if self.n_groups_ == 1:
-            setattr(self, self._normaliser_name, self._normaliser(problem, here=here))
-        self._note_likelihood(rows)
-
-    def _normaliser(self, problem: RowProblem, *, here: bool) -> float:
-        if not here:
-            return normaliser_elsewhere(problem, self._point)
-        z = reading.linear_predictor(problem.design, self._point, problem.offset)
-        return float(self._loss().reference(z, Segments(np.zeros(1, dtype=np.intp), len(z)))[0])
+        if self.n_groups_ > 1:
+            return
+        if here:
+            z = reading.linear_predictor(problem.design, self._point, problem.offset)
+            segments = Segments(np.zeros(1, dtype=np.intp), len(z))
+            normaliser = float(self._loss().reference(z, segments)[0])
+        else:
+            normaliser = normaliser_elsewhere(problem, self._point)
+        setattr(self, self._normaliser_name, normaliser)
 
     @property
     def share_totals_(self) -> ShareTotals:
@@ -170,9 +204,9 @@ class ShareRegressor(AbsorbingMixin, ChoiceFormulaMixin, BaseRegressor):
             )
         return self._share_totals
 
-    def _note_targets(self, choices: Choices, *, grouped: bool) -> None:
+    def _note_targets(self, rows: Rows, *, grouped: bool) -> None:
         """Warn where several groups have become one: a cross-validation hands none on of its own accord."""
-        y = choices.y
+        y = rows.y
         total = float(y.sum())
         if not grouped and total > SEVERAL and ((y >= 0.0) & (y <= 1.0)).all():
             warnings.warn(
@@ -182,9 +216,6 @@ class ShareRegressor(AbsorbingMixin, ChoiceFormulaMixin, BaseRegressor):
                 UserWarning,
                 stacklevel=5,
             )
-
-    def _note_likelihood(self, choices: Choices | Rows) -> None:
-        """Set the log likelihood where there is one."""
 
     def _bounded(self, shares: Array) -> Array:
         """Bring shares of rows that were not in the group into the range of a share."""

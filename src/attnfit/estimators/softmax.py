@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.special import xlogy
 
 from attnfit.data.inputs import choose
+from attnfit.estimators.absorbing import Absorbed
 from attnfit.estimators.base import with_options
 from attnfit.estimators.choice_effects import ChoiceEffectsMixin
-from attnfit.estimators.choices import Choices
 from attnfit.estimators.reading import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.inference.exact_ties import ExactTies
@@ -20,9 +20,12 @@ from attnfit.losses.loss import Loss
 from attnfit.losses.named import LossLike, find_loss
 from attnfit.losses.sums import Composite
 from attnfit.objectives.models import Softmax
+from attnfit.objectives.rows import RowProblem
 
 Array = NDArray[np.float64]
 TIES = ("counts", "exact")
+# Losses that are minus a log likelihood, up to what the targets say.
+LIKELIHOODS = ("cross_entropy", "kl")
 
 
 @with_options
@@ -124,49 +127,44 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.target_tags.positive_only = self._is_likelihood
+        tags.target_tags.positive_only = self.loss in LIKELIHOODS
         return tags
-
-    @property
-    def _is_likelihood(self) -> bool:
-        return self.loss in ("cross_entropy", "kl")
 
     def _loss(self) -> Loss:
         return find_loss(self.loss)
 
-    def _problem(self, choices: Choices | Rows, row_penalty: Any) -> Softmax:
-        alone = self.loss != "entropy" and not isinstance(self._loss(), Composite)
-        if choices.counts is not None and not alone:
+    def _problem(self, rows: Rows) -> Softmax:
+        likelihood = self.loss in LIKELIHOODS
+        if rows.counts is not None and (self.loss == "entropy" or isinstance(self._loss(), Composite)):
             raise ValueError(
                 f"sample_weight repeats rows where there are no groups, for which loss={self.loss!r} has no "
                 "form; pass groups (np.zeros(n) for one group) to weight the loss instead"
             )
-        if self._is_likelihood and (choices.y < 0).any():
-            i = int(np.flatnonzero(choices.y < 0)[0])
+        if likelihood and (rows.y < 0).any():
+            i = int(np.flatnonzero(rows.y < 0)[0])
             raise ValueError(
-                f"y is negative at index {i} ({choices.y[i]:g}); loss={self.loss!r} needs shares >= 0, "
+                f"y is negative at index {i} ({rows.y[i]:g}); loss={self.loss!r} needs shares >= 0, "
                 "loss='squared' takes any target"
             )
-        # w copies of a row with share f have the same -wy log f whatever w: nothing is left to weight.
-        weights = choices.loss_weights if self._is_likelihood else choices.squared_weights
         return Softmax(
-            choices.design,
-            choices.target,
-            groups=choices.groups,
+            rows.design,
+            rows.target,
+            groups=rows.groups,
             loss=self.loss,
-            weights=weights,
-            offset=choices.logit_offset,
-            row_penalty=row_penalty,
+            # w copies of a row with share f have the same -wy log f whatever w: nothing is left to weight.
+            weights=rows.loss_weights if likelihood else rows.squared_weights,
+            offset=rows.logit_offset,
+            row_penalty=rows.row_penalty,
             ridge=self.ridge,
         )
 
-    def _objective(self, problem: Any) -> Any:
+    def _objective(self, problem: Any, labels: Absorbed | None) -> Any:
         if self.ties is not None:
             choose(self.ties, dict.fromkeys(TIES), "ties")
-        objective = super()._objective(problem)
+        objective = problem if labels is None else super()._objective(problem, labels)
         if self.ties != "exact":
             return objective
-        if objective is not problem:
+        if labels is not None:
             raise ValueError("ties='exact' does not go with absorb; leave ties out")
         if self.loss != "cross_entropy":
             raise ValueError(f"ties='exact' is a likelihood: use loss='cross_entropy', not {self.loss!r}")
@@ -177,47 +175,46 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
         # still one at most.
         return np.minimum(shares, 1.0)
 
-    def _note_targets(self, choices: Choices, *, grouped: bool) -> None:
-        super()._note_targets(choices, grouped=grouped)
-        several = choices.totals.above and self.loss == "cross_entropy" and self.ties is None
-        if several and choices.n_groups > 1 and ((choices.target == 0.0) | (choices.target == 1.0)).all():
+    def _note_targets(self, rows: Rows, *, grouped: bool) -> None:
+        super()._note_targets(rows, grouped=grouped)
+        target, totals = rows.target, rows.totals
+        assert totals is not None
+        several = totals.above and self.loss == "cross_entropy" and self.ties is None
+        if several and rows.n_groups > 1 and ((target == 0.0) | (target == 1.0)).all():
             warnings.warn(
-                f"y has several ones in {choices.totals.n_above} groups, which are fitted as counts; the "
+                f"y has several ones in {totals.n_above} groups, which are fitted as counts; the "
                 "conditional logit of Stata and statsmodels takes their number as given: ties='exact' does, "
                 "ties='counts' silences this",
                 UserWarning,
                 stacklevel=5,
             )
-        if self.loss == "squared" and choices.n_groups > 1 and choices.totals.n_unbalanced == 0:
-            target = choices.target
-            if ((target == 0.0) | (target == 1.0)).all():
-                warnings.warn(
-                    "y holds choices (one 1 in each group, else 0), on which the squared loss is the "
-                    "Brier score: its best fit is often nearly a step function; use loss='cross_entropy' for "
-                    "choices, the squared loss is for shares",
-                    UserWarning,
-                    stacklevel=5,
-                )
+        choices = self.loss == "squared" and rows.n_groups > 1 and totals.n_unbalanced == 0
+        if choices and ((target == 0.0) | (target == 1.0)).all():
+            warnings.warn(
+                "y holds choices (one 1 in each group, else 0), on which the squared loss is the "
+                "Brier score: its best fit is often nearly a step function; use loss='cross_entropy' for "
+                "choices, the squared loss is for shares",
+                UserWarning,
+                stacklevel=5,
+            )
 
-    def _note_likelihood(self, choices: Choices | Rows) -> None:
+    def _after_fit(self, rows: Rows, problem: RowProblem, y: Any, groups: Any) -> None:
+        super()._after_fit(rows, problem, y, groups)
         self.__dict__.pop("log_likelihood_", None)
-        if not self._is_likelihood:
+        if self.loss not in LIKELIHOODS:
             return
-        counts = 1.0 if choices.counts is None else choices.counts
+        counts = 1.0 if rows.counts is None else rows.counts
         if self.ties == "exact":
             self.log_likelihood_ = -self.loss_value_
-            return
-        if self.loss == "cross_entropy":
+        elif self.loss == "cross_entropy":
             # The problem sees the share w f of w copies.
-            self.loss_value_ += float(np.sum(xlogy(counts * choices.y, counts)))
+            self.loss_value_ += float(np.sum(xlogy(counts * rows.y, counts)))
             self.log_likelihood_ = -self.loss_value_
-            return
-        if isinstance(choices, Rows):
-            # One more read of the targets for a number that the loss implies.
-            return
-        weights, outside_weights = (
-            (counts, 1.0) if choices.weights is None else (choices.weights, choices.outside_weights)
-        )
-        best = np.sum(weights * xlogy(choices.y, choices.y))
-        best += np.sum(outside_weights * xlogy(choices.outside, choices.outside))
-        self.log_likelihood_ = float(best) - self.loss_value_
+        elif rows.totals is not None:
+            # Elsewhere: one more read of the targets for a number that the loss implies.
+            weights, outside_weights = (
+                (counts, 1.0) if rows.weights is None else (rows.weights, rows.outside_weights)
+            )
+            best = np.sum(weights * xlogy(rows.y, rows.y))
+            best += np.sum(outside_weights * xlogy(rows.outside, rows.outside))
+            self.log_likelihood_ = float(best) - self.loss_value_
