@@ -12,7 +12,7 @@ from importlib.util import find_spec  # noqa: E402
 from attnfit import audit  # noqa: E402
 from attnfit.audit import deadline  # noqa: E402
 from attnfit.audit.encoder_attention import first_attention, token_rows  # noqa: E402
-from attnfit.inversion.span import SpanTest  # noqa: E402
+from attnfit.inversion.vocabulary import SpanTest  # noqa: E402
 
 
 @pytest.mark.parametrize("block", [0, 2])

@@ -9,8 +9,8 @@ from block_cases import outputs, random_block
 from instances import relative
 
 from attnfit import inversion, problems
-from attnfit.inversion.counting import _enough, count
-from attnfit.inversion.pairs import pair_squares
+from attnfit.inversion.exchange import pair_squares
+from attnfit.inversion.recovered import _enough, count
 from benchmarks.decoding import tabled, tuples_within, weakly_attended
 
 

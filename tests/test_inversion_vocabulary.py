@@ -6,10 +6,9 @@ from instances import relative
 from layer_reference import planted
 
 from attnfit import inversion, problems
+from attnfit.inversion.decoding import JointDecoder, Posterior, Prior
 from attnfit.inversion.exchange import exchanged_squares
-from attnfit.inversion.joint import JointDecoder, Posterior, Prior
-from attnfit.inversion.span import SpanTest
-from attnfit.inversion.vocabulary import Vocabulary
+from attnfit.inversion.vocabulary import SpanTest, Vocabulary
 from attnfit.objectives.inverse_curvature import moment_tokens
 
 

@@ -1,8 +1,7 @@
 """Recover the input of an attention layer or of transformer blocks, and say whether that is the only one."""
 
-from attnfit.inversion.identifiable import Identifiability, identifiable
 from attnfit.inversion.layer_files import LayerFileError, load_layer, save_layer
-from attnfit.inversion.recovered import Recovery
+from attnfit.inversion.recovered import Identifiability, Recovery, identifiable
 from attnfit.inversion.recovery import recover
 from attnfit.objectives.block_heads import Heads
 from attnfit.objectives.block_parts import Mlp, Norm

@@ -1,15 +1,15 @@
-"""What the output would be with one token exchanged."""
+"""Outputs with one token exchanged, or two at once: tokens that come nearer, and others that do as well."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.inversion.pairs import pair_squares
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.objectives.inverse_layer import AttentionLayer, Pass, softmax_rows
+from attnfit.objectives.inverse_layer import AttentionLayer, HeadState, Pass, softmax_rows
 from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
@@ -17,6 +17,19 @@ Index = NDArray[np.intp]
 
 # Numbers of attention held at once.
 BLOCK = 1 << 22
+# Where less than this share of a query's attention stays, its sums are formed anew: what a subtraction leaves
+# has lost as many digits.
+STAYS = 1e-6
+# Share of the values to which updated outputs are right then.
+UPDATED = 1e-8
+# Rows of a large table nearest to a chosen one, to first order in the change of the output, that are tried
+# exactly; of few rows all are, which costs less than a Jacobian.
+NEAR = 32
+# All pairs of exchanges are tried where they are no more than this; else those of the best single ones.
+ALL_PAIRS = 100_000
+BEST = 4
+# Of other tokens that give the output, so many are returned.
+LISTED = 10
 
 
 def exchanged_squares(problem: TokenProblem, at: Any, position: int, rows: Array) -> Array:
@@ -55,6 +68,123 @@ def _exchanged(layer: AttentionLayer, at: Pass, position: int, rows: Array) -> A
         total += P @ s.H
         total += P[:, :, position, None] * (centred @ s.head.V - s.H[position])[:, None, :]
     return total
+
+
+def pair_squares(
+    problem: TokenProblem, at: Any, tables: Array, pairs: Index, put: Index, enough: float
+) -> Array:
+    """Return the squared residuals, shape (p,), with two tokens replaced at a time.
+
+    All rows of the logits but two change in two columns only: of the sums of their softmax and of its values
+    two terms are taken off and two put on.
+
+    Parameters
+    ----------
+    problem : TokenProblem
+    at : pass of the layer
+        Of the tokens as they are.
+    tables : ndarray, shape (n_unknown, N, d)
+        Rows for each unknown token.
+    pairs, put : ndarray of int, shape (p, 2)
+        Two different unknown tokens, and the row of its table for each.
+    enough : float
+        Squares up to this come from the layer itself, not from updated sums.
+    """
+    if not isinstance(problem.layer, AttentionLayer):
+        return problem.squares_with(at.T, problem.unknown[pairs], tables[pairs, put])
+    n, m = problem.B.shape
+    size = max(1, BLOCK // (n * max(n, m)))
+    squares = [np.zeros(0)]
+    # A row is one of many pairs: what a head makes of it is computed once.
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = [_Made.of(s, at, tables) for s in at.heads]
+    for first in range(0, len(pairs), size):
+        part = slice(first, first + size)
+        squares.append(_squares(problem, at, tables, made, pairs[part], put[part], enough))
+    return np.concatenate(squares)
+
+
+class _Made(NamedTuple):
+    """What one head makes of the rows of all tables: values, logits of all queries, logits as a query."""
+
+    values: Array
+    keys: Array
+    queries: Array
+
+    @classmethod
+    def of(cls, s: HeadState, at: Pass, tables: Array) -> _Made:
+        centred = tables - at.T.mean(axis=0)
+        return cls(centred @ s.head.V, centred @ s.R.T, tables @ s.head.M + s.head.c)
+
+
+def _squares(
+    problem: TokenProblem, at: Pass, tables: Array, made: list[_Made], pairs: Index, put: Index, enough: float
+) -> Array:
+    mean, mask, every = at.T.mean(axis=0), problem.layer.mask, np.arange(len(pairs))
+    positions, rows = problem.unknown[pairs], tables[pairs, put]
+    centred = rows - mean
+    outputs = np.tile(mean @ np.sum([s.head.V for s in at.heads], axis=0), (len(rows), problem.n, 1))
+    sound, largest = np.ones(len(rows), dtype=bool), 0.0
+    for s, of in zip(at.heads, made, strict=True):
+        values = of.values[pairs, put]
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            part, stays = _updated(s, at.Tc, mask, positions, of.keys[pairs, put], values)
+        for own in (0, 1):
+            query = of.queries[pairs[:, own], put[:, own]]
+            part[every, positions[:, own]] = _own(s, at.Tc, mask, positions, query, centred, values, own)
+        outputs += part
+        sound &= stays
+        largest += max(float(np.abs(s.H).max()), float(np.abs(values).max()))
+    squares = np.sum((outputs - problem.B) ** 2, axis=(1, 2))
+    reach = np.sqrt(enough) + UPDATED * largest * np.sqrt(problem.B.size)
+    anew = np.flatnonzero(~sound | ~(squares > reach**2))
+    if len(anew):
+        T = np.tile(at.T, (len(anew), 1, 1))
+        T[np.arange(len(anew))[:, None], positions[anew]] = rows[anew]
+        squares[anew] = np.sum((problem.layer.forward(T).output - problem.B) ** 2, axis=(1, 2))
+    return np.asarray(squares)
+
+
+def _updated(
+    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, keys: Array, values: Array
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Return the outputs of a head, shape (p, n, m), right for the queries that stay; and where enough of the
+    attention stays.
+    """
+    S = s.R @ Tc.T
+    if mask is not None:
+        S[~mask] = -np.inf
+    highest = S.max(axis=1)
+    E = np.exp(S - highest[:, None])
+    put = np.exp(keys - highest)
+    if mask is not None:
+        put *= mask.T[positions]
+    taken = E.T[positions]
+    sums = E.sum(axis=1)
+    left = sums - taken.sum(axis=1)
+    changed = np.concatenate([put, -taken], axis=1)
+    mixed = E @ s.H + np.swapaxes(changed, 1, 2) @ np.concatenate([values, s.H[positions]], axis=1)
+    total = left + put.sum(axis=1)
+    share = left / sums
+    share[np.arange(len(share))[:, None], positions] = 1.0
+    stays = np.all((share >= STAYS) & np.isfinite(total), axis=1)
+    return mixed / total[:, :, None], stays
+
+
+def _own(
+    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, query: Array, centred: Array,
+    values: Array, own: int,
+) -> Array:  # fmt: skip
+    """Return the outputs of a head for one of the exchanged queries, shape (p, m)."""
+    every = np.arange(len(query))
+    S = query @ Tc.T
+    S[every[:, None], positions] = np.einsum("pd,ped->pe", query, centred)
+    if mask is not None:
+        S[~mask[positions[:, own]]] = -np.inf
+    P = softmax_rows(S, None)
+    mixed = P @ s.H
+    weights = P[every[:, None], positions]
+    return np.asarray(mixed + np.einsum("pe,pem->pm", weights, values - s.H[positions]))
 
 
 def improve(
@@ -116,3 +246,161 @@ def _exchanged_singly(
             tokens[i], T[position] = best, tables[i, best]
         i = (i + 1) % len(tokens)
     return tokens, least
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What was tried in place of tokens.
+
+    Attributes
+    ----------
+    seconds : ndarray of int, shape (n_unknown,)
+        The row that comes nearest to the output in the place of each token alone; -1 without another. Rows
+        equal to the token's are no others.
+    second_squares : ndarray, shape (n_unknown,)
+        Squared residuals with these.
+    equal : list of ndarray of int
+        The rows of the table that are the token at each position, its own among them.
+    others, rows : list of ndarray, shapes (n_unknown,) and (n_unknown, d)
+        Tokens with one or two exchanged that reproduce the output, the nearest first, and their rows; none
+        where the tokens themselves do not.
+    """
+
+    seconds: Index
+    second_squares: Array
+    equal: list[Index]
+    others: list[Index]
+    rows: list[Array]
+
+    def renumbered(self, numbers: Index) -> Rivals:
+        """Return the same in other numbers of the rows at each position, shape (n_unknown, N)."""
+        every = np.arange(len(numbers))
+        seconds = np.where(self.seconds < 0, -1, numbers[every, self.seconds])
+        equal = [np.unique(row[same]) for row, same in zip(numbers, self.equal, strict=True)]
+        others = [numbers[every, other] for other in self.others]
+        return Rivals(seconds, self.second_squares, equal, others, self.rows)
+
+
+def rivals(
+    problem: TokenProblem, vocabulary: Vocabulary, tokens: Index, enough: float, numbers: Index | None = None
+) -> Rivals:
+    """Try other rows in the place of one token and, where these tokens give the output, of two.
+
+    Of pairs, all that a small table has are tried, else the best single exchanges of each position with those
+    of every other; and the tokens of any two positions in each other's place.
+
+    Parameters
+    ----------
+    problem : TokenProblem
+    vocabulary : Vocabulary
+    tokens : ndarray of int, shape (n_unknown,)
+        Their rows.
+    enough : float
+        Squared residual at which the output counts as reproduced.
+    numbers : ndarray of int, shape (n_unknown, N), optional
+        Which rows of different positions are of the same token; by default those of the same number.
+    """
+    T = problem.rows_with(vocabulary.tokens(problem.unknown, tokens))
+    at = problem.layer.forward(T)
+    token = tokens if numbers is None else numbers[np.arange(len(tokens)), tokens]
+    n_pairs = max(len(tokens) * (len(tokens) - 1) // 2, 1)
+    best = min(BEST, max(1, int(np.sqrt(ALL_PAIRS / n_pairs))))
+    seconds, second_squares = np.full(len(tokens), -1), np.full(len(tokens), np.inf)
+    found, tried, same = [], [], []
+    for i, position in enumerate(problem.unknown):
+        table = vocabulary.rows(int(position))
+        same.append(_equal_rows(table, T[position]))
+        others = np.delete(np.arange(len(table)), same[-1])
+        near, squares = _nearest(problem, at, int(position), table, others)
+        if len(near):
+            seconds[i], second_squares[i] = near[0], squares[0]
+        for row, square in zip(near[:LISTED], squares[:LISTED], strict=True):
+            if square <= enough:
+                found.append((float(square), _with(tokens, [i], [row]), _with(T, [position], table[[row]])))
+        pool = others if len(table) ** 2 * n_pairs <= ALL_PAIRS else near[:best]
+        moved = token if numbers is None else _places(numbers[i], token)
+        moved = np.where((moved < len(table)) & ~np.isin(moved, same[-1]), moved, -1)
+        tried.append((pool, moved, table[pool], table[moved]))
+    if np.sum((at.output - problem.B) ** 2) > enough:
+        return Rivals(seconds, second_squares, same, [], [])
+    found += _paired(problem, at, tokens, tried, enough)
+    distinct = _distinct(found)
+    rows = [T[problem.unknown] for _, T in distinct]
+    return Rivals(seconds, second_squares, same, [other for other, _ in distinct], rows)
+
+
+def _equal_rows(table: Array, row: Array) -> Index:
+    """Return which rows of a table are equal to one of them."""
+    # Most differ in the first number already.
+    some = np.flatnonzero(table[:, 0] == row[0])
+    return some[np.all(table[some] == row, axis=1)]
+
+
+def _places(numbers: Index, wanted: Index) -> Index:
+    """Return where some numbers are among others, -1 where they are not."""
+    order = np.argsort(numbers, kind="stable")
+    place = order[np.minimum(np.searchsorted(numbers[order], wanted), len(numbers) - 1)]
+    return np.where(numbers[place] == wanted, place, -1)
+
+
+def _nearest(
+    problem: TokenProblem, at: Any, position: int, table: Array, others: Index
+) -> tuple[Index, Array]:
+    """Return the rows that come nearest to the output in the place of one token, in this order, and the
+    squared residuals with them.
+    """
+    if len(others) > 4 * NEAR:
+        J = problem.layer.jacobian(at, np.array([position]))
+        apart = table[others] - at.T[position]
+        others = others[np.argsort(np.einsum("cl,cl->c", apart @ (J.T @ J), apart))[:NEAR]]
+    if not len(others):
+        return others, np.zeros(0)
+    squares = exchanged_squares(problem, at, position, table[others])
+    order = np.argsort(squares)
+    return others[order], squares[order]
+
+
+def _paired(
+    problem: TokenProblem,
+    at: Any,
+    tokens: Index,
+    tried: list[tuple[Index, Index, Array, Array]],
+    enough: float,
+) -> list[tuple[float, Index, Array]]:
+    """Return squared residuals, numbers and rows of tokens with two exchanged that reproduce the output."""
+    u, widest = len(tokens), max(len(pool) for pool, *_ in tried)
+    # Of each position the rows that are tried, then the tokens of all positions.
+    which = np.full((u, widest + u), -1)
+    tables = np.zeros((u, widest + u, problem.d))
+    for i, (pool, moved, pool_rows, moved_rows) in enumerate(tried):
+        which[i, : len(pool)], which[i, widest:] = pool, moved
+        tables[i, : len(pool)], tables[i, widest:] = pool_rows, moved_rows
+    first, second = np.triu_indices(u, 1)
+    two = np.column_stack([first, second])
+    pairs = np.concatenate([np.repeat(two, widest**2, axis=0), two])
+    product = np.stack(np.divmod(np.arange(widest**2), max(widest, 1)), axis=1)
+    put = np.concatenate([np.tile(product, (len(two), 1)), widest + two[:, ::-1]])
+    real = np.all(which[pairs, put] >= 0, axis=1)
+    pairs, put = pairs[real], put[real]
+    squares = pair_squares(problem, at, tables, pairs, put, enough)
+    fitting = np.flatnonzero(squares <= enough)
+    found = []
+    for k in fitting[np.argsort(squares[fitting])[:LISTED]]:
+        rows = _with(at.T, problem.unknown[pairs[k]], tables[pairs[k], put[k]])
+        found.append((float(squares[k]), _with(tokens, pairs[k], which[pairs[k], put[k]]), rows))
+    return found
+
+
+def _with(array: NDArray[Any], places: Any, values: Any) -> NDArray[Any]:
+    """Return a copy with some entries replaced."""
+    changed = array.copy()
+    changed[places] = values
+    return changed
+
+
+def _distinct(found: list[tuple[float, Index, Array]]) -> list[tuple[Index, Array]]:
+    """Return tokens and rows by squared residual, of equal rows the first."""
+    kept: dict[bytes, tuple[Index, Array]] = {}
+    for _, tokens, rows in sorted(found, key=lambda one: one[0]):
+        kept.setdefault(rows.tobytes(), (tokens, rows))
+    return list(kept.values())[:LISTED]

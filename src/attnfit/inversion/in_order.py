@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 
 from attnfit.certificates import certify
 from attnfit.inversion.block_bounds import ROUNDING, contracts, proven_radius
-from attnfit.inversion.counting import count
 from attnfit.inversion.homotopy import Equation, follow, newton, sign
-from attnfit.inversion.identifiable import COUNTING, RANK_TOLERANCE, Identifiability
-from attnfit.inversion.recovered import Given, Recovery
+from attnfit.inversion.recovered import COUNTING, RANK_TOLERANCE, Given, Identifiability, Recovery, count
 from attnfit.objectives.block_problem import BlockInversion
 from attnfit.objectives.block_stack import TokenMap
 
