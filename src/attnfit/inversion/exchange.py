@@ -45,29 +45,26 @@ def exchanged_squares(problem: TokenProblem, at: Any, position: int, rows: Array
     """
     if not isinstance(problem.layer, AttentionLayer):
         return problem.squares_with(at.T, np.full((len(rows), 1), position), rows[:, None])
+    layer, mean = problem.layer, at.T.mean(axis=0)
     size = max(1, BLOCK // problem.n**2)
+    constant = mean @ np.sum([head.V for head in layer.heads], axis=0)
     squares = []
     for first in range(0, len(rows), size):
-        outputs = _exchanged(problem.layer, at, position, rows[first : first + size])
+        some = rows[first : first + size]
+        centred = some - mean
+        outputs = np.tile(constant, (len(some), len(at.T), 1))
+        # One row and one column of the logits and one value change.
+        for s in at.heads:
+            query = some @ s.head.M + s.head.c
+            S = np.tile(s.R @ at.Tc.T, (len(some), 1, 1))
+            S[:, position, :] = query @ at.Tc.T
+            S[:, :, position] = centred @ s.R.T
+            S[:, position, position] = np.sum(query * centred, axis=1)
+            P = softmax_rows(S, layer.mask)
+            outputs += P @ s.H
+            outputs += P[:, :, position, None] * (centred @ s.head.V - s.H[position])[:, None, :]
         squares.append(np.sum((outputs - problem.B) ** 2, axis=(1, 2)))
     return np.concatenate(squares)
-
-
-def _exchanged(layer: AttentionLayer, at: Pass, position: int, rows: Array) -> Array:
-    """Return the outputs, shape (k, n, m): one row and one column of the logits and one value change."""
-    mean = at.T.mean(axis=0)
-    centred = rows - mean
-    total = np.tile(mean @ np.sum([h.V for h in layer.heads], axis=0), (len(rows), len(at.T), 1))
-    for s in at.heads:
-        query = rows @ s.head.M + s.head.c
-        S = np.tile(s.R @ at.Tc.T, (len(rows), 1, 1))
-        S[:, position, :] = query @ at.Tc.T
-        S[:, :, position] = centred @ s.R.T
-        S[:, position, position] = np.sum(query * centred, axis=1)
-        P = softmax_rows(S, layer.mask)
-        total += P @ s.H
-        total += P[:, :, position, None] * (centred @ s.head.V - s.H[position])[:, None, :]
-    return total
 
 
 def pair_squares(
@@ -96,8 +93,10 @@ def pair_squares(
     size = max(1, BLOCK // (n * max(n, m)))
     squares = [np.zeros(0)]
     # A row is one of many pairs: what a head makes of it is computed once.
+    centred, made = tables - at.T.mean(axis=0), []
     with np.errstate(over="ignore", invalid="ignore"):
-        made = [_Made.of(s, at, tables) for s in at.heads]
+        for s in at.heads:
+            made.append(_Made(centred @ s.head.V, centred @ s.R.T, tables @ s.head.M + s.head.c))
     for first in range(0, len(pairs), size):
         part = slice(first, first + size)
         squares.append(_squares(problem, at, tables, made, pairs[part], put[part], enough))
@@ -110,11 +109,6 @@ class _Made(NamedTuple):
     values: Array
     keys: Array
     queries: Array
-
-    @classmethod
-    def of(cls, s: HeadState, at: Pass, tables: Array) -> _Made:
-        centred = tables - at.T.mean(axis=0)
-        return cls(centred @ s.head.V, centred @ s.R.T, tables @ s.head.M + s.head.c)
 
 
 def _squares(
@@ -309,7 +303,9 @@ def rivals(
     found, tried, same = [], [], []
     for i, position in enumerate(problem.unknown):
         table = vocabulary.rows(int(position))
-        same.append(_equal_rows(table, T[position]))
+        # Rows equal to the token: most differ in the first number already.
+        some = np.flatnonzero(table[:, 0] == T[position, 0])
+        same.append(some[np.all(table[some] == T[position], axis=1)])
         others = np.delete(np.arange(len(table)), same[-1])
         near, squares = _nearest(problem, at, int(position), table, others)
         if len(near):
@@ -324,16 +320,12 @@ def rivals(
     if np.sum((at.output - problem.B) ** 2) > enough:
         return Rivals(seconds, second_squares, same, [], [])
     found += _paired(problem, at, tokens, tried, enough)
-    distinct = _distinct(found)
-    rows = [T[problem.unknown] for _, T in distinct]
-    return Rivals(seconds, second_squares, same, [other for other, _ in distinct], rows)
-
-
-def _equal_rows(table: Array, row: Array) -> Index:
-    """Return which rows of a table are equal to one of them."""
-    # Most differ in the first number already.
-    some = np.flatnonzero(table[:, 0] == row[0])
-    return some[np.all(table[some] == row, axis=1)]
+    # By squared residual; of equal rows the first.
+    distinct: dict[bytes, tuple[Index, Array]] = {}
+    for _, other, rows in sorted(found, key=lambda one: one[0]):
+        distinct.setdefault(rows.tobytes(), (other, rows[problem.unknown]))
+    kept = list(distinct.values())[:LISTED]
+    return Rivals(seconds, second_squares, same, [other for other, _ in kept], [rows for _, rows in kept])
 
 
 def _places(numbers: Index, wanted: Index) -> Index:
@@ -396,11 +388,3 @@ def _with(array: NDArray[Any], places: Any, values: Any) -> NDArray[Any]:
     changed = array.copy()
     changed[places] = values
     return changed
-
-
-def _distinct(found: list[tuple[float, Index, Array]]) -> list[tuple[Index, Array]]:
-    """Return tokens and rows by squared residual, of equal rows the first."""
-    kept: dict[bytes, tuple[Index, Array]] = {}
-    for _, tokens, rows in sorted(found, key=lambda one: one[0]):
-        kept.setdefault(rows.tobytes(), (tokens, rows))
-    return list(kept.values())[:LISTED]

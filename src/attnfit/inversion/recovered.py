@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 from scipy.sparse.csgraph import maximum_flow
 
-from attnfit.certificates import Certificate, certify
+from attnfit.certificates import Certificate
 from attnfit.objectives.block_problem import BlockInversion
-from attnfit.objectives.objective import MAX_DENSE
 from attnfit.objectives.token_problem import TokenProblem
 from attnfit.problems import LayerInversion
 
@@ -59,8 +58,20 @@ def count(layer: TokenProblem, x: Any = None, precision: float = 0.0) -> Count:
     at another token weights can be squared, and where a second token makes up for the first, what moves is
     the product of two such shares.
     """
-    rank, d, u = layer.rank, layer.d, len(layer.unknown)
-    seen = _seen(layer, None if x is None else _moved(layer, x, precision))
+    rank, d, n, u = layer.rank, layer.d, layer.n, len(layer.unknown)
+    # A row depends on its keys, and on its query where that has more than one key to choose from.
+    mask = np.ones((n, n), dtype=bool) if layer.layer.mask is None else layer.layer.mask
+    seen, own = mask.copy(), np.arange(n)
+    seen[own, own] |= mask.sum(axis=1) > 1
+    if x is not None:
+        seen[:, layer.unknown] &= _moved(layer, x, precision)
+    # Rows of equal known queries with equal keys say the same.
+    known = np.delete(own, layer.unknown)
+    alike = np.column_stack([layer.known.T[known], mask[known]])
+    first = np.unique(alike, axis=0, return_index=True)[1] if len(known) else known
+    kept = np.sort(np.concatenate([layer.unknown, known[first]]))
+    seen = seen[np.ix_(kept, layer.unknown)]
+    seen = seen[seen.any(axis=1)]
     total = rank * len(seen)
     excess = int(np.sign(total - d * u))
     if not seen.all() and excess >= 0:
@@ -85,27 +96,6 @@ def _moved(layer: TokenProblem, x: Any, precision: float) -> Seen:
         D[position] = sizes[k] * directions[k]
         moved[:, k] = np.linalg.norm(layer.layer.push_forward(at, D), axis=1) > enough
     return moved
-
-
-def _seen(layer: TokenProblem, moved: Seen | None) -> Seen:
-    """Return which unknown tokens each output row depends on, shape (rows, n_unknown).
-
-    A row depends on its keys, and on its query where that has more than one key to choose from. Rows of equal
-    known queries with equal keys say the same.
-    """
-    n = layer.n
-    mask = np.ones((n, n), dtype=bool) if layer.layer.mask is None else layer.layer.mask
-    seen = mask.copy()
-    own = np.arange(n)
-    seen[own, own] |= mask.sum(axis=1) > 1
-    if moved is not None:
-        seen[:, layer.unknown] &= moved
-    known = np.delete(own, layer.unknown)
-    alike = np.column_stack([layer.known.T[known], mask[known]])
-    first = np.unique(alike, axis=0, return_index=True)[1] if len(known) else known
-    kept = np.sort(np.concatenate([layer.unknown, known[first]]))
-    rows = seen[np.ix_(kept, layer.unknown)]
-    return np.asarray(rows[rows.any(axis=1)])
 
 
 def _enough(seen: Seen, rank: int, d: int, *, strictly: bool) -> bool:
@@ -288,33 +278,10 @@ class Given:
     floor: float
     precision: float
 
-    @classmethod
-    def of(cls, layer: AnyInversion, precision: float) -> Given:
-        """Return what inputs of a layer with this relative error of its output are judged by."""
-        size = float(np.sum(layer.B**2)) or 1.0
-        projected = layer.projected()
-        floor = float(np.linalg.norm(layer.B - projected.B) / np.sqrt(size))
-        return cls(projected, size, floor, precision)
-
     @property
     def enough(self) -> float:
         """Squared residual that counts as zero."""
         return self.precision**2 * self.size
-
-    def report(self, x: Array, square: float, n_starts: int) -> Recovery:
-        """Return what there is to say of an input before a verdict."""
-        layer = self.layer
-        return Recovery(
-            verdict="not recovered",
-            message="",
-            x=x.reshape(layer.shape),
-            residual=float(np.hypot(np.sqrt(square / self.size), self.floor)),
-            inputs=[],
-            n_starts=n_starts,
-            identifiability=identifiable(layer, x if layer.n_unknowns <= MAX_DENSE else None),
-            residual_floor=self.floor,
-            certificate=certify(layer, x),
-        )
 
     @property
     def outside(self) -> str:

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.certificates import certify
 from attnfit.inversion.decoding import Decoded, decode
 from attnfit.inversion.in_order import NARROW, InOrder, recover_in_order
 from attnfit.inversion.joint_blocks import judge_blocks, with_paths
-from attnfit.inversion.recovered import SHOWN, AnyInversion, Given, Recovery, count, listed
-from attnfit.inversion.search import search
+from attnfit.inversion.recovered import SHOWN, AnyInversion, Given, Recovery, count, identifiable, listed
+from attnfit.inversion.search import Found, search
 from attnfit.inversion.vocabulary import Vocabulary
 from attnfit.objectives.block_problem import BlockInversion
 from attnfit.objectives.inverse_layer import AttentionLayer
+from attnfit.objectives.objective import MAX_DENSE
 
 Array = NDArray[np.float64]
 
@@ -110,27 +112,52 @@ def recover(
     with np.errstate(over="ignore"):
         if not np.isfinite(np.sum(layer.B**2)):
             raise ValueError("B is so large that its squares overflow; divide B and the values V by its size")
-    given = Given.of(layer, precision)
+    # What no input produces is taken off the output before the search.
+    size = float(np.sum(layer.B**2)) or 1.0
+    projected = layer.projected()
+    floor = float(np.linalg.norm(layer.B - projected.B) / np.sqrt(size))
+    given, layer = Given(projected, size, floor, precision), projected
     rng = np.random.default_rng(random_state)
     tell = callback or (lambda done, total: None)
-    if vocabulary is None:
-        return _anywhere(given, n_starts, max_iter, rng, tell, client)
-    return recover_tokens(given, Vocabulary(vocabulary, layer.d, layer.n), n_starts, rng, tell)
+    if vocabulary is not None:
+        table = Vocabulary(vocabulary, layer.d, layer.n)
+        decoded = decode(layer, table, precision, given.enough, n_starts, rng, tell)
+        x = layer.columns(layer.rows_with(decoded.rows)).reshape(-1)
+        square, n_made = decoded.square, decoded.n_decodings
+    elif isinstance(layer, BlockInversion) and layer.token_by_token:
+        return recover_in_order(given, n_starts, rng, tell)
+    else:
+        excess = count(layer).excess
+        found, steps = _anywhere(given, excess, n_starts, max_iter, rng, tell, client)
+        x, square, n_made = found.best, found.square, found.n_starts
+    report = Recovery(
+        verdict="not recovered",
+        message="",
+        x=x.reshape(layer.shape),
+        residual=float(np.hypot(np.sqrt(square / size), floor)),
+        inputs=[],
+        n_starts=n_made,
+        identifiability=identifiable(layer, x if layer.n_unknowns <= MAX_DENSE else None),
+        residual_floor=floor,
+        certificate=certify(layer, x),
+    )
+    if vocabulary is not None:
+        return _judge_tokens(given, table, decoded, report)
+    return _judge_anywhere(given, excess, found, steps, report)
 
 
 def _anywhere(
     given: Given,
+    excess: int,
     n_starts: int,
     max_iter: int,
     rng: np.random.Generator,
     callback: Callable[[float, int], Any],
     client: Any,
-) -> Recovery:
+) -> tuple[Found, int]:
+    """Return the inputs that a search finds, and the points of the paths that blocks follow beyond it."""
     layer = given.layer
     blocks = layer if isinstance(layer, BlockInversion) else None
-    if blocks is not None and blocks.token_by_token:
-        return recover_in_order(given, n_starts, rng, callback)
-    excess = count(layer).excess
     ahead = []
     if blocks is not None and blocks.sequential and blocks.m == blocks.d:
         start = blocks.rows_with(blocks.B[blocks.unknown, : blocks.d])
@@ -138,14 +165,16 @@ def _anywhere(
     found = search(
         layer, given.enough, n_starts, max_iter, rng, callback, client, until_first=excess > 0, ahead=ahead
     )
-    steps = 0
-    if blocks is not None:
-        found, steps = with_paths(given, found)
-    report = given.report(found.best, found.square, found.n_starts)
+    return (found, 0) if blocks is None else with_paths(given, found)
+
+
+def _judge_anywhere(given: Given, excess: int, found: Found, steps: int, report: Recovery) -> Recovery:
+    """Return a report with the verdict on inputs that were searched for anywhere."""
+    layer = given.layer
     report = replace(report, inputs=[x.reshape(layer.shape) for x in found.inputs], homotopy_steps=steps)
     verdict, message = _judge(given, report, excess)
     report = replace(report, verdict=verdict, message=message)
-    return report if blocks is None else judge_blocks(given, report)
+    return judge_blocks(given, report) if isinstance(layer, BlockInversion) else report
 
 
 def _judge(given: Given, report: Recovery, excess: int) -> tuple[str, str]:
@@ -191,39 +220,14 @@ def _judge(given: Given, report: Recovery, excess: int) -> tuple[str, str]:
     )
 
 
-def recover_tokens(
-    given: Given,
-    vocabulary: Vocabulary,
-    n_starts: int,
-    rng: np.random.Generator,
-    callback: Callable[[float, int], Any],
-) -> Recovery:
-    """Return the rows of a vocabulary that give the output, judged."""
-    layer = given.layer
-    found = decode(layer, vocabulary, given.precision, given.enough, n_starts, rng, callback)
-    x = layer.columns(layer.rows_with(found.rows))
-    report = given.report(x.reshape(-1), found.square, found.n_decodings)
-    margins = np.sqrt(found.rivals.second_squares / given.size)
-    verdict, message, inputs = _judge_tokens(given, vocabulary, found, margins)
-    return replace(
-        report,
-        verdict=verdict,
-        message=message,
-        inputs=inputs,
-        tokens=found.tokens,
-        margins=margins,
-        equal_rows=found.rivals.equal,
-    )
-
-
-def _judge_tokens(
-    given: Given, vocabulary: Vocabulary, found: Decoded, margins: Array
-) -> tuple[str, str, list[Array]]:
-    """Return the verdict on rows of a vocabulary, the message, and the inputs that give the output."""
+def _judge_tokens(given: Given, vocabulary: Vocabulary, found: Decoded, report: Recovery) -> Recovery:
+    """Return a report with the verdict on rows of a vocabulary, and the inputs that give the output."""
     layer, tokens, rivals = given.layer, found.tokens, found.rivals
+    margins = np.sqrt(rivals.second_squares / given.size)
     left = f"{np.sqrt(found.square / given.size):.1e}"
+    report = replace(report, tokens=tokens, margins=margins, equal_rows=rivals.equal)
     if given.outside:
-        return "not recovered", f"not recovered: {given.outside}", []
+        return replace(report, message=f"not recovered: {given.outside}")
     # A residual that is not a number is none that counts as zero.
     if not found.square <= given.enough:
         after = "all tuples" if found.exhausted else f"{found.n_decodings} decodings"
@@ -231,10 +235,10 @@ def _judge_tokens(
             f"not recovered: no tuple found in the vocabulary (the nearest of {after} leaves {left} of the "
             "output); check that tokens come from it, use more starts, or give the output's precision"
         )
-        if _is_uniform(given, found):
-            message += f"; {UNIFORM}"
-        return "not recovered", message, []
-    inputs = [layer.columns(layer.rows_with(rows)) for rows in (found.rows, *rivals.rows)]
+        return replace(report, message=f"{message}; {UNIFORM}" if _is_uniform(given, found) else message)
+    inputs = []
+    for rows in (found.rows, *rivals.rows):
+        inputs.append(layer.columns(layer.rows_with(rows)))
     ordered = np.sort(tokens)
     moved = [bool(np.array_equal(np.sort(other), ordered)) for other in rivals.others]
     if any(moved) and _is_uniform(given, found):
@@ -243,7 +247,8 @@ def _judge_tokens(
         if np.sum((layer.layer.forward(T).output - layer.B) ** 2) <= given.enough:
             inputs[0] = layer.columns(T)
         message = f"ambiguous: {UNIFORM}, only that the tokens are rows {listed(ordered)} of the vocabulary"
-        return "ambiguous", message + (", or others" if len(inputs) > 1 else ""), inputs
+        message += ", or others" if len(inputs) > 1 else ""
+        return replace(report, verdict="ambiguous", message=message, inputs=inputs)
     ties = np.flatnonzero(margins <= given.precision)
     if len(ties):
         i = ties[0]
@@ -251,28 +256,27 @@ def _judge_tokens(
             f"ambiguous: {len(ties)} of {len(margins)} tokens may be exchanged; token {layer.unknown[i]} is "
             f"row {tokens[i]} or {rivals.seconds[i]} of the vocabulary"
         )
-        return "ambiguous", message, inputs
+        return replace(report, verdict="ambiguous", message=message, inputs=inputs)
     if rivals.others:
         apart = np.flatnonzero(rivals.others[0] != tokens)
         message = (
             f"ambiguous: tokens {listed(layer.unknown[apart])} are rows {listed(tokens[apart])} of the "
             f"vocabulary, or {listed(rivals.others[0][apart])}"
         )
-        return "ambiguous", message, inputs
-    message = (
-        f"recovered: {len(margins)} rows of the vocabulary reproduce the output (residual {left}), and "
-        + (
-            f"with any one of them exchanged at least {margins.min():.1e} is left"
-            if np.isfinite(margins.min())
-            else "it has no others"
-        )
+        return replace(report, verdict="ambiguous", message=message, inputs=inputs)
+    message = f"recovered: {len(margins)} rows of the vocabulary reproduce the output (residual {left}), and "
+    least = margins.min()
+    message += (
+        f"with any one of them exchanged at least {least:.1e} is left"
+        if np.isfinite(least)
+        else "it has no others"
     )
-    same = [
-        f"token {position} is row {token} (= {listed(np.setdiff1d(rows, token))})"
-        for position, token, rows in zip(layer.unknown, tokens, rivals.equal, strict=True)
-        if len(rows) > 1
-    ]
-    return "recovered", "; ".join([message, *same[:SHOWN], *(["..."] if len(same) > SHOWN else [])]), inputs
+    same = []
+    for position, token, equal in zip(layer.unknown, tokens, rivals.equal, strict=True):
+        if len(equal) > 1:
+            same.append(f"token {position} is row {token} (= {listed(np.setdiff1d(equal, token))})")
+    message = "; ".join([message, *same[:SHOWN], *(["..."] if len(same) > SHOWN else [])])
+    return replace(report, verdict="recovered", message=message, inputs=inputs)
 
 
 def _is_uniform(given: Given, found: Decoded) -> bool:

@@ -45,21 +45,22 @@ class Vocabulary:
     """
 
     def __init__(self, table: Any, d: int, n: int) -> None:
-        self._rows: Callable[[int], Array]
+        self._d, self._table = d, table
         if callable(table):
-            self._rows = lambda position: _checked(table(position), d, f"vocabulary({position})")
-        elif np.ndim(table) == 3:
-            if len(table) != n:
-                raise ValueError(f"vocabulary has rows of {len(table)} positions, but the output has {n}")
-            several = [_checked(rows, d, f"vocabulary[{i}]") for i, rows in enumerate(table)]
-            self._rows = lambda position: several[position]
+            return
+        if np.ndim(table) != 3:
+            self._table = _checked(table, d, "vocabulary")
+        elif len(table) != n:
+            raise ValueError(f"vocabulary has rows of {len(table)} positions, but the output has {n}")
         else:
-            same = _checked(table, d, "vocabulary")
-            self._rows = lambda position: same
+            self._table = [_checked(rows, d, f"vocabulary[{i}]") for i, rows in enumerate(table)]
 
     def rows(self, position: int) -> Array:
         """Return the rows that the token at a position may be, shape (N, d)."""
-        return self._rows(position)
+        if callable(self._table):
+            return _checked(self._table(position), self._d, f"vocabulary({position})")
+        rows: Array = self._table[position] if isinstance(self._table, list) else self._table
+        return rows
 
     def tokens(self, positions: NDArray[np.intp], which: NDArray[np.intp]) -> Array:
         """Return the rows chosen at some positions, shape (len(positions), d)."""
