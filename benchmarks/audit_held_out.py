@@ -26,7 +26,16 @@ from attnfit.audit.models.model import Model
 from benchmarks.audit_texts import KINDS, LENGTHS, drawn
 from benchmarks.report import table, write
 
-HEADER = ["kind", "tokens", "texts exact", "tokens exact", "share (Wilson 95 %)", "verified", "of them wrong"]
+HEADER = [
+    "access",
+    "kind",
+    "tokens",
+    "texts exact",
+    "tokens exact",
+    "share (Wilson 95 %)",
+    "verified",
+    "of them wrong",
+]
 HEADER += ["evaluations a token", "CPU seconds a token"]
 CONTROLS = ("one token exchanged", "twin row", "truncated", "spliced", "rows permuted", "another layer")
 CONTROLS += ("weights moved by 1e-3", "run in bfloat16", "noise that is not declared")
@@ -39,7 +48,7 @@ def main() -> None:
     parser.add_argument("table", choices=["texts", "controls"])
     parser.add_argument("--seed", default="dev-0", help="tag of the release, or dev-* for development")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--access", default="hidden:30")
+    parser.add_argument("--access", default="hidden:30", help="one form, or several for a line a kind each")
     parser.add_argument("--count", type=int, default=20, help="texts a cell (default 20)")
     parser.add_argument("--controls", type=int, default=10_000)
     parser.add_argument("--kinds", default=",".join(KINDS))
@@ -57,36 +66,47 @@ def main() -> None:
 def texts(options: argparse.Namespace, command: str) -> None:
     """One line a cell; what is done is kept when the rest is stopped."""
     model = audit.load(options.model)
-    if model.kind == "causal":
-        calibrate(model, [parse_access(options.access).layer(model)])
-    # A model's own checks are made once, by the first text: here one of another seed.
-    measure(model, options.access, "English", WIDTH, 1, "dev-0")
-    cells = [(k, int(n)) for k in options.kinds.split(",") for n in options.lengths.split(",")]
+    forms = options.access.split(",")
+    lengths = [int(n) for n in options.lengths.split(",")]
+    shares = [[n] for n in lengths] if len(forms) == 1 else [lengths]
+    cells = [(form, kind, share) for form in forms for kind in options.kinds.split(",") for share in shares]
+    name = f"audit-held-out-{forms[0].replace(':', '-')}" if len(forms) == 1 else "audit-held-out"
     lines: list[list[str]] = []
     misses: list[str] = []
-    for kind, length in cells:
-        line, missed = measure(model, options.access, kind, length, options.count, options.seed)
-        print(" | ".join(line), flush=True)
-        lines.append(line)
+    begun: set[str] = set()
+    for form, kind, share in cells:
+        if form not in begun:
+            begin(model, form)
+            begun.add(form)
+        line, missed = measure(model, form, kind, share, options.count, options.seed)
+        print(" | ".join([form, *line]), flush=True)
+        lines.append([form, *line])
         misses += missed
         head = (
-            f"{options.model}, {options.access}, seed {options.seed}, {options.count} texts a cell or as "
-            f"many as there are, threads: {options.threads}, torch {version('torch')}, transformers "
+            f"{options.model}, seed {options.seed}, {options.count} texts of each length or as many as there "
+            f"are, threads: {options.threads}, torch {version('torch')}, transformers "
             f"{version('transformers')}. {len(lines)} of {len(cells)} cells."
         )
         missed_told = "## Texts not recovered\n\n" + ("\n".join(misses) or "none")
-        name = f"audit-held-out-{options.access.replace(':', '-')}"
         write(name, command, [head, table(HEADER, lines), missed_told])
 
 
+def begin(model: Model, access: str) -> None:
+    """Learn what a form needs of a model, and let the first text make the checks that are made once."""
+    layer = parse_access(access).layer(model)
+    if model.kind == "causal" and layer is not None:
+        calibrate(model, [layer])
+    measure(model, access, "English", [WIDTH], 1, "dev-0")
+
+
 def measure(
-    model: Model, access: str, kind: str, length: int, count: int, seed: str
+    model: Model, access: str, kind: str, lengths: list[int], count: int, seed: str
 ) -> tuple[list[str], list[str]]:
     """Invert the texts of one cell."""
     exact = right = total = verified = wrong = evaluated = 0
     seconds = 0.0
     misses: list[str] = []
-    cell = drawn(model, kind, length, count, seed)
+    cell = [tokens for length in lengths for tokens in drawn(model, kind, length, count, seed)]
     for number, tokens in enumerate(cell):
         seen = audit.observe(model, tokens, access)
         began = process_time()
@@ -97,11 +117,13 @@ def measure(
         verified, wrong = verified + found.verified, wrong + (found.verified and found.tokens != tokens)
         evaluated += found.n_candidates
         if found.tokens != tokens:
-            misses.append(f"- {kind}, {length}, {number}: {same} of {len(tokens)} tokens ({found.message})")
+            told = f"{access}, {kind}, {len(tokens)}, {number}: {same} of {len(tokens)} tokens"
+            misses.append(f"- {told} ({found.message})")
+    told_lengths = ", ".join(map(str, lengths))
     if not total:
-        return [kind, str(length), *["-"] * (len(HEADER) - 2)], misses
+        return [kind, told_lengths, *["-"] * (len(HEADER) - 3)], misses
     low, high = wilson(right, total)
-    line = [kind, str(length), f"{exact} / {len(cell)}", f"{right} / {total}", f"{low:.3f} to {high:.3f}"]
+    line = [kind, told_lengths, f"{exact} / {len(cell)}", f"{right} / {total}", f"{low:.3f} to {high:.3f}"]
     line += [str(verified), str(wrong), f"{evaluated / total:.1f}", f"{seconds / total:.3f}"]
     return line, misses
 
