@@ -6,7 +6,7 @@ from conftest import shrink_blocks
 from instances import ALL_LOSSES, instance
 
 from attnfit import minimize, problems
-from attnfit.objectives.passes import value_at_zero
+from attnfit.objectives.first_order import value_at_zero
 
 
 def shares(n_groups, size, d, noise):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -155,6 +155,8 @@ class Gram:
     def __init__(self, n_columns: int, *, compiled: bool = False) -> None:
         self._total = np.zeros((n_columns, n_columns))
         self._compiled = compiled
+        # Rows whose centred and weighted copies stay in the cache.
+        self._step = max(32, (COMPILED_BYTES if compiled else PART_BYTES) // (8 * max(1, n_columns)))
         self._rows: Array | None = None
         self._lower = np.zeros((0, 0))
         self._cross: dict[int, tuple[Array, Array, float]] = {}
@@ -171,7 +173,8 @@ class Gram:
         if self._compiled:
             self._add_compiled(block, t, r, 0.0, np.zeros((0, 0)), np.zeros(1, dtype=np.intp))
             return
-        for part in self._parts(len(t)):
+        for first_row in range(0, len(t), self._step):
+            part = slice(first_row, first_row + self._step)
             self._add_weighted(block[part] if r is None else block[part] * r[part, None], t[part])
 
     def add_centred(
@@ -187,7 +190,8 @@ class Gram:
             ends = np.append(starts[1:], len(t))
             whole = len(t) <= self._step
             group = np.arange(len(starts)).repeat(ends - starts)
-            for part in self._parts(len(t)):
+            for first_row in range(0, len(t), self._step):
+                part = slice(first_row, first_row + self._step)
                 centre = mu.repeat(ends - starts, axis=0) if whole else mu[group[part]]
                 if isinstance(q, np.ndarray) or q != 1.0:
                     centre *= q[part, None] if isinstance(q, np.ndarray) else q
@@ -212,7 +216,8 @@ class Gram:
             if self._compiled:
                 self._add_compiled(block, t, r, q, mu[None, :], np.zeros(1, dtype=np.intp))
                 return
-            for part in self._parts(len(t)):
+            for first_row in range(0, len(t), self._step):
+                part = slice(first_row, first_row + self._step)
                 rows = block[part] if r is None else block[part] * r[part, None]
                 centre = np.multiply.outer(q[part], mu) if isinstance(q, np.ndarray) else q * mu
                 self._add_weighted(rows - centre, t[part])
@@ -231,7 +236,8 @@ class Gram:
         if self._rows is None:
             # Fresh memory for every part would cost as much as what is put there.
             self._rows = np.empty((self._step, rows.shape[1]))
-        for part in self._parts(len(t)):
+        for first_row in range(0, len(t), self._step):
+            part = slice(first_row, first_row + self._step)
             out = self._rows[: min(part.stop, len(t)) - part.start]
             first = int(np.searchsorted(starts, part.start, "right")) - 1
             n_positive = centred_rows_loop()(rows, t, own, each, mu, bounds, first, part.start, out)
@@ -243,7 +249,7 @@ class Gram:
 
     def merge(self, other: Gram) -> Gram:
         """Return the sum of both."""
-        both = Gram(0, compiled=self._compiled)
+        both = Gram(len(self._total), compiled=self._compiled)
         both._total = self._total + other._total
         if self._lower.size and other._lower.size:
             both._lower = self._lower + other._lower
@@ -254,15 +260,6 @@ class Gram:
             _, before, sizes = both._cross.get(group, (mu, 0.0, 0.0))
             both._cross[group] = (mu, before + nu, sizes + kappa)
         return both
-
-    def _parts(self, n_rows: int) -> Iterator[slice]:
-        """Cut a block so that its centred and weighted copies stay in the cache."""
-        for start in range(0, n_rows, self._step):
-            yield slice(start, start + self._step)
-
-    @property
-    def _step(self) -> int:
-        return max(32, (COMPILED_BYTES if self._compiled else PART_BYTES) // (8 * len(self._total)))
 
     def result(self) -> Array:
         """Return the accumulated matrix, shape (d, d)."""

@@ -100,7 +100,7 @@ def unlabelled(array: NDArray[Any]) -> list[int]:
     """Return the rows without a label."""
     if array.dtype.kind == "O":
         return [i for i, label in enumerate(array) if is_missing(label)]
-    return [int(i) for i in np.flatnonzero(array != array)]
+    return list(np.flatnonzero(array != array).tolist())
 
 
 def is_missing(label: Any) -> bool:

@@ -166,7 +166,10 @@ class RowStore:
     @property
     def stored(self) -> list[Any]:
         """Columns and design that are read from disk."""
-        found: list[Any] = [v for v in map(self.__dict__.get, COLUMNS) if isinstance(v, Column)]
+        found: list[Any] = []
+        for values in (self.b, self.weights, self.offset, self.penalty):
+            if isinstance(values, Column):
+                found.append(values)
         return [*found, self.design] if self.design.on_disk else found
 
     def prefetch(self, chunks: list[Chunk]) -> Iterator[Chunk]:

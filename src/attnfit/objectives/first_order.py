@@ -16,7 +16,7 @@ from attnfit.losses.loss import Loss
 from attnfit.losses.sums import Composite
 from attnfit.objectives.leverage import Draws, RowSampler
 from attnfit.objectives.objective import Evaluation
-from attnfit.objectives.part import Part, group_slopes, in_runs, merged
+from attnfit.objectives.part import Part, group_slopes, group_sums, in_runs, merged
 from attnfit.segments import Array, Segments
 
 if TYPE_CHECKING:
@@ -124,12 +124,10 @@ def read(
     bare = None if near is None else near.bare()
     if sampler is None:
         work = _read_curvature if hessian else _read_part
-        totals: Totals = rows.reduce(work, x, reference, bare, long_states, hessian)
+        totals, _ = rows.reduce(work, x, reference, bare, long_states, hessian)
     else:
         own = rows.share_out(sampler)
-        totals, sample = rows.reduce_and_draw(
-            _read_and_draw_part, x, reference, bare, long_states, hessian, own
-        )
+        totals, sample = rows.reduce_and_draw(_read_part, x, reference, bare, long_states, hessian, own)
         sampler.finish(totals.scores)
     states, centres = totals.finalize(rows.loss, reference, rows.long_constants)
     pull = problem.ridge * x
@@ -144,14 +142,7 @@ def read(
     )
 
 
-def _read_part(part: Part, chunks: list[Chunk], *arguments: Any) -> Totals:
-    return _read_and_draw_part(part, chunks, *arguments)[0]
-
-
-_read_curvature = in_runs(_read_part)
-
-
-def _read_and_draw_part(
+def _read_part(
     part: Part,
     chunks: list[Chunk],
     x: Array,
@@ -179,7 +170,8 @@ def _read_and_draw_part(
         read = _add_compiled(sum_up_run, part, chunk, x, reference, long_states) if compiled else None
         if read is None:
             block, z = part.logits(chunk, x)
-            state = _add_chunk(part, chunk, block, z, reference, long_states, totals)
+            before = None if long_states is None else part.slope_at_zero(chunk, long_states)
+            state = _add_chunk(part, chunk, block, z, reference, before, totals)
         else:
             block, z, state, found = read
             totals = totals.merge(found)
@@ -188,7 +180,7 @@ def _read_and_draw_part(
         if chunk.long >= 0:
             state = [] if near is None else [reference[chunk.long], *near.state[1:, chunk.long]]
         else:
-            state = [chunk.segments.spread(s) for s in state]
+            state = list(map(chunk.segments.spread, state))
         if draws is not None and sampler is not None:
             centre = None if near is None or chunk.long < 0 else near.centre[chunk.long]
             totals.scores += draws.visit(sampler, part, chunk, block, z, state, centre)
@@ -198,6 +190,9 @@ def _read_and_draw_part(
             if chunk.long >= 0:
                 totals.long_weights[chunk.long] += weight
     return totals, [] if draws is None else draws.chunks()
+
+
+_read_curvature = in_runs(_read_part)
 
 
 def _add_compiled(
@@ -224,7 +219,7 @@ def _add_chunk(
     block: Any,
     z: Array,
     reference: Array,
-    long_states: Array | None,
+    slope_at_zero: Array | None,
     totals: Totals,
 ) -> list[Array]:
     """Add a chunk's value and gradients to the totals; return the states of its whole groups."""
@@ -232,7 +227,7 @@ def _add_chunk(
     state: list[Array] = []
     extras: tuple[Array, ...] = ()
     if loss.coupled and long < 0:
-        closed, columns = part.finalize(chunk, z)
+        closed, columns = group_sums(loss, z, chunk.segments, *part.targets(chunk))
         totals.value += float(closed.value.sum())
         rows, state = [group_slopes(closed, columns, chunk.segments)], list(closed.state)
     else:
@@ -249,8 +244,8 @@ def _add_chunk(
         penalty, linear = part.penalty[chunk.rows], z - part.shift(chunk)
         totals.value += 0.5 * float(np.sum(penalty * linear * linear))
         rows.append(penalty * linear)
-    if long_states is not None:
-        rows.append(part.slope_at_zero(chunk, long_states))
+    if slope_at_zero is not None:
+        rows.append(slope_at_zero)
     products = part.design.combine(rows[0][None, :] if len(rows) == 1 else np.stack(rows), block)
     if long < 0:
         totals.gradient += products[0]
@@ -259,7 +254,7 @@ def _add_chunk(
         totals.add_piece(long, products[:n_columns], sums, np.array([e.sum() for e in extras]))
     if part.penalty is not None:
         totals.gradient += products[n_columns]
-    if long_states is not None:
+    if slope_at_zero is not None:
         totals.gradient_at_zero += products[-1]
     return state
 
@@ -358,3 +353,18 @@ def _moment_sums(part: Part, chunks: list[Chunk], reference: Array) -> Totals:
             sums = np.array([column.sum() for column in columns])
             totals.add_piece(chunk.long, np.zeros((len(sums), 0)), sums, np.array([e.sum() for e in extras]))
     return totals
+
+
+def value_at_zero(part: Part, chunks: list[Chunk]) -> float:
+    """Return the loss at x = 0; A is not needed. NaN where a group is longer than a chunk."""
+    total, loss = 0.0, part.loss
+    for chunk in chunks:
+        z = np.zeros(chunk.segments.n_rows) + part.shift(chunk)
+        if chunk.long >= 0:
+            return np.nan
+        if loss.coupled:
+            total += float(group_sums(loss, z, chunk.segments, *part.targets(chunk))[0].value.sum())
+        else:
+            b, w, _ = part.targets(chunk)
+            total += float(loss.accumulate(*loss.transform(z, 0.0), b, w, 0.0, 0.0)[1][0].sum())
+    return total

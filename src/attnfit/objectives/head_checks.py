@@ -12,6 +12,7 @@ from attnfit.objectives.attention import Attention
 from attnfit.objectives.head_data import precision_of
 from attnfit.objectives.heads import HeadAttention
 from attnfit.objectives.pairs import expand_mask, per_sequence
+from attnfit.objectives.part import group_sums
 from attnfit.segments import Array
 
 # Rows may be off by so many times what rounding explains, and this share of them by more.
@@ -116,7 +117,8 @@ def distance_note(problem: Attention, x: Array, error: float) -> str | None:
             return None
         distance = np.arange(n2)[queries][:, None] - np.arange(n2)[None, :]
         b, w, _ = part.targets(chunk)
-        state = chunk.segments.spread(part.finalize(chunk, z)[0].state[0])
+        found, _ = group_sums(part.loss, z, chunk.segments, *part.targets(chunk))
+        state = chunk.segments.spread(found.state[0])
         slow = np.geomspace(np.pi / max(n2, 2), np.pi / 2, FREQUENCIES)
         D = (distance if block.mask is None else distance[block.mask]).reshape(-1)
         angles = np.multiply.outer(D, slow)

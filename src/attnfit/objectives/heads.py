@@ -20,7 +20,7 @@ from attnfit.objectives.head_passes import Curved, HeadPoint, InSingle, Logits, 
 from attnfit.objectives.head_reading import ReadHead
 from attnfit.objectives.head_vectors import Inputs, Vectors
 from attnfit.objectives.objective import Evaluation, Moved, Offer, Problem, Reduction
-from attnfit.objectives.part import group_slopes
+from attnfit.objectives.part import group_slopes, group_sums
 from attnfit.objectives.whitening import Side
 from attnfit.segments import Array
 
@@ -199,10 +199,11 @@ class HeadAttention(Problem):
         pull = Pull(self, point)
         for logits in self.logits(point):
             flat, segments = logits.flat, logits.chunk.segments
+            loss, targets = self.rows.loss, self.rows.targets(logits.chunk)
             if self.rows.loss.shift_invariant:
                 # Squares of residuals lose the digits of what all logits of a row have in common.
-                flat = flat - segments.spread(self.rows.finalize(logits.chunk, flat)[0].state[0])
-            statistics, columns = self.rows.finalize(logits.chunk, flat)
+                flat = flat - segments.spread(group_sums(loss, flat, segments, *targets)[0].state[0])
+            statistics, columns = group_sums(loss, flat, segments, *targets)
             value += float(np.sum(statistics.value))
             slope = logits.dense(group_slopes(statistics, columns, segments))
             pull.add(logits, slope, slope * logits.passed)
@@ -219,8 +220,9 @@ class HeadAttention(Problem):
         """Yield the curvature in the logits chunk by chunk: one pass."""
         rows = self.rows
         for at in self.logits(point):
-            flat, spread = at.flat, at.chunk.segments.spread
-            state = [spread(s) for s in rows.finalize(at.chunk, flat)[0].state]
+            flat, segments = at.flat, at.chunk.segments
+            closed, _ = group_sums(rows.loss, flat, segments, *rows.targets(at.chunk))
+            state = list(map(segments.spread, closed.state))
             terms, weights = rows.gram_rows(at.chunk, flat, state, gauss_newton=gauss_newton)
             b, w, _ = rows.targets(at.chunk)
             slope = at.dense(rows.loss.slope(flat, b, w, state))

@@ -193,7 +193,7 @@ class Moves:
         if counts is not None:
             seen = counts if moved.ndim == 1 else counts[:, None]
             ends = np.where(seen, moved, -np.inf), np.where(seen, -moved, -np.inf)
-        up, down = (chunk.segments.max(end) for end in ends)
+        up, down = map(chunk.segments.max, ends)
         widest = np.argmax(up + down, axis=0)
         places = widest if moved.ndim == 1 else (widest, np.arange(moved.shape[1]))
         return np.array([up[places], down[places]]).reshape(2, -1)
@@ -221,6 +221,21 @@ def move_sum(part: Part, chunks: list[Chunk], at: Evaluation, steps: Array) -> M
     for chunk in part.prefetch(chunks):
         moves.add(part, chunk, part.fetch(chunk), at, steps)
     return moves
+
+
+def varying_columns(part: Part, chunks: list[Chunk]) -> Array:
+    """Return by a positive number which columns the first rows show to matter, shape (d,)."""
+    seen = np.zeros(part.n_unknowns)
+    for chunk in chunks[:1]:
+        block, segments = part.fetch(chunk), chunk.segments
+        own = np.full(segments.n_rows, 1.0)
+        seen = part.design.combine(own[None, :], part.design.squares(block))[0]
+        if part.loss.shift_invariant:
+            mean = own / segments.spread(segments.sizes.astype(np.float64))
+            centres = part.design.group_rows(block, mean, segments.starts)
+            centres = np.asarray(centres.toarray() if hasattr(centres, "toarray") else centres)
+            seen = np.where(seen - segments.sizes @ (centres * centres) > 1e-8 * seen, seen, 0.0)
+    return np.asarray(seen > 0.0, dtype=np.float64)
 
 
 class Probe:

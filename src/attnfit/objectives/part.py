@@ -27,7 +27,6 @@ from attnfit.segments import Array, Index, Segments
 PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13
 # Entries from which on BLAS is told to use one thread: to say so costs more than small data take.
 MANY = 1 << 18
-_NOWHERE = Evaluation(np.zeros(0), np.nan, np.zeros(0), np.zeros((2, 0)), np.zeros((0, 0)))
 
 
 class PerPart(list[Any]):
@@ -257,18 +256,19 @@ class Part(RowStore):
             return []
         if chunk.long >= 0:
             return list(at.state[:, [chunk.long]])
-        return [chunk.segments.spread(s) for s in self.finalize(chunk, z)[0].state]
-
-    def finalize(self, chunk: Chunk, z: Array) -> tuple[GroupStatistics, tuple[Array, ...]]:
-        """Return what a chunk of whole groups sums to at their exact normalisers, and its columns."""
-        return group_sums(self.loss, z, chunk.segments, *self.targets(chunk))
+        found, _ = group_sums(self.loss, z, chunk.segments, *self.targets(chunk))
+        return list(map(chunk.segments.spread, found.state))
 
     def slope_at_zero(self, chunk: Chunk, long_states: Array) -> Array:
         """Return the gradient in the logits at x = 0, for which A is not needed."""
-        b, w, _ = self.targets(chunk)
+        b, w, constant = self.targets(chunk)
         z = np.zeros(chunk.segments.n_rows) + self.shift(chunk)
-        long = chunk.long >= 0
-        state = list(long_states[:, [chunk.long]]) if long else self.row_state(chunk, z, _NOWHERE)
+        state: list[Array] = []
+        if chunk.long >= 0:
+            state = list(long_states[:, [chunk.long]])
+        elif self.loss.coupled:
+            found, _ = group_sums(self.loss, z, chunk.segments, b, w, constant)
+            state = list(map(chunk.segments.spread, found.state))
         return self.loss.slope(z, b, w, state)
 
     def group_summary(self, g: int, at: Evaluation) -> tuple[Array, Array]:
@@ -360,9 +360,10 @@ def group_sums(
     """Return what whole groups sum to at their exact normalisers, and their columns."""
     normaliser, y, v = loss.normalise(z, segments)
     columns, extras = loss.accumulate(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
-    one = np.ones(())
-    sums = [segments.sum(c) if j in loss.exact_sums else one for j, c in enumerate(columns)]
-    return loss.finalize(sums, [segments.sum(e) for e in extras], normaliser, constant), columns
+    sums = [np.ones(())] * len(columns)
+    for j in loss.exact_sums:
+        sums[j] = segments.sum(columns[j])
+    return loss.finalize(sums, list(map(segments.sum, extras)), normaliser, constant), columns
 
 
 def group_slopes(statistics: GroupStatistics, columns: tuple[Array, ...], segments: Segments) -> Array:

@@ -81,21 +81,6 @@ def parts_sum(
     return moves, parts
 
 
-def varying_columns(part: Part, chunks: list[Chunk]) -> Array:
-    """Return by a positive number which columns the first rows show to matter, shape (d,)."""
-    seen = np.zeros(part.n_unknowns)
-    for chunk in chunks[:1]:
-        block, segments = part.fetch(chunk), chunk.segments
-        own = np.full(segments.n_rows, 1.0)
-        seen = part.design.combine(own[None, :], part.design.squares(block))[0]
-        if part.loss.shift_invariant:
-            mean = own / segments.spread(segments.sizes.astype(np.float64))
-            centres = part.design.group_rows(block, mean, segments.starts)
-            centres = np.asarray(centres.toarray() if hasattr(centres, "toarray") else centres)
-            seen = np.where(seen - segments.sizes @ (centres * centres) > 1e-8 * seen, seen, 0.0)
-    return np.asarray(seen > 0.0, dtype=np.float64)
-
-
 @in_runs
 def structure_sum(part: Part, chunks: list[Chunk], at: Evaluation) -> tuple[Any, Array]:
     """Return the Gram of all rows that play a part, centred by group where the loss ignores what their logits
@@ -130,21 +115,6 @@ def target_squares(part: Part, chunks: list[Chunk]) -> float:
     for chunk in chunks:
         b, w, _ = part.targets(chunk)
         total += float(np.sum(w * b * b))
-    return total
-
-
-def value_at_zero(part: Part, chunks: list[Chunk]) -> float:
-    """Return the loss at x = 0; A is not needed. NaN where a group is longer than a chunk."""
-    total, loss = 0.0, part.loss
-    for chunk in chunks:
-        z = np.zeros(chunk.segments.n_rows) + part.shift(chunk)
-        if chunk.long >= 0:
-            return np.nan
-        if loss.coupled:
-            total += float(part.finalize(chunk, z)[0].value.sum())
-        else:
-            b, w, _ = part.targets(chunk)
-            total += float(loss.accumulate(*loss.transform(z, 0.0), b, w, 0.0, 0.0)[1][0].sum())
     return total
 
 

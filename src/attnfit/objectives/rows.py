@@ -18,7 +18,7 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.objectives.budget import keeps_row_weights, memory_of_rows
 from attnfit.objectives.first_order import guess_normalisers, normaliser_sums, read
 from attnfit.objectives.leverage import RowSampler
-from attnfit.objectives.moves import Moves, move_sum
+from attnfit.objectives.moves import Moves, move_sum, varying_columns
 from attnfit.objectives.objective import Drawn, Evaluation, MemoryEstimate, Moved, Problem, Reduction
 from attnfit.objectives.part import Part, fitted_rows, largest_product, slope_rows, squares_of_some
 from attnfit.objectives.passes import (
@@ -31,7 +31,6 @@ from attnfit.objectives.passes import (
     parts_sum,
     product_sum,
     structure_sum,
-    varying_columns,
 )
 from attnfit.objectives.recession import Frame, separated_rows
 from attnfit.objectives.surrogate import LogStart, log_start, surrogate_rows

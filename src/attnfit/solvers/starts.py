@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.objectives.budget import sample_sizes
+from attnfit.objectives.first_order import value_at_zero
 from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import Evaluation, Problem
-from attnfit.objectives.passes import target_squares, value_at_zero
+from attnfit.objectives.passes import target_squares
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.subsample import draw_rows
 from attnfit.objectives.surrogate import LogStart
