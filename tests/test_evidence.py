@@ -68,7 +68,7 @@ class Arrival:
     def judge(self, M, evidence=None, tol=TOL):
         at = self.points[-1]
         evidence = self.follow() if evidence is None else evidence
-        return evidence.holds(at, dense_model(self.problem, M, at), newton_step(M, at), tol)
+        return evidence.holds(at, dense_model(self.problem, at, M), newton_step(M, at), tol)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_flat_model_asks_for_the_exact_hessian(arrival, lowest, flat):
     scale = np.sqrt(np.diag(M))
     values = np.linalg.eigvalsh(M / scale / scale[:, None])
     assert (values[0] <= 3e-13 * values[-1]) == flat
-    found = evidence.holds(at, dense_model(arrival.problem, M, at), newton_step(arrival.H, at), TOL)
+    found = evidence.holds(at, dense_model(arrival.problem, at, M), newton_step(arrival.H, at), TOL)
     assert found is (None if flat else False)
 
 
@@ -195,7 +195,7 @@ def test_a_pair_does_not_mend_a_flat_model(arrival):
     scale = np.sqrt(np.diag(arrival.H))
     values, vectors = np.linalg.eigh(arrival.H / scale / scale[:, None])
     kept = (vectors * np.where(np.arange(8) == 0, 1e-14, values)) @ vectors.T
-    model = dense_model(arrival.problem, kept * scale * scale[:, None], at)
+    model = dense_model(arrival.problem, at, kept * scale * scale[:, None])
     v = vectors[:, 0] / scale
     model = Model(QuasiNewton(model.base).learn(model.scale * v, arrival.H @ v / model.scale), model.scale)
     np.testing.assert_allclose(model.matrix(), arrival.H, rtol=1e-4, atol=1e-4)
@@ -206,7 +206,7 @@ def test_a_column_without_curvature_asks_for_the_exact_hessian(arrival):
     H = arrival.H.copy()
     H[3] = H[:, 3] = 0.0
     step = newton_step(arrival.H, arrival.points[-1])
-    model = dense_model(arrival.problem, H, arrival.points[-1])
+    model = dense_model(arrival.problem, arrival.points[-1], H)
     assert arrival.follow().holds(arrival.points[-1], model, step, TOL) is None
 
 
@@ -277,7 +277,7 @@ def test_what_was_seen_close_by_is_not_looked_for_again(monkeypatch):
     def judge(evidence, M, c, tol=TOL):
         at = case.at(c)
         evidence.follow(at, full=True)
-        return evidence.holds(at, dense_model(case.problem, M, at), newton_step(M, at), tol)
+        return evidence.holds(at, dense_model(case.problem, at, M), newton_step(M, at), tol)
 
     for M, expected in ((case.H, True), (2.5 * case.H, None), (0.4 * case.H, None)):
         evidence = case.follow()
@@ -314,7 +314,7 @@ def test_negative_curvature_along_a_direction_asks_for_the_exact_hessian():
     evidence, at = Evidence(saddle, lambda: convex), saddle.evaluate(x)
     for size in (1.0, 0.1, 0.01):
         evidence.follow(SimpleNamespace(x=np.zeros(2), gradient=np.array([size, 0.0])), full=True)
-    assert evidence.holds(at, dense_model(convex, M, at), newton_step(M, at), TOL) is None
+    assert evidence.holds(at, dense_model(convex, at, M), newton_step(M, at), TOL) is None
 
 
 def test_patience():
@@ -331,11 +331,11 @@ def test_patience():
 def test_a_judge_accepts_on_a_sample_only_with_evidence(arrival):
     """At a small move; else it steps on, and without evidence or patience asks for the exact Hessian."""
     at = arrival.points[-1]
-    sampled = dense_model(arrival.problem, arrival.H, at)
+    sampled = dense_model(arrival.problem, at, arrival.H)
 
     def look(evidence, M=arrival.H, tol=TOL, point=at):
         judge = Judge(arrival.problem, tol, evidence=evidence)
-        model = dense_model(arrival.problem, M, point)
+        model = dense_model(arrival.problem, point, M)
         step = model.solve(point.gradient, np.inf)
         return judge, judge.look(point, model, step, judge.guess(point, model, step.p))
 
@@ -386,7 +386,7 @@ def test_a_descent_tells_its_strategy_what_to_learn(arrival, size):
 
         def model(self, problem, at, last, *, learn=True):
             told.append(learn)
-            return dense_model(problem, arrival.H, at) if len(told) == 1 else None
+            return dense_model(problem, at, arrival.H) if len(told) == 1 else None
 
     way = np.linalg.solve(arrival.H, np.ones(8))
     moved = arrival.problem.moves(arrival.points[-1], way[:, None]).largest[0]

@@ -123,10 +123,6 @@ class Model:
         assert isinstance(self.quadratic, QuasiNewton | MoreSorensen | Cholesky)
         return np.asarray(self.quadratic.hessian * self.scale * self.scale[:, None])
 
-    def without_pairs(self) -> Model:
-        """Return the model of the matrix alone."""
-        return self if self.base is None else replace(self, quadratic=self.base)
-
     @property
     def flat(self) -> Array | None:
         """An orthonormal basis, in the user's units, of the directions without curvature, shape (d, k); None
@@ -156,27 +152,25 @@ class Strategy(Protocol):
         ...
 
 
-def equilibrated(hessian: Array) -> Array:
-    """Return the scale that gives a matrix a unit diagonal, shape (d,); more where an entry beside the
-    diagonal would exceed it, which only indefinite matrices have.
+def dense_model(problem: Problem, at: Evaluation, hessian: Array | None = None) -> Model:
+    """Return a model of a point with this Hessian, shape (d, d), scaled to a unit diagonal; by default with
+    that of all the data, which the evaluation may have brought along.
     """
-    diagonal = np.abs(np.diag(hessian))
-    scale = np.sqrt(np.where(diagonal > 0.0, diagonal, 1.0))
-    for _ in range(5):
-        largest = (np.abs(hessian) / scale).max(axis=1) / scale
-        if not (largest > 2.0).any():
-            break
-        scale = scale * np.sqrt(np.maximum(largest, 1.0))
-    return scale
-
-
-def dense_model(problem: Problem, hessian: Array, at: Evaluation, exact_at: Array | None = None) -> Model:
-    """Return a model with this Hessian, shape (d, d), scaled by its diagonal."""
+    exact_at = at.x if hessian is None else None
+    if hessian is None:
+        hessian = problem.hessian_at(at) if at.hessian is None else at.hessian
     unseen = problem.unseen_columns(at)
     if unseen.any():
         # Rounding must not be scaled up to matter.
         hessian = np.where(unseen | unseen[:, None], 0.0, hessian)
-    scale = equilibrated(hessian)
+    diagonal = np.abs(np.diag(hessian))
+    scale = np.sqrt(np.where(diagonal > 0.0, diagonal, 1.0))
+    for _ in range(5):
+        # An entry beside the diagonal exceeds it in indefinite matrices only: they are scaled further.
+        largest = (np.abs(hessian) / scale).max(axis=1) / scale
+        if not (largest > 2.0).any():
+            break
+        scale = scale * np.sqrt(np.maximum(largest, 1.0))
     scaled = hessian / scale / scale[:, None]
     tolerance = flatness(len(scale)) if problem.has_logits else RANK_TOLERANCE
     make = MoreSorensen if len(scale) <= SMALL else Cholesky
@@ -194,6 +188,7 @@ def natural_scale(problem: Problem, at: Evaluation) -> Array:
     return np.sqrt(np.where(usable, diagonal, 1.0))
 
 
+@dataclass
 class Exact:
     """The full Hessian, accumulated in the same read as the gradient, and kept while it serves.
 
@@ -203,15 +198,14 @@ class Exact:
         Try a Hessian before asking for the next one: for a start so close that the first may be the last.
     """
 
-    def __init__(self, *, patient: bool = False) -> None:
-        self._patient = patient
-        self._untried = False
-        self._requested = False
+    patient: bool = False
+    _untried: bool = False
+    _requested: bool = False
 
     def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for a Hessian unless the present one works well."""
         works = contraction is not None and contraction <= KEEP
-        self._requested = exact or not (works or (self._patient and self._untried))
+        self._requested = exact or not (works or (self.patient and self._untried))
         self._untried = False
         return {"hessian": self._requested}
 
@@ -220,12 +214,7 @@ class Exact:
         if last is not None and not self._requested:
             return last
         self._untried = True
-        return exact_model(problem, at)
-
-
-def exact_model(problem: Problem, at: Evaluation) -> Model:
-    """Return the model with the Hessian at a point, which the evaluation may have brought along."""
-    return dense_model(problem, problem.hessian_at(at) if at.hessian is None else at.hessian, at, at.x)
+        return dense_model(problem, at)
 
 
 class QuasiNewtonCorrected:
@@ -277,7 +266,7 @@ class FrozenHessian(QuasiNewtonCorrected):
             gained = corrected.dual_norm(at.gradient) <= DEAR * corrected.dual_norm(before.gradient)
             if gained:
                 return corrected
-        return self._correctable(exact_model(problem, at))
+        return self._correctable(dense_model(problem, at))
 
 
 @dataclass
@@ -320,8 +309,8 @@ class SampledHessian(QuasiNewtonCorrected):
             return corrected
         # A draw smaller than the number of unknowns is no model.
         if at.sample is None or at.sample.n_rows <= at.x.size:
-            return self._correctable(exact_model(problem, at))
-        return self._correctable(dense_model(problem, problem.hessian_at(at, at.sample), at))
+            return self._correctable(dense_model(problem, at))
+        return self._correctable(dense_model(problem, at, problem.hessian_at(at, at.sample)))
 
 
 @dataclass
@@ -346,7 +335,7 @@ class PilotHessian(QuasiNewtonCorrected):
 
     def __post_init__(self) -> None:
         at = self.sample.evaluate(self.x)
-        model = dense_model(self.sample, self.sample.hessian_at(at), at)
+        model = dense_model(self.sample, at, self.sample.hessian_at(at))
         assert model.base is not None
         if model.negative or model.base.n_flat:
             self.successor = self.otherwise()
@@ -436,9 +425,7 @@ class SampledJacobian:
 
     def model(self, problem: Problem, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Draw residuals and add the exact part."""
-        return (
-            exact_model(problem, at) if self._exact else dense_model(problem, self.curvature(problem, at), at)
-        )
+        return dense_model(problem, at, None if self._exact else self.curvature(problem, at))
 
     def curvature(self, problem: Any, at: Evaluation) -> Array:
         """Return an unbiased estimate of the Hessian."""

@@ -12,7 +12,7 @@ from attnfit.data.inputs import choose
 from attnfit.objectives.layers import TwoLayer
 from attnfit.objectives.leverage import RowSampler, leverage_sketch
 from attnfit.objectives.objective import Evaluation, Offer
-from attnfit.solvers.curvature import Model, dense_model, exact_model
+from attnfit.solvers.curvature import Model, dense_model
 from attnfit.solvers.loop import Outcome, Solver, Tracker, descend
 from attnfit.solvers.verdicts import Judge
 
@@ -121,9 +121,9 @@ class SampledDiagonal:
     def model(self, problem: Any, at: Evaluation, last: Model | None, *, learn: bool = True) -> Model:
         """Draw rows by their share of the diagonal part and add the low-rank part."""
         if self._exact:
-            return exact_model(problem, at)
+            return dense_model(problem, at)
         rows, factors = self.draw(problem, at)
-        return dense_model(problem, problem.sampled_hessian(at, rows, factors), at)
+        return dense_model(problem, at, problem.sampled_hessian(at, rows, factors))
 
     def draw(self, problem: TwoLayer, at: Evaluation) -> tuple[NDArray[np.intp], Array]:
         """Return the rows drawn and their inverse probabilities.

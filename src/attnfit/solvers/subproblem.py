@@ -56,6 +56,8 @@ class MoreSorensen:
         largest = float(np.abs(self.values).max())
         self.floor = tolerance * max(largest, TINY)
         self._flat = np.abs(self.values) <= self.floor
+        # Number of directions without curvature.
+        self.n_flat = int(np.count_nonzero(self._flat))
         # Whether some direction has negative curvature beyond rounding.
         self.negative = bool(self.values[0] < -1e-9 * largest)
 
@@ -72,11 +74,6 @@ class MoreSorensen:
     def unidentified(self) -> Array:
         """Directions without curvature, shape (n_unknowns, k), as columns."""
         return np.asarray(self.vectors[:, self._flat])
-
-    @property
-    def n_flat(self) -> int:
-        """Number of directions without curvature."""
-        return int(np.count_nonzero(self._flat))
 
     def weakest(self) -> tuple[Array, float, float]:
         """Return the direction of least curvature that is not flat, shape (d,), its curvature, and that as a
@@ -96,18 +93,20 @@ class MoreSorensen:
             # rounding.
             rounding = np.abs(along) <= 1e-3 * length(along)
             along[self._flat & (steep_only | rounding)] = 0.0
-        # Curvature that is negative by rounding counts by its size.
-        if not self.negative and not along[self._flat].any():
+        bounded = self.negative or bool(along[self._flat].any())
+        if not bounded:
+            # Curvature that is negative by rounding counts by its size.
             q = -along / np.where(self._flat, 1.0, np.abs(self.values))
-            if length(q) <= radius:
-                return self._step(along, q, False)
-        if not np.isfinite(radius):
-            # No radius yet and no Newton step: take the scale between a gradient step (the diagonal is about
-            # one) and the step of the model with the curvature's absolute values.
-            size = np.maximum(np.abs(self.values), max(self.floor, 1e-100))
-            radius = float(np.sqrt(length(along / size) * length(along)))
-        radius = max(radius, TINY)
-        return self._step(along, self._boundary(along, radius), True)
+            bounded = not length(q) <= radius
+        if bounded:
+            if not np.isfinite(radius):
+                # No radius yet and no Newton step: take the scale between a gradient step (the diagonal is
+                # about one) and the step of the model with the curvature's absolute values.
+                size = np.maximum(np.abs(self.values), max(self.floor, 1e-100))
+                radius = float(np.sqrt(length(along / size) * length(along)))
+            q = self._boundary(along, max(radius, TINY))
+        predicted = -float(along @ q + 0.5 * (self.values * q) @ q)
+        return Step(self.vectors @ q, predicted, bounded)
 
     def approach(self, g: Array) -> Array:
         """Return the Newton step with the curvature taken by absolute value, off flat directions: how far a
@@ -116,10 +115,6 @@ class MoreSorensen:
         size = np.where(np.abs(self.values) > self.floor, np.abs(self.values), np.inf)
         return np.asarray(self.vectors @ (-(self.vectors.T @ g) / size))
 
-    def _step(self, along: Array, q: Array, bounded: bool) -> Step:
-        predicted = -float(along @ q + 0.5 * (self.values * q) @ q)
-        return Step(self.vectors @ q, predicted, bounded)
-
     def _boundary(self, along: Array, radius: float) -> Array:
         """Solve ``||(H + shift)^-1 g|| = radius`` for a shift that makes H + shift positive, by safeguarded
         Newton.
@@ -127,11 +122,7 @@ class MoreSorensen:
         lowest = max(0.0, -float(self.values[0]))
         low, high = lowest, lowest + length(along) / radius + self.floor
         gap = self.floor
-
-        def size(shift: float) -> float:
-            return length(along / (self.values + shift))
-
-        if lowest > 0 and size(lowest + gap) < radius:
+        if lowest > 0 and length(along / (self.values + (lowest + gap))) < radius:
             # Hard case: fill up to the radius along the direction of most negative curvature.
             q = -along / np.maximum(self.values + lowest + gap, gap)
             q[0] = 0.0
@@ -140,7 +131,7 @@ class MoreSorensen:
             return np.asarray(q)
         shift = max(low + gap, 0.5 * (low + high))
         for _ in range(100):
-            norm = size(shift)
+            norm = length(along / (self.values + shift))
             if abs(norm - radius) <= 1e-6 * radius:
                 break
             low, high = (shift, high) if norm > radius else (low, shift)

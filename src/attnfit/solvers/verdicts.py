@@ -10,7 +10,7 @@ doi:10.1214/09-EJS521.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum, auto
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.objectives.objective import MAX_DENSE, Evaluation, Problem
-from attnfit.solvers.curvature import MatrixFree, Model, exact_model, natural_scale
+from attnfit.solvers.curvature import MatrixFree, Model, dense_model, natural_scale
 from attnfit.solvers.subproblem import Step
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class Verdict:
     undecided: bool = False
 
 
+@dataclass(eq=False, repr=False)
 class Judge:
     """Looks at every step of a descent.
 
@@ -136,25 +137,22 @@ class Judge:
         May accept a point on the curvature of a sample.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        tol: float,
-        probe: Any = None,
-        *,
-        final: bool = True,
-        evidence: Evidence | None = None,
-    ) -> None:
-        self.problem, self.tol, self.probe, self.final = problem, tol, probe, final
-        self.evidence = evidence
-        self.verdict = Verdict()
-        self._structure: Array | None = None
-        self._shortened = False
-        self.shorter = np.zeros(0)
-        self._least = np.inf
-        self._last_full, self._last_is_fresh = np.inf, False
-        self._strides: list[float] = []
-        self._n_looks, self._out_of_time = 0, False
+    problem: Problem
+    tol: float
+    probe: Any = None
+    final: bool = field(default=True, kw_only=True)
+    evidence: Evidence | None = field(default=None, kw_only=True)
+    verdict: Verdict = field(default_factory=Verdict, init=False)
+    # The point of least norm, once the descent is asked to go there.
+    shorter: Array = field(init=False)
+    _shortened: bool = field(default=False, init=False)
+    _structure: Array | None = field(default=None, init=False)
+    _least: float = field(default=np.inf, init=False)
+    _last_full: float = field(default=np.inf, init=False)
+    _last_is_fresh: bool = field(default=False, init=False)
+    _strides: list[float] = field(default_factory=list, init=False)
+    _n_looks: int = field(default=0, init=False)
+    _out_of_time: bool = field(default=False, init=False)
 
     # ---- moves
 
@@ -259,10 +257,11 @@ class Judge:
         self, at: Evaluation, model: Model, step: Step, before: float, before_is_fresh: bool
     ) -> Next | Status:
         """Judge a point whose next step, on the rows at hand, is small enough or has stopped shrinking."""
+        if model.base is not None:
+            # The curvature of the matrix alone, without what steps taught.
+            model = replace(model, quadratic=model.base)
+            step = model.solve(at.gradient, np.inf, steep_only=True)
         assert model.exact_at is not None
-        own = model.without_pairs()
-        if own is not model:
-            step = own.solve(at.gradient, np.inf, steep_only=True)
         move, distance = self._measure(at, model, step.p, at.x - model.exact_at)
         if not distance <= TRUSTED:
             return Next.CURVATURE_HERE
@@ -283,29 +282,42 @@ class Judge:
         )
         if not move <= max(self.tol, ACCEPTED_FLOOR):
             return Status.PRECISION
-        return self._flatness(at, own, step.p)
+        return self._accept(at, model, step.p)
 
-    def _flatness(self, at: Evaluation, model: Model, p: Array) -> Next | Status:
-        """Accept a point unless it is flat where the data are not, or longer than it need be."""
-        flat = model.flat
+    def _accept(self, at: Evaluation, model: Model, p: Array) -> Next | Status:
+        """Accept a point with the step p ahead unless it is flat where the data are not, longer than it need
+        be, or known to rounding only; or a row has all but vanished that the loss lets fall for ever, and
+        nothing proves that a minimum is here all the same.
+        """
+        flat, whole = model.flat, False
         self.verdict = replace(self.verdict, flat=flat)
-        if flat is None or not self.problem.has_logits:
-            return self._accepted(at)
-        if flat.shape[1]:
-            unseen = self.structural(at)
-            if flat.shape[1] > unseen.shape[1]:
-                return self._separated(at) or Status.FLAT
-            self.verdict = replace(self.verdict, flat=unseen)
-            excess = unseen @ (unseen.T @ at.x)
-            if not self._shortened and np.linalg.norm(excess) > 1e-14 * np.linalg.norm(at.x):
-                self._shortened = True
-                self.shorter = at.x - excess
-                return Next.SHORTEN
-        noise = self._noise(at, model, p)
-        if not noise <= NOISE:
-            self.verdict = replace(self.verdict, move=noise)
+        if flat is not None and self.problem.has_logits:
+            whole = flat.shape[1] == 0
+            if not whole:
+                unseen = self.structural(at)
+                if flat.shape[1] > unseen.shape[1]:
+                    return self._separated(at) or Status.FLAT
+                self.verdict = replace(self.verdict, flat=unseen)
+                excess = unseen @ (unseen.T @ at.x)
+                if not self._shortened and np.linalg.norm(excess) > 1e-14 * np.linalg.norm(at.x):
+                    self._shortened, self.shorter = True, at.x - excess
+                    return Next.SHORTEN
+            noise = self._noise(at, model, p)
+            if not noise <= NOISE:
+                self.verdict = replace(self.verdict, move=noise)
+                return Status.PRECISION
+        if not self._least <= VANISHED:
+            return Status.CONVERGED
+        from attnfit.solvers.separation import minimum_is_proven
+
+        if whole and minimum_is_proven(self.problem, at, model.matrix(), self.verdict.decrement):
+            return Status.CONVERGED
+        found = self._separated(at)
+        # Too many unknowns to look for a direction without a minimum, or none found in time.
+        if found is None and (self.problem.n_unknowns > MAX_DENSE or self._out_of_time):
+            self.verdict = replace(self.verdict, undecided=True)
             return Status.PRECISION
-        return self._accepted(at, None if flat.shape[1] else model)
+        return found or Status.CONVERGED
 
     def _noise(self, at: Evaluation, model: Model, p: Array) -> float:
         """Return the error, in logits, that rounding may make of the next step p where that is too much."""
@@ -315,46 +327,24 @@ class Judge:
             return coarse / curvature
         assert model.base is not None
         weak = [] if model.base.is_firm(WEAK) else [model.weakest()]
+        if self.probe is not None:
+            # The unknown with the least curvature a logit, if others have far more: scaled variables hide
+            # that the slopes of the others may round its own away.
+            squares, sizes = model.scale**2, self.probe.column_sizes()
+            each = squares / np.where(sizes > 0.0, sizes, np.inf) ** 2
+            each[each == 0.0] = np.inf
+            j = int(np.argmin(each))
+            if np.isfinite(each[j]):
+                largest = float(each[np.isfinite(each)].max())
+                weak.append((np.eye(1, len(each), j)[0], float(squares[j]), float(each[j]) / largest))
         noise = 0.0
-        for v, curvature, share in [*weak, *self._faintest(model)]:
+        for v, curvature, share in weak:
             move = float(self._measure(at, model, v)[0]) if share <= WEAK else 0.0
             if move > 0.0:
                 nudge = NUDGE / move
                 change = float(v @ (self.problem.evaluate(at.x + nudge * v).gradient - at.gradient))
                 noise = max(noise, abs(change / (nudge * curvature) - 1.0) * NUDGE)
         return noise
-
-    def _faintest(self, model: Model) -> list[tuple[Array, float, float]]:
-        """Return the unknown with the least curvature a logit if others have far more, as `Model.weakest`
-        does: scaled variables hide that the slopes of the others may round its own away.
-        """
-        if self.probe is None:
-            return []
-        squares, sizes = model.scale**2, self.probe.column_sizes()
-        share = squares / np.where(sizes > 0.0, sizes, np.inf) ** 2
-        share[share == 0.0] = np.inf
-        j = int(np.argmin(share))
-        if not np.isfinite(share[j]):
-            return []
-        largest = float(share[np.isfinite(share)].max())
-        return [(np.eye(1, len(share), j)[0], float(squares[j]), float(share[j]) / largest)]
-
-    def _accepted(self, at: Evaluation, model: Model | None = None) -> Status:
-        """Accept a point, unless a row has all but vanished that the loss lets fall for ever, and nothing
-        proves that a minimum is here all the same.
-        """
-        if not self._least <= VANISHED:
-            return Status.CONVERGED
-        from attnfit.solvers.separation import minimum_is_proven
-
-        if model is not None and minimum_is_proven(self.problem, at, model.matrix(), self.verdict.decrement):
-            return Status.CONVERGED
-        found = self._separated(at)
-        # Too many unknowns to look for a direction without a minimum, or none found in time.
-        if found is None and (self.problem.n_unknowns > MAX_DENSE or self._out_of_time):
-            self.verdict = replace(self.verdict, undecided=True)
-            return Status.PRECISION
-        return found or Status.CONVERGED
 
     def _at_saddle(self, at: Evaluation, model: Model) -> bool:
         """Whether a stationary point with negative curvature is here."""
@@ -400,7 +390,7 @@ def assess(problem: Problem, at: Evaluation, tol: float, probe: Any = None) -> V
     """Return the verdict on a point that a solver without a judge of its own arrived at: two reads."""
     judge = Judge(problem, tol, probe)
     if problem.n_unknowns <= MAX_DENSE:
-        model = exact_model(problem, at)
+        model = dense_model(problem, at)
     else:
         model = MatrixFree(natural_scale(problem, at)).model(problem, at, None)
     step = judge.step(at, model, np.inf)
