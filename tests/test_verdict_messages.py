@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from attnfit.solvers.messages import End, unknown
+from attnfit.solvers.result import End, unknown
 from attnfit.solvers.verdicts import Status, Verdict
 
 

@@ -111,18 +111,25 @@ class Tracker:
         StopFit
             If the callback asks for it.
         """
-        seconds = {f"seconds_{part}": value for part, value in self._seconds.items()}
+        model, step, evaluate = self._seconds.values()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
+        n_passes = self.n_passes()
         record = Record(
-            phase, iteration, value, gradient_norm, step_norm, radius, accepted, self.n_passes(), **seconds
+            phase,
+            iteration,
+            value,
+            gradient_norm,
+            step_norm,
+            radius,
+            accepted,
+            n_passes,
+            model,
+            step,
+            evaluate,
         )
         self.history.append(record, x if self.keep_points else None)
         if self._callback is not None and self._callback(record):
             raise StopFit
-
-    def seconds(self) -> float:
-        """Return the time since the fit began."""
-        return self.clock() - self.began
 
 
 @dataclass
@@ -205,9 +212,14 @@ class Descent:
 
     def weigh(self, trial: Evaluation, model: Model, step: Step, move: float, *, trust_region: bool) -> bool:
         """Take a step if it keeps its promise, and learn from it; return whether it was taken."""
+        agreement, noise = -1.0, NOISE * abs(self.at.value)
         # A trial may overflow: it is rejected then, not reported.
         with np.errstate(over="ignore", invalid="ignore"):
-            agreement = _agreement(self.at, trial, step.p, step.predicted)
+            actual = self.at.value - trial.value
+            if np.isfinite(trial.value) and np.isfinite(actual) and not step.predicted <= 0.0:
+                if abs(actual) <= noise or step.predicted <= noise:
+                    actual = -0.5 * float((self.at.gradient + trial.gradient) @ step.p)
+                agreement = actual / step.predicted
         anyway = not trust_region or (move <= STAY and not step.bounded)
         accepted = agreement > 1e-4 or (anyway and bool(np.isfinite(trial.value)))
         if not accepted or agreement < POOR:
@@ -312,18 +324,6 @@ def descend(
     return run
 
 
-def _agreement(at: Evaluation, trial: Evaluation, p: Array, predicted: float) -> float:
-    """Return actual over predicted decrease."""
-    if not np.isfinite(trial.value) or predicted <= 0.0:
-        return -1.0
-    actual = at.value - trial.value
-    if not np.isfinite(actual):
-        return -1.0
-    if abs(actual) <= NOISE * abs(at.value) or predicted <= NOISE * abs(at.value):
-        actual = -0.5 * float((at.gradient + trial.gradient) @ p)
-    return actual / predicted
-
-
 def distance(problem: Problem, one: Evaluation, other: Evaluation, probe: Probe | None = None) -> float:
     """Return by how much a fitted logit differs between two points at most; where there are no logits, the
     points' own distance, relative to their size.
@@ -359,21 +359,26 @@ class Outcome:
         cls, problem: Problem, ends: dict[str, Descent], description: str, probe: Probe | None = None
     ) -> Outcome:
         """Choose the lowest end; of ends that differ by rounding, one that is accepted."""
-        ranked = sorted(ends, key=lambda name: ends[name].at.value)
-        best = ends[ranked[0]]
-        accepted: dict[str, Descent] = {}
+        values = {}
+        for name, end in ends.items():
+            values[name] = end.at.value
+        ranked = sorted(values, key=values.__getitem__)
+        best, accepted, local_values = ends[ranked[0]], list[Descent](), {}
         for name in ranked:
             end = ends[name]
-            if end.status == Status.CONVERGED and not any(
-                distance(problem, end.at, other.at, probe) <= DISTINCT for other in accepted.values()
-            ):
-                accepted[name] = end
+            if end.status != Status.CONVERGED:
+                continue
+            for other in accepted:
+                if distance(problem, end.at, other.at, probe) <= DISTINCT:
+                    break
+            else:
+                accepted.append(end)
+                local_values[name] = end.at.value
         if best.status in UNFINISHED and accepted:
-            lowest = next(iter(accepted.values()))
+            lowest = accepted[0]
             if lowest.at.value - best.at.value <= 1e-9 * abs(best.at.value):
                 best = lowest
-        values = {name: end.at.value for name, end in accepted.items()}
-        return cls(best, values, best.n_iter, description, n_starts=len(ends))
+        return cls(best, local_values, best.n_iter, description, n_starts=len(ends))
 
 
 class Solver(ABC):

@@ -17,11 +17,10 @@ from attnfit.data.inputs import as_point, choose
 from attnfit.objectives.objective import Evaluation, Offer, Problem, Reduction, parse_size
 from attnfit.solvers.checkpoint import Checkpoint
 from attnfit.solvers.loop import Callback, Solver, Tracker
-from attnfit.solvers.messages import End
 from attnfit.solvers.newton import EscapingNewton, Newton, require_starts
 from attnfit.solvers.record import Recording
 from attnfit.solvers.recorded import Recorded
-from attnfit.solvers.result import Result
+from attnfit.solvers.result import End, Result
 from attnfit.solvers.starts import Start
 from attnfit.solvers.verdicts import MAX_TOL, Status, Verdict, assess
 
@@ -293,7 +292,7 @@ def _fit(
         n_iter=outcome.n_iter,
         n_passes=tracker.n_passes(),
         history=tracker.history,
-        seconds=tracker.seconds(),
+        seconds=tracker.clock() - tracker.began,
         solver=outcome.description,
         problem=given,
         local_values=outcome.local_values,

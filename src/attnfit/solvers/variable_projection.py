@@ -156,7 +156,7 @@ class VariableProjection(Solver):
                 search.descend(X, STEPS_ONE_TEXT, phase, CULLED)
             else:
                 search.descend(search.to_first_order(X), STEPS, phase)
-            late = alike and search.tracker.seconds() > self.seconds
+            late = alike and search.tracker.clock() - search.tracker.began > self.seconds
             if search.is_exact or search.n_reached >= (REACHED_ONE_TEXT if alike else REACHED) or late:
                 return
 
