@@ -111,21 +111,11 @@ class Tracker:
         StopFit
             If the callback asks for it.
         """
-        model, step, evaluate = self._seconds.values()
+        # In the order of the record's fields.
+        seconds = tuple(self._seconds.values())
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        n_passes = self.n_passes()
         record = Record(
-            phase,
-            iteration,
-            value,
-            gradient_norm,
-            step_norm,
-            radius,
-            accepted,
-            n_passes,
-            model,
-            step,
-            evaluate,
+            phase, iteration, value, gradient_norm, step_norm, radius, accepted, self.n_passes(), *seconds
         )
         self.history.append(record, x if self.keep_points else None)
         if self._callback is not None and self._callback(record):

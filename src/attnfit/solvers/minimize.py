@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass, replace
 from os import PathLike
 from typing import Any, Literal, cast
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from attnfit.data.inputs import as_point, choose
 from attnfit.objectives.objective import Evaluation, Offer, Problem, Reduction, parse_size
 from attnfit.solvers.checkpoint import Checkpoint
-from attnfit.solvers.loop import Callback, Solver, Tracker
+from attnfit.solvers.loop import Callback, Outcome, Solver, Tracker
 from attnfit.solvers.newton import EscapingNewton, Newton, require_starts
-from attnfit.solvers.record import Recording
 from attnfit.solvers.recorded import Recorded
 from attnfit.solvers.result import End, Result
 from attnfit.solvers.starts import Start
@@ -171,26 +170,51 @@ def minimize(
         raise ValueError(f"max_iter must not be negative, not {max_iter!r}")
     problem = problem if memory_limit is None else problem.with_memory_limit(parse_size(memory_limit))
     point = None if x0 is None else as_point(x0, problem.shape, "x0")
-    reduction = problem.reduction()
-    solver = default_solver(problem if reduction is None else reduction.problem) if solver is None else solver
+    given, rows, reduction = problem, problem.rows, problem.reduction()
+    problem = given if reduction is None else reduction.problem
+    solver = default_solver(problem) if solver is None else solver
     solver = solver if n_starts == "auto" else _with_starts(solver, n_starts)
     if history == "points" and not solver.records_points:
         raise ValueError(
             f"history='points': {type(solver).__name__} keeps no points; pass solver=Newton() or "
             "GradientDescent(), or leave history out"
         )
-    fit = (problem, reduction, point, solver, tol, max_iter, separation, history == "points")
-    if checkpoint is not None and Offer.ABSORBED in problem.offers:
+    if checkpoint is not None and Offer.ABSORBED in given.offers:
         raise NotImplementedError("checkpoint does not go with absorb; leave it out, the fit takes few reads")
-    rows = problem.rows
-    with nullcontext() if rows is None or not rows.is_whole else rows.threads():
+    with ExitStack() as stack:
+        if rows is not None and rows.is_whole:
+            stack.enter_context(rows.threads())
         if checkpoint is None:
-            result = _fit(*fit, callback, np.random.default_rng(random_state))
+            kept, rng, clock = None, np.random.default_rng(random_state), time.perf_counter
         else:
-            with Checkpoint(
-                checkpoint, problem, solver, point, random_state, tol=tol, max_iter=max_iter, resume=resume
-            ) as kept:
-                result = kept.finish(_fit(*fit, kept.wrap_callback(callback), kept.rng, kept.recording))
+            kept = Checkpoint(
+                checkpoint, given, solver, point, random_state, tol=tol, max_iter=max_iter, resume=resume
+            )
+            stack.enter_context(kept)
+            problem = cast(Problem, Recorded(problem, kept.recording))
+            callback, rng, clock = kept.wrap_callback(callback), kept.rng, kept.recording.clock
+        if reduction is not None and point is not None:
+            point = reduction.restrict(point)
+        first_read, start = problem.n_passes, Start.draw(problem, rng)
+        tracker = Tracker(
+            lambda: problem.n_passes - first_read + start.n_passes,
+            callback,
+            clock,
+            keep_points=history == "points",
+        )
+        # Steps that overflow are rejected by their value; numpy need not warn of each product on the way.
+        with np.errstate(over="ignore", invalid="ignore"):
+            outcome = solver.run(problem, start, point, tol, max_iter, tracker, rng)
+            best = outcome.best
+            if best.verdict is None:
+                # The solver has no judge of its own.
+                ended = best.status in ENDED
+                best.verdict = Verdict(Status(best.status)) if ended else assess(problem, best.at, tol)
+        if kept is not None:
+            kept.recording.check()
+        result = _report(given, problem, reduction, outcome, tol, max_iter, separation, tracker)
+        if kept is not None:
+            result = kept.finish(result)
     if not result.converged and result.status != "interrupted":
         from sklearn.exceptions import ConvergenceWarning
 
@@ -198,63 +222,34 @@ def minimize(
     return result
 
 
-def _fit(
+def _report(
     given: Problem,
+    problem: Problem,
     reduction: Reduction | None,
-    x0: Array | None,
-    solver: Solver,
+    outcome: Outcome,
     tol: float,
     max_iter: int,
     separation: str,
-    keep_points: bool,
-    callback: Callback | None,
-    rng: np.random.Generator,
-    recording: Recording | None = None,
+    tracker: Tracker,
 ) -> Result:
-    """Fit in the problem's better variables, if it has any; a recording keeps, and gives, what was read."""
-    problem, point = given, x0
-    if reduction is not None:
-        problem, point = reduction.problem, None if x0 is None else reduction.restrict(x0)
-    if recording is not None:
-        problem = cast(Problem, Recorded(problem, recording))
-    first_read = problem.n_passes
-    start = Start.draw(problem, rng)
-    tracker = Tracker(
-        lambda: problem.n_passes - first_read + start.n_passes,
-        callback,
-        time.perf_counter if recording is None else recording.clock,
-        keep_points=keep_points,
-    )
-    # Steps that overflow are rejected by their value; numpy need not warn of each product on the way.
-    with np.errstate(over="ignore", invalid="ignore"):
-        outcome = solver.run(problem, start, point, tol, max_iter, tracker, rng)
-    best = outcome.best
-    verdict = best.verdict
-    if verdict is None:
-        verdict = Verdict(Status(best.status))
-        if best.status not in ENDED:
-            # The solver has no judge of its own.
-            with np.errstate(over="ignore", invalid="ignore"):
-                verdict = assess(problem, best.at, tol)
-    status = verdict.status
-    reason = None
+    """Return what is known of the end of a fit, in the user's variables and words."""
+    best, verdict = outcome.best, outcome.best.verdict
+    assert verdict is not None
+    at, status, column_status = best.at, verdict.status, outcome.column_status
+    reason, settled = None, None
     if status is Status.CONVERGED and not outcome.message:
-        reason = problem.false_optimum(best.at)
+        reason = problem.false_optimum(at)
         status = status if reason is None else Status.FALSE_OPTIMUM
-    if recording is not None:
-        recording.check()
-    at, settled, column_status = best.at, None, outcome.column_status
     if Offer.KINKS in given.offers and status not in ENDED:
         settled = problem.end(at, tol)  # type: ignore[attr-defined]
         if settled is not None:
             at, verdict, column_status = _settled(problem, settled, at, verdict, column_status)
             status = verdict.status
     gradient_norm = best.relative(at.gradient)
-    flat = verdict.flat
+    flat, found, ended = verdict.flat, verdict.separation, outcome.absorbed
     lift = None if reduction is None else reduction.lift
     end = End(status, verdict, tol, max_iter, outcome.n_starts, given, gradient_norm, lift, reason, settled)
     message = end.message() if settled is not None else outcome.message or end.message()
-    ended = outcome.absorbed
     message += f"; {ended.note}" if ended is not None and ended.note else ""
     message += f"; {given.note}" if given.note else ""
     if status is Status.CONVERGED and problem.is_trivial(best.at):
@@ -266,7 +261,7 @@ def _fit(
             flat = np.linalg.qr(np.apply_along_axis(reduction.lift, 0, flat))[0]
         at = given.evaluate(reduction.lift(at.x))
         message += f"; {reduction.note}" if reduction.note else ""
-    x, value, found = at.x, at.value, verdict.separation
+    x, value = at.x, at.value
     # In other variables than the user's all of them move.
     known = reduction is None or reduction.keeps_unknowns
     if found is not None and separation != "keep" and known:
@@ -306,7 +301,7 @@ def _fit(
         effects=None if ended is None else ended.effects,
         dropped=None if ended is None else ended.dropped,
         absorbed=ended,
-        points=_points(tracker, best.at.x, given, lift) if keep_points else None,
+        points=_points(tracker, best.at.x, given, lift) if tracker.keep_points else None,
         sampling=outcome.sampling,
     )
 
@@ -342,6 +337,3 @@ def _with_starts(solver: Any, n_starts: int) -> Any:
         if name in known:
             return replace(solver, **{name: n_starts})
     raise ValueError(f"{type(solver).__name__} takes no n_starts; leave it out, or choose another solver")
-
-
-# ---- what is said of the end of a fit
