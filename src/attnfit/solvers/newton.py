@@ -168,15 +168,15 @@ class Newton(Solver):
         name = f"Newton, {kind.replace('_', '-')} Hessian, {self.globalisation}"
         try:
             points = {"x0": x0} if x0 is not None else start.points(tracker, rng, self.n_starts)
-        except Interrupted as interrupted:
-            end = Descent.begin(problem.evaluate(interrupted.x))
+        except Interrupted as stopped:
+            end = Descent.begin(problem.evaluate(stopped.x))
             end.status, end.verdict = Status.INTERRUPTED, Verdict(Status.INTERRUPTED)
             return Outcome.of(problem, {"start": end}, name)
         probe = probe_of(start.pilot.problem)
         if probe is not None and not start.sample.is_full:
             probe.exact = False
         ends: dict[str, Descent] = {}
-        n_starts, highest, trivial = 0, 0.0, list[str]()
+        n_starts, highest, lowest, trivial, interrupted = 0, 0.0, np.inf, list[str](), False
         for label, x in points.items():
             if len(ends) == 1 and self.n_starts == "auto" and start.settled_by(*next(iter(ends.items()))):
                 break
@@ -187,7 +187,6 @@ class Newton(Solver):
                 if len(points) == 1:
                     problem.value(x)
                 continue
-            lowest = min((end.at.value for end in ends.values()), default=np.inf)
             if abs(lowest) <= EXACT * at.value:
                 # No other minimum can be lower than an exact fit.
                 break
@@ -205,8 +204,8 @@ class Newton(Solver):
                 found = follow(
                     at, strategy, Judge(problem, LOOSE, probe, final=False), max_iter=min(max_iter, MAX_LOOSE)
                 )
-                before = found.n_iter
-                if found.status == Status.INTERRUPTED:
+                interrupted, before = found.status == Status.INTERRUPTED, found.n_iter
+                if interrupted:
                     ends[label] = found
                     break
                 known = any(distance(problem, found.at, end.at, probe) <= CLOSE for end in ends.values())
@@ -214,27 +213,27 @@ class Newton(Solver):
                     continue
                 at, strategy = found.at, self._strategy(kind, start, found.at.x, rng)
             judge = Judge(problem, tol, probe, evidence=self._evidence(kind, start, rng))
-            ends[label] = follow(at, strategy, judge, max_iter=max_iter)
-            ends[label].n_iter += before
-            end = ends[label]
-            if end.status == Status.INTERRUPTED:
-                break
+            end = follow(at, strategy, judge, max_iter=max_iter)
+            end.n_iter += before
+            ends[label], lowest = end, min(lowest, end.at.value)
+            interrupted = end.status == Status.INTERRUPTED
             separation = None if end.verdict is None else end.verdict.separation
-            if separation is not None and not separation.remaining.any():
-                # The loss can vanish: no other minimum can be lower.
+            # Where the loss can vanish no other minimum can be lower.
+            if interrupted or (separation is not None and not separation.remaining.any()):
                 break
             highest = max(highest, at.value)
             if end.status == Status.CONVERGED and problem.is_trivial(end.at):
                 trivial.append(label)
         if not ends:
             problem.value(next(iter(points.values())))
-        fits = [end for label, end in ends.items() if label not in trivial and end.status == Status.CONVERGED]
-        if any(end.at.value <= EXACT * highest for end in fits):
+        if trivial:
+            others = {label: end for label, end in ends.items() if label not in trivial}
+            fits = [end for end in others.values() if end.status == Status.CONVERGED]
             # An exact fit says more than the point that fits every target.
-            ends = {label: end for label, end in ends.items() if label not in trivial}
+            ends = others if any(end.at.value <= EXACT * highest for end in fits) else ends
         outcome = Outcome.of(problem, ends, name, probe)
         best = outcome.best
-        if any(end.status == Status.INTERRUPTED for end in ends.values()):
+        if interrupted:
             best = replace(best, status=Status.INTERRUPTED, verdict=Verdict(Status.INTERRUPTED))
         return replace(outcome, best=best, n_starts=n_starts)
 
@@ -264,11 +263,11 @@ class Newton(Solver):
     def _strategy(self, kind: str, start: Start, x: Array, rng: np.random.Generator) -> Strategy:
         if kind == "kept":
             return FrozenHessian()
+        if kind == "exact":
+            return Exact()
         small, full = start.sample.problem, start.full
         if kind == "matrix_free" and not full.rows_can_be_drawn:
             return MatrixFree(natural_scale(full, full.evaluate(x)))
-        if kind == "exact":
-            return Exact()
         if Offer.RESIDUALS in full.offers:
             return SampledJacobian(float(self.sample_rows or 4.0 * len(x)), rng)
         n, d = full.n_rows, len(x)

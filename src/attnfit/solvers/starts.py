@@ -15,7 +15,6 @@ from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.objectives.passes import target_squares
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.subsample import draw_rows
-from attnfit.objectives.surrogate import LogStart
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
 from attnfit.solvers.loop import Descent, Interrupted, Tracker, descend, distance
 from attnfit.solvers.verdicts import Judge
@@ -70,15 +69,6 @@ class Sample:
             return self.drawn_convex
         return self.problem.convex_surrogate()
 
-    @property
-    def n_passes(self) -> float:
-        """Reads of the full data that the work on the sample amounts to, beyond the fetch of its rows."""
-        if self.is_full:
-            return 0.0
-        return float(
-            self.share * (self.problem.n_passes + (0.0 if self.convex is None else self.convex.n_passes))
-        )
-
 
 def draw_sample(problem: RowProblem, n_rows: int, rng: np.random.Generator) -> Sample:
     """Return an importance-weighted sample of about ``n_rows`` rows of a problem and its convex surrogate."""
@@ -91,19 +81,6 @@ def draw_sample(problem: RowProblem, n_rows: int, rng: np.random.Generator) -> S
     return Sample(small, small.n_rows / problem.n_rows, False, convex)
 
 
-def draw_pilot(sample: Sample, n_rows: int, rng: np.random.Generator) -> Sample:
-    """Return a sample of a sample: the same rows of both its problems."""
-    problem, convex = sample.problem, sample.convex
-    draw = draw_rows(problem.rows, n_rows, rng) if problem.n_rows > n_rows else None
-    if draw is None:
-        return sample
-    small = draw.problem(problem.loss, problem.ridge)
-    if convex is not None:
-        beside = draw.with_targets(*(v[draw.rows] for v in (convex.b, convex.weights, convex.offset)))
-        convex = beside.problem(convex.loss, convex.ridge)
-    return Sample(small, sample.share * small.n_rows / problem.n_rows, False, convex)
-
-
 @dataclass(frozen=True)
 class Start:
     """The samples from which a fit takes its scale, its starts and its first curvature."""
@@ -111,6 +88,8 @@ class Start:
     full: Any
     pilot: Sample
     sample: Sample
+    # Whether descents cost next to nothing.
+    is_small: bool = False
 
     @classmethod
     def draw(cls, problem: Any, rng: np.random.Generator) -> Start:
@@ -118,16 +97,35 @@ class Start:
         if not problem.rows_can_be_drawn:
             itself = Sample(problem)
             return cls(problem, itself, itself)
-        pilot_rows, n_rows = sample_sizes(problem.n_rows, problem.n_unknowns)
+        n, d = problem.n_rows, problem.n_unknowns
+        is_small = bool(n * d <= AUTO_ENTRIES and d <= AUTO_UNKNOWNS)
+        pilot_rows, n_rows = sample_sizes(n, d)
         sample = draw_sample(problem, n_rows, rng)
-        if sample.is_full or n_rows == pilot_rows:
-            return cls(problem, sample, sample)
-        return cls(problem, draw_pilot(sample, pilot_rows, rng), sample)
+        larger, convex = sample.problem, sample.drawn_convex
+        if sample.is_full or n_rows == pilot_rows or larger.n_rows <= pilot_rows:
+            return cls(problem, sample, sample, is_small)
+        draw = draw_rows(larger.rows, pilot_rows, rng)
+        if draw is None:
+            return cls(problem, sample, sample, is_small)
+        # A sample of the sample: the same rows of both its problems.
+        smaller = draw.problem(larger.loss, larger.ridge)
+        if convex is not None:
+            rows = draw.rows
+            beside = draw.with_targets(convex.b[rows], convex.weights[rows], convex.offset[rows])
+            convex = beside.problem(convex.loss, convex.ridge)
+        share = sample.share * smaller.n_rows / larger.n_rows
+        return cls(problem, Sample(smaller, share, False, convex), sample, is_small)
 
     @property
     def n_passes(self) -> float:
-        """Reads of the full data that the work on both samples amounts to."""
-        return self.sample.n_passes + (0.0 if self.pilot is self.sample else self.pilot.n_passes)
+        """Reads of the full data that the work on both samples amounts to, beyond the fetch of their rows."""
+        if self.sample.is_full:
+            return 0.0
+        total = 0.0
+        for sample in (self.sample,) if self.pilot is self.sample else (self.sample, self.pilot):
+            convex = sample.drawn_convex
+            total += sample.share * (sample.problem.n_passes + (0.0 if convex is None else convex.n_passes))
+        return float(total)
 
     def scale(self) -> Array:
         """Return the square root of each unknown's curvature at zero, shape (d,): the fit works in
@@ -148,36 +146,52 @@ class Start:
         pilot sample; ends in one minimum count once and are polished on the larger sample.
         """
         if self.full.convex:
-            # One minimum needs no pilot sample.
-            points = self._convex(rng)
-            if self.sample.is_full:
-                return points
-            (name, x), *_ = points.items()
-            return {name: _on_sample(self.sample.problem, x, f"sample: {name}", tracker).at.x}
-        points = self._named(tracker, rng)
-        points |= self._gaussian(len(points), n_starts, rng)
+            return self._convex(tracker, rng)
+        problem = self.pilot.problem
+        logs = problem.log_start() if problem.rows_can_be_drawn else None
+        others: dict[str, Array] = problem.starts(rng)
+        points: dict[str, Array] = {} if logs is None else {LOGARITHMS: logs.x}
+        if logs is not None and problem.guesses_normaliser:
+            for factor in NORMALISERS:
+                other = problem.log_start(factor)
+                if other is not None:
+                    points[f"logarithms, {factor:g} x"] = other.x
+        convex = self.pilot.convex if logs is None or logs.share < MOST else None
+        if convex is not None:
+            zero = np.zeros(convex.n_unknowns)
+            points["convex"] = self.full.adopt(_on_sample(convex, zero, "convex surrogate", tracker).at.x)
+        if not (self.full.zero_is_trivial and points):
+            points |= others
+        wanted = n_starts
+        if wanted == "auto":
+            wanted = AUTO_STARTS if self.sample.is_full and self.is_small else 1
+        if problem.rows is not None and wanted > len(points):
+            points |= self._gaussian(wanted - len(points), rng)
         if n_starts != "auto":
             points = dict(list(points.items())[:n_starts])
         if self.sample.is_full:
-            many = n_starts == "auto" and self.full.rows_can_be_drawn and not self._is_small
-            return _lowest(points, self.full) if many else points
-        ends = {
-            name: _on_sample(self.pilot.problem, x, f"pilot: {name}", tracker) for name, x in points.items()
-        }
+            # Each descent reads all the data.
+            dear = n_starts == "auto" and self.full.rows_can_be_drawn and not self.is_small
+            return _lowest(points, self.full) if dear and len(points) > MOST_DESCENTS else points
+        ends = {}
+        for name, x in points.items():
+            ends[name] = _on_sample(self.pilot.problem, x, f"pilot: {name}", tracker)
         # Ends on the pilot sample stop at a thousandth of a logit: one minimum shows as two points apart.
         distinct = _distinct(ends, self.pilot.problem, 0.05)
         if self.sample is not self.pilot:
-            polished = {
-                name: _on_sample(self.sample.problem, end.at.x, f"sample: {name}", tracker)
-                for name, end in distinct.items()
-            }
-            distinct = _distinct(polished, self.sample.problem, 0.01)
-        return {name: end.at.x for name, end in distinct.items()}
+            ends = {}
+            for name, end in distinct.items():
+                ends[name] = _on_sample(self.sample.problem, end.at.x, f"sample: {name}", tracker)
+            distinct = _distinct(ends, self.sample.problem, 0.01)
+        points = {}
+        for name, end in distinct.items():
+            points[name] = end.at.x
+        return points
 
     def settled_by(self, name: str, end: Descent) -> bool:
         """Whether the end of the first descent is so good that no other minimum need be looked for."""
         full = self.full
-        if name != LOGARITHMS or end.status != "converged" or not self.sample.is_full or self._is_small:
+        if name != LOGARITHMS or end.status != "converged" or not self.sample.is_full or self.is_small:
             return False
         if full.guesses_normaliser or full.n_rows < ROWS_AN_UNKNOWN * full.n_unknowns:
             return False
@@ -189,59 +203,29 @@ class Start:
         zero = _value(full, np.zeros(full.n_unknowns)) if np.isnan(zero) else zero
         return bool(end.at.value <= SETTLED * min(vanished, zero))
 
-    @property
-    def _is_small(self) -> bool:
-        """Whether descents cost next to nothing."""
-        full = self.full
-        if not full.rows_can_be_drawn:
-            return False
-        return bool(full.n_rows * full.n_unknowns <= AUTO_ENTRIES and full.n_unknowns <= AUTO_UNKNOWNS)
-
-    def _convex(self, rng: np.random.Generator) -> dict[str, Array]:
+    def _convex(self, tracker: Tracker, rng: np.random.Generator) -> dict[str, Array]:
         """Return the start of a convex problem: the logarithms' if it is below the problem's own."""
+        # One minimum needs no pilot sample.
         problem = self.sample.problem
-        others: dict[str, Array] = problem.starts(rng)
-        logs = _logarithms(problem)
-        if logs is None or len(others) > 1:
-            return others
-        own = next(iter(others.values()))
-        return {LOGARITHMS: logs.x} if _value(problem, logs.x) <= _value(problem, own) else others
+        points: dict[str, Array] = problem.starts(rng)
+        logs = problem.log_start() if problem.rows_can_be_drawn else None
+        if logs is not None and len(points) == 1:
+            (own,) = points.values()
+            points = {LOGARITHMS: logs.x} if _value(problem, logs.x) <= _value(problem, own) else points
+        if self.sample.is_full:
+            return points
+        (name, x), *_ = points.items()
+        return {name: _on_sample(problem, x, f"sample: {name}", tracker).at.x}
 
-    def _named(self, tracker: Tracker, rng: np.random.Generator) -> dict[str, Array]:
-        """Return the starts that the data suggest."""
+    def _gaussian(self, n: int, rng: np.random.Generator) -> dict[str, Array]:
+        """Return n Gaussian points, each with logits of one size."""
         problem = self.pilot.problem
-        logs = _logarithms(problem)
-        others: dict[str, Array] = problem.starts(rng)
-        points = {} if logs is None else {LOGARITHMS: logs.x}
-        if logs is not None and problem.guesses_normaliser:
-            for factor in NORMALISERS:
-                other = problem.log_start(factor)
-                if other is not None:
-                    points[f"logarithms, {factor:g} x"] = other.x
-        convex = self.pilot.convex if logs is None or logs.share < MOST else None
-        if convex is not None:
-            zero = np.zeros(convex.n_unknowns)
-            found = _on_sample(convex, zero, "convex surrogate", tracker).at.x
-            points["convex"] = self.full.adopt(found)
-        return points if self.full.zero_is_trivial and points else {**points, **others}
-
-    def _gaussian(
-        self, n_known: int, n_starts: int | Literal["auto"], rng: np.random.Generator
-    ) -> dict[str, Array]:
-        """Return Gaussian points, each with logits of one size."""
-        problem = self.pilot.problem
-        if problem.rows is None:
-            return {}
         d = problem.n_unknowns
-        if n_starts == "auto":
-            n_starts = AUTO_STARTS if self.sample.is_full and self._is_small else 1
-        if n_starts <= n_known:
-            return {}
         sizes = Probe(problem.rows).column_sizes()
         unit = np.where(sizes > 0.0, 1.0 / (np.where(sizes > 0.0, sizes, 1.0) * np.sqrt(d)), 0.0)
         return {
             f"Gaussian {k + 1}": LOGIT_SIZES[k % len(LOGIT_SIZES)] * rng.standard_normal(d) * unit
-            for k in range(n_starts - n_known)
+            for k in range(n)
         }
 
     def transfer(self, x: Array) -> Evaluation | None:
@@ -255,21 +239,18 @@ class Start:
         if numbers.max() >= small.n_groups or (small.groups.labels[numbers] != labels).any():
             return None
         at = small.evaluate(x)
-        states, centres = zip(*(small.rows.group_summary(int(g), at) for g in numbers), strict=True)
+        states, centres = [], []
+        for g in numbers:
+            state, centre = small.rows.group_summary(int(g), at)
+            states.append(state)
+            centres.append(centre)
         return Evaluation(x, at.value, at.gradient, np.array(states).T, np.array(centres))
 
 
 def _lowest(points: dict[str, Array], problem: Problem) -> dict[str, Array]:
-    """Return the best points to descend from where each descent reads all the data: a read tells a value."""
-    if len(points) <= MOST_DESCENTS:
-        return points
+    """Return the best points to descend from: a read tells the value of each."""
     values = {name: _value(problem, x) for name, x in points.items()}
     return {name: points[name] for name in sorted(points, key=lambda name: values[name])[:MOST_DESCENTS]}
-
-
-def _logarithms(problem: Any) -> LogStart | None:
-    found: LogStart | None = problem.log_start() if problem.rows_can_be_drawn else None
-    return found
 
 
 def _value(problem: Problem, x: Array) -> float:
@@ -303,17 +284,22 @@ def _distinct(ends: dict[str, Descent], problem: Problem, closeness: float) -> d
     An end that ran out of steps above one that converged is no minimum: the full data would be read many
     times on its way down.
     """
-    kept: dict[str, Descent] = {}
-    for name in sorted(ends, key=lambda name: ends[name].at.value):
+    values = {}
+    for name, end in ends.items():
+        values[name] = end.at.value
+    kept, finite = dict[str, Descent](), dict[str, Descent]()
+    any_converged = False
+    for name in sorted(values, key=values.__getitem__):
         end = ends[name]
-        astray = end.status == "max_iter" and any(other.status == "converged" for other in kept.values())
-        if not astray and not any(_same(problem, end.at, k.at, closeness) for k in kept.values()):
+        if end.status == "max_iter" and any_converged:
+            continue
+        for other in kept.values():
+            gap = abs(end.at.value - other.at.value)
+            if gap <= 1e-9 * abs(end.at.value) or distance(problem, end.at, other.at) <= closeness:
+                break
+        else:
             kept[name] = end
-    finite = {name: end for name, end in kept.items() if np.isfinite(end.at.value)}
+            any_converged = any_converged or end.status == "converged"
+            if np.isfinite(end.at.value):
+                finite[name] = end
     return finite or ends
-
-
-def _same(problem: Problem, one: Evaluation, other: Evaluation, closeness: float) -> bool:
-    """Whether two ends on a sample are on their way to one minimum."""
-    gap = abs(one.value - other.value)
-    return gap <= 1e-9 * abs(one.value) or distance(problem, one, other) <= closeness
