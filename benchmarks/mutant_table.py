@@ -65,7 +65,7 @@ EQUIVALENT = [
     ("objectives/surrogate", r"became .*known\.mass\[chunk\.groups\], \(10\.0\)"),
     ("solvers/separation", r"became `return True, others \+ \(\(10\.0\) \+ max\("),
     # The iteration arrives at the same root; the answer is the same one way or the other.
-    ("solvers/subproblem", r"became `if lowest > 0 and size\(lowest - gap\) < radius:`"),
+    ("solvers/subproblem", r"became `if lowest > 0 and .*\(lowest - gap\)\)\) < radius:`"),
     ("solvers/subproblem", r"became `if reciprocal > \(101\) \* tolerance:`"),
     ("objectives/surrogate", r"became .*np\.isfinite\(x\)\.any"),
     # Margins taken several times, outside of the operations that enclose a single rounding.

@@ -67,7 +67,6 @@ GUARDS = {
     "losses/named": ["loss_sums", "open_losses"],
     "objectives/units": ["certificates_centred"],
     "certificates/certification": [*BALLS, "certificates_rigorous"],
-    "certificates/intervals": BALLS,
     "certificates/kantorovich": BALLS,
     "certificates/lipschitz": BALLS,
     "certificates/rigorous": PROVEN,

@@ -12,8 +12,7 @@ from autodiff import Objective, as_tensor
 from instances import ALL_LOSSES, instance
 
 from attnfit import problems
-from attnfit.certificates.intervals import output_bounds
-from attnfit.certificates.lipschitz import lipschitz_constant
+from attnfit.certificates.lipschitz import lipschitz_constant, output_bounds
 from attnfit.certificates.mixture import _on_face
 from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential, Total
 from attnfit.losses.softmax import LOSSES

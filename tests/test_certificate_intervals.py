@@ -20,8 +20,7 @@ from test_certificate_constants import TIGHT, third_along
 
 from attnfit import certificates, minimize, problems
 from attnfit.certificates.certification import RowBall
-from attnfit.certificates.intervals import Interval
-from attnfit.certificates.lipschitz import lipschitz_constant
+from attnfit.certificates.lipschitz import Interval, lipschitz_constant
 from attnfit.certificates.rigorous import (
     Enclosure,
     _ball,

@@ -18,8 +18,8 @@ from attnfit.certificates.lipschitz import (
     ball_formula,
     constant_of,
     lipschitz_constant,
+    sent,
     sums_on_ball,
-    together,
 )
 from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
@@ -88,57 +88,58 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.layers`, which
     replace the papers' ``n^4 exp(20 R^2)``.
     """
-    found, each = _certify(problem, x, rigorous), np.full(problem.shape, np.inf)
+    each = np.full(problem.shape, np.inf)
+    reason = _refusal(problem, rigorous)
+    if reason is not None:
+        found = refused(reason)
+    elif isinstance(problem, LayeredProblem):
+        found = certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
+    elif isinstance(problem, LayerProblem):
+        found = certify_layer(problem, x)
+    else:
+        x = as_point(x, problem.shape)
+        rows: RowProblem = problem.dense() if isinstance(problem, Attention) else problem
+        if rigorous:
+            found = certify_rigorously(rows, x, centred(rows))
+        else:
+            apart = not rows.rows.is_whole or shares_much(rows.rows, SHIFTED)
+            grouped = centred(rows) if apart else rows
+            at = grouped.evaluate(x, hessian=grouped.n_unknowns <= NARROW)
+            found = newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
     if found.coefficient_radius.size == each.size:
         each = found.coefficient_radius.reshape(each.shape)
     return replace(found, coefficient_radius=each)
 
 
-def _certify(problem: Any, x: Any, rigorous: bool) -> Certificate:
+def _refusal(problem: Any, rigorous: bool) -> str | None:
+    """Return why there is no certificate of this kind of problem, None if there is one."""
+    kind = type(problem).__name__
     if Offer.ABSORBED in problem.offers:
-        return refused(
+        return (
             "none is known where effects are absorbed; where they are few, pass them as dummies in sparse "
             "columns"
         )
     if rigorous and (isinstance(problem, Attention) or not isinstance(problem, RowProblem)):
-        return refused(
-            f"no rigorous certificate is known for {type(problem).__name__}; call certificate() without "
-            "rigorous"
-        )
-    if isinstance(problem, LayeredProblem):
-        return certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
-    if isinstance(problem, LayerProblem):
-        return certify_layer(problem, x)
+        return f"no rigorous certificate is known for {kind}; call certificate() without rigorous"
+    if isinstance(problem, LayeredProblem | LayerProblem):
+        return None
     if isinstance(problem, TokenProblem):
-        return refused(
-            "none is known for transformer blocks; radius of a recovery says how far an input can be"
+        return "none is known for transformer blocks; radius of a recovery says how far an input can be"
+    if isinstance(problem, Attention) and problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
+        return (
+            f"a certificate takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, "
+            f"more than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
         )
-    if isinstance(problem, Attention):
-        if problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
-            return refused(
-                f"a certificate takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, "
-                f"more than {DENSE_ENTRIES:,} numbers; judge the fit on held-out maps"
-            )
-        x, problem = as_point(x, problem.shape), problem.dense()
     if Offer.LINEAR_SYSTEM in problem.offers:
-        return refused("a linear system needs none: the error of x is at most the residual's norm over ridge")
+        return "a linear system needs none: the error of x is at most the residual's norm over ridge"
     if not isinstance(problem, RowProblem):
-        return refused(
-            f"none is known for {type(problem).__name__}, whose factors are not unique; compare "
-            "result.local_values of several starts"
+        return (
+            f"none is known for {kind}, whose factors are not unique; compare result.local_values of "
+            "several starts"
         )
     if isinstance(problem.loss, MixedSum) and not problem.rows.is_whole:
-        return refused("none is known on Dask of a sum that the normaliser enters; certify on fewer rows")
-    missing = missing_bound(problem.loss)
-    if missing is not None:
-        return refused(missing)
-    x = as_point(x, problem.shape)
-    if rigorous:
-        return certify_rigorously(problem, x, centred(problem))
-    apart = not problem.rows.is_whole or shares_much(problem.rows, SHIFTED)
-    grouped = centred(problem) if apart else problem
-    at = grouped.evaluate(x, hessian=grouped.n_unknowns <= NARROW)
-    return newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
+        return "none is known on Dask of a sum that the normaliser enters; certify on fewer rows"
+    return missing_bound(problem.loss)
 
 
 def missing_bound(loss: Loss) -> str | None:
@@ -222,9 +223,20 @@ def _seen(part: Part, chunks: list[Chunk], directions: Array) -> _Largest:
 
 
 def _glance(formula: Formula, rows: ChunkRows, radius: float) -> Stages:
-    """Add up what a formula does and what rounding takes, once neither asks for more."""
+    """Add up what a formula does and what rounding takes, and ask at once for what both ask for; rounding
+    asks at most once, and goes on last. Sums count once neither asks for more.
+    """
     sums, rows.sums = rows.sums, {}
-    yield from together(formula(rows, radius), _rounding(rows, 0.0))
+    main, once = formula(rows, radius), _rounding(rows, 0.0)
+    asked, answer, own = next(once, None), None, next(main, None)
+    while own is not None or (asked is not None and answer is None):
+        mine = () if own is None else own
+        found = yield mine if asked is None or answer is not None else mine + asked
+        if answer is None:
+            answer = found[len(mine) :]
+        own = None if own is None else sent(main, found[: len(mine)])
+    if asked is not None and answer is not None:
+        sent(once, answer)
     sums.update(merged(sums, rows.sums))
 
 
@@ -238,12 +250,10 @@ def _rounding(rows: ChunkRows, radius: float) -> Stages:
     """
     part, point = rows.part, (rows.z, rows.b, rows.w, rows.state)
     own, along = rows.norms(centred=False), np.abs(rows.at.x)
-    dz = rows.keep(
-        "errors",
-        lambda: (
-            1.0 + np.sqrt(len(along)) * np.asarray(abs(rows.block) @ along) + np.abs(part.shift(rows.chunk))
-        ),
-    )
+    if "errors" not in rows.kept:
+        terms = 1.0 + np.sqrt(len(along)) * np.asarray(abs(rows.block) @ along)
+        rows.kept["errors"] = terms + np.abs(part.shift(rows.chunk))
+    dz = rows.kept["errors"]
     terms, m = part.loss.gram_terms(*point)
     centre, mean = np.zeros_like(dz), np.zeros_like(dz)
     outer, inner, share = part.loss.slope_parts(*point) or np.zeros((3, len(dz)))
@@ -259,5 +269,5 @@ def _rounding(rows: ChunkRows, radius: float) -> Stages:
         rows.add("rounding", penalty * dz * own)
         rows.add_columns("columns", penalty * dz)
     for t, r, q in terms:
-        size, beside = (np.abs(1.0 if v is None else v) for v in (r, 0.0 if q is None else q))
+        size, beside = np.abs(1.0 if r is None else r), np.abs(0.0 if q is None else q)
         rows.add("rounding", np.abs(t) * (size * own + beside * centre) * (size * dz + beside * mean))

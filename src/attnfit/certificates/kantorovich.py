@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,18 +193,6 @@ class Whitening:
         """``||T||_2``, the most that a unit of the whitened variables moves x."""
         return float(np.linalg.norm(self.T, 2))
 
-    @property
-    def open_columns(self) -> NDArray[np.bool_]:
-        """Which unknowns an open direction has a component along, shape (d,)."""
-        return np.asarray(np.linalg.norm(self.open, axis=1) > self.noise)
-
-    def identified(self, rho: float) -> Identified:
-        """Return what a ball of radius rho in the whitened variables says."""
-        basis = np.linalg.qr(self.T * self.scale[:, None] ** 2)[0]
-        radius = rho * float(np.linalg.norm(basis.T @ self.T, 2))
-        each = np.where(self.open_columns, np.inf, rho * np.linalg.norm(self.T, axis=1))
-        return Identified(basis, radius, each)
-
 
 def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array], Ball]) -> Certificate:
     """Return the certificate of an evaluated point.
@@ -226,7 +214,7 @@ def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array],
     scale = np.sqrt(np.where(diagonal > 0.0, diagonal, 1.0))
     model = MoreSorensen(hessian / np.multiply.outer(scale, scale))
     values, vectors, floor = model.values, model.vectors, model.floor
-    flat = model.unidentified.shape[1]
+    flat = model.n_flat
     if values[0] < -floor:
         worst = vectors[:, 0] / scale
         along = int(np.argmax(np.abs(worst)))
@@ -258,7 +246,7 @@ def newton_kantorovich(problem: Problem, at: Evaluation, ball: Callable[[Array],
     reach = 4.0 * slope + ROUNDING * np.sqrt(abs(at.value) * len(values))
     rounding, cheap = around.glance(reach)
     eta = (slope + rounding) / (1.0 - lost)
-    known = {"eta": eta, "lambda_min": 1.0 / white.spread**2, "n_unidentified": flat}
+    known: dict[str, Any] = {"eta": eta, "lambda_min": 1.0 / white.spread**2, "n_unidentified": flat}
     obstacle = around.obstacle(2.0 * eta)
     if obstacle is not None:
         return refused(obstacle, **known)
@@ -303,7 +291,10 @@ def certified(
     # The rounding of the radius itself.
     rho = rho * OUTWARD
     scaled = rho if scaled is None else scaled
-    identified, radius = white.identified(rho), float(rho * white.spread)
+    radius = float(rho * white.spread)
+    basis = np.linalg.qr(white.T * white.scale[:, None] ** 2)[0]
+    is_open = np.linalg.norm(white.open, axis=1) > white.noise
+    each = np.where(is_open, np.inf, rho * np.linalg.norm(white.T, axis=1))
     return Certificate(
         valid=True,
         radius=radius,
@@ -315,8 +306,8 @@ def certified(
         lambda_min=lambda_min,
         n_unidentified=n_unidentified,
         valid_for_predictions=True,
-        identified=identified,
-        coefficient_radius=identified.coefficient_radius,
+        identified=Identified(basis, rho * float(np.linalg.norm(basis.T @ white.T, 2)), each),
+        coefficient_radius=each,
         radii=np.array([radius]),
         scaled_radii=np.array([scaled]),
         value_gaps=np.array([value_gap]),
@@ -326,7 +317,8 @@ def certified(
 
 def _open(found: Certificate, white: Whitening, unseen: bool) -> Certificate:
     """Return what is left of a certificate where directions are open."""
-    columns = np.flatnonzero(white.open_columns)
+    # The unknowns that an open direction has a component along.
+    columns = np.flatnonzero(np.linalg.norm(white.open, axis=1) > white.noise)
     listed = ", ".join(f"column {j}" for j in columns[:LISTED]) or "a combination of all columns"
     if len(columns) > LISTED:
         listed += f" and {len(columns) - LISTED} more"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from attnfit.certificates.kantorovich import Certificate, combined, newton_kanto
 from attnfit.data.gram import centre_rows
 from attnfit.data.inputs import as_point
 from attnfit.losses.vector_activations import AnyActivation, VectorActivation
-from attnfit.objectives.inverse_layer import HeadState
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layer_curvature import LayeredEvaluation, Layers, outer_rows, weighted_outputs
 from attnfit.objectives.layer_inputs import LinearMap
@@ -94,7 +93,7 @@ def _certify_column(problem: LayeredProblem, x: Array) -> Certificate:
             f"output {on[0].output} lies on the kink of {problem.activation.name}: no ball about x has one "
             "Hessian that changes little"
         )
-    return newton_kantorovich(problem, at, lambda whitener: LayerBall(problem, at, whitener))
+    return newton_kantorovich(problem, at, partial(LayerBall, problem, at))
 
 
 @dataclass(frozen=True)
@@ -294,7 +293,7 @@ def certify_layer(problem: LayerProblem, x: Any) -> Certificate:
             f"{MAX_DENSE:,}; give known tokens"
         )
     at = problem.evaluate(as_point(x, problem.shape).copy())
-    return newton_kantorovich(problem, at, lambda whitener: InverseBall(problem, at, whitener))
+    return newton_kantorovich(problem, at, partial(InverseBall, problem, at))
 
 
 @dataclass(frozen=True)
@@ -333,10 +332,24 @@ class InverseBall:
     def __init__(self, problem: LayerProblem, at: TokenEvaluation, whitener: Array) -> None:
         self.problem, self.at = problem, at
         d, u = problem.shape
-        self.W = np.zeros((problem.n, d, whitener.shape[1]))
+        n = problem.n
+        self.W = np.zeros((n, d, whitener.shape[1]))
         self.W[problem.unknown] = whitener.reshape(d, u, -1).swapaxes(0, 1)
         self.moves = np.linalg.norm(self.W, ord=2, axis=(1, 2))
-        self.bounds = [self._bounds(s) for s in at.forward.heads]
+        self.bounds = list[Bounds]()
+        for s in at.forward.heads:
+            logits = np.empty((n, n))
+            for i in range(n):
+                # Query i moves its logits through its own row, keys through theirs.
+                own = np.einsum("kl,lw->kw", s.Q, self.W[i])
+                rates = own + np.einsum("l,klw->kw", s.R[i], self.W)
+                rates -= s.P[i] @ rates
+                logits[i] = np.linalg.norm(rates, axis=1)
+            form = np.linalg.norm(s.head.M, 2)
+            bend = form * np.multiply.outer(self.moves, self.moves)
+            values = np.linalg.norm(np.einsum("lj,klw->kjw", s.head.V, self.W), ord=2, axis=(1, 2))
+            gaps = np.linalg.norm(s.H[None] - s.O[:, None], axis=2)
+            self.bounds.append(Bounds(np.where(s.P > 0.0, logits, 0.0), bend, values, gaps))
         J = problem.layer.jacobian(at.forward, problem.unknown)
         self.slope = float(np.linalg.norm(J @ whitener, 2))
         self.residual = float(np.linalg.norm(at.residuals))
@@ -379,22 +392,6 @@ class InverseBall:
         x = float(np.linalg.norm(at.x))
         backward = 8.0 * eps * (problem.n * self.slope * self.residual + problem.gamma * x * self.spread)
         return float(forward * self.slope + backward)
-
-    def _bounds(self, s: HeadState) -> Bounds:
-        """Return the bounds at the centre."""
-        n = self.problem.n
-        logits = np.empty((n, n))
-        for i in range(n):
-            # Query i moves its logits through its own row, keys through theirs.
-            own = np.einsum("kl,lw->kw", s.Q, self.W[i])
-            rates = own + np.einsum("l,klw->kw", s.R[i], self.W)
-            rates -= s.P[i] @ rates
-            logits[i] = np.linalg.norm(rates, axis=1)
-        form = np.linalg.norm(s.head.M, 2)
-        bend = form * np.multiply.outer(self.moves, self.moves)
-        values = np.linalg.norm(np.einsum("lj,klw->kjw", s.head.V, self.W), ord=2, axis=(1, 2))
-        gaps = np.linalg.norm(s.H[None] - s.O[:, None], axis=2)
-        return Bounds(np.where(s.P > 0.0, logits, 0.0), bend, values, gaps)
 
     def _rates(self, radius: float) -> tuple[float, float]:
         """Bound the second and third derivative of the residuals along unit directions on a ball."""

@@ -10,6 +10,7 @@ So the rows may be anywhere; of wide rows in memory four numbers are kept betwee
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.certificates.intervals import Interval, output_bounds, unit_outputs
 from attnfit.data.groups import Chunk
+from attnfit.losses.elementwise import output_range
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, LogRatio, SoftmaxLoss
@@ -32,6 +33,44 @@ Array = NDArray[np.float64]
 WHITENED_ROWS = 4096
 # Columns from which on what is kept of a row, four numbers, is an eighth of it at most.
 WIDE = 32
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Entrywise bounds ``low <= . <= high``."""
+
+    low: Array
+    high: Array
+
+    def __add__(self, other: Interval) -> Interval:
+        return Interval(self.low + other.low, self.high + other.high)
+
+    def __sub__(self, other: Interval) -> Interval:
+        return Interval(self.low - other.high, self.high - other.low)
+
+    def __mul__(self, other: Interval) -> Interval:
+        low, high = self.low, self.high
+        products = low * other.low, low * other.high, high * other.low, high * other.high
+        return Interval(np.minimum.reduce(products), np.maximum.reduce(products))
+
+    @property
+    def magnitude(self) -> Array:
+        """Largest absolute value."""
+        return np.maximum(-self.low, self.high)
+
+    def deviation(self, centre: Array) -> Array:
+        """Largest distance from a value inside."""
+        return np.maximum(self.high - centre, centre - self.low)
+
+
+def output_bounds(h: Array, reach: Array, total: Array) -> tuple[Interval, Interval]:
+    """Return bounds of the outputs f and of their logarithms where centred logits move by at most ``reach``.
+
+    The normaliser of centred logits does not fall, by Jensen's inequality, and grows to at most ``total``,
+    the group's sum of ``f exp(reach)``.
+    """
+    logs = Interval(h - reach - np.log(total), np.minimum(0.0, h + reach))
+    return Interval(np.exp(h - reach) / total, np.minimum(1.0, np.exp(h + reach))), logs
 
 
 class ChunkRows:
@@ -66,32 +105,23 @@ class ChunkRows:
         kept: dict[int, dict[str, Any]] | None = None,
     ) -> None:
         self.part, self.chunk, self.at, self.whitener, self.sums = part, chunk, at, whitener, sums
-        self.traces, self._kept = traces, dict[str, Any]()
+        # Sums over the rows of each group here, shape (n_groups,).
+        self.sum: Callable[[Array], Array] = chunk.segments.sum
+        # What is the same in every read, computed once where there is room to keep it.
+        self.traces, self.kept = traces, dict[str, Any]()
         if kept is not None and chunk.long >= 0 and isinstance(chunk.rows, slice):
-            self._kept = kept.setdefault(chunk.rows.start, {})
-        self.z = self.keep("logits", self._logits)
+            self.kept = kept.setdefault(chunk.rows.start, {})
+        if "logits" not in self.kept:
+            self.block, self.kept["logits"] = part.logits(chunk, at.x)
+        self.z = self.kept["logits"]
         self.b, w, self.constant = part.targets(chunk)
         self.w = w + np.zeros(len(self.z))
         self.state = part.row_state(chunk, self.z, at)
-
-    def _logits(self) -> Array:
-        self.block, z = self.part.logits(self.chunk, self.at.x)
-        return z
 
     @cached_property
     def block(self) -> Any:
         """The rows themselves, read once they are asked for."""
         return self.part.fetch(self.chunk)
-
-    def keep(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return what is the same in every read, computed once where there is room to keep it."""
-        if name not in self._kept:
-            self._kept[name] = compute()
-        return self._kept[name]
-
-    def sum(self, values: Array) -> Array:
-        """Sum over the rows of each group here, shape (n_groups,)."""
-        return self.chunk.segments.sum(values)
 
     def spread(self, totals: Array) -> Array:
         """Repeat one value a group on its rows, shape (n_rows,)."""
@@ -104,24 +134,23 @@ class ChunkRows:
 
     def norms(self, *, centred: bool) -> Array:
         """Return the norm of each whitened row, ``|T^T a_i|`` or ``|T^T (a_i - mu_g)|``, shape (n_rows,)."""
-        found: Array = self.keep("norms", self._measure)[centred]
-        return found
-
-    def _measure(self) -> dict[bool, Array]:
-        """Return the norms of the whitened rows as they are, and about their group's centre if it has one."""
-        centres = self._centres()
-        kinds = (False,) if centres is None else (False, True)
-        out = {kind: np.empty(len(self.z)) for kind in kinds}
-        shift = None if centres is None else centres @ self.whitener
-        group = np.repeat(np.arange(len(self.chunk.segments)), self.chunk.segments.sizes)
-        for first in range(0, len(self.z), WHITENED_ROWS):
-            part = slice(first, first + WHITENED_ROWS)
-            rows = self.block[part] @ self.whitener
-            for kind in kinds:
-                if kind and shift is not None:
+        if "norms" not in self.kept:
+            centres = self._centres()
+            out = {False: np.empty(len(self.z))}
+            shift = None
+            if centres is not None:
+                out[True], shift = np.empty(len(self.z)), centres @ self.whitener
+            group = np.repeat(np.arange(len(self.chunk.segments)), self.chunk.segments.sizes)
+            for first in range(0, len(self.z), WHITENED_ROWS):
+                part = slice(first, first + WHITENED_ROWS)
+                rows = self.block[part] @ self.whitener
+                out[False][part] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+                if shift is not None:
                     rows -= shift[group[part]] if len(shift) > 1 else shift
-                out[kind][part] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-        return out
+                    out[True][part] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+            self.kept["norms"] = out
+        found: Array = self.kept["norms"][centred]
+        return found
 
     def add(self, name: str, values: Array) -> None:
         """Add up a number a row."""
@@ -175,20 +204,7 @@ Stages = Generator[tuple[Array, ...], tuple[Array, ...], None]
 Formula = Callable[[ChunkRows, float], Stages]
 
 
-def together(formula: Stages, once: Stages) -> Stages:
-    """Ask for what two formulas ask for at once; the second asks at most once, and goes on last."""
-    asked, answer, own = next(once, None), None, next(formula, None)
-    while own is not None or (asked is not None and answer is None):
-        mine = () if own is None else own
-        found = yield mine if asked is None or answer is not None else mine + asked
-        if answer is None:
-            answer = found[len(mine) :]
-        own = None if own is None else _sent(formula, found[: len(mine)])
-    if asked is not None and answer is not None:
-        _sent(once, answer)
-
-
-def _sent(stages: Stages, answer: tuple[Array, ...]) -> tuple[Array, ...] | None:
+def sent(stages: Stages, answer: tuple[Array, ...]) -> tuple[Array, ...] | None:
     """Answer a formula; return what it asks for next, None at its end."""
     try:
         return stages.send(answer)
@@ -249,7 +265,7 @@ def _read(
                 if totals is None:
                     asked = merged(asked, {chunk.long: own})
                     break
-                own = _sent(stages, totals)
+                own = sent(stages, totals)
     return asked, sums
 
 
@@ -270,7 +286,12 @@ def lipschitz_constant(problem: RowProblem, at: Evaluation, whitener: Array, rad
         # Quadratic.
         return 0.0
     if isinstance(problem.loss, MixedSum):
-        return _constant_of_sum(problem, problem.loss, at, whitener, radius)
+        # The weighted sum of the constants of the parts, each on the same rows.
+        total = 0.0
+        for factor, part in problem.loss.plain_terms:
+            alone = problem.with_rows(problem.rows.with_loss(part, problem.b, problem.weights))
+            total += abs(factor) * lipschitz_constant(alone, alone.evaluate(at.x), whitener, radius)
+        return total
     formula = ball_formula(problem.loss, problem.n_groups)
     return constant_of(problem.loss, sums_on_ball(problem, at, whitener, formula, radius), whitener)
 
@@ -282,27 +303,21 @@ def constant_of(loss: Loss, sums: dict[str, Any], whitener: Array) -> float:
         return sums[name] if isinstance(sums[name], float) else largest_eigenvalue(sums[name], whitener)
 
     if isinstance(loss, SquaredRescaled):
-        constant = _rescaled_constant(sums, top)
+        one_group = "outputs" in sums
+        with np.errstate(over="ignore", invalid="ignore"):
+            outputs = sums["targets"] * np.square(top("outputs")) if one_group else sums["outputs of groups"]
+            moved = top("moved") if one_group else sums["moved of groups"]
+            pu = np.sqrt(top("products")) + np.sqrt(outputs)
+            pv = np.sqrt(top("slopes")) + np.sqrt(moved) + np.sqrt(sums["drift"])
+            constant = float(top("rows") + 3.0 * pu * pv)
     elif isinstance(loss, SoftmaxLoss):
-        constant = sum(
-            factor * (np.sqrt(top(name)) + np.sqrt(sums[f"{name} moved"])) ** 2
-            for name, factor in (("rows", 1.0), ("centres", 3.0))
-            if name in sums
-        )
+        constant = 0.0
+        for name, factor in (("rows", 1.0), ("centres", 3.0)):
+            if name in sums:
+                constant += factor * (np.sqrt(top(name)) + np.sqrt(sums[f"{name} moved"])) ** 2
     else:
         constant = top("rows")
     return float(constant) if np.isfinite(constant) else np.inf
-
-
-def _constant_of_sum(
-    problem: RowProblem, loss: MixedSum, at: Evaluation, whitener: Array, radius: float
-) -> float:
-    """Return the weighted sum of the constants of the parts, each on the same rows."""
-    total = 0.0
-    for factor, part in loss.plain_terms:
-        alone = problem.with_rows(problem.rows.with_loss(part, problem.b, problem.weights))
-        total += abs(factor) * lipschitz_constant(alone, alone.evaluate(at.x), whitener, radius)
-    return total
 
 
 def largest_eigenvalue(gram: Any, whitener: Array) -> float:
@@ -386,8 +401,9 @@ def _softmax(rows: ChunkRows, radius: float) -> Stages:
     omega = high * (g3_ball - Interval(ends[0], ends[1])).magnitude
     tau = f * (g2 - centre)
     tau_ball = f_ball * (g2_ball - Interval(ends[2], ends[3]))
-    turned = rows.keep("turned", lambda: rows.group_rows(tau) @ rows.whitener)
-    drift, vectors = yield rows.sum(tau_ball.deviation(tau) * norms), turned
+    if "turned" not in rows.kept:
+        rows.kept["turned"] = rows.group_rows(tau) @ rows.whitener
+    drift, vectors = yield rows.sum(tau_ball.deviation(tau) * norms), rows.kept["turned"]
     e = rows.spread(np.linalg.norm(vectors, axis=1) + drift)
     _add_shifted(rows, "rows", omega * (norms + shift), shift)
     _add_shifted(rows, "centres", e * high, shift)
@@ -409,7 +425,8 @@ def _rescaled(rows: ChunkRows, radius: float, *, one_group: bool) -> Stages:
     b, w = rows.b, rows.w
     norms = rows.norms(centred=False)
     loss: Any = rows.part.loss
-    u, v = unit_outputs(loss.function, rows.z, radius * norms)
+    ranges = output_range(loss.function, rows.z - radius * norms, rows.z + radius * norms)
+    u, v = Interval(*ranges[:2]), Interval(*ranges[2:])
     u_mid, u_rad = 0.5 * (u.low + u.high), 0.5 * (u.high - u.low)
     v_mid, v_rad = 0.5 * (v.low + v.high), 0.5 * (v.high - v.low)
     one = np.ones(len(b))
@@ -430,13 +447,3 @@ def _rescaled(rows: ChunkRows, radius: float, *, one_group: bool) -> Stages:
     rows.add("outputs of groups", bb * outputs**2 / size)
     rows.add("moved of groups", moved / size)
     rows.add("drift", bb * drift**2 / size)
-
-
-def _rescaled_constant(sums: dict[str, Any], top: Any) -> float:
-    one_group = "outputs" in sums
-    with np.errstate(over="ignore", invalid="ignore"):
-        outputs = sums["targets"] * np.square(top("outputs")) if one_group else sums["outputs of groups"]
-        moved = top("moved") if one_group else sums["moved of groups"]
-        pu = np.sqrt(top("products")) + np.sqrt(outputs)
-        pv = np.sqrt(top("slopes")) + np.sqrt(moved) + np.sqrt(sums["drift"])
-        return float(top("rows") + 3.0 * pu * pv)

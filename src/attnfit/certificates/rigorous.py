@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.certificates.intervals import Interval
 from attnfit.certificates.kantorovich import Certificate, Whitening, certified, refused
+from attnfit.certificates.lipschitz import Interval
 from attnfit.data.matrix import DenseDesign
 from attnfit.losses.elementwise import SquaredExponential
 from attnfit.losses.softmax import LOSSES, CrossEntropy, Entropy, SoftmaxLoss, Squared
