@@ -263,8 +263,17 @@ class End:
         if np.isnan(move):
             reached = f": relative gradient {self.gradient_norm:.1e}"
         match self.status:
+            case Status.CONVERGED if self.verdict.at_floor:
+                return f"converged to the rounding of the data: {move:.1e} in the logits"
             case Status.CONVERGED:
-                return self._converged(reached)
+                text = f"converged{reached}" + (", curvature sampled" if self.verdict.sampled else "")
+                if self.settled is not None:
+                    return f"{text}; a minimum on a kink of the activation: see result.kinks"
+                if self.problem.convex or not self.problem.has_logits:
+                    return text
+                if self.n_starts > 1:
+                    return f"{text}; the lowest minimum found from {self.n_starts} starts"
+                return f"{text}; one descent, the loss is not convex: pass n_starts to look for other minima"
             case Status.SEPARABLE:
                 return (
                     f"the data are separable: {self._loss()} has no finite minimum and falls for ever along "
@@ -313,18 +322,6 @@ class End:
                 return "a Hessian is not positive definite; use Newton(), or start nearer"
             case Status.FALSE_OPTIMUM:
                 return f"not a minimum: {self.reason}; pass another x0, or add ridge"
-
-    def _converged(self, reached: str) -> str:
-        if self.verdict.at_floor:
-            return f"converged to the rounding of the data: {self.verdict.move:.1e} in the logits"
-        text = f"converged{reached}" + (", curvature sampled" if self.verdict.sampled else "")
-        if self.settled is not None:
-            return f"{text}; a minimum on a kink of the activation: see result.kinks"
-        if self.problem.convex or not self.problem.has_logits:
-            return text
-        if self.n_starts > 1:
-            return f"{text}; the lowest minimum found from {self.n_starts} starts"
-        return f"{text}; one descent, the loss is not convex: pass n_starts to look for other minima"
 
     def _loss(self) -> str:
         name = type(getattr(self.problem, "loss", self.problem)).__name__

@@ -205,7 +205,11 @@ class Judge:
         if step.bounded:
             if model.negative:
                 self._last_full = np.inf
-                return Next.LEAVE_SADDLE if self._at_saddle(at, model) else self._at_infinity(at) or Next.STEP
+                p = model.approach(at.gradient)
+                if p is not None and self.guess(at, model, p) <= max(self.tol, ACCEPTED_FLOOR):
+                    # A stationary point is here.
+                    return Next.LEAVE_SADDLE
+                return self._at_infinity(at) or Next.STEP
             # A radius cut by rounding, or a slope of rounding along a flat direction, must not hide that
             # there is nowhere left to go.
             idle = step.predicted <= IDLE * abs(at.value)
@@ -345,11 +349,6 @@ class Judge:
                 change = float(v @ (self.problem.evaluate(at.x + nudge * v).gradient - at.gradient))
                 noise = max(noise, abs(change / (nudge * curvature) - 1.0) * NUDGE)
         return noise
-
-    def _at_saddle(self, at: Evaluation, model: Model) -> bool:
-        """Whether a stationary point with negative curvature is here."""
-        p = model.approach(at.gradient)
-        return p is not None and self.guess(at, model, p) <= max(self.tol, ACCEPTED_FLOOR)
 
     # ---- no minimum
 
