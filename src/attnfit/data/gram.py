@@ -54,11 +54,12 @@ def group_rows(block: Any, weights: Array, starts: Index) -> Any:
     """Return ``sum_{i in g} weights_i a_i`` for each group, shape (n_groups, d): dense for dense blocks, else
     CSR.
     """
+    dense, n = isinstance(block, np.ndarray), block.shape[0]
     if len(starts) == 1:
-        total = combine_rows(weights, block).reshape(1, -1)
-        return sparse.csr_array(total) if sparse.issparse(block) else total
-    n = block.shape[0]
-    if isinstance(block, np.ndarray) and block.size <= FEW:
+        if dense:
+            return (weights @ block).reshape(1, -1)
+        return sparse.csr_array(combine_rows(weights, block).reshape(1, -1))
+    if dense and block.size <= FEW:
         return np.add.reduceat(block * weights[:, None], starts, axis=0)
     indicator = sparse.csr_array((weights, np.arange(n), np.append(starts, n)), shape=(len(starts), n))
     return indicator @ block

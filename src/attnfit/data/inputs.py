@@ -84,7 +84,9 @@ def as_design(A: Any, name: str = "A") -> Design:
         design = SparseDesign(A)
         require_finite_rows(design.matrix, slice(0, A.shape[0]), name)
         return design
-    array = _unmasked(A if isinstance(A, np.ndarray) else _frame_to_array(A, name), name)
+    array = A if isinstance(A, np.ndarray) else _frame_to_array(A, name)
+    if isinstance(array, np.ma.MaskedArray):
+        array = _unmasked(array, name)
     _require_numeric(array.dtype, name)
     _require_shape(array.shape, name)
     require_finite_matrix(array, name)
@@ -176,7 +178,7 @@ def as_vector(
 ) -> Array:
     """Return ``values`` as float64 of shape (n,) (or () where ``scalar`` is allowed), checked."""
     try:
-        array = np.asarray(_unmasked(values, name))
+        array = np.asarray(_unmasked(values, name) if isinstance(values, np.ma.MaskedArray) else values)
     except ValueError as error:
         raise ValueError(
             f"{name} cannot be read as an array of numbers: {error}; pass one value a row"
@@ -257,8 +259,6 @@ def _not_finite(name: str, value: Any, where: str) -> ValueError:
 
 def _unmasked(values: Any, name: str) -> Any:
     """Return the data of a masked array, which must not hide any."""
-    if not isinstance(values, np.ma.MaskedArray):
-        return values
     hidden = np.argwhere(np.ma.getmaskarray(values))
     if len(hidden):
         where = ", ".join(map(str, hidden[0]))

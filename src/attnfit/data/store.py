@@ -137,10 +137,9 @@ class RowStore:
 
     def fetch(self, chunk: Chunk) -> Any:
         """Return a chunk's rows, shape (n_rows, d), and count them as read."""
-        if chunk.matrix is None:
-            return self.design.block(chunk.index)
-        self.design.rows_read += chunk.matrix.shape[0]
-        return chunk.matrix
+        block = self.design._fetch(chunk.index) if chunk.matrix is None else chunk.matrix
+        self.design.rows_read += block.shape[0]
+        return block
 
     def logits(self, chunk: Chunk, x: Array) -> tuple[Any, Array]:
         """Fetch a chunk; return its rows and its logits ``A x + offset``."""

@@ -41,7 +41,7 @@ class SoftmaxLoss(Loss):
 
     def normalise(self, z: Array, segments: Segments) -> tuple[Array, Array, Array]:
         top = segments.max(z)
-        e = self.transform(z, segments.spread(top))[1]
+        e = np.exp(z - segments.spread(top))
         total = segments.sum(e)
         e *= segments.spread(1.0 / total)
         reference = top + np.log(total)

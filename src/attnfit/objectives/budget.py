@@ -1,4 +1,4 @@
-"""How many rows stand for all of them, and the memory that a fit of rows takes."""
+"""The memory that a fit of rows takes, and how many rows it may draw for the curvature."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ from typing import TYPE_CHECKING, Any
 from attnfit.data.on_disk import DenseOnDisk, SparseOnDisk
 from attnfit.data.parallel import KEPT
 from attnfit.objectives.objective import DRAWN, MAX_DENSE, READING, SAMPLES, STORED, WORKING, MemoryEstimate
+from attnfit.objectives.surrogate import sample_sizes
 
 if TYPE_CHECKING:
     from attnfit.objectives.rows import RowProblem
 
-# Starts are searched on the small sample and polished on the large one, whose answer is about one per cent
-# off.
-PILOT_ROWS = 4_000
-SAMPLE_ROWS = 20_000
-# Rows per unknown: fewer than the first and an answer means little; the second give a Hessian to within
-# three per cent.
-PILOT_RATIO = 10
-SAMPLE_RATIO = 1000
-# A sample larger than this share of the data costs more than it saves.
-MAX_SHARE = 0.1
 # For the curvature at a point: a share of the rows, and no fewer than this many an unknown.
 DRAWN_SHARE = 0.05
 DRAWN_RATIO = 100.0
@@ -28,15 +19,6 @@ DRAWN_RATIO = 100.0
 KEPT_ROWS = 1 << 25
 # Arrays the size of drawn rows at a time: as fetched, as kept, and what the formulas make of them.
 COPIES = 3
-
-
-def sample_sizes(n: int, d: int) -> tuple[int, int]:
-    """Return the numbers of rows of the small sample and of the large one."""
-    pilot_rows = max(PILOT_ROWS, PILOT_RATIO * d)
-    if n <= SAMPLE_ROWS:
-        return pilot_rows, SAMPLE_ROWS
-    affordable = max(int(MAX_SHARE * n), min(SAMPLE_ROWS, n // 4))
-    return pilot_rows, max(pilot_rows, min(max(SAMPLE_ROWS, SAMPLE_RATIO * d), affordable))
 
 
 def rows_to_draw(n: int, d: int, ratio: float = DRAWN_RATIO) -> float:

@@ -76,7 +76,8 @@ class Totals:
 
     def add_piece(self, number: int, products: Array, columns: Array, extras: Array) -> None:
         """Add a piece of a long group."""
-        self.long[number] = merged(self.long.get(number), LongSums(products, columns, extras))
+        piece, known = LongSums(products, columns, extras), self.long.get(number)
+        self.long[number] = piece if known is None else known.merge(piece)
 
     def merge(self, other: Totals) -> Totals:
         """Return the sums over both parts of the data."""
@@ -186,7 +187,8 @@ def _read_part(
             totals.scores += draws.visit(sampler, part, chunk, block, z, state, centre)
         if hessian:
             centres = None if near is None else near.centre
-            weight = part.add_to_gram(totals.gram, chunk, block, z, state, centres)
+            terms, weights = part.gram_rows(chunk, z, state)
+            weight = part.add_to_gram(totals.gram, chunk, block, terms, weights, centres)
             if chunk.long >= 0:
                 totals.long_weights[chunk.long] += weight
     return totals, [] if draws is None else draws.chunks()
@@ -227,7 +229,8 @@ def _add_chunk(
     state: list[Array] = []
     extras: tuple[Array, ...] = ()
     if loss.coupled and long < 0:
-        closed, columns = group_sums(loss, z, chunk.segments, *part.targets(chunk))
+        normalised = loss.normalise(z, chunk.segments)
+        closed, columns = group_sums(loss, normalised, chunk.segments, *part.targets(chunk))
         totals.value += float(closed.value.sum())
         rows, state = [group_slopes(closed, columns, chunk.segments)], list(closed.state)
     else:
@@ -363,7 +366,9 @@ def value_at_zero(part: Part, chunks: list[Chunk]) -> float:
         if chunk.long >= 0:
             return np.nan
         if loss.coupled:
-            total += float(group_sums(loss, z, chunk.segments, *part.targets(chunk))[0].value.sum())
+            normalised = loss.normalise(z, chunk.segments)
+            closed, _ = group_sums(loss, normalised, chunk.segments, *part.targets(chunk))
+            total += float(closed.value.sum())
         else:
             b, w, _ = part.targets(chunk)
             total += float(loss.accumulate(*loss.transform(z, 0.0), b, w, 0.0, 0.0)[1][0].sum())

@@ -117,7 +117,8 @@ def distance_note(problem: Attention, x: Array, error: float) -> str | None:
             return None
         distance = np.arange(n2)[queries][:, None] - np.arange(n2)[None, :]
         b, w, _ = part.targets(chunk)
-        found, _ = group_sums(part.loss, z, chunk.segments, *part.targets(chunk))
+        normalised = part.loss.normalise(z, chunk.segments)
+        found, _ = group_sums(part.loss, normalised, chunk.segments, *part.targets(chunk))
         state = chunk.segments.spread(found.state[0])
         slow = np.geomspace(np.pi / max(n2, 2), np.pi / 2, FREQUENCIES)
         D = (distance if block.mask is None else distance[block.mask]).reshape(-1)

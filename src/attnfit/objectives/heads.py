@@ -202,8 +202,9 @@ class HeadAttention(Problem):
             loss, targets = self.rows.loss, self.rows.targets(logits.chunk)
             if self.rows.loss.shift_invariant:
                 # Squares of residuals lose the digits of what all logits of a row have in common.
-                flat = flat - segments.spread(group_sums(loss, flat, segments, *targets)[0].state[0])
-            statistics, columns = group_sums(loss, flat, segments, *targets)
+                closed, _ = group_sums(loss, loss.normalise(flat, segments), segments, *targets)
+                flat = flat - segments.spread(closed.state[0])
+            statistics, columns = group_sums(loss, loss.normalise(flat, segments), segments, *targets)
             value += float(np.sum(statistics.value))
             slope = logits.dense(group_slopes(statistics, columns, segments))
             pull.add(logits, slope, slope * logits.passed)
@@ -221,7 +222,8 @@ class HeadAttention(Problem):
         rows = self.rows
         for at in self.logits(point):
             flat, segments = at.flat, at.chunk.segments
-            closed, _ = group_sums(rows.loss, flat, segments, *rows.targets(at.chunk))
+            normalised = rows.loss.normalise(flat, segments)
+            closed, _ = group_sums(rows.loss, normalised, segments, *rows.targets(at.chunk))
             state = list(map(segments.spread, closed.state))
             terms, weights = rows.gram_rows(at.chunk, flat, state, gauss_newton=gauss_newton)
             b, w, _ = rows.targets(at.chunk)

@@ -84,7 +84,7 @@ def _losses(part: Part, chunk: Chunk, z: Array) -> tuple[Array, Array]:
     if not loss.coupled:
         columns, extras = loss.accumulate(*loss.transform(z, 0.0), b, w, 0.0, 0.0)
         return extras[0], columns[0]
-    sums, columns = group_sums(loss, z, chunk.segments, b, w, constant)
+    sums, columns = group_sums(loss, loss.normalise(z, chunk.segments), chunk.segments, b, w, constant)
     return sums.value, group_slopes(sums, columns, chunk.segments)
 
 

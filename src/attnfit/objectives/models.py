@@ -125,8 +125,13 @@ class Softmax(RowProblem):
     @property
     def zero_is_stationary(self) -> bool:
         """True for entropy without offset and weights: uniform outputs are its maximum."""
-        bare = self.offset is None and self.weights is None
-        return bare and self.loss.shift_invariant and not self.loss.has_target
+        rows = self.rows
+        return (
+            rows.offset is None
+            and rows.weights is None
+            and rows.loss.shift_invariant
+            and not rows.loss.has_target
+        )
 
     def convex_from_ridge(self) -> float:
         """Return a ridge from which on the objective is convex: zero of a convex loss, infinite where none is

@@ -160,43 +160,39 @@ class Moves:
         return Moved(found, self.least)
 
     def add(self, part: Part, chunk: Chunk, block: Any, at: Evaluation, steps: Array) -> None:
-        """Add the rows of a chunk."""
+        """Add the rows of a chunk: the largest change of a logit along each step or, where a loss ignores
+        what a group shares, ``max a p`` and ``max -a p`` of the group in which they are furthest apart.
+        """
         counts, k = None if part.all_count else counting_rows(part, chunk), steps.shape[1]
-        if kind_of(part.loss) is Kind.EXACT and part.penalty is None:
+        if part.penalty is None and kind_of(part.loss) is Kind.EXACT:
             self.least = min(self.least, _least_free(part, chunk, block, at, counts))
+        shared = part.loss.shift_invariant and part.penalty is None
         # One step at a time where there are few: BLAS is slower at products with a few.
         many = k > FEW_STEPS and (isinstance(block, np.ndarray) or sparse.issparse(block))
         width = max(1, MOVED // chunk.segments.n_rows) if many else 1
         found = []
         for first in range(0, k, width):
             some = steps[:, first : first + width]
-            moved = block @ some if many else part.design.product(block, some[:, 0])
-            found.append(self._extents(part, chunk, np.asarray(moved), counts))
+            moved = np.asarray(block @ some if many else part.design.product(block, some[:, 0]))
+            if not shared:
+                sizes = np.abs(moved if counts is None else moved[counts])
+                found.append(np.reshape(sizes.max(axis=0, initial=0.0), (1, -1)))
+                continue
+            ends = moved, -moved
+            if counts is not None:
+                seen = counts if moved.ndim == 1 else counts[:, None]
+                ends = np.where(seen, moved, -np.inf), np.where(seen, -moved, -np.inf)
+            up, down = map(chunk.segments.max, ends)
+            widest = np.argmax(up + down, axis=0)
+            places = widest if moved.ndim == 1 else (widest, np.arange(moved.shape[1]))
+            found.append(np.array([up[places], down[places]]).reshape(2, -1))
         extents = found[0] if len(found) == 1 else np.concatenate(found, axis=1)
-        if len(extents) == 1:
+        if not shared:
             self.largest = np.maximum(self.largest, extents[0])
         elif chunk.long >= 0:
             self.long = self.merge(Moves(self.largest, long={chunk.long: extents})).long
         else:
             self.largest = np.maximum(self.largest, 0.5 * extents.sum(axis=0))
-
-    @staticmethod
-    def _extents(part: Part, chunk: Chunk, moved: Array, counts: Mask | None) -> Array:
-        """Return the largest size of each column of changes of logits, shape (1, k), or, where a loss ignores
-        what a group shares, ``max a p`` and ``max -a p`` of the group in which they are furthest apart, shape
-        (2, k).
-        """
-        if not (part.loss.shift_invariant and part.penalty is None):
-            sizes = np.abs(moved if counts is None else moved[counts])
-            return np.reshape(sizes.max(axis=0, initial=0.0), (1, -1))
-        ends = moved, -moved
-        if counts is not None:
-            seen = counts if moved.ndim == 1 else counts[:, None]
-            ends = np.where(seen, moved, -np.inf), np.where(seen, -moved, -np.inf)
-        up, down = map(chunk.segments.max, ends)
-        widest = np.argmax(up + down, axis=0)
-        places = widest if moved.ndim == 1 else (widest, np.arange(moved.shape[1]))
-        return np.array([up[places], down[places]]).reshape(2, -1)
 
 
 def _least_free(part: Part, chunk: Chunk, block: Any, at: Evaluation, counts: Mask | None) -> float:

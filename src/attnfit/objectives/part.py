@@ -28,6 +28,9 @@ PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13
 # Entries from which on BLAS is told to use one thread: to say so costs more than small data take.
 MANY = 1 << 18
 
+# What `Loss.normalise` returns.
+Normalised = tuple[Array, Array, Array]
+
 
 class PerPart(list[Any]):
     """One argument a part, where all others are the same for all parts."""
@@ -76,13 +79,15 @@ def in_runs(work: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(work)
-    def shared_out(part: Part, chunks: list[Chunk], *args: Any) -> Any:
+    def share_out(part: Part, chunks: list[Chunk], *args: Any) -> Any:
         n_rows = part.design.shared_rows
         if n_rows is None or chunks[0].matrix is not None:
             return work(part, chunks, *args)
         return reduce(merged, over_runs(part, chunks, n_rows, lambda own, run: work(own, joined(run), *args)))
 
-    return shared_out
+    # What `Part.reduce` runs where threads share nothing out.
+    share_out.alone = work  # type: ignore[attr-defined]
+    return share_out
 
 
 def joined(run: list[Chunk]) -> list[Chunk]:
@@ -130,7 +135,8 @@ class Part(RowStore):
     def __init__(self, loss: Loss, table: Table) -> None:
         super().__init__(table)
         self.loss = loss
-        self._refuse_negative_targets()
+        if loss.nonnegative_target:
+            self._refuse_negative_targets()
         self.recut()
 
     def recut(self, shared: Index | None = None) -> None:
@@ -138,9 +144,11 @@ class Part(RowStore):
         loss = self.loss
         self.cut(grouped=loss.coupled, shared=shared)
         self.constants = np.zeros(len(self.groups) if loss.coupled else 1)
-        for chunk in self.chunks if loss.coupled else []:
-            b, w, _ = self.targets(chunk)
-            self.constants[chunk.groups] += loss.constants(b, np.asarray(w), chunk.segments)
+        # Most losses need to know nothing of it.
+        if loss.coupled and type(loss).constants is not Loss.constants:
+            for chunk in self.chunks:
+                b, w, _ = self.targets(chunk)
+                self.constants[chunk.groups] += loss.constants(b, np.asarray(w), chunk.segments)
         self.n_groups, self.n_long = len(self.groups), len(self.long_groups)
         self.long_numbers: Index = np.arange(self.n_long)
         self.long_constants = self.constants[self.long_groups]
@@ -167,9 +175,7 @@ class Part(RowStore):
         return other
 
     def _refuse_negative_targets(self) -> None:
-        """Refuse negative targets where the loss takes none."""
-        if not self.loss.nonnegative_target:
-            return
+        """Refuse negative targets: the loss takes none."""
         for rows, b in pieces(self.b):
             if (b < 0).any():
                 row = rows.start + int(np.flatnonzero(b < 0)[0])
@@ -184,6 +190,8 @@ class Part(RowStore):
         Work returns what `merged` adds up: on data in several places it runs where they are, and only its
         sums travel.
         """
+        if self.design.shared_rows is None:
+            work = getattr(work, "alone", work)
         with self.threads(drawn):
             return work(self, self.chunks if drawn is None else drawn.chunks, *args)
 
@@ -256,7 +264,8 @@ class Part(RowStore):
             return []
         if chunk.long >= 0:
             return list(at.state[:, [chunk.long]])
-        found, _ = group_sums(self.loss, z, chunk.segments, *self.targets(chunk))
+        normalised = self.loss.normalise(z, chunk.segments)
+        found, _ = group_sums(self.loss, normalised, chunk.segments, *self.targets(chunk))
         return list(map(chunk.segments.spread, found.state))
 
     def slope_at_zero(self, chunk: Chunk, long_states: Array) -> Array:
@@ -267,7 +276,8 @@ class Part(RowStore):
         if chunk.long >= 0:
             state = list(long_states[:, [chunk.long]])
         elif self.loss.coupled:
-            found, _ = group_sums(self.loss, z, chunk.segments, b, w, constant)
+            normalised = self.loss.normalise(z, chunk.segments)
+            found, _ = group_sums(self.loss, normalised, chunk.segments, b, w, constant)
             state = list(map(chunk.segments.spread, found.state))
         return self.loss.slope(z, b, w, state)
 
@@ -316,49 +326,41 @@ class Part(RowStore):
         gram: Any,
         chunk: Chunk,
         block: Any,
-        z: Array,
-        state: list[Array],
+        terms: list[GramTerm],
+        weights: Array | None,
         centres: Array | None,
         *,
         absolute: bool = False,
-        gauss_newton: bool = False,
     ) -> float:
-        """Add a chunk's part of the Hessian; return the sum of the absolute row weights."""
-        terms, weights = self.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
+        """Add terms of a chunk, such as `gram_rows`; return the sum of their absolute row weights.
+
+        ``weights`` make a group's centre, ``centres`` are the long groups'.
+        """
         total = 0.0
         for t, r, q in terms:
             size = np.abs(t)
             total += float(size.sum())
-            self.add_term(gram, chunk, block, GramTerm(size if absolute else t, r, q), weights, centres)
+            if absolute:
+                t = size
+            if q is None:
+                gram.add(block, t, r)
+            elif chunk.long >= 0:
+                assert centres is not None
+                gram.add_piece(block, t, r, q, centres[chunk.long], chunk.long)
+            else:
+                assert weights is not None
+                starts = chunk.segments.starts
+                gram.add_centred(block, t, r, q, self.design.group_rows(block, weights, starts), starts)
         return total
-
-    def add_term(
-        self,
-        gram: Any,
-        chunk: Chunk,
-        block: Any,
-        term: GramTerm,
-        weights: Array | None,
-        centres: Array | None,
-    ) -> None:
-        """Add one term of a chunk; ``weights`` make a group's centre, ``centres`` are the long groups'."""
-        t, r, q = term
-        if q is None:
-            gram.add(block, t, r)
-        elif chunk.long >= 0:
-            assert centres is not None
-            gram.add_piece(block, t, r, q, centres[chunk.long], chunk.long)
-        else:
-            assert weights is not None
-            starts = chunk.segments.starts
-            gram.add_centred(block, t, r, q, self.design.group_rows(block, weights, starts), starts)
 
 
 def group_sums(
-    loss: Loss, z: Array, segments: Segments, b: Array, w: Any, constant: Array
+    loss: Loss, normalised: Normalised, segments: Segments, b: Array, w: Any, constant: Array
 ) -> tuple[GroupStatistics, tuple[Array, ...]]:
-    """Return what whole groups sum to at their exact normalisers, and their columns."""
-    normaliser, y, v = loss.normalise(z, segments)
+    """Return what whole groups sum to at their exact normalisers, ``loss.normalise(z, segments)``, and their
+    columns.
+    """
+    normaliser, y, v = normalised
     columns, extras = loss.accumulate(y, v, b, w, segments.spread(normaliser), segments.spread(constant))
     sums = [np.ones(())] * len(columns)
     for j in loss.exact_sums:

@@ -27,9 +27,8 @@ def hessian_sum(part: Part, chunks: list[Chunk], at: Evaluation, absolute: bool,
     for chunk in part.prefetch(chunks):
         block, z = part.logits(chunk, at.x)
         state = part.row_state(chunk, z, at)
-        part.add_to_gram(
-            gram, chunk, block, z, state, at.centre, absolute=absolute, gauss_newton=gauss_newton
-        )
+        terms, weights = part.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
+        part.add_to_gram(gram, chunk, block, terms, weights, at.centre, absolute=absolute)
     return gram
 
 
@@ -77,7 +76,8 @@ def parts_sum(
     for chunk in part.prefetch(chunks):
         block, z = part.logits(chunk, at.x)
         moves.add(part, chunk, block, at, step[:, None])
-        part.add_to_gram(parts, chunk, block, z, part.row_state(chunk, z, at), at.centre)
+        terms, weights = part.gram_rows(chunk, z, part.row_state(chunk, z, at))
+        part.add_to_gram(parts, chunk, block, terms, weights, at.centre)
     return moves, parts
 
 
@@ -91,21 +91,15 @@ def structure_sum(part: Part, chunks: list[Chunk], at: Evaluation) -> tuple[Any,
         block, counts = part.fetch(chunk), counting_rows(part, chunk).astype(np.float64)
         sizes += part.design.combine(counts[None, :], part.design.squares(block))[0]
         if not part.loss.shift_invariant:
-            part.add_term(gram, chunk, block, GramTerm(counts, None, None), None, None)
+            part.add_to_gram(gram, chunk, block, [GramTerm(counts, None, None)], None, None)
             continue
         total = chunk.segments.sum(counts)
         mean = counts / chunk.segments.spread(np.where(total > 0.0, total, 1.0))
-        part.add_term(gram, chunk, block, GramTerm(counts, None, 1.0), mean, at.centre)
+        part.add_to_gram(gram, chunk, block, [GramTerm(counts, None, 1.0)], mean, at.centre)
         penalty = part.row_penalties(chunk)
         if penalty is not None:
-            part.add_term(
-                gram,
-                chunk,
-                block,
-                GramTerm(np.asarray(penalty > 0.0, dtype=np.float64), None, None),
-                None,
-                None,
-            )
+            penalised = GramTerm(np.asarray(penalty > 0.0, dtype=np.float64), None, None)
+            part.add_to_gram(gram, chunk, block, [penalised], None, None)
     return gram, sizes
 
 

@@ -60,11 +60,11 @@ def fixed_sums(part: Part, chunks: list[Chunk], at: Evaluation, means: Array, ea
         if rows.free.any():
             sums.least = min(sums.least, float(rows.size[rows.free].min()))
         if not part.loss.coupled:
-            part.add_term(sums.gram, chunk, block, GramTerm(fixed, None, None), None, None)
+            part.add_to_gram(sums.gram, chunk, block, [GramTerm(fixed, None, None)], None, None)
             continue
         total = chunk.segments.sum(fixed)
         mean = fixed / chunk.segments.spread(np.where(total > 0.0, total, 1.0))
-        part.add_term(sums.gram, chunk, block, GramTerm(fixed, None, 1.0), mean, means)
+        part.add_to_gram(sums.gram, chunk, block, [GramTerm(fixed, None, 1.0)], mean, means)
     return sums
 
 

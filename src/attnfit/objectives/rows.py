@@ -160,7 +160,7 @@ class RowProblem(Problem):
     @property
     def convex(self) -> bool:
         """Whether the loss is convex in the logits."""
-        return self.loss.convex
+        return bool(self.rows.loss.convex)
 
     # ---- memory
 
@@ -372,7 +372,7 @@ class RowProblem(Problem):
     @property
     def guesses_normaliser(self) -> bool:
         """Whether the target tells the outputs only up to a sum that is not known."""
-        return isinstance(self.loss, SquaredRescaled) and self.loss.function != "exp"
+        return isinstance(self.rows.loss, SquaredRescaled) and self.rows.loss.function != "exp"
 
     # ---- what a verdict looks at
 
@@ -412,8 +412,9 @@ class RowProblem(Problem):
             if np.any(self.ridge) or self.rows.penalty is not None:
                 self._unseen = np.zeros(self.n_unknowns, dtype=bool)
             else:
-                unclear = self.rows.reduce(varying_columns) == 0.0
-                self._unseen = self._hidden_columns(at) if unclear.any() else unclear
+                rows = self.rows
+                seen = varying_columns(rows, rows.chunks) if rows.is_whole else rows.reduce(varying_columns)
+                self._unseen = seen == 0.0 if seen.all() else self._hidden_columns(at)
         return self._unseen
 
     def _hidden_columns(self, at: Evaluation) -> NDArray[np.bool_]:

@@ -1,6 +1,7 @@
-"""Where a fit begins: the same data under a convex loss, and least squares on the logarithm of the target.
+"""Where a fit begins: on how many rows, the same data under a convex loss, and least squares on the logarithm
+of the target.
 
-The second is a start for every scale of the target: one pass and a Gram, or conjugate gradients where there
+The last is a start for every scale of the target: one pass and a Gram, or conjugate gradients where there
 are too many unknowns for one. Rows count as much as the curvature of the loss at an exact fit would make
 them; targets that have no logarithm get that of half the smallest positive one of their group. Logarithms of
 the target occur nowhere else on the way to an answer.
@@ -28,12 +29,40 @@ from attnfit.objectives.objective import MAX_DENSE
 from attnfit.objectives.part import Part
 from attnfit.segments import Array, Index, Segments
 
+# Losses whose targets tell the logits that they ask for; so do sums of them that have a target.
+TELLING = (
+    Squared,
+    CrossEntropy,
+    LinearCrossEntropy,
+    SquaredExponential,
+    SquaredRescaled,
+    PoissonDeviance,
+)
 # Directions with less than this share of the largest curvature are left alone.
 RANK = 1e-13
 # Pivots of a Cholesky factor, beside a unit diagonal, above which there is no doubt about the rank.
 FIRM = 1e-6
+# Starts are searched on the small sample and polished on the large one, whose answer is about one per cent
+# off.
+PILOT_ROWS = 4_000
+SAMPLE_ROWS = 20_000
+# Rows per unknown: fewer than the first and an answer means little; the second give a Hessian to within
+# three per cent.
+PILOT_RATIO = 10
+SAMPLE_RATIO = 1000
+# A sample larger than this share of the data costs more than it saves.
+MAX_SHARE = 0.1
 # Beyond MAX_DENSE unknowns: conjugate gradients as far as a start needs, and reads of the rows for them.
 FORCING, MAX_PRODUCTS = 1e-2, 30
+
+
+def sample_sizes(n: int, d: int) -> tuple[int, int]:
+    """Return the numbers of rows of the small sample and of the large one."""
+    pilot_rows = max(PILOT_ROWS, PILOT_RATIO * d)
+    if n <= SAMPLE_ROWS:
+        return pilot_rows, SAMPLE_ROWS
+    affordable = max(int(MAX_SHARE * n), min(SAMPLE_ROWS, n // 4))
+    return pilot_rows, max(pilot_rows, min(max(SAMPLE_ROWS, SAMPLE_RATIO * d), affordable))
 
 
 def surrogate_rows(rows: Part) -> Part | None:
@@ -117,56 +146,46 @@ def log_start(problem: Part, normaliser: float = 1.0) -> LogStart | None:
     and logits centred by group where the loss ignores what they have in common; columns scaled by the Gram's
     diagonal, least norm.
     """
-    if not _known(problem.loss):
+    loss, design = problem.loss, problem.design
+    if not (loss.has_target if isinstance(loss, Composite) else isinstance(loss, TELLING)):
         return None
     # Shares are known up to a factor also where the loss is not invariant to it.
-    centred = problem.loss.coupled and getattr(problem.loss, "function", "exp") == "exp"
-    gram = problem.design.gram() if problem.n_unknowns <= MAX_DENSE else _Rows(problem)
+    centred = loss.coupled and getattr(loss, "function", "exp") == "exp"
+    gram = design.gram() if problem.n_unknowns <= MAX_DENSE else _Rows(problem)
     right, sizes = np.zeros((2, problem.n_unknowns))
     sums: dict[int, tuple[Array, float, float]] = {}
-    known = _targets(problem)
+    targets = _targets(problem)
     n_positive = n_rows = 0
     for chunk in problem.prefetch(problem.chunks):
-        block = problem.fetch(chunk)
+        block, segments = problem.fetch(chunk), chunk.segments
         b, w, _ = problem.targets(chunk)
         w = np.broadcast_to(np.asarray(w, dtype=np.float64), len(b))
-        wanted = _wanted(problem, chunk, b * normaliser, w, known)
+        wanted = _wanted(problem, chunk, b * normaliser, w, targets)
         if wanted is None:
             continue
         z, t = wanted
         z = z - problem.shift(chunk)
-        sizes += problem.design.combine(t[None, :], problem.design.squares(block))[0]
+        sizes += design.combine(t[None, :], design.squares(block))[0]
         n_positive, n_rows = n_positive + int((b[t > 0] > 0).sum()), n_rows + int((t > 0).sum())
-        if not centred:
-            _add(gram, problem, chunk, block, t)
-            right += problem.design.combine((t * z)[None, :], block)[0]
-            continue
-        segments = chunk.segments
-        if chunk.long >= 0:
-            # Sums of a group in pieces: its centre is taken off at the end.
-            _add(gram, problem, chunk, block, t)
-            products = problem.design.combine(np.stack([t, t * z]), block)
-            right += products[1]
-            found = products[0], float(t.sum()), float(t @ z)
+        share, in_pieces = None, centred and chunk.long >= 0
+        if centred and not in_pieces:
+            total = segments.sum(t)
+            share = t / segments.spread(np.where(total > 0.0, total, 1.0))
+            z = z - segments.spread(segments.sum(share * z))
+        if isinstance(gram, _Rows):
+            gram.rows.append((chunk, t, share))
+        else:
+            term = GramTerm(t, None, None if share is None else 1.0)
+            problem.add_to_gram(gram, chunk, block, [term], share, None)
+        if in_pieces:
+            # The centre of such a group is taken off at the end.
+            products = design.combine(np.stack([t, t * z]), block)
             before = sums.get(chunk.long, (0.0, 0.0, 0.0))
-            sums[chunk.long] = tuple(a + c for a, c in zip(before, found, strict=True))
-            continue
-        total = segments.sum(t)
-        share = t / segments.spread(np.where(total > 0.0, total, 1.0))
-        residual = z - segments.spread(segments.sum(share * z))
-        _add(gram, problem, chunk, block, t, share)
-        right += problem.design.combine((t * residual)[None, :], block)[0]
-    long = [(products, mass, moment) for products, mass, moment in sums.values() if mass > 0.0]
-    for products, mass, moment in long:
-        right -= products * (moment / mass)
-    if isinstance(gram, _Rows):
-        gram.long = [products / np.sqrt(mass) for products, mass, _ in long]
-        x = gram.solve(right, sizes)
-    else:
-        matrix = gram.result()
-        for products, mass, _ in long:
-            matrix -= np.multiply.outer(products, products) / mass
-        x = _least_squares(matrix, right, sizes)
+            sums[chunk.long] = before[0] + products[0], before[1] + float(t.sum()), before[2] + float(t @ z)
+            right += products[1]
+        else:
+            right += design.combine((t * z)[None, :], block)[0]
+    x = _solved(gram, right, sizes, sums)
     return LogStart(x, n_positive / n_rows) if n_rows and np.isfinite(x).all() else None
 
 
@@ -205,23 +224,6 @@ class _Rows:
         operator = LinearOperator((len(right),) * 2, lambda y: self.product(y / scale) / scale, dtype=float)
         y, _ = cg(operator, right / scale, rtol=FORCING, maxiter=MAX_PRODUCTS)
         return np.asarray(y / scale)
-
-
-def _add(gram: Any, problem: Part, chunk: Chunk, block: Any, t: Array, share: Array | None = None) -> None:
-    """Add the rows of a chunk to a Gram, centred by group with these shares."""
-    if isinstance(gram, _Rows):
-        gram.rows.append((chunk, t, share))
-    else:
-        term = GramTerm(t, None, None if share is None else 1.0)
-        problem.add_term(gram, chunk, block, term, share, None)
-
-
-def _known(loss: Loss) -> bool:
-    if isinstance(loss, Composite):
-        return loss.has_target
-    if isinstance(loss, SoftmaxLoss):
-        return isinstance(loss, Squared | CrossEntropy | LinearCrossEntropy)
-    return isinstance(loss, SquaredExponential | SquaredRescaled | PoissonDeviance)
 
 
 class _Targets(NamedTuple):
@@ -285,10 +287,22 @@ def _wanted(problem: Part, chunk: Chunk, b: Array, w: Array, known: _Targets) ->
     return np.log(f), counts * weight
 
 
-def _least_squares(matrix: Array, right: Array, sizes: Array) -> Array:
+def _solved(gram: Any, right: Array, sizes: Array, sums: dict[int, tuple[Array, float, float]]) -> Array:
     """Solve the normal equations, scaled by their diagonal, with least norm; a column that lost all but
     rounding of its size when it was centred has no part.
+
+    ``sums`` are ``sum t a``, ``sum t`` and ``sum t z`` of each group in pieces, whose centre is taken off.
     """
+    for products, mass, moment in sums.values():
+        if mass > 0.0:
+            right -= products * (moment / mass)
+    if isinstance(gram, _Rows):
+        gram.long = [products / np.sqrt(mass) for products, mass, _ in sums.values() if mass > 0.0]
+        return gram.solve(right, sizes)
+    matrix = gram.result()
+    for products, mass, _ in sums.values():
+        if mass > 0.0:
+            matrix -= np.multiply.outer(products, products) / mass
     diagonal = np.diag(matrix)
     seen = diagonal > RANK * sizes
     scale = np.sqrt(np.where(seen, diagonal, 1.0))

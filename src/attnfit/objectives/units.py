@@ -102,7 +102,13 @@ def _sizes_and_spreads(part: Part, rows: Index, starts: Index) -> tuple[Array, A
     if not part.loss.shift_invariant or part.penalty is not None:
         return None
     block = part.design.peek(rows if part.groups.order is None else part.groups.order[rows])
-    return None if block is None else (_largest(block), _largest(centre_rows(block, starts)))
+    if block is None:
+        return None
+    found = []
+    for entries in (block, centre_rows(block, starts)):
+        largest = abs(entries).max(axis=0)
+        found.append(np.asarray(largest.toarray() if hasattr(largest, "toarray") else largest).reshape(-1))
+    return found[0], found[1]
 
 
 def _some_rows(part: Part) -> tuple[Index, Index]:
@@ -117,11 +123,6 @@ def _some_rows(part: Part) -> tuple[Index, Index]:
     # The rows of a short group more than once.
     within = np.linspace(0.0, 1.0, each) * (np.diff(starts, append=n)[groups, None] - 1)
     return (starts[groups, None] + within.astype(np.intp)).ravel(), each * np.arange(len(groups))
-
-
-def _largest(block: Any) -> Array:
-    largest = abs(block).max(axis=0)
-    return np.asarray(largest.toarray() if hasattr(largest, "toarray") else largest).reshape(-1)
 
 
 def centred(problem: RowProblem) -> RowProblem:

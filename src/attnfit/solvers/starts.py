@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.objectives.budget import sample_sizes
 from attnfit.objectives.first_order import value_at_zero
 from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.objectives.passes import target_squares
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.subsample import draw_rows
+from attnfit.objectives.surrogate import sample_sizes
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
 from attnfit.solvers.loop import Descent, Interrupted, Tracker, descend, distance
 from attnfit.solvers.verdicts import Judge
@@ -195,10 +195,10 @@ class Start:
             return False
         if full.guesses_normaliser or full.n_rows < ROWS_AN_UNKNOWN * full.n_unknowns:
             return False
-        if full.loss.coupled and full.n_groups < GROUPS:
+        if full.rows.loss.coupled and full.rows.n_groups < GROUPS:
             return False
         # What zero makes of outputs that are no shares depends on their unit; that they vanish does not.
-        vanished = np.inf if full.loss.coupled else 0.5 * float(full.rows.reduce(target_squares))
+        vanished = np.inf if full.rows.loss.coupled else 0.5 * float(full.rows.reduce(target_squares))
         zero = float(full.rows.reduce(value_at_zero))
         zero = _value(full, np.zeros(full.n_unknowns)) if np.isnan(zero) else zero
         return bool(end.at.value <= SETTLED * min(vanished, zero))
