@@ -21,8 +21,10 @@ from scipy import stats
 from attnfit import audit
 from attnfit.audit.calibration import calibrate
 from attnfit.audit.forms import parse_access
+from attnfit.audit.hidden import CHEAP
 from attnfit.audit.intervals import wilson
 from attnfit.audit.models.model import Model
+from attnfit.audit.reference import Reference
 from benchmarks.audit_texts import KINDS, LENGTHS, drawn
 from benchmarks.report import table, write
 
@@ -95,7 +97,11 @@ def begin(model: Model, access: str) -> None:
     """Learn what a form needs of a model, and let the first text make the checks that are made once."""
     layer = parse_access(access).layer(model)
     if model.kind == "causal" and layer is not None:
-        calibrate(model, [layer])
+        scale = calibrate(model, [layer])[layer].running.scale
+        reference = Reference.of(model, layer, scale)
+        if reference is not None and model.depth(layer) * model.n_vocabulary > CHEAP:
+            # Made here, where no text is charged with it.
+            assert len(reference.table) == model.n_vocabulary
     measure(model, access, "English", [WIDTH], 1, "dev-0")
 
 

@@ -20,6 +20,7 @@ from attnfit.audit.logits import last_states  # noqa: E402
 from attnfit.audit.models.blocks import capture  # noqa: E402
 from attnfit.audit.models.directory import attention_for  # noqa: E402
 from attnfit.audit.models.model import Model  # noqa: E402
+from attnfit.audit.reference import Reference  # noqa: E402
 from attnfit.audit.target import Target  # noqa: E402
 
 TOKENS = [3, 700, 41, 41, 9, 260, 12]
@@ -191,8 +192,9 @@ def test_likely_words_come_before_newtons_method(model, monkeypatch, rank, stage
     """Where neither probe nor regression tells anything, the prior does, as far as it is asked."""
     assert Fast.chunk >= position.LIKELY_BATCH and position.LIKELY % position.LIKELY_BATCH == 0
     monkeypatch.setattr(position, "BATCHES", ())
-    monkeypatch.setattr(position, "LIKELY", 400)
+    monkeypatch.setattr(position, "LIKELY", position.LIKELY_BATCH)
     monkeypatch.setattr(position, "regressed_embedding", lambda *_: None)
+    monkeypatch.setattr(position, "local_embeddings", lambda *_: torch.zeros(0, model.n_vocabulary))
     prefix, truth = Prefix(model, 2), 321
     prefix.extend(TOKENS[:4])
     state = prefix.candidates([truth])[0]
@@ -203,14 +205,15 @@ def test_likely_words_come_before_newtons_method(model, monkeypatch, rank, stage
     prior = torch.empty(model.n_vocabulary)
     prior[order] = -torch.arange(model.n_vocabulary, dtype=torch.float32)
     blank = SimpleNamespace(
-        probe=SimpleNamespace(estimate=lambda _: None), scores=lambda _: torch.zeros(model.n_vocabulary)
+        probe=SimpleNamespace(estimate=lambda _: None),
+        scores=lambda rows: torch.zeros(model.n_vocabulary) if rows is None else rows,
     )
     search = position.PositionSearch(
         evaluated, position.Clues(blank, blank, prior), model.embeddings, 10**6, cheap=False
     )
     assert search.run() == stage
     assert evaluated.nearest()[0] == truth
-    assert (evaluated.n_candidates <= 16 + 400) == (stage == "likely")
+    assert (evaluated.n_candidates <= 16 + position.LIKELY) == (stage == "likely")
 
 
 @pytest.mark.parametrize(("batches", "stage"), [(position.BATCHES, "regression"), ((), "likely")])
@@ -228,14 +231,19 @@ def test_a_probe_that_is_wrong_altogether_does_not_outvote_the_prior(model, monk
     scores = torch.arange(model.n_vocabulary, dtype=torch.float32)
     scores[truth] = -1e5
     monkeypatch.setattr(position, "regressed_embedding", lambda *_: None)
-    wrong = SimpleNamespace(probe=SimpleNamespace(estimate=lambda _: None), scores=lambda _: scores)
+    monkeypatch.setattr(position, "local_embeddings", lambda *_: torch.zeros(3, 1))
+    wrong = SimpleNamespace(
+        probe=SimpleNamespace(estimate=lambda _: None),
+        scores=lambda rows: scores if rows is None else scores.expand(len(rows), -1),
+    )
     search = position.PositionSearch(
         evaluated, position.Clues(wrong, wrong, prior), model.embeddings, 10**6, cheap=False
     )
     monkeypatch.setattr(position, "BATCHES", batches)
-    monkeypatch.setattr(position, "LIKELY", 200)
+    monkeypatch.setattr(position, "LIKELY", position.LIKELY_BATCH)
     assert search.run() == stage
-    assert evaluated.nearest()[0] == truth and evaluated.n_candidates <= 216
+    assert evaluated.nearest()[0] == truth
+    assert evaluated.n_candidates <= 16 + (200 if batches else position.LIKELY)
 
 
 # ---- logits that are not plain -----------------------------------------------------------------------------
@@ -307,3 +315,40 @@ def test_no_hook_outlives_one_that_cannot_be_set():
     with pytest.raises(AttributeError):
         capture(llama.base, [llama.blocks[0], None], "output", input_ids=torch.tensor([TOKENS]))
     assert n_hooks(llama) == 0
+
+
+def test_words_like_those_whose_states_are_near_come_before_likely_ones(model, monkeypatch, tmp_path):
+    """Once the states after another text are known, they stand in for the regression; a budget smaller than
+    the vocabulary does not pay for making them.
+    """
+    monkeypatch.setenv("ATTNFIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(position, "BATCHES", ())
+    prefix, truth = Prefix(model, 2), 321
+    prefix.extend(TOKENS[:4])
+    state = prefix.candidates([truth])[0]
+    scale = prefix.candidates(range(0, 800, 20)).std(0)
+    made = Reference(model, 2, scale)
+    blank = SimpleNamespace(
+        probe=SimpleNamespace(
+            estimate=lambda _: None, precision=torch.eye(48), displacement=torch.zeros_like
+        ),
+        scores=lambda rows: torch.zeros(model.n_vocabulary),
+    )
+    flat = torch.zeros(model.n_vocabulary)
+
+    def search(budget):
+        evaluated = CandidateSet(prefix, Target(state, torch.zeros(48), scale))
+        clues = position.Clues(blank, blank, flat)
+        found = position.PositionSearch(
+            evaluated, clues, model.embeddings, budget, cheap=False, reference=made
+        )
+        monkeypatch.setattr(found, "_try_likely", lambda: False)
+        monkeypatch.setattr(found, "_newton", lambda: False)
+        monkeypatch.setattr(found, "_scan", lambda: False)
+        return found.run(), evaluated
+
+    assert search(model.n_vocabulary - 1)[0] is None
+    assert not made.learned
+    stage, evaluated = search(model.n_vocabulary)
+    assert stage == "likeness" and evaluated.nearest()[0] == truth
+    assert made.learned and evaluated.n_candidates < 400

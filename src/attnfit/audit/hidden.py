@@ -18,6 +18,7 @@ from attnfit.audit.engine.prior import Prior
 from attnfit.audit.errors import ObservationMismatch
 from attnfit.audit.models.model import Layer, Model, Tokens
 from attnfit.audit.position import Clues, PositionSearch
+from attnfit.audit.reference import Reference
 from attnfit.audit.result import Cost, InversionResult, Position, certain_log_odds, conclude
 from attnfit.audit.target import Target
 from attnfit.audit.uncertainty import Uncertainty
@@ -72,6 +73,7 @@ class HiddenSearch:
         self._rankers = calibration.rankers_under(uncertainty) if noisy else calibration.rankers
         self._prefix = Prefix(model, layer)
         self._prior = Prior(model, self._prefix)
+        self._reference = Reference.of(model, layer, calibration.running.scale)
         self._cheap = model.depth(layer) * model.n_vocabulary <= CHEAP
         self._positions: list[Position] = []
         self._n_drafted = 0
@@ -172,8 +174,10 @@ class HiddenSearch:
         clues = Clues(self._rankers[names[0]], self._rankers[names[1]], prior)
         free = context_free(self._model, self._layer) if target.noisy and target.basis is None else None
         search = PositionSearch(
-            evaluated, clues, self._model.embeddings, self._budget, cheap=self._cheap, context_free=free
-        )
+            evaluated, clues, self._model.embeddings, self._budget, cheap=self._cheap, context_free=free,
+            # The states of a first position are those of no other.
+            reference=self._reference if at else None,
+        )  # fmt: skip
         method: str | None
         if target.noisy:
             certain = certain_log_odds(len(self._states))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from attnfit.audit.candidates import CandidateSet
@@ -13,18 +14,20 @@ from attnfit.audit.engine.prior import with_surprises
 from attnfit.audit.models.model import Tokens
 from attnfit.audit.ordering import interleaved
 from attnfit.audit.probes import Ranker
-from attnfit.audit.regression import regressed_embedding
+from attnfit.audit.reference import Reference
+from attnfit.audit.regression import local_embeddings, regressed_embedding
 
 # The probe knows less than its score says: beside the model's own prior it counts this much.
 TRUST = (1.0, 0.3, 0.03)
 FIRST_BATCH, SCAN_BATCH, DOUBT_BATCH = 16, 2048, 1 << 14
 # After each of these the vocabulary is ranked again by what the candidates tried tell.
 BATCHES = (16, 16, 32, *(64,) * 8)
-# Candidates before Newton's method, which takes three to seven thousand: 19 in 20 words of a text are among
-# the four thousand that a language model finds likeliest (SmolLM2-135M, eight kinds of text).
+# After these batches of words like those whose states are near, hardly any word of a text is left.
+LIKE_BATCHES = (16, 16, 32, *(64,) * 16)
+# Candidates before Newton's method, which takes three to seven thousand, and between two rankings of them.
 LIKELY, LIKELY_BATCH = 4096, 256
-# Candidates whose lessons order the rest.
-N_REGRESSED = 1024
+# Candidates whose lessons order the rest: the nearest.
+N_REGRESSED = 2048
 NOISY_SHORTLIST, NOISY_WIDER = 64, 1024
 # The best token stands alone if every rival tried is further from it, in squared errors, than this many times
 # the certain log odds, and than this many times as far as its misfit lets the true token be: the nearest of
@@ -54,8 +57,8 @@ class Clues:
 
 
 class PositionSearch:
-    """The stages: a shortlist, regression on the candidates tried, the likeliest words, Newton on the
-    embedding, everything.
+    """The stages: a shortlist, regression on the candidates tried, words like those whose states are near,
+    the likeliest words, Newton on the embedding, everything.
 
     Parameters
     ----------
@@ -69,21 +72,27 @@ class PositionSearch:
         errors leave doubt, many are tried, and all where none of them explains the state.
     context_free : ContextFree, optional
         Tells which tokens cannot be the true one without trying them.
+    reference : Reference, optional
+        The states of all tokens after another text, which are made where the first stages fail.
     """
 
     def __init__(
         self, evaluated: CandidateSet, clues: Clues, table: Any, budget: int, *, cheap: bool,
-        context_free: ContextFree | None = None,
+        context_free: ContextFree | None = None, reference: Reference | None = None,
     ) -> None:  # fmt: skip
         self._evaluated, self._clues, self._table, self._budget = evaluated, clues, table, budget
-        self._cheap, self._context_free = cheap, context_free
+        self._cheap, self._context_free, self._reference = cheap, context_free, reference
 
     def run(self) -> str | None:
         """Return the stage that found a token which explains the observation, None if all of them fail."""
         stages: dict[str, Callable[[], bool]] = {"shortlist": self.shortlist}
+        reference = None if self._cheap or self._budget < len(self._table) else self._reference
         # A vocabulary that is one pass costs less than to be clever about it.
-        if not self._cheap or len(self._table) > self._evaluated.prefix.chunk:
+        pays = not self._cheap or len(self._table) > self._evaluated.prefix.chunk
+        if pays and (reference is None or not reference.learned):
             stages["regression"] = self.regress
+        if reference is not None:
+            stages["likeness"] = partial(self._try_like, reference)
         if not self._cheap:
             stages["likely"] = self._try_likely
             stages["newton"] = self._newton
@@ -190,28 +199,40 @@ class PositionSearch:
         lists = [score, *(_doubted(trust * score) + prior for trust in TRUST[1:]), prior]
         return self._try(interleaved(lists, found.seen, size))
 
+    def _try_like(self, reference: Reference) -> bool:
+        """Try words that after another text are like those whose states are near, again after each batch."""
+        found, prior = self._evaluated, self._clues.prior
+        for size in LIKE_BATCHES:
+            score = reference.scores(found)
+            lists = [score, *(_doubted(trust * score) + prior for trust in TRUST[1:])]
+            if self._try(interleaved(lists, found.seen, size)):
+                return True
+        return False
+
     def _newton(self) -> bool:
         return EmbeddingNewton(self._evaluated, self._table, self._budget).search()
 
     def _try_likely(self) -> bool:
-        """Try what the scan would begin with: Newton's method takes several times as many candidates."""
-        rest = self._in_order()[:LIKELY]
-        return any(self._try(rest[at : at + LIKELY_BATCH]) for at in range(0, len(rest), LIKELY_BATCH))
+        """Try the likeliest words and those that the candidates tried point to, ranked again after each
+        batch.
+        """
+        return any(self._try(self._in_order(LIKELY_BATCH)) for _ in range(0, LIKELY, LIKELY_BATCH))
 
     def _scan(self) -> bool:
         """Try everything that is left."""
-        rest = self._in_order()
-        return any(self._try(rest[at : at + SCAN_BATCH]) for at in range(0, len(rest), SCAN_BATCH))
+        while self._left and len(self._evaluated.tokens) < len(self._table):
+            if self._try(self._in_order(SCAN_BATCH)):
+                return True
+        return False
 
-    def _in_order(self) -> Tokens:
-        """Return what is left, by the prior and by what the candidates tried tell in turn."""
+    def _in_order(self, count: int) -> Tokens:
+        """Return the next words to try, by the prior and by what the candidates tried tell in turn."""
         found, mover, prior = self._evaluated, self._clues.mover, self._clues.prior
-        some = slice(N_REGRESSED)
-        embedding = regressed_embedding(
-            mover.probe, found.target.state, found.states[some], self._table[found.tokens[some]]
+        near = found.misfits.argsort()[:N_REGRESSED]
+        embeddings = local_embeddings(
+            mover.probe, found.target.state, found.states[near], self._table[found.tokens][near]
         )
-        lists = [_doubted(TRUST[1] * mover.scores(embedding)) + prior]
-        return interleaved(lists, found.seen, len(prior))
+        return interleaved([prior, *mover.scores(embeddings)], found.seen, count)
 
     @property
     def _left(self) -> int:
