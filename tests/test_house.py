@@ -1,11 +1,14 @@
 """The house as docs/design.md draws it: imports point one way, in no circle, and a file holds an idea."""
 
 import ast
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import attnfit
+from attnfit import SoftmaxRegressor, datasets, inversion, problems
 
 ROOT = Path(attnfit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -135,3 +138,45 @@ def test_no_class_is_made_or_changed_at_run_time():
                 isinstance(t, ast.Attribute) and t.attr == "__class__" for t in node.targets
             )
             assert not made and not changed, f"{path.name}, line {node.lineno}"
+
+
+def travelled(call):
+    """Return how many files and functions of the library a second call visits, and how deep it goes."""
+    call()
+    seen, depth, deepest = set(), 0, 0
+
+    def watch(frame, event, _):
+        nonlocal depth, deepest
+        name = frame.f_code.co_filename
+        if name.startswith(str(ROOT)):
+            if event == "call":
+                depth += 1
+                seen.add((name, frame.f_code.co_qualname))
+            elif event == "return":
+                depth -= 1
+            deepest = max(deepest, depth)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return len({name for name, _ in seen}), len(seen), deepest
+
+
+def test_a_fit_travels_no_further():
+    """What docs/design.md tells, and a few per cent: another processor may round a step to another branch."""
+    cars = datasets.load_car_shares()
+    files, functions, depth = travelled(lambda: SoftmaxRegressor().fit(cars.A, cars.b, groups=cars.groups))
+    assert 20 < files <= 29 and functions <= 195 and depth <= 13
+
+
+def test_a_recovery_travels_no_further():
+    rng = np.random.default_rng(1)
+    table = rng.standard_normal((60, 5))
+    W, V = rng.standard_normal((5, 5)) / 5, rng.standard_normal((5, 5)) / np.sqrt(5)
+    outputs = problems.LayerInversion(W, V, np.zeros((8, 5))).output(table[rng.permutation(60)[:8]].T)
+    layer = problems.LayerInversion(W, V, outputs)
+    files, functions, depth = travelled(lambda: inversion.recover(layer, vocabulary=table, random_state=0))
+    assert 10 < files <= 17 and functions <= 125 and depth <= 12
