@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from attnfit import audit  # noqa: E402
+from attnfit.audit import permuted  # noqa: E402
 from attnfit.audit.inverting import search_for  # noqa: E402
 
 
@@ -34,6 +35,19 @@ def test_any_order_gives_the_text(tiny, seed):  # noqa: F811
     leaked = audit.observe(tiny, tokens, "permuted:2").array
     assert not np.array_equal(leaked, states)
     np.testing.assert_array_equal(np.sort(leaked, axis=0), np.sort(states, axis=0))
+
+
+def test_what_is_tried_for_one_row_tells_of_all(tiny, monkeypatch):  # noqa: F811
+    """Where the nearest row is another one than the next token gives, its scan has tried that token, too."""
+    tokens = tiny.tokenise(tiny.private_texts[0])[:6]
+    last = tokens[-1]
+    monkeypatch.setattr(permuted, "ROWS", ((1, None),))
+    monkeypatch.setattr(
+        permuted.PermutedSearch, "_likely", lambda self, name, prior, seen, size: [last][len(seen) :]
+    )
+    found = audit.invert(tiny, audit.observe(tiny, tokens, "permuted:2"))
+    assert found.tokens == tokens and found.verified
+    assert "scan" in {position.method for position in found.positions}
 
 
 @pytest.mark.parametrize(

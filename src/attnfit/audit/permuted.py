@@ -202,6 +202,12 @@ class PermutedSearch:
                 method = self._search(sets[row], clues, sets[row].n_candidates + most).run()
                 if method is not None:
                     return self._found(row, sets[row], method)
+        # What was tried for one row tells of all of them.
+        widest = max(sets.values(), key=lambda one: len(one.tokens))
+        for row in near:
+            found = self._tried(at, row, widest.tokens, widest.states)
+            if found.solved:
+                return self._found(row, found, "scan")
         return (
             f"no token explains one of the {len(self._left)} rows left at position {at}; the rows may come "
             "from another model or layer, or not be all of a text"
