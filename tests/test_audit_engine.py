@@ -349,6 +349,14 @@ def test_words_like_those_whose_states_are_near_come_before_likely_ones(model, m
 
     assert search(model.n_vocabulary - 1)[0] is None
     assert not made.learned
+    # As long as it is not made, embeddings are asked first, and may do.
+    monkeypatch.setattr(position, "BATCHES", (16,))
+    monkeypatch.setattr(position, "regressed_embedding", lambda *_: None)
+    blank.scores = lambda rows: torch.nn.functional.one_hot(torch.tensor(truth), model.n_vocabulary) * 1e3
+    monkeypatch.setattr(position.PositionSearch, "shortlist", lambda self: self._try(list(range(16))))
+    assert search(model.n_vocabulary)[0] == "regression"
+    assert not made.learned
+    blank.scores = lambda rows: flat
     stage, evaluated = search(model.n_vocabulary)
     assert stage == "likeness" and evaluated.nearest()[0] == truth
     assert made.learned and evaluated.n_candidates < 400

@@ -23,7 +23,7 @@ from attnfit.audit.storage import kept
 
 # Tokens of the reference text: the states after the first few are those of no ordinary text.
 LENGTH = 8
-# Larger tables are not made: 256 MiB in single precision.
+# Larger tables are not made: 512 MiB in single precision, squares included.
 MOST_NUMBERS = 1 << 26
 # Candidates count by the exponential of their squared distance from the state, relative to so many times the
 # median one; the identity stands in for as much as they tell; only the nearest so many are asked.
