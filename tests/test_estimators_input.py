@@ -159,3 +159,10 @@ def test_nothing_breaks_without_the_callback_protocol(monkeypatch):
     finally:
         monkeypatch.undo()
         importlib.reload(callbacks)
+
+
+@pytest.mark.parametrize("option", ["weight_type", "covariance"])
+def test_options_of_inference_are_refused_before_any_work(monkeypatch, option):
+    monkeypatch.setattr("attnfit.estimators.base.minimize", lambda *_, **__: pytest.fail("fitted first"))
+    with pytest.raises(ValueError, match=f"{option} must be one of"):
+        SoftmaxRegressor(**{option: "x"}).fit(np.eye(3), np.full(3, 1 / 3))

@@ -400,6 +400,9 @@ def test_a_loaded_model_keeps_its_covariance(tmp_path):
     assert back.fit_statistics() == model.fit_statistics()
     with pytest.raises(AttributeError, match="needs the training data"):
         back.covariance("robust")
+    for again in (lambda: back.bootstrap(5), back.jackknife):
+        with pytest.raises(AttributeError, match=r"(bootstrap|jackknife) needs the training data"):
+            again()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert str(back.summary()) == str(model.summary())

@@ -204,6 +204,8 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         labels: Absorbed | None,
     ) -> Self:
         """Fit the problem on these data, wherever they are, and set what every estimator reports."""
+        choose(self.weight_type, dict.fromkeys(WEIGHT_TYPES), "weight_type")
+        choose(self.__dict__["covariance"], dict.fromkeys(KINDS), "covariance")
         listeners = Listeners(self, X, y, given) if has_callbacks(self) else None
         groups = given.get("groups")
         here = not (is_dask(X) or is_dask(y) or isinstance(y, Source | Column))
@@ -244,8 +246,6 @@ class BaseRegressor(InferenceMixin, CallbackSupportMixin, RegressorMixin, BaseEs
         elif np.any(problem.ridge):
             self.loss_value_ -= 0.5 * float(np.sum(problem.ridge * point * point))
         self._training = (rows.y, rows.weights, rows.counts) if here else None
-        choose(self.weight_type, dict.fromkeys(WEIGHT_TYPES), "weight_type")
-        choose(self.__dict__["covariance"], dict.fromkeys(KINDS), "covariance")
         self._basis = Basis(problem, rows.counts, rows.kept, len(rows.outside), self.weight_type, clusters)
         self.__dict__.pop("_fitted", None)
         if clusters is not None:

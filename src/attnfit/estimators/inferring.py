@@ -260,6 +260,8 @@ class InferenceMixin:
         ------
         ValueError
             If there is one unit only, two sets of labels, or data on Dask.
+        AttributeError
+            Of a model that was pickled or saved: it has no training data.
 
         Notes
         -----
@@ -273,12 +275,12 @@ class InferenceMixin:
         >>> model.bootstrap(50, random_state=0)
         50 bootstrap fits of 20 units: 50 converged
         """
-        check_is_fitted(self)
+        self._training_problem("bootstrap")
         return bootstrap(self._fitted, n, clusters, random_state, self.tol)
 
     def jackknife(self, clusters: Any = None) -> Resampled:
         """Fit all data but one unit, for each unit; parameters and errors as for `bootstrap`."""
-        check_is_fitted(self)
+        self._training_problem("jackknife")
         return jackknife(self._fitted, clusters, self.tol)
 
     def summary(
