@@ -24,7 +24,7 @@ from attnfit.audit.intervals import wilson
 from attnfit.audit.masked import recover_masked
 from attnfit.audit.models.tiny import load_tiny
 from attnfit.audit.reproduction import reproduce_data_recovery
-from benchmarks.report import RESULTS, table, write
+from benchmarks.report import stored, table, write
 
 SENTENCES = Path(__file__).with_name("audit_sentences.txt").read_text().splitlines()
 FEW = 4
@@ -105,19 +105,6 @@ def save(name: str, full: bool, sections: list[str]) -> None:
     write(f"audit-{name}" if full else f"audit-{name}-quick", command, sections)
 
 
-def stored(name: str, count: int) -> list[Row]:
-    """Return the first rows of the table as it was written last."""
-    lines = (RESULTS / f"audit-{name}.md").read_text().splitlines()
-    # The first two lines of the table are its header.
-    cut = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][2:]
-    kept = [[cell.strip() for cell in cells] for cells in cut[:count]]
-    return [
-        Row(access, defence, cells, [line for line in lines if line.startswith(f"- {access}, {defence}, ")])
-        for cells in kept
-        for access, defence in [cells[:2]]
-    ]
-
-
 def inversions(name: str, full: bool, threads: int, keep: int = 0) -> None:
     """Measure one setting after the other; what is done is kept when the rest is stopped."""
     every = described() if name in OTHERS else SENTENCES
@@ -134,7 +121,12 @@ def inversions(name: str, full: bool, threads: int, keep: int = 0) -> None:
         head += f"Sentences of scikit-learn {version('scikit-learn')}, on which no search was tuned."
     else:
         head += "The order of the search was tuned on these sentences: they are no held-out test."
-    rows = stored(name, keep) if keep else []
+    kept, missed = stored(f"audit-{name}", keep)
+    rows = [
+        Row(access, defence, cells, [miss for miss in missed if miss.startswith(f"- {access}, {defence}, ")])
+        for cells in kept
+        for access, defence in [cells[:2]]
+    ]
     if rows:
         head += f" The first {len(rows)} rows are of an earlier run."
     for access, defence in settings[len(rows) :]:

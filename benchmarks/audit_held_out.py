@@ -26,7 +26,7 @@ from attnfit.audit.intervals import wilson
 from attnfit.audit.models.model import Model
 from attnfit.audit.reference import Reference
 from benchmarks.audit_texts import KINDS, LENGTHS, drawn
-from benchmarks.report import table, write
+from benchmarks.report import stored, table, write
 
 HEADER = [
     "access",
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", type=int, default=0, help="rows of the stored table that stay as they are")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     command = shlex.join(["python", "-m", "benchmarks.audit_held_out", *sys.argv[1:]])
@@ -73,10 +74,9 @@ def texts(options: argparse.Namespace, command: str) -> None:
     shares = [[n] for n in lengths] if len(forms) == 1 else [lengths]
     cells = [(form, kind, share) for form in forms for kind in options.kinds.split(",") for share in shares]
     name = f"audit-held-out-{forms[0].replace(':', '-')}" if len(forms) == 1 else "audit-held-out"
-    lines: list[list[str]] = []
-    misses: list[str] = []
+    lines, misses = stored(name, options.keep)
     begun: set[str] = set()
-    for form, kind, share in cells:
+    for form, kind, share in cells[options.keep :]:
         if form not in begun:
             begin(model, form)
             begun.add(form)
@@ -87,7 +87,8 @@ def texts(options: argparse.Namespace, command: str) -> None:
         head = (
             f"{options.model}, seed {options.seed}, {options.count} texts of each length or as many as there "
             f"are, threads: {options.threads}, torch {version('torch')}, transformers "
-            f"{version('transformers')}. {len(lines)} of {len(cells)} cells."
+            f"{version('transformers')}. {len(lines)} of {len(cells)} cells"
+            + (f"; the first {options.keep} rows are of an earlier run." if options.keep else ".")
         )
         missed_told = "## Texts not recovered\n\n" + ("\n".join(misses) or "none")
         write(name, command, [head, table(HEADER, lines), missed_told])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from attnfit.audit.row_response import Reader
 from attnfit.audit.row_search import EVALUATIONS, SECONDS, RowSearch
 from benchmarks.audit_held_out import MOVED, altered
 from benchmarks.audit_texts import drawn, passages
-from benchmarks.report import RESULTS, table, write
+from benchmarks.report import stored, table, write
 
 # Texts of each length, the cheap ones first: what is done is kept when the rest is stopped.
 CURVE, FORMS = (1, 2, 3, 4, 6, 8, 10), ("last:2", "last:logits", "last:4", "pooled")
@@ -57,7 +56,9 @@ def main() -> None:
             controls(audit.load("tiny"), form, options.controls, options.seed)
         return
     models: dict[str, Model] = {}
-    lines, misses = stored(options.keep)
+    lines, misses = stored("audit-one-row", options.keep)
+    known = {tuple(line[:3]) for line in lines}
+    misses = [miss for miss in misses if tuple(miss[2:].split(", ")[:3]) in known]
     for form, name, length, count in CELLS[options.keep :]:
         if name not in models:
             models = {name: audit.load(name)}
@@ -70,20 +71,6 @@ def main() -> None:
         lines.append(line)
         misses += missed
         save(options, lines, misses)
-
-
-def stored(count: int) -> tuple[list[list[str]], list[str]]:
-    """Return the first rows of the table as it was written last, and what was not recovered."""
-    if not count:
-        return [], []
-    text = (RESULTS / "audit-one-row.md").read_text()
-    rows = [
-        line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (last:|pooled)", line)
-    ]
-    kept = [[cell.strip() for cell in row] for row in rows[:count]]
-    known = {tuple(row[:3]) for row in kept}
-    misses = [line for line in text.splitlines() if line.startswith("- ")]
-    return kept, [line for line in misses if tuple(line[2:].split(", ")[:3]) in known]
 
 
 def save(options: Any, lines: list[list[str]], misses: list[str]) -> None:

@@ -46,6 +46,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def stored(name: str, count: int) -> tuple[list[list[str]], list[str]]:
+    """Return the first rows of a table as it was written last, and the items of the list below it."""
+    if not count:
+        return [], []
+    lines = (RESULTS / f"{name}.md").read_text().splitlines()
+    # The first two lines of the table are its header.
+    places = [k for k, line in enumerate(lines) if line.startswith("| ")]
+    cut = [lines[k].strip("| ").split(" | ") for k in places[2 : 2 + count]]
+    items = [line for line in lines[places[-1] :] if line.startswith("- ")]
+    return [[cell.strip() for cell in row] for row in cut], items
+
+
 def race_table(seeds: list[list[Row]], tol: float) -> str:
     """One row a solver over all seeds: median times, worst accuracy, largest counts."""
     names = [row["name"] for row in seeds[0]]
