@@ -82,6 +82,56 @@ def test_one_candidate_is_no_division_by_zero():
     assert torch.isfinite(found.scores(evaluated)).all()
 
 
+def ranks(here, there):
+    """Mean logarithm of the ranks, the regression solved in as many equations as channels."""
+    X, Y = here.double().numpy(), there.double().numpy()
+    n, width = len(X) * module.N_TRIED // (module.N_TRIED + module.N_SOUGHT), X.shape[1]
+    centre, offset = X[:n].mean(0), Y[:n].mean(0)
+    A, B = X[:n] - centre, Y[:n] - offset
+    ridge = module.RIDGE * (A**2).sum() / width * np.eye(width)
+    slopes = np.linalg.solve(A.T @ A + ridge, A.T @ B + ridge)
+    variance = ((B - A @ slopes) ** 2).sum(0)
+    variance = variance + module.FLOOR * variance.mean() + module.EXACT
+    places = []
+    for k in range(n, len(X)):
+        far = ((Y - offset - (X[k] - centre) @ slopes) ** 2 / variance).sum(1)
+        places.append(1 + (far < far[k]).sum())
+    return np.log(places).mean()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0, 5.0])
+def test_the_log_rank_is_that_of_the_dense_formula(noise):
+    generator = torch.Generator().manual_seed(1)
+    here = torch.randn(256, 12, generator=generator)
+    turned = here @ (torch.eye(12) + 0.3 * torch.randn(12, 12, generator=generator) / 12**0.5)
+    there = turned + noise * torch.randn(256, 12, generator=generator)
+    found = module.log_rank(here, there)
+    # A rank of some sixty may move by one with rounding.
+    assert found == pytest.approx(ranks(here, there), abs=np.log(2) / module.N_SOUGHT)
+    assert found < 0.01 if noise == 0.0 else (found > 1.0) == (noise >= 1.0)
+
+
+def test_the_text_whose_states_tell_most_of_others_is_chosen(monkeypatch):
+    model = audit.load("tiny")
+    generator = torch.Generator().manual_seed(2)
+    states, seen = torch.randn(model.n_vocabulary, 12, generator=generator), []
+
+    def after(self, text, tokens):
+        # Those that are compared come before the texts among which one is chosen.
+        seen.append(text)
+        noise = 0.0 if len(seen) <= len(module.LENGTHS) or text[0] % 3 == 1 else 2.0
+        return (states + noise * torch.randn(states.shape, generator=generator))[tokens]
+
+    monkeypatch.setattr(Reference, "_after", after)
+    chosen = Reference(model, 3, 1.0)._best_text(torch.Generator().manual_seed(0))
+    texts = seen[len(module.LENGTHS) :]
+    assert [len(text) for text in seen[: len(module.LENGTHS)]] == list(module.LENGTHS)
+    assert len(texts) == module.N_TEXTS
+    assert {len(text) for text in texts} == {1, 2, 3}
+    assert chosen in texts
+    assert chosen[0] % 3 == 1
+
+
 def test_the_table_of_a_model_is_learned_once_and_tells_tokens_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNFIT_CACHE", str(tmp_path))
     model = audit.load("tiny")

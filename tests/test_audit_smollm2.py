@@ -65,6 +65,15 @@ def test_hidden_states_give_the_text_away(smollm2, layer, text):
     assert found.verified
 
 
+def test_a_second_token_that_serves_as_attention_sink_is_read_like_a_first_one(smollm2):
+    text = smollm2.tokenise("La valeur")
+    found = audit.invert(smollm2, audit.observe(smollm2, text, "hidden:30"))
+    assert found.tokens == text
+    assert found.verified
+    # Read as one of running text it was found after two thousand.
+    assert found.positions[1].n_candidates <= 64
+
+
 def test_low_precision_does_not_help(smollm2):
     text = SENTENCES[0]
     assert audit.invert(smollm2, audit.observe(smollm2, text, "hidden:1", "int8")).text == text

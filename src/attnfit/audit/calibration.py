@@ -29,6 +29,8 @@ N_CONTEXTS, N_CANDIDATES = 100, 96
 # Differences between candidates explain little of their embeddings each: a strong ridge generalises best.
 WITHIN_RIDGE = 1e-2
 BATCH = 20
+# Root mean square distance, in spreads of running text, from which on a state is not one of those.
+UNLIKE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,18 @@ class Calibration:
     running: Probe
     first: Probe
     within: Probe
+
+    def kinds(self, states: Any) -> list[str]:
+        """Return for each of the states, shape (n, width), which probe serves it, "first" or "running".
+
+        The first position is not the only one with states of its kind: where the first token does not serve
+        as attention sink, the second does.
+        """
+        first, running = (
+            ((states - probe.centre) / probe.scale).square().mean(-1) for probe in (self.first, self.running)
+        )
+        alike = (first < running) & (running > UNLIKE**2)
+        return ["first" if one else "running" for one in alike.tolist()]
 
     @cached_property
     def rankers(self) -> dict[str, Ranker]:

@@ -71,6 +71,7 @@ class HiddenSearch:
         ]
         noisy = any(target.noisy for target in self._targets)
         self._rankers = calibration.rankers_under(uncertainty) if noisy else calibration.rankers
+        self._kinds = ["first", *calibration.kinds(states[1:])]
         self._prefix = Prefix(model, layer)
         self._prior = Prior(model, self._prefix)
         self._reference = Reference.of(model, layer, calibration.running.scale)
@@ -117,9 +118,12 @@ class HiddenSearch:
 
     def _probed(self) -> Any:
         """Return how well the probe finds every token to fit each state, shape (n, n_vocabulary)."""
-        first, running = self._rankers["first"], self._rankers["running"]
+        running = self._rankers["running"]
         scores = running.scores(running.probe.estimate(self._states))
-        scores[0] = first.scores(first.probe.estimate(self._states[0]))
+        for place, kind in enumerate(self._kinds):
+            if kind == "first":
+                first = self._rankers[kind]
+                scores[place] = first.scores(first.probe.estimate(self._states[place]))
         return scores
 
     def _accept_known(self, tokens: Tokens) -> None:
@@ -169,14 +173,16 @@ class HiddenSearch:
         evaluated = CandidateSet(self._prefix, target)
         if tried is not None:
             evaluated.note(*tried)
-        names = ("running", "within") if at else ("first", "first")
-        prior = self._prior.after(tokens)
-        clues = Clues(self._rankers[names[0]], self._rankers[names[1]], prior)
+        ordinary = self._kinds[at] == "running"
+        drafter, mover = (
+            self._rankers[name] for name in (self._kinds[at], "within" if ordinary else "first")
+        )
+        clues = Clues(drafter, mover, self._prior.after(tokens))
         free = context_free(self._model, self._layer) if target.noisy and target.basis is None else None
         search = PositionSearch(
             evaluated, clues, self._model.embeddings, self._budget, cheap=self._cheap, context_free=free,
-            # The states of a first position are those of no other.
-            reference=self._reference if at else None,
+            # The states of a first position, or of one like it, are those of no other.
+            reference=self._reference if ordinary else None,
         )  # fmt: skip
         method: str | None
         if target.noisy:
