@@ -57,7 +57,7 @@ SEPARATION = ["recession", "moves", "separation", "separation_programme"]
 GUARDS = {
     "losses/loss": [*LOSSES, "certificate_statements", "open_losses"],
     "segments": LOSSES,
-    "losses/softmax": [*LOSSES, "open_losses"],
+    "losses/softmax": [*LOSSES, "open_losses", "loss_sums"],
     "losses/elementwise": LOSSES,
     "losses/rescaled": LOSSES,
     "losses/separable": ["losses", "open_losses"],

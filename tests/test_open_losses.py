@@ -200,7 +200,7 @@ def test_losses_have_names(monkeypatch):
         def load(self):
             return lambda: 3
 
-    monkeypatch.setattr("attnfit.losses.named.entry_points", lambda group: [Entry(), Broken()])
+    monkeypatch.setattr("attnfit.losses.softmax.entry_points", lambda group: [Entry(), Broken()])
     assert find_loss("kl") is LOSSES["kl"]
     assert find_loss("huber").delta == 0.1
     assert problems.Softmax(np.eye(3), np.ones(3) / 3, loss="huber").loss.delta == 0.1

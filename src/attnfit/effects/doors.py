@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 from attnfit.effects.problem import AbsorbedProblem, absorbed_problem
 from attnfit.losses.elementwise import FunctionName
-from attnfit.losses.named import LossLike
+from attnfit.losses.softmax import LossLike
 from attnfit.objectives import models
 
 Singletons = Literal["keep", "drop"]

@@ -17,7 +17,7 @@ from attnfit.estimators.reading import Rows
 from attnfit.estimators.shares import ShareRegressor
 from attnfit.inference.exact_ties import ExactTies
 from attnfit.losses.loss import Loss
-from attnfit.losses.named import LossLike, find_loss
+from attnfit.losses.softmax import LossLike, find_loss
 from attnfit.losses.sums import Composite
 from attnfit.objectives.models import Softmax
 from attnfit.objectives.rows import RowProblem

@@ -8,10 +8,9 @@ from attnfit.losses.activations import ACTIVATIONS, Activation, as_activation, l
 from attnfit.losses.check import check_loss
 from attnfit.losses.elementwise import ElementwiseLoss, PoissonDeviance, SquaredExponential
 from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
-from attnfit.losses.named import find_loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.separable import PointwiseLoss, SeparableLoss
-from attnfit.losses.softmax import LOSSES, LogRatio, SoftmaxLoss
+from attnfit.losses.softmax import LOSSES, LogRatio, SoftmaxLoss, find_loss
 from attnfit.losses.sums import MixedSum, SoftmaxSum
 from attnfit.losses.vector_activations import VectorActivation
 from attnfit.segments import Segments

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from importlib.metadata import entry_points
+from typing import Any, Literal
 
 import numpy as np
 
@@ -290,6 +291,64 @@ LOSSES: dict[str, SoftmaxLoss] = {
     "linear_cross_entropy": LinearCrossEntropy(),
     "entropy": Entropy(),
 }
+LossTerms = Sequence[tuple[str | Loss, float]]
+LossLike = LossName | Loss | LossTerms
+# Entry points of this group name a loss, or a function that returns one.
+GROUP = "attnfit.losses"
+
+
+def find_loss(loss: Any, name: str = "loss") -> Loss:
+    """Return a loss, given itself, its name, or a weighted sum of losses.
+
+    Parameters
+    ----------
+    loss : str, Loss or list of (str or Loss, float)
+        One of `LOSSES`, a name registered under the entry point group ``attnfit.losses``, or a loss; of
+        several, each with its weight, the weighted sum, in which "sparse" (``sum w exp(z)``) and "rescaled"
+        (``0.5 sum w (exp(z) - alpha b)^2``, alpha the sum of ``exp(z)``) have names too. Weights are
+        positive; those of "entropy" and "linear_cross_entropy", which are bounded on both sides, may be
+        negative. The weights of a name that comes twice are added.
+    name : str
+        What the argument is called, for messages.
+
+    Raises
+    ------
+    ValueError
+        If there is no loss of that name, what is registered gives none, or terms cannot be added; the message
+        names the term.
+
+    Examples
+    --------
+    >>> from attnfit.losses import find_loss
+    >>> find_loss("kl").convex
+    True
+    >>> find_loss([("cross_entropy", 1.0), ("sparse", 0.1)]).convex
+    True
+    >>> find_loss([("squared", 1.0), ("entropy", -0.01)]).convex
+    False
+    """
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, list | tuple):
+        # What makes sums knows all losses, this file its own.
+        from attnfit.losses.named import sum_of
+
+        return sum_of(loss, name)
+    if isinstance(loss, str):
+        if loss in LOSSES:
+            return LOSSES[loss]
+        for entry in entry_points(group=GROUP):
+            if entry.name == loss:
+                found = entry.load()
+                found = found if isinstance(found, Loss) else found()
+                if isinstance(found, Loss):
+                    return found
+                raise ValueError(f"{name}={loss!r} is registered, but gives no attnfit.losses.Loss")
+    known = ", ".join(map(repr, LOSSES))
+    raise ValueError(
+        f"{name} must be one of {known}, an attnfit.losses.Loss, or a list of them with weights such as "
+        f"[('squared', 1.0), ('entropy', 0.01)], not {loss!r}"
+    )
 
 
 class LogRatio(Loss):

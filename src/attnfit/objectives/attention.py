@@ -13,9 +13,8 @@ from attnfit.data.pairs import KroneckerDesign
 from attnfit.data.store import Table
 from attnfit.losses.elementwise import FUNCTIONS, FunctionName, SquaredExponential, Total
 from attnfit.losses.loss import Loss
-from attnfit.losses.named import LossTerms, find_loss
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.softmax import LOSSES, LogRatio, LossName, SoftmaxLoss
+from attnfit.losses.softmax import LOSSES, LogRatio, LossName, LossTerms, SoftmaxLoss, find_loss
 from attnfit.objectives.convexity import convex_from_ridge
 from attnfit.objectives.objective import Evaluation, Reduction
 from attnfit.objectives.pairs import first_negative, read_pairs, signs, smallest_normal

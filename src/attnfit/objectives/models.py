@@ -6,8 +6,8 @@ from typing import Any
 
 from attnfit.data.inputs import choose
 from attnfit.losses.elementwise import FUNCTIONS, FunctionName, PoissonDeviance, SquaredExponential
-from attnfit.losses.named import LossLike, find_loss
 from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.losses.softmax import LossLike, find_loss
 from attnfit.objectives.convexity import convex_from_ridge
 from attnfit.objectives.rows import RowProblem
 
