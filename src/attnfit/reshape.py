@@ -10,7 +10,7 @@ import narwhals as nw
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.inputs import library_of
+from attnfit.data.inputs import library_and_index
 from attnfit.formulas.frames import require_columns
 from attnfit.inference.tables import to_frame
 
@@ -137,7 +137,7 @@ def wide_to_long(
     for name in keep:
         found[name] = table[name].to_numpy()[row]
     plain = {name: np.asarray(of).tolist() if _is_text(of) else of for name, of in found.items()}
-    return to_frame(plain, library_of(data))
+    return to_frame(plain, library_and_index(data)[0])
 
 
 def _is_text(values: Any) -> bool:
@@ -249,7 +249,7 @@ def long_to_wide(
     for name in keep:
         values = table[name].to_numpy()
         found[name] = values[np.sort(first)]
-    return to_frame(found, library_of(data))
+    return to_frame(found, library_and_index(data)[0])
 
 
 def explode_rankings(data: Any, case: str, rank: str, stage: str = "stage") -> Any:
@@ -314,4 +314,4 @@ def explode_rankings(data: Any, case: str, rank: str, stage: str = "stage") -> A
     found = {name: taken[name].to_list() for name in taken.columns if name != "choice"}
     for name, pieces in zip((stage, f"{stage}_case", "choice"), columns, strict=True):
         found[name] = np.concatenate(pieces)
-    return to_frame(found, library_of(data))
+    return to_frame(found, library_and_index(data)[0])

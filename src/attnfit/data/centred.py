@@ -79,7 +79,7 @@ class CentredDesign(Design):
     def __init__(self, inner: Design, starts: Index, order: Index | None, known: Mapping[int, Array]) -> None:
         self.inner = inner
         super().__init__(inner.shape)
-        self.on_disk = inner.on_disk
+        self.on_disk, self.is_shared_out = inner.on_disk, inner.is_shared_out
         self._starts, self._known = starts, known
         self._rank = None
         if order is not None:
@@ -123,10 +123,6 @@ class CentredDesign(Design):
     def storage(self) -> None:
         """None: compiled loops read rows as they are stored."""
         return None
-
-    @property
-    def is_shared_out(self) -> bool:
-        return self.inner.is_shared_out
 
     @property
     def shared_rows(self) -> int | None:

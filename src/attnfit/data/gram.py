@@ -170,36 +170,47 @@ class Gram:
         """Add rows ``r_i a_i`` that are not centred."""
         if sparse.issparse(block):
             self._add_rows(block, t if r is None else t * r * r)
-            return
-        if self._compiled:
-            self._add_compiled(block, t, r, 0.0, np.zeros((0, 0)), np.zeros(1, dtype=np.intp))
-            return
-        for first_row in range(0, len(t), self._step):
-            part = slice(first_row, first_row + self._step)
-            self._add_weighted(block[part] if r is None else block[part] * r[part, None], t[part])
+        else:
+            self.add_centred(block, t, r, 0.0, None, np.zeros(1, dtype=np.intp))
 
     def add_centred(
         self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Any, starts: Index
     ) -> None:
         """Add the rows of whole groups; ``mu`` has one row a group (as from `group_rows`), groups begin at
-        ``starts``.
+        ``starts``. Dense rows without ``mu`` are added as they are.
         """
-        if not sparse.issparse(block):
-            if self._compiled:
-                self._add_compiled(block, t, r, q, mu, starts)
-                return
-            ends = np.append(starts[1:], len(t))
-            whole = len(t) <= self._step
-            group = np.arange(len(starts)).repeat(ends - starts)
-            for first_row in range(0, len(t), self._step):
-                part = slice(first_row, first_row + self._step)
-                centre = mu.repeat(ends - starts, axis=0) if whole else mu[group[part]]
+        if sparse.issparse(block):
+            self._add_centred_sparse(block, t, r, q, mu, starts)
+            return
+        if self._compiled:
+            self._add_compiled(block, t, r, q, np.zeros((0, 0)) if mu is None else mu, starts)
+            return
+        sizes = np.diff(starts, append=len(t))
+        whole = len(t) <= self._step
+        group = np.arange(len(starts)).repeat(sizes)
+        for first_row in range(0, len(t), self._step):
+            part = slice(first_row, first_row + self._step)
+            rows, weights = block[part] if r is None else block[part] * r[part, None], t[part]
+            if mu is not None:
+                centre = mu.repeat(sizes, axis=0) if whole else mu[group[part]]
                 if isinstance(q, np.ndarray) or q != 1.0:
                     centre *= q[part, None] if isinstance(q, np.ndarray) else q
-                rows = block[part] if r is None else block[part] * r[part, None]
-                np.subtract(rows, centre, out=centre)
-                self._add_weighted(centre, t[part])
-            return
+                rows = np.subtract(rows, centre, out=centre)
+            if rows.shape[1] <= VERY_NARROW:
+                product = (rows * weights[:, None]).T @ rows
+                self._total += 0.5 * (product + product.T)
+                continue
+            rows = rows * np.sqrt(np.abs(weights))[:, None]
+            # numpy recognises X^T X and calls the symmetric product: half the arithmetic.
+            self._total += rows.T @ rows
+            negative = np.flatnonzero(weights < 0.0)
+            if len(negative):
+                rows = rows[negative]
+                self._total -= 2.0 * (rows.T @ rows)
+
+    def _add_centred_sparse(
+        self, block: Any, t: Array, r: Array | None, q: Array | float, mu: Any, starts: Index
+    ) -> None:
         tr = t if r is None else t * r
         self._add_rows(block, tr if r is None else tr * r)
         nu = group_rows(block, tr * q, starts)
@@ -214,14 +225,7 @@ class Gram:
     ) -> None:
         """Add some rows of one large group, whose vector ``mu`` of shape (d,) is known beforehand."""
         if not sparse.issparse(block):
-            if self._compiled:
-                self._add_compiled(block, t, r, q, mu[None, :], np.zeros(1, dtype=np.intp))
-                return
-            for first_row in range(0, len(t), self._step):
-                part = slice(first_row, first_row + self._step)
-                rows = block[part] if r is None else block[part] * r[part, None]
-                centre = np.multiply.outer(q[part], mu) if isinstance(q, np.ndarray) else q * mu
-                self._add_weighted(rows - centre, t[part])
+            self.add_centred(block, t, r, q, mu[None, :], np.zeros(1, dtype=np.intp))
             return
         tr = t if r is None else t * r
         self._add_rows(block, tr if r is None else tr * r)
@@ -271,20 +275,6 @@ class Gram:
             half = np.multiply.outer(mu, 0.5 * kappa * mu - nu)
             total += half + half.T
         return total
-
-    def _add_weighted(self, rows: Array, t: Array) -> None:
-        """Add dense rows."""
-        if rows.shape[1] <= VERY_NARROW:
-            product = (rows * t[:, None]).T @ rows
-            self._total += 0.5 * (product + product.T)
-            return
-        rows = rows * np.sqrt(np.abs(t))[:, None]
-        # numpy recognises X^T X and calls the symmetric product: half the arithmetic.
-        self._total += rows.T @ rows
-        negative = np.flatnonzero(t < 0.0)
-        if len(negative):
-            rows = rows[negative]
-            self._total -= 2.0 * (rows.T @ rows)
 
     def _add_rows(self, block: Any, weights: Array) -> None:
         if not self._lower.size:

@@ -75,7 +75,8 @@ def parse_groups(groups: Any, n: int) -> Groups:
         raise ValueError(f"groups must be one-dimensional, not shape {array.shape}; pass one label a row")
     if len(array) != n:
         return Groups(_offsets(array, n), None, np.arange(len(array) - 1))
-    missing = unlabelled(array)
+    # A whole number or a truth value is a label.
+    missing = [] if array.dtype.kind in "iub" else unlabelled(array)
     if missing:
         raise ValueError(f"groups has no label at index {missing[0]}; give every row a label or drop the row")
     starts = np.concatenate([[0], np.flatnonzero(array[1:] != array[:-1]) + 1])
@@ -209,37 +210,38 @@ def partition(
     A group longer than a chunk is long: its normaliser is known only after all its pieces. So is a group of
     which other rows are stored elsewhere (``shared``).
     """
-
-    def chunk(start: int, stop: int, starts: Index, numbers: slice, long: int = -1) -> Chunk:
-        rows = slice(start, stop)
-        index = rows if groups.order is None else groups.order[rows]
-        return Chunk(rows, index, Segments(starts, stop - start), numbers, long)
-
     zero = np.zeros(1, dtype=np.intp)
+    # First row and the row after the last, where the groups in between begin, their numbers, the long group.
+    cuts: list[tuple[int, int, Index, slice, int]] = []
+    long_groups = np.zeros(0, dtype=np.intp)
     if not coupled:
-        pieces = [(s, min(s + block_rows, n)) for s in range(0, n, block_rows)]
-        return [chunk(a, b, zero, slice(0, 1)) for a, b in pieces], np.zeros(0, dtype=np.intp)
-    bounds = np.append(groups.starts, n)
-    is_long = np.diff(bounds) > block_rows
-    if shared is not None:
-        is_long[shared] = True
-    long_groups = np.flatnonzero(is_long)
+        for a in range(0, n, block_rows):
+            cuts.append((a, min(a + block_rows, n), zero, slice(0, 1), -1))
+    else:
+        bounds, n_groups = np.append(groups.starts, n), len(groups.starts)
+        is_long = np.diff(bounds) > block_rows
+        if shared is not None:
+            is_long[shared] = True
+        long_groups = np.flatnonzero(is_long)
+        g = 0
+        while g < n_groups:
+            # Of the long groups, the first from here on.
+            place = int(np.searchsorted(long_groups, g))
+            if is_long[g]:
+                last = int(bounds[g + 1])
+                for a in range(int(bounds[g]), last, block_rows):
+                    cuts.append((a, min(a + block_rows, last), zero, slice(g, g + 1), place))
+                g += 1
+                continue
+            limit = int(long_groups[place]) if place < len(long_groups) else n_groups
+            stop = int(np.searchsorted(bounds, bounds[g] + block_rows, side="right")) - 1
+            stop = min(max(stop, g + 1), limit)
+            a = int(bounds[g])
+            cuts.append((a, int(bounds[stop]), groups.starts[g:stop] - a, slice(g, stop), -1))
+            g = stop
     chunks: list[Chunk] = []
-    g = 0
-    while g < len(groups):
-        if is_long[g]:
-            number = int(np.searchsorted(long_groups, g))
-            for a in range(bounds[g], bounds[g + 1], block_rows):
-                chunks.append(
-                    chunk(a, min(a + block_rows, int(bounds[g + 1])), zero, slice(g, g + 1), number)
-                )
-            g += 1
-            continue
-        next_long = int(np.searchsorted(long_groups, g))
-        limit = int(long_groups[next_long]) if next_long < len(long_groups) else len(groups)
-        stop = int(np.searchsorted(bounds, bounds[g] + block_rows, side="right")) - 1
-        stop = min(max(stop, g + 1), limit)
-        a, b = int(bounds[g]), int(bounds[stop])
-        chunks.append(chunk(a, b, groups.starts[g:stop] - a, slice(g, stop)))
-        g = stop
+    for start, end, starts, numbers, long in cuts:
+        rows = slice(start, end)
+        index = rows if groups.order is None else groups.order[rows]
+        chunks.append(Chunk(rows, index, Segments(starts, end - start), numbers, long))
     return chunks, long_groups

@@ -24,15 +24,12 @@ def is_dask(values: Any) -> bool:
     return type(values).__module__.partition(".")[0] in ("dask", "dask_expr") and hasattr(values, "dask")
 
 
-def library_of(data: Any) -> str | None:
-    """Return the name of the library that a data frame is of, None for anything else."""
-    name = type(data).__module__.partition(".")[0]
-    return name if name in FRAMES and hasattr(data, "columns") else None
-
-
 def library_and_index(data: Any) -> tuple[str | None, Any]:
-    """Return the library of a data frame and its index, if it has one."""
-    library = library_of(data)
+    """Return the name of the library that a data frame is of, None for anything else, and its index, if it
+    has one.
+    """
+    name = type(data).__module__.partition(".")[0]
+    library = name if name in FRAMES and hasattr(data, "columns") else None
     return library, data.index if library == "pandas" else None
 
 
@@ -74,12 +71,10 @@ def as_design(A: Any, name: str = "A") -> Design:
         return A
     source = None if type(A) is np.ndarray else stored_source(A, name)
     if source is not None:
-        _require_numeric(source.dtype, name)
-        _require_shape(source.shape, name)
+        _require_numeric(source.dtype, name, matrix=source.shape)
         return open_design(source)
     if sparse.issparse(A):
-        _require_numeric(A.dtype, name)
-        _require_shape(A.shape, name)
+        _require_numeric(A.dtype, name, matrix=A.shape)
         require_indices(A, name)
         design = SparseDesign(A)
         require_finite_rows(design.matrix, slice(0, A.shape[0]), name)
@@ -87,8 +82,7 @@ def as_design(A: Any, name: str = "A") -> Design:
     array = A if isinstance(A, np.ndarray) else _frame_to_array(A, name)
     if isinstance(array, np.ma.MaskedArray):
         array = _unmasked(array, name)
-    _require_numeric(array.dtype, name)
-    _require_shape(array.shape, name)
+    _require_numeric(array.dtype, name, matrix=array.shape)
     require_finite_matrix(array, name)
     return DenseDesign(array)
 
@@ -151,7 +145,7 @@ def as_column(
     values: Any, n: int, name: str, *, non_negative: bool = False, scalar: bool = False
 ) -> Array | Column:
     """Return ``values``, one a row of A, as `as_vector` does, but as a `Column` where they are on disk."""
-    if type(values) is np.ndarray:
+    if type(values) in (np.ndarray, float, int):
         return as_vector(values, n, name, non_negative=non_negative, scalar=scalar)
     source = values.source if isinstance(values, Column) else stored_source(values, name)
     if source is None:
@@ -268,19 +262,19 @@ def _unmasked(values: Any, name: str) -> Any:
     return values.data
 
 
-def _require_numeric(dtype: Any, name: str) -> None:
+def _require_numeric(dtype: Any, name: str, matrix: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError unless these are real numbers and, given the shape of a ``matrix``, it has rows and
+    columns.
+    """
     if np.dtype(dtype).kind not in "fiub":
         raise ValueError(f"{name} has dtype {dtype}; convert it to real numbers (float, integer or boolean)")
-
-
-def _require_shape(shape: tuple[int, ...], name: str) -> None:
-    if len(shape) != 2:
+    if matrix is not None and len(matrix) != 2:
         raise ValueError(
-            f"{name} must have two dimensions (rows, features), not shape {shape}; use {name}.reshape(-1, "
+            f"{name} must have two dimensions (rows, features), not shape {matrix}; use {name}.reshape(-1, "
             f"1) for one feature"
         )
-    if 0 in shape:
-        raise ValueError(f"{name} is empty: shape {shape}; pass at least one row and one column")
+    if matrix is not None and 0 in matrix:
+        raise ValueError(f"{name} is empty: shape {matrix}; pass at least one row and one column")
 
 
 def _frame_to_array(frame: Any, name: str) -> NDArray[Any]:
@@ -296,7 +290,7 @@ def _frame_to_array(frame: Any, name: str) -> NDArray[Any]:
             raise ValueError(
                 f"{name} cannot be read as a matrix: {error}; pass rows of equal length"
             ) from error
-    _require_shape(native.shape, name)
+    _require_numeric(np.float64, name, matrix=native.shape)
     columns = list(native.iter_columns())
     for series in columns:
         column, dtype = series.name, series.dtype

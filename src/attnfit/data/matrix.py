@@ -46,6 +46,8 @@ class Design(LinearOperator, ABC):
     rows_read: int
     # Whether rows are read from disk, a run of neighbouring blocks at a time.
     on_disk: bool = False
+    # Whether threads may share out the rows: they are in memory, and many.
+    is_shared_out: bool = False
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__(np.float64, shape)
@@ -74,11 +76,6 @@ class Design(LinearOperator, ABC):
     @abstractmethod
     def storage(self) -> str | None:
         """Which of `kernels.STORAGES` reads this matrix; None where compiled loops do not pay."""
-
-    @property
-    def is_shared_out(self) -> bool:
-        """Whether threads may share out the rows: they are in memory, and many."""
-        return self.storage is not None and not self.on_disk
 
     @property
     def shared_rows(self) -> int | None:
@@ -197,10 +194,16 @@ class DenseDesign(Design):
         Whether compiled loops read it however small it is: where they are at hand anyway.
     """
 
+    # Name of the compiled loops that read this array; None where it is small or of an unusual type.
+    storage: str | None = None
+
     def __init__(self, array: NDArray[Any], *, compiled: bool = False) -> None:
         super().__init__(array.shape)
         self.array = array
         self._compiled = compiled or array.size >= DENSE_ENTRIES
+        if self._compiled and array.dtype in (np.float64, np.float32):
+            self.storage = "rows" if array.strides[0] >= array.strides[1] else "columns"
+        self.is_shared_out = self.storage is not None
 
     @property
     def block_rows(self) -> int:
@@ -246,13 +249,6 @@ class DenseDesign(Design):
             return np.asarray(group_rows(block, weights, starts))
         return group_rows_compiled(block, weights, starts)
 
-    @property
-    def storage(self) -> str | None:
-        """Name of the compiled loops that read this array; None where it is small or of an unusual type."""
-        if not self._compiled or self.array.dtype not in (np.float64, np.float32):
-            return None
-        return "rows" if self.array.strides[0] >= self.array.strides[1] else "columns"
-
     def parts(self, rows: Rows) -> tuple[Any, int]:
         """Return what the compiled loops read these rows from, and where the first of them is."""
         if isinstance(rows, slice):
@@ -280,9 +276,15 @@ def row_view(matrix: Any, start: int, stop: int) -> Any:
 class SparseDesign(Design):
     """Rows of a CSR array; CSC and other formats are converted once."""
 
+    # Name of the compiled loops that read this matrix; None where it is small or of an unusual type.
+    storage: str | None = None
+
     def __init__(self, matrix: Any) -> None:
         super().__init__(matrix.shape)
         self.matrix = sparse.csr_array(matrix)
+        large = self.matrix.nnz >= SPARSE_ENTRIES
+        self.storage = "csr" if large and self.matrix.dtype in (np.float64, np.float32) else None
+        self.is_shared_out = self.storage is not None
 
     def column_sizes(self, n_rows: int | None = None) -> Array | None:
         """Return the largest size of an entry of each column."""
@@ -335,12 +337,6 @@ class SparseDesign(Design):
     def combine(self, weights: Array, block: Any) -> Array:
         """Return ``weights @ block``, shape (k, d)."""
         return np.asarray((transposed_view(block) @ weights.T).T)
-
-    @property
-    def storage(self) -> str | None:
-        """Name of the compiled loops that read this matrix; None where it is small or of an unusual type."""
-        large = self.matrix.nnz >= SPARSE_ENTRIES
-        return "csr" if large and self.matrix.dtype in (np.float64, np.float32) else None
 
     def parts(self, rows: Rows) -> tuple[Any, int]:
         """Return what the compiled loops read these rows from, and where the first of them is."""

@@ -152,6 +152,8 @@ class DenseOnDisk(DenseDesign):
         self.source = source
         self.run_bytes = RUN_BYTES
         self._compiled = int(self.shape[0]) * int(self.shape[1]) >= matrix.DENSE_ENTRIES
+        native = source.dtype in (np.float64, np.float32) and source.dtype.isnative
+        self.storage = "rows" if self._compiled and native else None
         self.recent = Recent()
 
     @property
@@ -173,11 +175,6 @@ class DenseOnDisk(DenseDesign):
     def thread_rows(self) -> int:
         # What is decoded together is read together.
         return _rows_of(self, self.run_bytes // (PARTS_OF_A_RUN if self.source.stored_rows == 1 else 1))
-
-    @property
-    def storage(self) -> str | None:
-        native = self.source.dtype in (np.float64, np.float32) and self.source.dtype.isnative
-        return "rows" if self._compiled and native else None
 
     def locate(self, row: int) -> str:
         return self.source.locate(row)
@@ -233,6 +230,8 @@ class SparseOnDisk(SparseDesign):
         self.run_bytes = RUN_BYTES
         probed = min(PROBED_ROWS, int(source.shape[0]))
         self._entries_per_row = max(1.0, source.read(0, probed).nnz / probed)
+        large = self._entries_per_row * self.shape[0] >= matrix.SPARSE_ENTRIES
+        self.storage = "csr" if large and source.dtype in (np.float64, np.float32) else None
         self.recent = Recent()
 
     @property
@@ -251,11 +250,6 @@ class SparseOnDisk(SparseDesign):
     @property
     def gram_cost(self) -> float:
         return float((self._entries_per_row / 4.0) ** 2)
-
-    @property
-    def storage(self) -> str | None:
-        large = self._entries_per_row * self.shape[0] >= matrix.SPARSE_ENTRIES
-        return "csr" if large and self.source.dtype in (np.float64, np.float32) else None
 
     def locate(self, row: int) -> str:
         return self.source.locate(row)

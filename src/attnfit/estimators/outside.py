@@ -19,9 +19,14 @@ Rows = slice | NDArray[np.intp]
 class ZeroRowsBelow(Design):
     """A dense design followed by rows of zeros, without a copy of the data."""
 
+    # Name of the compiled loops that read the rows above.
+    storage: str | None = None
+
     def __init__(self, inner: Design, n_zero_rows: int) -> None:
         super().__init__((inner.shape[0] + n_zero_rows, inner.shape[1]))
         self._inner = inner
+        self.storage = inner.storage
+        self.is_shared_out = self.storage is not None
 
     @property
     def block_rows(self) -> int:
@@ -40,11 +45,6 @@ class ZeroRowsBelow(Design):
     def combine(self, weights: Array, block: Array) -> Array:
         """Return ``weights @ block``, shape (k, d)."""
         return self._inner.combine(weights, block)
-
-    @property
-    def storage(self) -> str | None:
-        """Name of the compiled loops that read the rows above."""
-        return self._inner.storage
 
     def parts(self, rows: Rows) -> tuple[Any, int]:
         """Return what the compiled loops read these rows from, and where the first of them is."""
