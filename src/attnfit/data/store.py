@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from attnfit.data.groups import Chunk, Groups, parse_groups, partition, runs
+from attnfit.data.groups import Chunk, Groups, parse_groups, runs
 from attnfit.data.inputs import as_column, as_design, pieces, require_finite_rows
 from attnfit.data.matrix import Design
 from attnfit.data.on_disk import RUN_BYTES, Column, DenseOnDisk, SparseOnDisk
 from attnfit.data.parallel import available_threads, read_ahead
-from attnfit.segments import Array, Index
+from attnfit.segments import Array, Index, Segments
 
 COLUMNS = ("b", "weights", "offset", "penalty")
 # Reading less at a time costs more in calls than in memory.
@@ -104,10 +104,44 @@ class RowStore:
         self.n_unknowns = int(self.design.shape[1])
 
     def cut(self, *, grouped: bool, shared: Index | None = None) -> None:
-        """Cut the rows into chunks: of whole groups, where rows of a group need one another."""
-        self.chunks, self.long_groups = partition(
-            self.groups, self.n_rows, self.design.block_rows, coupled=grouped, shared=shared
-        )
+        """Cut the rows into chunks of about a block: of whole groups, where rows of a group need one another.
+
+        A group longer than a chunk is long: its normaliser is known only after all its pieces. So is a group
+        of which other rows are stored elsewhere (``shared``).
+        """
+        groups, n, block_rows = self.groups, self.n_rows, self.design.block_rows
+        bounds, n_groups, zero = np.append(groups.starts, n), len(groups.starts), np.zeros(1, dtype=np.intp)
+        # First row, row after the last, where the groups in between begin, their numbers, the long group.
+        cuts: list[tuple[int, int, Index, slice, int]] = []
+        is_long = np.diff(bounds) > block_rows
+        if not grouped:
+            is_long[:] = False
+            for a in range(0, n, block_rows):
+                cuts.append((a, min(a + block_rows, n), zero, slice(0, 1), -1))
+        elif shared is not None:
+            is_long[shared] = True
+        self.long_groups = np.flatnonzero(is_long)
+        g = 0 if grouped else n_groups
+        while g < n_groups:
+            # Of the long groups, the first from here on.
+            place = int(np.searchsorted(self.long_groups, g))
+            if is_long[g]:
+                last = int(bounds[g + 1])
+                for a in range(int(bounds[g]), last, block_rows):
+                    cuts.append((a, min(a + block_rows, last), zero, slice(g, g + 1), place))
+                g += 1
+                continue
+            limit = int(self.long_groups[place]) if place < len(self.long_groups) else n_groups
+            stop = int(np.searchsorted(bounds, bounds[g] + block_rows, side="right")) - 1
+            stop = min(max(stop, g + 1), limit)
+            a = int(bounds[g])
+            cuts.append((a, int(bounds[stop]), groups.starts[g:stop] - a, slice(g, stop), -1))
+            g = stop
+        self.chunks = []
+        for start, end, starts, numbers, long in cuts:
+            rows = slice(start, end)
+            index = rows if groups.order is None else groups.order[rows]
+            self.chunks.append(Chunk(rows, index, Segments(starts, end - start), numbers, long))
 
     def on(self, design: Design) -> Self:
         """Return the same rows, stored in another form or other units."""
