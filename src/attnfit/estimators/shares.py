@@ -183,7 +183,7 @@ class ShareRegressor(AbsorbingMixin, ChoiceFormulaMixin, BaseRegressor):
         here = totals is not None
         if totals is None:
             totals, self.n_groups_ = totals_elsewhere(problem, y, groups), problem.n_groups
-        self._share_totals, self.n_unbalanced_groups_ = totals, totals.n_unbalanced
+        self._share_totals, self.n_unbalanced_groups_ = totals, totals.n_above + totals.n_below
         self.__dict__.pop(self._normaliser_name, None)
         if self.n_groups_ > 1:
             return

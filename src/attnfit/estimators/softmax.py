@@ -176,7 +176,10 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
         return np.minimum(shares, 1.0)
 
     def _note_targets(self, rows: Rows, *, grouped: bool) -> None:
-        super()._note_targets(rows, grouped=grouped)
+        if not grouped:
+            # Of one group there is nothing to say about choices.
+            super()._note_targets(rows, grouped=grouped)
+            return
         target, totals = rows.target, rows.totals
         assert totals is not None
         several = totals.above and self.loss == "cross_entropy" and self.ties is None
@@ -188,7 +191,7 @@ class SoftmaxRegressor(ChoiceEffectsMixin, ShareRegressor):
                 UserWarning,
                 stacklevel=5,
             )
-        choices = self.loss == "squared" and rows.n_groups > 1 and totals.n_unbalanced == 0
+        choices = self.loss == "squared" and rows.n_groups > 1 and not (totals.n_above or totals.n_below)
         if choices and ((target == 0.0) | (target == 1.0)).all():
             warnings.warn(
                 "y holds choices (one 1 in each group, else 0), on which the squared loss is the "
