@@ -115,17 +115,16 @@ class Attention(RowProblem):
         target = np.broadcast_to(np.zeros(1), n) if pairs.target is None else pairs.target
         if found.nonnegative_target or isinstance(found, LogRatio):
             _require_shares(pairs.design, target, loss)
-        self.rows = PairPart(
-            found, Table(pairs.design, groups, target, pairs.weights, pairs.offset, pairs.penalty)
-        )
+        table = Table(pairs.design, groups, target, pairs.weights, pairs.offset, pairs.penalty)
+        self._hold(PairPart(found, table))
+
+    def _hold(self, rows: Any) -> None:
+        super()._hold(rows)
+        # With p pair features (d1 d2 + p,).
+        if not rows.design.n_features:
+            self.shape = (rows.design.d1, rows.design.d2)
 
     # ---- shapes
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(d1, d2), or (d1 d2 + p,) with p pair features."""
-        d1, d2 = self.design.d1, self.design.d2
-        return (d1 * d2 + self.design.n_features,) if self.design.n_features else (d1, d2)
 
     def split(self, x: Any) -> tuple[Array, Array]:
         """Return X, shape (d1, d2), and the coefficients c of the pair features, shape (p,)."""
@@ -208,11 +207,6 @@ class Attention(RowProblem):
                 self.loss.function == "sinh" and isinstance(self.loss, SquaredRescaled)
             )
         return isinstance(self.loss, SoftmaxLoss) and not self.loss.has_target and self.weights is None
-
-    @property
-    def zero_is_trivial(self) -> bool:
-        """Whether zero is a minimum that says nothing about the data."""
-        return isinstance(self.loss, SquaredRescaled) and self.loss.function == "sinh" and self.offset is None
 
     def convex_from_ridge(self) -> float:
         """Return a ridge from which on the objective is convex: see `attnfit.problems.Softmax`."""

@@ -220,8 +220,3 @@ class Rescaled(RowProblem):
     def zero_is_stationary(self) -> bool:
         """True without offset for cosh, an even function, and for sinh, which vanishes at zero."""
         return self.function in ("cosh", "sinh") and self.offset is None
-
-    @property
-    def zero_is_trivial(self) -> bool:
-        """True without offset for sinh: all outputs and the loss are zero there, whatever the target."""
-        return self.function == "sinh" and self.offset is None

@@ -212,7 +212,7 @@ class Reduction:
 class Offer(Enum):
     """What a problem offers a solver besides value and derivatives."""
 
-    # Independent right-hand sides: `n_columns`, `columns`, `escapes`.
+    # Independent right-hand sides: `n_columns`, `columns`, `escapes`, `false_optimum`.
     COLUMNS = auto()
     # A convex problem in proportions, whose faces an active set can walk.
     MIXTURE = auto()

@@ -51,6 +51,19 @@ class RowProblem(Problem):
     ----------
     rows : Part or OnDask
         The rows, the loss, and who goes over them.
+    design : Design
+        The matrix A.
+    b, weights, offset, penalty : ndarray or Column, shape (n,)
+        Target, row weights, offset of the logits and squared row penalties, in group order; the last three
+        may be None.
+    shape : tuple of int
+        Natural shape of the unknown, (d,).
+    convex : bool
+        Whether the loss is convex in the logits.
+    zero_is_trivial : bool
+        Whether all outputs and the loss are zero at zero, whatever the target.
+    guesses_normaliser : bool
+        Whether the target tells the outputs only up to a sum that is not known.
     ridge : float or ndarray, shape (d,)
     """
 
@@ -58,6 +71,18 @@ class RowProblem(Problem):
     best_hessian = "exact"
     has_logits = True
     rows: Any
+    design: Any = None
+    b: Any = None
+    weights: Any = None
+    offset: Any = None
+    penalty: Any = None
+    shape: tuple[int, ...] = (0,)
+    n_unknowns: int = 0
+    n_rows: int = 0
+    n_groups: int = 0
+    convex: bool = False
+    zero_is_trivial: bool = False
+    guesses_normaliser: bool = False
     ridge: float | Array
     long_states_at_zero: Array | None = None
     _unseen: NDArray[np.bool_] | None = None
@@ -79,14 +104,25 @@ class RowProblem(Problem):
         if is_dask(A):
             from attnfit.objectives.dask import OnDask
 
-            self.rows = OnDask(loss, A, b, groups, weights, offset, row_penalty)
+            self._hold(OnDask(loss, A, b, groups, weights, offset, row_penalty))
         else:
-            self.rows = Part(loss, read_table(A, b, groups, weights, offset, row_penalty))
+            self._hold(Part(loss, read_table(A, b, groups, weights, offset, row_penalty)))
+
+    def _hold(self, rows: Any) -> None:
+        """Take rows, and note what they and their loss tell."""
+        self.rows, self.design, loss = rows, rows.design, rows.loss
+        self.b, self.weights, self.offset, self.penalty = rows.b, rows.weights, rows.offset, rows.penalty
+        self.n_rows, self.n_unknowns, self.n_groups = rows.n_rows, rows.n_unknowns, rows.n_groups
+        self.shape, self.convex = (rows.n_unknowns,), bool(loss.convex)
+        # The outputs of a rescaled sinh vanish at zero, and with its normaliser all of its loss.
+        self.guesses_normaliser = isinstance(loss, SquaredRescaled) and loss.function != "exp"
+        self.zero_is_trivial = self.guesses_normaliser and loss.function == "sinh" and rows.offset is None
+        self.long_states_at_zero, self._unseen = None, None
 
     def with_rows(self, rows: Any) -> Self:
         """Return the same problem on other rows."""
         other = copy(self)
-        other.rows, other.long_states_at_zero, other._unseen = rows, None, None
+        other._hold(rows)
         return other
 
     def without_penalties(self) -> Self:
@@ -103,64 +139,14 @@ class RowProblem(Problem):
         return self.rows.loss  # type: ignore[no-any-return]
 
     @property
-    def design(self) -> Any:
-        """The matrix A."""
-        return self.rows.design
-
-    @property
     def groups(self) -> Groups:
         """The groups of the rows that are here."""
         return self.rows.groups  # type: ignore[no-any-return]
 
     @property
-    def b(self) -> Any:
-        """Target, shape (n,), in group order."""
-        return self.rows.b
-
-    @property
-    def weights(self) -> Any:
-        """Row weights, shape (n,), in group order, or None."""
-        return self.rows.weights
-
-    @property
-    def offset(self) -> Any:
-        """Offset of the logits, shape (n,), in group order, or None."""
-        return self.rows.offset
-
-    @property
-    def penalty(self) -> Any:
-        """Squared row penalties, shape (n,), in group order, or None."""
-        return self.rows.penalty
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Natural shape of the unknown, (d,)."""
-        return (self.n_unknowns,)
-
-    @property
-    def n_unknowns(self) -> int:
-        """Number d of unknowns."""
-        return int(self.rows.n_unknowns)
-
-    @property
-    def n_rows(self) -> int:
-        """Number n of rows."""
-        return int(self.rows.n_rows)
-
-    @property
-    def n_groups(self) -> int:
-        """Number of groups."""
-        return int(self.rows.n_groups)
-
-    @property
     def n_passes(self) -> float:
         """Data passes since the problem was made; sampled rows count as fractions."""
         return float(self.rows.design.rows_read / self.rows.n_rows)
-
-    @property
-    def convex(self) -> bool:
-        """Whether the loss is convex in the logits."""
-        return bool(self.rows.loss.convex)
 
     # ---- memory
 
@@ -357,6 +343,10 @@ class RowProblem(Problem):
         direction = rng.standard_normal(self.n_unknowns)
         return np.asarray(0.1 * direction / np.sqrt(np.where(squares > 0, squares, 1.0) * self.n_unknowns))
 
+    def starts(self, rng: np.random.Generator) -> dict[str, Array]:
+        """Return the point to descend from by name, flat."""
+        return {"zero": self.initial_point(rng).reshape(-1)}
+
     def convex_surrogate(self) -> RowProblem | None:
         """Return a convex problem on the same data whose minimiser is a good start; None where there is
         none.
@@ -368,11 +358,6 @@ class RowProblem(Problem):
     def log_start(self, normaliser: float = 1.0) -> LogStart | None:
         """Return least squares on the logarithm of the target: see `attnfit.objectives.surrogate`."""
         return log_start(self.rows, normaliser) if self.rows.is_whole else None
-
-    @property
-    def guesses_normaliser(self) -> bool:
-        """Whether the target tells the outputs only up to a sum that is not known."""
-        return isinstance(self.rows.loss, SquaredRescaled) and self.rows.loss.function != "exp"
 
     # ---- what a verdict looks at
 

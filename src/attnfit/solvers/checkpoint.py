@@ -38,6 +38,8 @@ DERIVED = (
     "chunks", "constants", "long_groups", "run_bytes", "rows_read", "n_rows", "n_unknowns", "n_groups",
     "n_long", "long_numbers", "long_constants", "long_states_at_zero", "largest_group", "in_better_units",
 )  # fmt: skip
+# What a problem notes of its rows and their loss, whose own attributes of these names count.
+NOTED = ("shape", "convex", "zero_is_trivial", "guesses_normaliser")
 # Attributes as the user knows them.
 ARGUMENTS = {"design": "A", "penalty": "row_penalty"}
 FORMAT_VERSION = 1
@@ -73,7 +75,10 @@ def _attributes(value: Any) -> dict[str, Any]:
         and not isinstance(getattr_static(type(value), name, None), cached_property)
     }
     rows = found.pop("rows", None)
-    return found if rows is None else found | _attributes(rows)
+    if rows is None:
+        return found
+    given = {name: part for name, part in found.items() if name not in NOTED}
+    return given | _attributes(rows)
 
 
 def _add(digest: Any, value: Any, seen: set[int]) -> None:

@@ -237,7 +237,7 @@ def _report(
     assert verdict is not None
     at, status, column_status = best.at, verdict.status, outcome.column_status
     reason, settled = None, None
-    if status is Status.CONVERGED and not outcome.message:
+    if Offer.COLUMNS in problem.offers and status is Status.CONVERGED and not outcome.message:
         reason = problem.false_optimum(at)
         status = status if reason is None else Status.FALSE_OPTIMUM
     if Offer.KINKS in given.offers and status not in ENDED:
