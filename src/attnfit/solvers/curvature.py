@@ -340,7 +340,7 @@ class PilotHessian(QuasiNewtonCorrected):
         if model.negative or model.base.n_flat:
             self.successor = self.otherwise()
         else:
-            self._first = self._correctable(model)
+            self._first = replace(model, quadratic=QuasiNewton(model.base))
 
     def request(self, contraction: float | None, *, exact: bool = False) -> dict[str, Any]:
         """Ask for nothing but value and gradient as long as the sample serves."""

@@ -182,7 +182,8 @@ class Newton(Solver):
                 break
             strategy = self._strategy(kind, start, x, rng)
             with tracker.timed("evaluate"):
-                at = problem.evaluate(x, start.transfer(x), at_zero=not ends, **strategy.request(None))
+                near = None if start.sample.is_full else start.transfer(x)
+                at = problem.evaluate(x, near, at_zero=not ends, **strategy.request(None))
             if not np.isfinite(at.value):
                 if len(points) == 1:
                     problem.value(x)
@@ -270,13 +271,13 @@ class Newton(Solver):
             return MatrixFree(natural_scale(full, full.evaluate(x)))
         if Offer.RESIDUALS in full.offers:
             return SampledJacobian(float(self.sample_rows or 4.0 * len(x)), rng)
+        if kind == "corrected_sample":
+            other = "exact" if full.design.gram_pays else "sampled"
+            return PilotHessian(small, x, lambda: self._strategy(other, start, x, rng))
         n, d = full.n_rows, len(x)
         rows_per_unknown = 10.0 if kind == "matrix_free" else 100.0
         most = most_drawn(full.rows)
         budget = min(most, float(self.sample_rows or rows_to_draw(n, d, rows_per_unknown)))
-        if kind == "corrected_sample":
-            other = "exact" if full.design.gram_pays else "sampled"
-            return PilotHessian(small, x, lambda: self._strategy(other, start, x, rng))
         at = small.evaluate(x)
         scale = natural_scale(small, at)
         if kind == "matrix_free":

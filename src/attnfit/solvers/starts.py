@@ -229,8 +229,8 @@ class Start:
         }
 
     def transfer(self, x: Array) -> Evaluation | None:
-        """Predict the states of the full problem's long groups at x from the sample."""
-        if self.sample.is_full or not self.full.rows.n_long:
+        """Predict the states of the full problem's long groups at x from a sample that is not all of it."""
+        if not self.full.rows.n_long:
             return None
         small = self.sample.problem
         # The sample's groups carry the full problem's labels, in increasing order.

@@ -202,14 +202,13 @@ class Judge:
         self._strides.append(np.inf if step.bounded else move)
         if self.evidence is not None:
             self.evidence.follow(at, full=not step.bounded)
-        if step.bounded:
-            if model.negative:
-                self._last_full = np.inf
-                p = model.approach(at.gradient)
-                if p is not None and self.guess(at, model, p) <= max(self.tol, ACCEPTED_FLOOR):
-                    # A stationary point is here.
-                    return Next.LEAVE_SADDLE
-                return self._at_infinity(at) or Next.STEP
+        if step.bounded and model.negative:
+            self._last_full = move = np.inf
+            p = model.approach(at.gradient)
+            if p is not None and self.guess(at, model, p) <= max(self.tol, ACCEPTED_FLOOR):
+                # A stationary point is here.
+                return Next.LEAVE_SADDLE
+        elif step.bounded:
             # A radius cut by rounding, or a slope of rounding along a flat direction, must not hide that
             # there is nowhere left to go.
             idle = step.predicted <= IDLE * abs(at.value)
@@ -217,7 +216,11 @@ class Judge:
             move = np.inf if step.bounded else self.guess(at, model, step.p)
         if not move <= ASK:
             self._last_full = move
-            return self._at_infinity(at) or Next.STEP
+            # A fit that keeps its stride may have no minimum: now and then that is looked for.
+            n, recent = len(self._strides), self._strides[-2:]
+            keeps = n >= FIRST_LOOK and min(recent) >= STRIDE and not recent[1] < KEPT_STRIDE * recent[0]
+            due = self._n_looks < MAX_LOOKS and n >= FIRST_LOOK + NEXT_LOOK * self._n_looks
+            return (self._separated(at) if keeps and due else None) or Next.STEP
         if model.exact_at is None and self.final:
             if self.evidence is not None:
                 found = self._on_sample(at, model, step, move)
@@ -352,17 +355,8 @@ class Judge:
 
     # ---- no minimum
 
-    def _at_infinity(self, at: Evaluation) -> Status | None:
-        """Look for a direction without a minimum where the fit keeps its stride."""
-        recent = self._strides[-2:]
-        keeps = len(self._strides) >= FIRST_LOOK and min(recent) >= STRIDE
-        if not keeps or recent[1] < KEPT_STRIDE * recent[0]:
-            return None
-        if self._n_looks >= MAX_LOOKS or len(self._strides) < FIRST_LOOK + NEXT_LOOK * self._n_looks:
-            return None
-        return self._separated(at)
-
     def _separated(self, at: Evaluation) -> Status | None:
+        """Look for a direction without a minimum."""
         if not self.final:
             # Further on the same way another start learns nothing.
             return Status.MAX_ITER if len(self._strides) >= FIRST_LOOK + NEXT_LOOK else None
