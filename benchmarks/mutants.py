@@ -65,7 +65,8 @@ GUARDS = {
     "losses/vector_activations": ["activation_kinks"],
     "losses/sums": ["loss_sums", "loss_sums_verdicts"],
     "losses/named": ["loss_sums", "open_losses"],
-    "objectives/units": ["certificates_centred"],
+    "objectives/beginning": ["log_start", "certificates_centred"],
+    "objectives/convexity": ["log_start", "loss_sums"],
     "certificates/certification": [*BALLS, "certificates_rigorous"],
     "certificates/kantorovich": BALLS,
     "certificates/lipschitz": BALLS,
@@ -83,7 +84,6 @@ GUARDS = {
     "solvers/separation": SEPARATION,
     "solvers/subproblem": ["trust_region"],
     "solvers/verdicts": ["verdict_rules", "verdict_rounding", "verdict_messages", "separation"],
-    "objectives/surrogate": ["log_start"],
     "objectives/moves": SEPARATION,
     "objectives/recession": SEPARATION,
 }

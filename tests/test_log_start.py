@@ -9,7 +9,8 @@ from attnfit import problems
 from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LOSSES, LogRatio
-from attnfit.objectives.surrogate import has_weight, log_start, surrogate_rows, surrogate_targets
+from attnfit.objectives.beginning import log_start
+from attnfit.objectives.convexity import has_weight, surrogate_rows, surrogate_targets
 from attnfit.segments import Segments
 
 SIZES = (9, 1, 6, 14, 5)
@@ -62,8 +63,8 @@ def way(request, monkeypatch):
     if "pieces" in request.param:
         shrink_blocks(monkeypatch)
     if "matrix" in request.param:
-        monkeypatch.setattr("attnfit.objectives.surrogate.MAX_DENSE", 0)
-        monkeypatch.setattr("attnfit.objectives.surrogate.FORCING", 1e-12)
+        monkeypatch.setattr("attnfit.objectives.beginning.MAX_DENSE", 0)
+        monkeypatch.setattr("attnfit.objectives.beginning.FORCING", 1e-12)
     return request.param
 
 
@@ -197,7 +198,7 @@ def test_conjugate_gradients_go_as_far_as_a_start_needs(monkeypatch):
     problem = problems.Softmax(data.A, data.b, data.ids, loss="squared", weights=data.w)
     z, t = softmax_targets("squared", data)
     exact = weighted(data.A, z, t, data.ids)
-    monkeypatch.setattr("attnfit.objectives.surrogate.MAX_DENSE", 0)
+    monkeypatch.setattr("attnfit.objectives.beginning.MAX_DENSE", 0)
     error = np.linalg.norm((log_start(problem.rows).x - exact) * np.abs(data.A).max(axis=0))
     size = np.linalg.norm(exact * np.abs(data.A).max(axis=0))
     assert 1e-6 * size < error < 0.05 * size

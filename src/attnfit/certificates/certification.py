@@ -31,6 +31,7 @@ from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import LogRatio, SoftmaxLoss
 from attnfit.losses.sums import MixedSum
 from attnfit.objectives.attention import Attention
+from attnfit.objectives.beginning import centred, shares_much
 from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.moves import counting_rows
@@ -38,7 +39,6 @@ from attnfit.objectives.objective import Evaluation, Offer
 from attnfit.objectives.part import Part, in_runs, merged
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.token_problem import TokenProblem
-from attnfit.objectives.units import centred, shares_much
 
 Array = NDArray[np.float64]
 

@@ -230,7 +230,7 @@ def sums_on_ball(
     kept = {} if rows.is_whole and rows.design.is_shared_out and problem.n_unknowns >= WIDE else None
     sums: dict[str, Any] = {}
     while True:
-        asked, found = rows.reduce(_read, at.bare(), whitener, formula, radius, known, traces, kept)
+        asked, found = rows.reduce(_read, at, whitener, formula, radius, known, traces, kept)
         sums = merged(sums, found)
         if not asked:
             return sums

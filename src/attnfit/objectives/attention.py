@@ -198,7 +198,7 @@ class Attention(RowProblem):
     # ---- where a fit begins and in which variables
 
     @property
-    def zero_is_stationary(self) -> bool:
+    def zero_is_stationary(self) -> bool:  # type: ignore[override]
         """Whether the gradient at zero vanishes for every data set."""
         if self.offset is not None:
             return False

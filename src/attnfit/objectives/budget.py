@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from attnfit.data.on_disk import DenseOnDisk, SparseOnDisk
 from attnfit.data.parallel import KEPT
+from attnfit.objectives.beginning import sample_sizes
 from attnfit.objectives.objective import DRAWN, MAX_DENSE, READING, SAMPLES, STORED, WORKING, MemoryEstimate
-from attnfit.objectives.surrogate import sample_sizes
 
 if TYPE_CHECKING:
     from attnfit.objectives.rows import RowProblem

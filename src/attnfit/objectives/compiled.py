@@ -266,7 +266,7 @@ def sum_up(
 ) -> Totals | None:
     """Read once; None where a logit is not finite."""
     x = np.ascontiguousarray(x)
-    totals = Totals.zero(part.n_unknowns, part.n_long)
+    totals = Totals(0.0, np.zeros(part.n_unknowns), np.zeros(part.n_unknowns), np.zeros(part.n_long))
 
     def add_up(own: Part, run: list[Chunk]) -> Totals | None:
         return sum_up_run(own, run, x, reference, long_states)
@@ -327,7 +327,7 @@ def sum_up_run(
     kernel(*parts, x, *vectors, *shared, factors, step, n_columns, out, sums, *(keep if by_group else ()))
     if sums[-1] != 0.0:
         return None
-    totals = Totals.zero(d, part.n_long)
+    totals = Totals(0.0, np.zeros(d), np.zeros(d), np.zeros(part.n_long))
     totals.value += float(sums[-2])
     if by_group:
         totals.gradient += out[0]

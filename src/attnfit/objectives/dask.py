@@ -23,6 +23,7 @@ from attnfit.data.inputs import is_dask
 from attnfit.data.matrix import Rows
 from attnfit.data.parallel import one_blas_thread
 from attnfit.losses.loss import Loss
+from attnfit.objectives.convexity import surrogate_targets
 from attnfit.objectives.dask_parts import (
     DaskPart,
     Shared,
@@ -40,7 +41,6 @@ from attnfit.objectives.leverage import RowSampler
 from attnfit.objectives.objective import Drawn, Evaluation
 from attnfit.objectives.part import Part, PerPart, merged, row_values
 from attnfit.objectives.recession import Frame, separated_rows
-from attnfit.objectives.surrogate import surrogate_targets
 from attnfit.segments import Array, Index, Segments
 
 # Sums merged by one task.
@@ -213,7 +213,7 @@ class OnDask:
 
     def by_row(self, at: Evaluation, formula: Callable[..., Array]) -> Array:
         """Apply a formula to the logits and states of every row; return shape (n,)."""
-        return np.concatenate(self.collect(row_values, at.bare(), formula))
+        return np.concatenate(self.collect(row_values, at, formula))
 
     def surrogate(self) -> OnDask | None:
         """Return the same parts under a convex loss whose minimiser is a good start, or None."""
@@ -240,7 +240,7 @@ class OnDask:
         """Return the same parts without the rows that fall along a recession direction."""
         from dask import compute
 
-        other = copy(self)
+        other, at = copy(self), at.bare()
         parts = [later(_without_separated)(part, at, frame, along) for part in self._parts]
         counts = compute(*[later(_n_rows)(part) for part in parts])
         other._adopt([part for part, count in zip(parts, counts, strict=True) if count])
@@ -250,7 +250,8 @@ class OnDask:
         """Return the tasks that do the work on every part, each to its result and the rows it read."""
         from dask import delayed
 
-        # One object a call: a worker fetches it once for all its parts.
+        # One object a call: a worker fetches it once for all its parts. Of a point only what a pass needs.
+        args = tuple(a.bare() if isinstance(a, Evaluation) else a for a in args)
         shared = tuple(None if isinstance(a, PerPart) else a for a in args)
         common = delayed(shared, traverse=False, pure=False)
         chunks = [None] * len(self._parts) if drawn is None else drawn.chunks

@@ -19,8 +19,8 @@ from attnfit.data.inputs import as_design, as_vector, is_dask, negative_target, 
 from attnfit.data.store import read_table
 from attnfit.losses.loss import Loss
 from attnfit.losses.softmax import LOSSES
+from attnfit.objectives.convexity import surrogate_targets
 from attnfit.objectives.part import Part, target_sums
-from attnfit.objectives.surrogate import surrogate_targets
 from attnfit.segments import Array, Index, Segments
 
 # The end of a group with more rows than this is not moved to another partition.

@@ -1,4 +1,4 @@
-"""One pass over the data: value, gradient and, on request, a Hessian or a sample of rows.
+"""One pass over the data: value, gradient and, on request, a Hessian or a sample of rows; or a Hessian alone.
 
 A group longer than a chunk ends in a later one, so its sums are added up with a predicted normaliser and
 finalized at the end: `attnfit.losses.loss` says how.
@@ -69,11 +69,6 @@ class Totals:
     gram: Any = None
     scores: float = 0.0
 
-    @classmethod
-    def zero(cls, n_unknowns: int, n_long: int = 0) -> Totals:
-        """Nothing read yet."""
-        return cls(0.0, np.zeros(n_unknowns), np.zeros(n_unknowns), np.zeros(n_long))
-
     def add_piece(self, number: int, products: Array, columns: Array, extras: Array) -> None:
         """Add a piece of a long group."""
         piece, known = LongSums(products, columns, extras), self.long.get(number)
@@ -120,15 +115,16 @@ def read(
     hessian: bool,
 ) -> Evaluation:
     """Evaluate at x in one pass; ``reference`` holds the predicted normalisers of the long groups."""
-    rows, sample = problem.rows, None
-    long_states = states_at_zero(problem) if at_zero else None
-    bare = None if near is None else near.bare()
+    rows, sample, long_states = problem.rows, None, None
+    if at_zero:
+        # Groups that are not long need none.
+        long_states = states_at_zero(problem) if rows.n_long else np.zeros((0, 0))
     if sampler is None:
         work = _read_curvature if hessian else _read_part
-        totals, _ = rows.reduce(work, x, reference, bare, long_states, hessian)
+        totals, _ = rows.reduce(work, x, reference, near, long_states, hessian)
     else:
         own = rows.share_out(sampler)
-        totals, sample = rows.reduce_and_draw(_read_part, x, reference, bare, long_states, hessian, own)
+        totals, sample = rows.reduce_and_draw(_read_part, x, reference, near, long_states, hessian, own)
         sampler.finish(totals.scores)
     states, centres = totals.finalize(rows.loss, reference, rows.long_constants)
     pull = problem.ridge * x
@@ -163,7 +159,7 @@ def _read_part(
         found = None if hessian or sampler is not None else sum_up(part, chunks, x, reference, long_states)
         if found is not None:
             return found, []
-    totals = Totals.zero(part.n_unknowns, part.n_long)
+    totals = Totals(0.0, np.zeros(part.n_unknowns), np.zeros(part.n_unknowns), np.zeros(part.n_long))
     totals.gram = part.design.gram() if hessian else None
     draws = None if sampler is None else Draws()
     compiled = sum_up_run is not None and not part.design.on_disk
@@ -195,6 +191,18 @@ def _read_part(
 
 
 _read_curvature = in_runs(_read_part)
+
+
+@in_runs
+def hessian_sum(part: Part, chunks: list[Chunk], at: Evaluation, absolute: bool, gauss_newton: bool) -> Any:
+    """Return the Gram that is the Hessian of the data term."""
+    gram = part.design.gram()
+    for chunk in part.prefetch(chunks):
+        block, z = part.logits(chunk, at.x)
+        state = part.row_state(chunk, z, at)
+        terms, weights = part.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
+        part.add_to_gram(gram, chunk, block, terms, weights, at.centre, absolute=absolute)
+    return gram
 
 
 def _add_compiled(
@@ -253,8 +261,8 @@ def _add_chunk(
     if long < 0:
         totals.gradient += products[0]
     else:
-        sums = np.array([row.sum() for row in rows[:n_columns]])
-        totals.add_piece(long, products[:n_columns], sums, np.array([e.sum() for e in extras]))
+        sums = np.array(list(map(np.sum, rows[:n_columns])))
+        totals.add_piece(long, products[:n_columns], sums, np.array(list(map(np.sum, extras))))
     if part.penalty is not None:
         totals.gradient += products[n_columns]
     if slope_at_zero is not None:
@@ -337,8 +345,6 @@ def states_at_zero(problem: RowProblem) -> Array:
     """
     rows = problem.rows
     if problem.long_states_at_zero is None:
-        if not rows.n_long:
-            return np.zeros((rows.loss.n_states if rows.loss.coupled else 0, 0))
         reference = rows.reduce(normaliser_sums, None).in_order()
         totals: Totals = rows.reduce(_moment_sums, reference)
         problem.long_states_at_zero = totals.finalize(rows.loss, reference, rows.long_constants)[0]
@@ -346,15 +352,15 @@ def states_at_zero(problem: RowProblem) -> Array:
 
 
 def _moment_sums(part: Part, chunks: list[Chunk], reference: Array) -> Totals:
-    totals, loss = Totals.zero(0), part.loss
+    totals, loss = Totals(0.0, np.zeros(0), np.zeros(0), np.zeros(0)), part.loss
     for chunk in chunks:
         if chunk.long >= 0:
             b, w, constant = part.targets(chunk)
             shift = reference[chunk.long]
             z = np.zeros(chunk.segments.n_rows) + part.shift(chunk)
             columns, extras = loss.accumulate(*loss.transform(z, shift), b, w, shift, constant)
-            sums = np.array([column.sum() for column in columns])
-            totals.add_piece(chunk.long, np.zeros((len(sums), 0)), sums, np.array([e.sum() for e in extras]))
+            sums = np.array(list(map(np.sum, columns)))
+            totals.add_piece(chunk.long, np.zeros((len(sums), 0)), sums, np.array(list(map(np.sum, extras))))
     return totals
 
 

@@ -295,7 +295,7 @@ class ReluProblem(LayeredProblem):
         )
 
     @property
-    def zero_is_stationary(self) -> bool:
+    def zero_is_stationary(self) -> bool:  # type: ignore[override]
         """True: at zero no row is active, and the gradient vanishes whatever the data."""
         return True
 

@@ -42,7 +42,7 @@ class Exponential(RowProblem):
         self.function = function
 
     @property
-    def zero_is_stationary(self) -> bool:
+    def zero_is_stationary(self) -> bool:  # type: ignore[override]
         """True for cosh without offset, an even function."""
         return self.function == "cosh" and self.offset is None
 
@@ -123,7 +123,7 @@ class Softmax(RowProblem):
         )
 
     @property
-    def zero_is_stationary(self) -> bool:
+    def zero_is_stationary(self) -> bool:  # type: ignore[override]
         """True for entropy without offset and weights: uniform outputs are its maximum."""
         rows = self.rows
         return (
@@ -217,6 +217,6 @@ class Rescaled(RowProblem):
         self.function = function
 
     @property
-    def zero_is_stationary(self) -> bool:
+    def zero_is_stationary(self) -> bool:  # type: ignore[override]
         """True without offset for cosh, an even function, and for sinh, which vanishes at zero."""
         return self.function in ("cosh", "sinh") and self.offset is None

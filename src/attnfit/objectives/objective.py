@@ -162,10 +162,6 @@ class Evaluation:
         """Return what other reads need of this one."""
         return Evaluation(self.x, self.value, self.gradient, self.state, self.centre)
 
-    def predict_reference(self, x: Array) -> Array:
-        """Return the normalisers of the long groups at a nearby x, to first order."""
-        return np.asarray(self.state[0] + self.centre @ (x - self.x))
-
 
 class Moved(NamedTuple):
     """What steps do to the fitted logits.
@@ -249,6 +245,10 @@ class Problem(ABC):
     best_hessian: str = "kept"
     # One clause for the report of every fit.
     note: str = ""
+    # Whether the gradient at zero vanishes for every data set.
+    zero_is_stationary: bool = False
+    # Whether zero is a minimum that says nothing about the data.
+    zero_is_trivial: bool = False
 
     @property
     @abstractmethod
@@ -268,16 +268,6 @@ class Problem(ABC):
     @property
     def convex(self) -> bool:
         """Whether L is convex."""
-        return False
-
-    @property
-    def zero_is_stationary(self) -> bool:
-        """Whether the gradient at zero vanishes for every data set."""
-        return False
-
-    @property
-    def zero_is_trivial(self) -> bool:
-        """Whether zero is a minimum that says nothing about the data."""
         return False
 
     def is_trivial(self, at: Evaluation) -> bool:

@@ -241,11 +241,10 @@ class Part(RowStore):
 
     def target_totals(self) -> dict[int, Array]:
         """Return the sums of the targets of each long group, by its number: see `target_sums`."""
-        ends = np.append(self.groups.starts, self.n_rows)
-        return {
-            int(number): target_sums(self, int(ends[g]), int(ends[g + 1]))
-            for g, number in zip(self.long_groups, self.long_numbers, strict=True)
-        }
+        ends, found = np.append(self.groups.starts, self.n_rows), dict[int, Array]()
+        for g, number in zip(self.long_groups, self.long_numbers, strict=True):
+            found[int(number)] = target_sums(self, int(ends[g]), int(ends[g + 1]))
+        return found
 
     # ---- the loss on a chunk
 
@@ -301,7 +300,7 @@ class Part(RowStore):
 
     def by_row(self, at: Evaluation, formula: Callable[[Part, Chunk, Array, list[Array]], Array]) -> Array:
         """Apply a formula to the logits and states of every row; return shape (n,) in the user's order."""
-        return np.concatenate(self.collect(row_values, at.bare(), formula))
+        return np.concatenate(self.collect(row_values, at, formula))
 
     # ---- curvature of a chunk
 

@@ -21,18 +21,6 @@ from attnfit.segments import Array
 
 
 @in_runs
-def hessian_sum(part: Part, chunks: list[Chunk], at: Evaluation, absolute: bool, gauss_newton: bool) -> Any:
-    """Return the Gram that is the Hessian of the data term."""
-    gram = part.design.gram()
-    for chunk in part.prefetch(chunks):
-        block, z = part.logits(chunk, at.x)
-        state = part.row_state(chunk, z, at)
-        terms, weights = part.gram_rows(chunk, z, state, gauss_newton=gauss_newton)
-        part.add_to_gram(gram, chunk, block, terms, weights, at.centre, absolute=absolute)
-    return gram
-
-
-@in_runs
 def product_sum(part: Part, chunks: list[Chunk], at: Evaluation, v: Array, gauss_newton: bool) -> Array:
     """Return the Hessian of the data term times v, shape (d,)."""
     out = np.zeros_like(v)

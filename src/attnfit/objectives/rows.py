@@ -15,8 +15,10 @@ from attnfit.data.inputs import as_point, as_ridge, is_dask
 from attnfit.data.store import read_table
 from attnfit.losses.loss import GramTerm, Loss
 from attnfit.losses.rescaled import SquaredRescaled
+from attnfit.objectives.beginning import LogStart, better_units, log_start
 from attnfit.objectives.budget import keeps_row_weights, memory_of_rows
-from attnfit.objectives.first_order import guess_normalisers, normaliser_sums, read
+from attnfit.objectives.convexity import surrogate_rows
+from attnfit.objectives.first_order import guess_normalisers, hessian_sum, normaliser_sums, read
 from attnfit.objectives.leverage import RowSampler
 from attnfit.objectives.moves import Moves, move_sum, varying_columns
 from attnfit.objectives.objective import Drawn, Evaluation, MemoryEstimate, Moved, Problem, Reduction
@@ -26,15 +28,12 @@ from attnfit.objectives.passes import (
     chunk_product,
     diagonal_sum,
     doubtful_directions,
-    hessian_sum,
     null_directions,
     parts_sum,
     product_sum,
     structure_sum,
 )
 from attnfit.objectives.recession import Frame, separated_rows
-from attnfit.objectives.surrogate import LogStart, log_start, surrogate_rows
-from attnfit.objectives.units import better_units
 from attnfit.segments import Array
 
 # Logits below which an odd function has no output to speak of.
@@ -81,7 +80,6 @@ class RowProblem(Problem):
     n_rows: int = 0
     n_groups: int = 0
     convex: bool = False
-    zero_is_trivial: bool = False
     guesses_normaliser: bool = False
     ridge: float | Array
     long_states_at_zero: Array | None = None
@@ -222,7 +220,8 @@ class RowProblem(Problem):
             if not rows.n_long:
                 return read(self, x, np.zeros(0), None, sampler, at_zero=at_zero, hessian=hessian)
             if near is not None and one_pass:
-                reference = near.predict_reference(x)
+                # To first order.
+                reference = near.state[0] + near.centre @ (x - near.x)
                 warm = read(self, x, reference, near, sampler, at_zero=at_zero, hessian=hessian)
                 if not failed(reference, warm.state):
                     return warm
@@ -275,7 +274,7 @@ class RowProblem(Problem):
         gauss_newton : bool
             Leave out the curvature of the residuals.
         """
-        gram = self.rows.reduce(hessian_sum, at.bare(), absolute, gauss_newton, drawn=sample)
+        gram = self.rows.reduce(hessian_sum, at, absolute, gauss_newton, drawn=sample)
         hessian: Array = gram.result()
         hessian[np.diag_indices(len(at.x))] += self.ridge
         return hessian
@@ -284,7 +283,7 @@ class RowProblem(Problem):
         """Return the Hessian, or the Gauss-Newton matrix, at an evaluated point times v, shape (d,), in one
         pass.
         """
-        return np.asarray(self.ridge * v + self.rows.reduce(product_sum, at.bare(), v, gauss_newton))
+        return np.asarray(self.ridge * v + self.rows.reduce(product_sum, at, v, gauss_newton))
 
     def curvature(self, at: Evaluation) -> Iterator[tuple[Chunk, list[GramTerm], Array | None]]:
         """Yield each chunk with its terms of the Hessian and the weights of its centres: one pass."""
@@ -299,9 +298,9 @@ class RowProblem(Problem):
 
         One pass prepares it, each product is one pass more (of the sample if given).
         """
-        bare, rows = at.bare(), self.rows
+        rows = self.rows
         if (sample is None and not keeps_row_weights(rows)) or not rows.is_whole:
-            products = partial(rows.reduce, product_sum, bare, drawn=sample)
+            products = partial(rows.reduce, product_sum, at, drawn=sample)
             return lambda v: np.asarray(self.ridge * v + products(v, False))
         prepared = []
         for chunk in rows.prefetch(rows.chunks if sample is None else sample.chunks):
@@ -323,7 +322,7 @@ class RowProblem(Problem):
         Row weights enter by absolute value and rows are centred at their common weighted mean, not group by
         group.
         """
-        uncentred, second, first, total = self.rows.reduce(diagonal_sum, at.bare())
+        uncentred, second, first, total = self.rows.reduce(diagonal_sum, at)
         if total > 0.0:
             inside = second - first * first / total
             # A constant column has no variance but rounding: its own size keeps it from being scaled up to
@@ -356,7 +355,7 @@ class RowProblem(Problem):
         return None if found is None else self.with_rows(found)
 
     def log_start(self, normaliser: float = 1.0) -> LogStart | None:
-        """Return least squares on the logarithm of the target: see `attnfit.objectives.surrogate`."""
+        """Return least squares on the logarithm of the target: see `attnfit.objectives.beginning`."""
         return log_start(self.rows, normaliser) if self.rows.is_whole else None
 
     # ---- what a verdict looks at
@@ -367,14 +366,14 @@ class RowProblem(Problem):
 
     def moves(self, at: Evaluation, steps: Array) -> Moved:
         """Return by how much each step changes a fitted logit at most: see `attnfit.objectives.moves`."""
-        found: Moves = self.rows.reduce(move_sum, at.bare(), steps)
+        found: Moves = self.rows.reduce(move_sum, at, steps)
         return found.finalize()
 
     def look_along(self, at: Evaluation, step: Array, directions: Array) -> tuple[Moved, Array, Array]:
         """Return the move of a step, shape (d,), the Hessian's diagonal, shape (d,), and its curvature ``v^T
         H v`` along directions, shape (d, k), from one pass.
         """
-        moves, parts = self.rows.reduce(parts_sum, at.bare(), step, directions)
+        moves, parts = self.rows.reduce(parts_sum, at, step, directions)
         ridge = np.broadcast_to(self.ridge, len(step))
         return moves.finalize(), parts.diagonal + ridge, parts.along + ridge @ directions**2
 
@@ -387,7 +386,7 @@ class RowProblem(Problem):
         directions = doubtful_directions(*self.structure(at))
         if not directions.shape[1]:
             return directions
-        return null_directions(directions, *self.rows.reduce(along_sum, at.bare(), directions))
+        return null_directions(directions, *self.rows.reduce(along_sum, at, directions))
 
     def unseen_columns(self, at: Evaluation) -> NDArray[np.bool_]:
         """Return which unknowns no row sees, shape (d,): a look at some rows, and passes where these leave
@@ -409,13 +408,13 @@ class RowProblem(Problem):
         doubtful = np.flatnonzero(unseen & (sizes > 0.0))
         if len(doubtful):
             unit = np.eye(len(sizes))[:, doubtful] / np.sqrt(sizes[doubtful])
-            seen, rounding = self.rows.reduce(along_sum, at.bare(), unit)
+            seen, rounding = self.rows.reduce(along_sum, at, unit)
             unseen[doubtful] = np.diag(seen) <= 64.0 * rounding
         return np.asarray(unseen)
 
     def structure(self, at: Evaluation) -> tuple[Array, Array]:
         """Return the Gram of all rows and its diagonal before centring."""
-        gram, sizes = self.rows.reduce(structure_sum, at.bare())
+        gram, sizes = self.rows.reduce(structure_sum, at)
         return gram.result(), sizes
 
     @property
@@ -431,5 +430,5 @@ class RowProblem(Problem):
         return self.with_rows(rows.without(separated_rows(rows, rows.chunks, at, frame, along)))
 
     def reduction(self) -> Reduction | None:
-        """Return the problem in better units: see `attnfit.objectives.units`."""
+        """Return the problem in better units: see `attnfit.objectives.beginning`."""
         return better_units(self)

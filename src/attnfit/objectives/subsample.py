@@ -15,9 +15,9 @@ from attnfit.data.groups import Chunk
 from attnfit.data.inputs import require_finite_rows
 from attnfit.data.matrix import DenseDesign
 from attnfit.losses.loss import Loss
+from attnfit.objectives.convexity import has_weight, surrogate_targets
 from attnfit.objectives.part import Part, merged, target_pieces, target_sums
 from attnfit.objectives.rows import RowProblem
-from attnfit.objectives.surrogate import has_weight, surrogate_targets
 from attnfit.segments import Array, Index, Segments
 
 
@@ -121,12 +121,14 @@ def draw_rows(part: Any, n_rows: int, rng: np.random.Generator) -> Draw | None:
     """
     loss, share, limit = part.loss, min(1.0, n_rows / part.n_rows), n_rows / 4
     known = part.target_totals() if loss.coupled else {}
-    if loss.coupled and share < 1.0:
-        one = np.ones(1)
-        largest = max([part.largest_group, *(mass[0] for mass in known.values())])
-        if largest > limit and loss.subsample(one, one, one) is None:
-            return None
-    whole = [number for number, mass in known.items() if mass[0] <= limit]
+    whole, largest = [], part.largest_group if loss.coupled else 0
+    for number, (size, *_) in known.items():
+        largest = max(largest, size)
+        if size <= limit:
+            whole.append(number)
+    one = np.ones(1)
+    if share < 1.0 and largest > limit and loss.subsample(one, one, one) is None:
+        return None
     kept = _choose(np.array(whole, dtype=np.intp), share, rng)
     # What is drawn is all wanted here: it need not pass through other places.
     drawn: Draw = fold(merged, part.collect(_draw, share, limit, known, kept, part.share_out(rng)))

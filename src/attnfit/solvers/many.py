@@ -268,7 +268,7 @@ class _Together:
 
     def _run(self, at: Any, unseen: Array, index: Index) -> None:
         W, units = self.fits.weights[:, index], self.fits.units
-        values, gradients, H = self.problem.rows.reduce(all_at_one_point, at.bare(), W, units)
+        values, gradients, H = self.problem.rows.reduce(all_at_one_point, at, W, units)
         self.n_rounds += 1
         ridge = self._penalty(index)
         values += 0.5 * np.sum(ridge * at.x**2, axis=1)

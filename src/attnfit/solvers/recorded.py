@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.objectives.beginning import LogStart
 from attnfit.objectives.layer_curvature import LayeredEvaluation
 from attnfit.objectives.objective import Drawn, Evaluation, Moved
-from attnfit.objectives.surrogate import LogStart
 from attnfit.segments import Array
 from attnfit.solvers.record import CheckpointError, Draw, Entry, Recording, digest
 

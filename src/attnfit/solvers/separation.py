@@ -239,7 +239,7 @@ def minimum_is_proven(problem: Problem, at: Evaluation, hessian: Array, decremen
     kappa = float(linalg.eigvalsh(root.T @ hessian @ root)[0]) - rounding * len(scale) / float(values[0])
     if not kappa > 0.0:
         return False
-    rounding *= float(np.sqrt(rows.rows.reduce(slope_sizes, at.bare())))
+    rounding *= float(np.sqrt(rows.rows.reduce(slope_sizes, at)))
     return bool(np.sqrt(max(decrement, 0.0) / kappa) + rounding / kappa <= NEAR)
 
 
@@ -258,7 +258,6 @@ def find_separation(problem: Problem, at: Evaluation) -> Separation | None:
         return None
     if kind is Kind.LOCAL and _WITHIN.get():
         return None
-    at = at.bare()
     found = _along(over_rows, at, kind, each=True)
     if found is None and kind is Kind.LOCAL:
         # Rows that share a column fall together if they do so on balance.
@@ -321,7 +320,7 @@ def _holds_at_the_limit(problem: Any, found: Separation, signs: Signs, frame: Fr
         return False
     far = np.asarray(found.rest.x).reshape(-1) + (FAR / signs.drop) * found.direction
     limit = problem.evaluate(far)
-    agreed: Signs = problem.rows.reduce(verify, limit.bare(), frame, found.direction)
+    agreed: Signs = problem.rows.reduce(verify, limit, frame, found.direction)
     return agreed.confirm(frame)
 
 

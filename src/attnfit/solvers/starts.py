@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attnfit.objectives.beginning import sample_sizes
 from attnfit.objectives.first_order import value_at_zero
 from attnfit.objectives.moves import Probe
 from attnfit.objectives.objective import Evaluation, Problem
 from attnfit.objectives.passes import target_squares
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.subsample import draw_rows
-from attnfit.objectives.surrogate import sample_sizes
 from attnfit.solvers.curvature import MEDIUM, Exact, MatrixFree, natural_scale
 from attnfit.solvers.loop import Descent, Interrupted, Tracker, descend, distance
 from attnfit.solvers.verdicts import Judge

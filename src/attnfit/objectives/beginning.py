@@ -1,33 +1,39 @@
-"""Where a fit begins: on how many rows, the same data under a convex loss, and least squares on the logarithm
-of the target.
+"""Where a fit begins: on how many rows, from which logits (those of the target), and in which units.
 
-The last is a start for every scale of the target: one pass and a Gram, or conjugate gradients where there
-are too many unknowns for one. Rows count as much as the curvature of the loss at an exact fit would make
-them; targets that have no logarithm get that of half the smallest positive one of their group. Logarithms of
-the target occur nowhere else on the way to an answer.
+Least squares on the logarithm of the target is a start for every scale of it: one pass and a Gram, or
+conjugate gradients where there are too many unknowns for one. Rows count as much as the curvature of the loss
+at an exact fit would make them; targets that have no logarithm get that of half the smallest positive one of
+their group. Logarithms of the target occur nowhere else on the way to an answer.
+
+Better units are rows centred by group where the loss cannot tell, so that columns such as years, ids or time
+stamps keep the digits that tell their rows apart; columns of extreme size are scaled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy import linalg
 from scipy.sparse.linalg import LinearOperator, cg
 
+from attnfit.data.centred import CentredDesign, GroupReference
+from attnfit.data.gram import centre_rows
 from attnfit.data.groups import Chunk
-from attnfit.data.inputs import pieces
-from attnfit.data.on_disk import Column
-from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential
-from attnfit.losses.loss import GramTerm, Loss
+from attnfit.data.matrix import Design, SparseDesign
+from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential
+from attnfit.losses.loss import GramTerm
 from attnfit.losses.rescaled import SquaredRescaled
-from attnfit.losses.softmax import LOSSES, CrossEntropy, LinearCrossEntropy, SoftmaxLoss, Squared
+from attnfit.losses.softmax import CrossEntropy, LinearCrossEntropy, Squared
 from attnfit.losses.sums import Composite
-from attnfit.objectives.objective import MAX_DENSE
-from attnfit.objectives.part import Part
-from attnfit.segments import Array, Index, Segments
+from attnfit.objectives.objective import MAX_DENSE, Drawn, Reduction
+from attnfit.objectives.part import Part, merged
+from attnfit.segments import Array, Index
+
+if TYPE_CHECKING:
+    from attnfit.objectives.rows import RowProblem
 
 # Losses whose targets tell the logits that they ask for; so do sums of them that have a target.
 TELLING = (
@@ -54,6 +60,13 @@ SAMPLE_RATIO = 1000
 MAX_SHARE = 0.1
 # Beyond MAX_DENSE unknowns: conjugate gradients as far as a start needs, and reads of the rows for them.
 FORCING, MAX_PRODUCTS = 1e-2, 30
+# A column whose common part in a group is so many times what tells its rows apart loses digits that a fit
+# needs.
+SHIFTED = 1e5
+# Rows that are looked at, and of how many groups.
+LOOKED_AT, LOOKED_AT_GROUPS = 1_000, 100
+# Squares of larger entries, weighted and added up, may overflow; beyond the second they do.
+LARGE, HUGE = 1e60, 1e150
 
 
 def sample_sizes(n: int, d: int) -> tuple[int, int]:
@@ -63,70 +76,6 @@ def sample_sizes(n: int, d: int) -> tuple[int, int]:
         return pilot_rows, SAMPLE_ROWS
     affordable = max(int(MAX_SHARE * n), min(SAMPLE_ROWS, n // 4))
     return pilot_rows, max(pilot_rows, min(max(SAMPLE_ROWS, SAMPLE_RATIO * d), affordable))
-
-
-def surrogate_rows(rows: Part) -> Part | None:
-    """Return the same rows under a convex loss whose minimiser is a good start; None where there is none."""
-    segments = Segments(rows.groups.starts, rows.n_rows)
-    sizes = np.repeat(segments.sizes, segments.sizes)
-    found = surrogate_targets(rows.loss, rows.b, rows.weights, segments, sizes)
-    return rows.with_loss(*found) if found is not None and has_weight(found[2]) else None
-
-
-def has_weight(w: Any) -> bool:
-    """Whether any row has a weight: none is left where targets are positive only at weights of zero."""
-    return w is None or any(v.any() for _, v in pieces(w))
-
-
-def surrogate_targets(
-    loss: Loss, b: Any, w: Any, segments: Segments, sizes: Array | Index, multiplicity: Array | float = 1.0
-) -> tuple[Loss, Any, Any] | None:
-    """Return loss, target and weights of the convex surrogate.
-
-    Cross entropy for losses of a softmax with a target, the Poisson likelihood for exp, least squares on the
-    inverse function of the target for sinh and cosh (rescaled: of the target times the size of the group).
-
-    Parameters
-    ----------
-    loss : Loss
-    b, w : ndarray or Column, shape (n,)
-        Target and weights; these may be None.
-    segments : Segments
-        The groups of these rows.
-    sizes : ndarray, shape (n,)
-        The size of each row's whole group.
-    multiplicity : ndarray, shape (n,)
-        How many rows each one stands for.
-    """
-    exponential = isinstance(loss, SquaredRescaled) and loss.function == "exp"
-    if exponential or (isinstance(loss, SoftmaxLoss | Composite) and loss.has_target):
-        b = _mapped(_positive_part, b)
-        if w is not None:
-            # Weights that differ within a group would move the minimiser of cross entropy away from f = b.
-            mass = segments.sum(multiplicity * np.asarray(b))
-            mean = segments.sum(multiplicity * np.asarray(w) * np.asarray(b)) / np.where(mass > 0, mass, 1.0)
-            w = segments.spread(mean) + np.zeros(segments.n_rows)
-        return (LOSSES["cross_entropy"], b, w) if any(v.any() for _, v in pieces(b)) else None
-    if isinstance(loss, SquaredExponential) and loss.function == "exp":
-        return PoissonDeviance(), _mapped(_positive_part, b), w
-    if not isinstance(loss, SquaredExponential | SquaredRescaled):
-        return None
-    b = np.asarray(b)
-    unit = np.ones(len(b)) if w is None else np.asarray(w)
-    if isinstance(loss, SquaredRescaled):
-        b = b * sizes
-    # Near the fit an error dz in the logit costs w v^2 dz^2, with v = cosh(z) for sinh and sinh(z) for cosh.
-    if loss.function == "sinh":
-        return LeastSquares(), np.arcsinh(b), unit * (1.0 + b * b)
-    return LeastSquares(), np.arccosh(np.maximum(b, 1.0)), unit * np.maximum(b * b - 1.0, 1e-3)
-
-
-def _positive_part(b: Array) -> Array:
-    return np.maximum(b, 0.0)
-
-
-def _mapped(function: Callable[[Array], Array], values: Any) -> Any:
-    return values.mapped(function) if isinstance(values, Column) else function(values)
 
 
 class LogStart(NamedTuple):
@@ -243,18 +192,14 @@ def _targets(problem: Part) -> _Targets:
         b, w, _ = problem.targets(chunk)
         counts = np.broadcast_to(np.asarray(w) > 0.0, b.shape)
         starts, groups = chunk.segments.starts, numbers[chunk.groups]
-        exposure = _exposure(problem, chunk, len(b))
+        # Targets are compared per unit of the exponential of the offset, within reason.
+        exposure = np.exp(np.clip(problem.shift(chunk), -50.0, 50.0))
         values = np.where((b > 0.0) & counts, b / exposure, np.inf)
         np.minimum.at(smallest, groups, np.minimum.reduceat(values, starts))
         np.add.at(positive, groups, np.add.reduceat(np.maximum(b, 0.0), starts))
         np.add.at(others, groups, np.add.reduceat(np.where(b <= 0.0, exposure, 0.0), starts))
     floor = 0.5 * smallest
     return _Targets(floor, positive + np.where(others > 0.0, others * floor, 0.0))
-
-
-def _exposure(problem: Part, chunk: Chunk, n: int) -> Array:
-    """Return the exponential of the offset, within reason: targets are compared per unit of it."""
-    return np.broadcast_to(np.exp(np.clip(problem.shift(chunk), -50.0, 50.0)), n)
 
 
 def _wanted(problem: Part, chunk: Chunk, b: Array, w: Array, known: _Targets) -> tuple[Array, Array] | None:
@@ -272,7 +217,8 @@ def _wanted(problem: Part, chunk: Chunk, b: Array, w: Array, known: _Targets) ->
         return None
     mass = np.where(usable, known.mass[chunk.groups], 1.0)
     counts = segments.spread(usable * 1.0)
-    floors = segments.spread(np.where(usable, floor, 1.0)) * _exposure(problem, chunk, len(b))
+    exposure = np.exp(np.clip(problem.shift(chunk), -50.0, 50.0))
+    floors = segments.spread(np.where(usable, floor, 1.0)) * exposure
     target = np.where(b > 0.0, b, floors)
     if not loss.coupled:
         power = target if isinstance(loss, PoissonDeviance) else target * target
@@ -317,3 +263,156 @@ def _solved(gram: Any, right: Array, sizes: Array, sums: dict[int, tuple[Array, 
     kept = values > RANK * max(float(values[-1]), np.finfo(float).tiny)
     along = vectors[:, kept].T @ (right / scale)
     return np.asarray(vectors[:, kept] @ (along / values[kept]) / scale)
+
+
+# ---- better units
+
+
+def better_units(problem: RowProblem) -> Reduction | None:
+    """Return the problem with rows centred by group, where a column is all but constant in them and the
+    loss cannot tell, or with columns of extreme size scaled by powers of two, which rounds nothing: their
+    squares would underflow or overflow. None where all columns are ordinary.
+
+    Raises
+    ------
+    ValueError
+        If a column has an entry beyond 1e150 beside ordinary ones: a code for a missing value.
+    """
+    rows = problem.rows
+    if not problem.rows_can_be_drawn or problem.in_better_units or rows.design.on_disk:
+        return None
+    if rows.is_whole:
+        # The first rows show whether a column is all but constant within groups, far from zero.
+        starts, n = rows.groups.starts, min(rows.n_rows, LOOKED_AT)
+        found = _sizes_and_spreads(rows, np.arange(n), starts[starts < n])
+        if found is not None and ((found[1] > 0.0) & (found[0] > SHIFTED * found[1])).any():
+            inner = centred(problem)
+            inner.in_better_units = True
+            return Reduction(inner, np.asarray, np.asarray, "", keeps_unknowns=True)
+    sizes = rows.design.column_sizes(LOOKED_AT)
+    if sizes is None or ((sizes == 0.0) | ((sizes > 1.0 / LARGE) & (sizes < LARGE))).all():
+        return None
+    sizes = np.asarray(rows.design.column_sizes())
+    exponents = np.where(sizes > 0.0, -np.floor(np.log2(np.where(sizes > 0.0, sizes, 1.0))), 0.0)
+    for j in np.flatnonzero(sizes > HUGE):
+        _refuse_codes(rows.design, int(j), float(sizes[j]))
+    factors = np.ldexp(1.0, exponents.astype(int))
+    other = problem.with_rows(rows.on(rows.design.scaled(factors)))
+    other.in_better_units = True
+    if np.any(problem.ridge):
+        # A penalty on a column of size 1e-160 weighs what it weighs: as much as float64 can hold.
+        with np.errstate(over="ignore", under="ignore"):
+            other.ridge = np.minimum(problem.ridge * factors**2, 1.0 / np.finfo(float).tiny)
+    return Reduction(other, lambda y: y * factors, lambda x: x / factors, "", keeps_unknowns=True)
+
+
+def _refuse_codes(design: Design, j: int, size: float) -> None:
+    """Raise ValueError if a column with huge entries has ordinary ones too."""
+    unit = np.zeros(int(design.shape[1]))
+    unit[j] = 1.0
+    column = np.abs(np.concatenate([block @ unit for _, block in design.blocks()]))
+    ordinary = (column > 0.0) & (column < size * 1e-50)
+    if ordinary.any():
+        row = int(np.argmax(column))
+        raise ValueError(
+            f"A has {size:.3g} at row {row}, column {j}, beside entries such as "
+            f"{column[ordinary][0]:.3g}: if it stands for a missing value, drop or impute these rows"
+        )
+
+
+# ---- rows centred by group
+
+
+def shares_much(part: Part, ratio: float) -> bool:
+    """Whether a column is so many times larger than its differences within groups, as far as some rows from
+    everywhere tell; True where none are at hand.
+    """
+    sizes = _sizes_and_spreads(part, *_some_rows(part))
+    return sizes is None or bool((sizes[0] > ratio * sizes[1]).any())
+
+
+def _sizes_and_spreads(part: Part, rows: Index, starts: Index) -> tuple[Array, Array] | None:
+    """Return the largest entry of each column, shape (d,), and the largest difference from the first row of
+    its group, among some rows in group order; None where none are at hand or nothing is shared.
+    """
+    if not part.loss.shift_invariant or part.penalty is not None:
+        return None
+    block = part.design.peek(rows if part.groups.order is None else part.groups.order[rows])
+    if block is None:
+        return None
+    found = []
+    for entries in (block, centre_rows(block, starts)):
+        largest = abs(entries).max(axis=0)
+        found.append(np.asarray(largest.toarray() if hasattr(largest, "toarray") else largest).reshape(-1))
+    return found[0], found[1]
+
+
+def _some_rows(part: Part) -> tuple[Index, Index]:
+    """Return all rows where these are few, else some of some groups, both spread over all, and where groups
+    begin among them.
+    """
+    starts, n = part.groups.starts, part.n_rows
+    if n <= LOOKED_AT:
+        return np.arange(n), starts
+    groups = np.unique(np.linspace(0, len(starts) - 1, LOOKED_AT_GROUPS).astype(np.intp))
+    each = LOOKED_AT // len(groups)
+    # The rows of a short group more than once.
+    within = np.linspace(0.0, 1.0, each) * (np.diff(starts, append=n)[groups, None] - 1)
+    return (starts[groups, None] + within.astype(np.intp)).ravel(), each * np.arange(len(groups))
+
+
+def centred(problem: RowProblem) -> RowProblem:
+    """Return the problem on rows less the first row of their group: the same function of x, exactly.
+
+    Rounding then scales with the differences within groups. The problem itself where its loss tells a group
+    from a shifted one, or a row penalty does. Sparse rows of groups longer than a block take a pass.
+    """
+    rows = problem.rows
+    if not rows.loss.shift_invariant or rows.penalty is not None:
+        return problem
+    found: dict[int, GroupReference] = rows.reduce(_references) if rows.n_long else {}
+    references = {number: reference.row for number, reference in found.items()}
+    # The parts of data in several places are centred where they are.
+    inside = _with_centred_rows(rows, references) if rows.is_whole else _CentredParts(rows, references)
+    return problem.with_rows(inside)
+
+
+def _references(part: Part, chunks: list[Chunk]) -> dict[int, GroupReference]:
+    """Return the reference of each long group, by number; of dense rows only the first is read."""
+    found: dict[int, GroupReference] = {}
+    long = [chunk for chunk in chunks if chunk.long >= 0]
+    if isinstance(part.design, SparseDesign):
+        for chunk in part.prefetch(long):
+            found = merged(found, {chunk.long: GroupReference.of(part.fetch(chunk))})
+        return found
+    for chunk in long:
+        if chunk.long not in found:
+            first = chunk.index.start if isinstance(chunk.index, slice) else int(chunk.index[0])
+            found[chunk.long] = GroupReference.of(part.design.block(np.array([first])))
+    return found
+
+
+def _with_centred_rows(part: Part, references: dict[int, Array]) -> Part:
+    numbers = zip(part.long_groups.tolist(), part.long_numbers.tolist(), strict=True)
+    known = {group: references[number] for group, number in numbers}
+    return part.on(CentredDesign(part.design, part.groups.starts, part.groups.order, known))
+
+
+class _CentredParts:
+    """Rows in several places, centred before each pass over them."""
+
+    def __init__(self, rows: Any, references: dict[int, Array]) -> None:
+        self._rows, self._references = rows, references
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rows, name)
+
+    def reduce(self, work: Callable[..., Any], *args: Any, drawn: Drawn | None = None) -> Any:
+        """Return what the work yields on the centred rows of all parts."""
+        return self._rows.reduce(_on_centred_rows, self._references, work, *args, drawn=drawn)
+
+
+def _on_centred_rows(
+    part: Part, chunks: list[Chunk], references: dict[int, Array], work: Callable[..., Any], *args: Any
+) -> Any:
+    return work(_with_centred_rows(part, references), chunks, *args)
