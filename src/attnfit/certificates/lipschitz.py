@@ -135,7 +135,11 @@ class ChunkRows:
     def norms(self, *, centred: bool) -> Array:
         """Return the norm of each whitened row, ``|T^T a_i|`` or ``|T^T (a_i - mu_g)|``, shape (n_rows,)."""
         if "norms" not in self.kept:
-            centres = self._centres()
+            # What the rows of each group here are centred at, shape (n_groups, d); None where they stay.
+            centres = self.part.loss.gram_terms(self.z, self.b, self.w, self.state)[1]
+            if centres is not None:
+                long = self.chunk.long
+                centres = self.at.centre[[long]] if long >= 0 else self.group_rows(centres)
             out = {False: np.empty(len(self.z))}
             shift = None
             if centres is not None:
@@ -148,7 +152,7 @@ class ChunkRows:
                 if shift is not None:
                     rows -= shift[group[part]] if len(shift) > 1 else shift
                     out[True][part] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-            self.kept["norms"] = out
+            self.kept["norms"], self.kept["centres"] = out, centres
         found: Array = self.kept["norms"][centred]
         return found
 
@@ -168,9 +172,8 @@ class ChunkRows:
         elif not centred:
             self._gram(name).add(self.block, weights)
         else:
-            centres = self._centres()
-            assert centres is not None
-            self._add_about(self._gram(name), weights, None, 1.0, centres)
+            self.norms(centred=True)
+            self._add_about(self._gram(name), weights, None, 1.0, self.kept["centres"])
 
     def add_deflated(self, name: str, v: Array, totals: Array) -> None:
         """Add the rows ``sqrt(w_i) (v_i a_i - b_i t_g)`` to a Gram; ``totals`` has one row t_g a group."""
@@ -187,15 +190,6 @@ class ChunkRows:
         else:
             mu = sparse.csr_array(about) if sparse.issparse(self.block) else about
             gram.add_centred(self.block, t, r, q, mu, self.chunk.segments.starts)
-
-    def _centres(self) -> Array | None:
-        """Return what the rows of each group here are centred at, shape (n_groups, d); None where they stay
-        as they are.
-        """
-        weights = self.part.loss.gram_terms(self.z, self.b, self.w, self.state)[1]
-        if weights is None:
-            return None
-        return self.at.centre[[self.chunk.long]] if self.chunk.long >= 0 else self.group_rows(weights)
 
 
 # Yields arrays with one row a group, is sent their sums over whole groups, and then adds to the rows' sums:

@@ -50,6 +50,8 @@ class RowProblem(Problem):
     ----------
     rows : Part or OnDask
         The rows, the loss, and who goes over them.
+    loss : Loss
+        The loss of the logits.
     design : Design
         The matrix A.
     b, weights, offset, penalty : ndarray or Column, shape (n,)
@@ -70,6 +72,7 @@ class RowProblem(Problem):
     best_hessian = "exact"
     has_logits = True
     rows: Any
+    loss: Any = None
     design: Any = None
     b: Any = None
     weights: Any = None
@@ -108,13 +111,14 @@ class RowProblem(Problem):
 
     def _hold(self, rows: Any) -> None:
         """Take rows, and note what they and their loss tell."""
-        self.rows, self.design, loss = rows, rows.design, rows.loss
+        self.rows, self.design, self.loss = rows, rows.design, rows.loss
         self.b, self.weights, self.offset, self.penalty = rows.b, rows.weights, rows.offset, rows.penalty
         self.n_rows, self.n_unknowns, self.n_groups = rows.n_rows, rows.n_unknowns, rows.n_groups
-        self.shape, self.convex = (rows.n_unknowns,), bool(loss.convex)
+        self.shape, self.convex = (rows.n_unknowns,), bool(rows.loss.convex)
         # The outputs of a rescaled sinh vanish at zero, and with its normaliser all of its loss.
-        self.guesses_normaliser = isinstance(loss, SquaredRescaled) and loss.function != "exp"
-        self.zero_is_trivial = self.guesses_normaliser and loss.function == "sinh" and rows.offset is None
+        function = rows.loss.function if isinstance(rows.loss, SquaredRescaled) else "exp"
+        self.guesses_normaliser = function != "exp"
+        self.zero_is_trivial = function == "sinh" and rows.offset is None
         self.long_states_at_zero, self._unseen = None, None
 
     def with_rows(self, rows: Any) -> Self:
@@ -130,11 +134,6 @@ class RowProblem(Problem):
         return other
 
     # ---- what it is made of
-
-    @property
-    def loss(self) -> Loss:
-        """The loss of the logits."""
-        return self.rows.loss  # type: ignore[no-any-return]
 
     @property
     def groups(self) -> Groups:

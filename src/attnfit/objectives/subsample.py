@@ -174,15 +174,13 @@ def _draw(
     for g in np.flatnonzero(is_long):
         first, last = int(starts[g]), int(starts[g] + sizes[g])
         sums = known[number_of[g]] if g in number_of else target_sums(part, first, last)
-        pieces = [
-            (np.zeros(0, dtype=np.intp), np.zeros(0)),
-            *_draw_pieces(part, first, last, sums, share, rng),
-        ]
-        kept, chances = (np.concatenate(found) for found in zip(*pieces, strict=True))
         # Two certain rows keep the group alive whatever the draw.
         certain = np.arange(first, min(first + 2, last))
-        rows += [certain, kept[kept >= first + 2]]
-        inclusion += [np.ones(len(certain)), chances[kept >= first + 2]]
+        rows.append(certain)
+        inclusion.append(np.ones(len(certain)))
+        for kept, chances in _draw_pieces(part, first, last, sums, share, rng):
+            rows.append(kept[kept >= first + 2])
+            inclusion.append(chances[kept >= first + 2])
     index, pi = np.concatenate(rows), np.concatenate(inclusion)
     ascending = np.argsort(index, kind="stable")
     index, pi = index[ascending], pi[ascending]

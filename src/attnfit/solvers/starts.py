@@ -118,9 +118,7 @@ class Start:
 
     @property
     def n_passes(self) -> float:
-        """Reads of the full data that the work on both samples amounts to, beyond the fetch of their rows."""
-        if self.sample.is_full:
-            return 0.0
+        """Reads of the full data that the work on both samples of its rows amounts to, beyond their fetch."""
         total = 0.0
         for sample in (self.sample,) if self.pilot is self.sample else (self.sample, self.pilot):
             convex = sample.drawn_convex
