@@ -327,7 +327,16 @@ def shares_much(part: Part, ratio: float) -> bool:
     """Whether a column is so many times larger than its differences within groups, as far as some rows from
     everywhere tell; True where none are at hand.
     """
-    sizes = _sizes_and_spreads(part, *_some_rows(part))
+    starts, n = part.groups.starts, part.n_rows
+    rows = np.arange(n)
+    if n > LOOKED_AT:
+        # Some rows of some groups, both spread over all; the rows of a short group more than once.
+        groups = np.unique(np.linspace(0, len(starts) - 1, LOOKED_AT_GROUPS).astype(np.intp))
+        each = LOOKED_AT // len(groups)
+        within = np.linspace(0.0, 1.0, each) * (np.diff(starts, append=n)[groups, None] - 1)
+        rows = (starts[groups, None] + within.astype(np.intp)).ravel()
+        starts = each * np.arange(len(groups))
+    sizes = _sizes_and_spreads(part, rows, starts)
     return sizes is None or bool((sizes[0] > ratio * sizes[1]).any())
 
 
@@ -345,20 +354,6 @@ def _sizes_and_spreads(part: Part, rows: Index, starts: Index) -> tuple[Array, A
         largest = abs(entries).max(axis=0)
         found.append(np.asarray(largest.toarray() if hasattr(largest, "toarray") else largest).reshape(-1))
     return found[0], found[1]
-
-
-def _some_rows(part: Part) -> tuple[Index, Index]:
-    """Return all rows where these are few, else some of some groups, both spread over all, and where groups
-    begin among them.
-    """
-    starts, n = part.groups.starts, part.n_rows
-    if n <= LOOKED_AT:
-        return np.arange(n), starts
-    groups = np.unique(np.linspace(0, len(starts) - 1, LOOKED_AT_GROUPS).astype(np.intp))
-    each = LOOKED_AT // len(groups)
-    # The rows of a short group more than once.
-    within = np.linspace(0.0, 1.0, each) * (np.diff(starts, append=n)[groups, None] - 1)
-    return (starts[groups, None] + within.astype(np.intp)).ravel(), each * np.arange(len(groups))
 
 
 def centred(problem: RowProblem) -> RowProblem:

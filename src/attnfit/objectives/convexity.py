@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,7 @@ def surrogate_targets(
     """
     exponential = isinstance(loss, SquaredRescaled) and loss.function == "exp"
     if exponential or (isinstance(loss, SoftmaxLoss | Composite) and loss.has_target):
-        b = _mapped(_positive_part, b)
+        b = _positive_part(b)
         if w is not None:
             # Weights that differ within a group would move the minimiser of cross entropy away from f = b.
             mass = segments.sum(multiplicity * np.asarray(b))
@@ -71,7 +70,7 @@ def surrogate_targets(
             w = segments.spread(mean) + np.zeros(segments.n_rows)
         return (LOSSES["cross_entropy"], b, w) if any(v.any() for _, v in pieces(b)) else None
     if isinstance(loss, SquaredExponential) and loss.function == "exp":
-        return PoissonDeviance(), _mapped(_positive_part, b), w
+        return PoissonDeviance(), _positive_part(b), w
     if not isinstance(loss, SquaredExponential | SquaredRescaled):
         return None
     b = np.asarray(b)
@@ -84,12 +83,8 @@ def surrogate_targets(
     return LeastSquares(), np.arccosh(np.maximum(b, 1.0)), unit * np.maximum(b * b - 1.0, 1e-3)
 
 
-def _positive_part(b: Array) -> Array:
-    return np.maximum(b, 0.0)
-
-
-def _mapped(function: Callable[[Array], Array], values: Any) -> Any:
-    return values.mapped(function) if isinstance(values, Column) else function(values)
+def _positive_part(b: Any) -> Any:
+    return b.mapped(_positive_part) if isinstance(b, Column) else np.maximum(b, 0.0)
 
 
 # ---- convex from a ridge on

@@ -190,7 +190,8 @@ class Moves:
         if not shared:
             self.largest = np.maximum(self.largest, extents[0])
         elif chunk.long >= 0:
-            self.long = self.merge(Moves(self.largest, long={chunk.long: extents})).long
+            known = self.long.get(chunk.long)
+            self.long[chunk.long] = extents if known is None else np.maximum(known, extents)
         else:
             self.largest = np.maximum(self.largest, 0.5 * extents.sum(axis=0))
 

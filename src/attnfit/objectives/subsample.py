@@ -59,21 +59,14 @@ class Draw:
         joined: dict[str, Any] = {k: _joined(v, getattr(other, k)) for k, v in self._by_row().items()}
         return replace(self, **joined)
 
-    def by_group(self) -> Draw:
-        """Return the rows with those of one group next to each other."""
-        if (np.diff(self.labels) >= 0).all():
-            return self
-        order = np.argsort(self.labels, kind="stable")
-        in_order: dict[str, Any] = {k: None if v is None else v[order] for k, v in self._by_row().items()}
-        return replace(self, **in_order)
+    def in_order(self, order: Index) -> Draw:
+        """Return the rows in another order."""
+        ordered: dict[str, Any] = {k: None if v is None else v[order] for k, v in self._by_row().items()}
+        return replace(self, **ordered)
 
     def _by_row(self) -> dict[str, Any]:
         """Return what has an entry for each row, by name."""
         return {name: v for name, v in vars(self).items() if name != "compiled"}
-
-    def with_targets(self, b: Array, weights: Array | None, offset: Array | None) -> Draw:
-        """Return the same rows with other targets, weights and offsets."""
-        return replace(self, b=b, weights=weights, offset=offset)
 
     def problem(self, loss: Loss, ridge: float | Array) -> RowProblem:
         """Return the problem on these rows, unbiased in every sum up to a constant."""
@@ -108,7 +101,7 @@ class Draw:
         if found is None or not has_weight(found[2]):
             return None
         convex, b, w = found
-        return self.with_targets(b, w, self.offset).problem(convex, ridge)
+        return replace(self, b=b, weights=w).problem(convex, ridge)
 
 
 def draw_rows(part: Any, n_rows: int, rng: np.random.Generator) -> Draw | None:
@@ -132,7 +125,9 @@ def draw_rows(part: Any, n_rows: int, rng: np.random.Generator) -> Draw | None:
     kept = _choose(np.array(whole, dtype=np.intp), share, rng)
     # What is drawn is all wanted here: it need not pass through other places.
     drawn: Draw = fold(merged, part.collect(_draw, share, limit, known, kept, part.share_out(rng)))
-    drawn = drawn.by_group()
+    if not (np.diff(drawn.labels) >= 0).all():
+        # Rows of one group next to each other.
+        drawn = drawn.in_order(np.argsort(drawn.labels, kind="stable"))
     return None if drawn.weights is not None and not drawn.weights.any() else drawn
 
 

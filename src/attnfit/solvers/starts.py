@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -111,7 +111,7 @@ class Start:
         smaller = draw.problem(larger.loss, larger.ridge)
         if convex is not None:
             rows = draw.rows
-            beside = draw.with_targets(convex.b[rows], convex.weights[rows], convex.offset[rows])
+            beside = replace(draw, b=convex.b[rows], weights=convex.weights[rows], offset=convex.offset[rows])
             convex = beside.problem(convex.loss, convex.ridge)
         share = sample.share * smaller.n_rows / larger.n_rows
         return cls(problem, Sample(smaller, share, False, convex), sample, is_small)
@@ -233,8 +233,9 @@ class Start:
         small = self.sample.problem
         # The sample's groups carry the full problem's labels, in increasing order.
         labels = self.full.rows.long_labels
-        numbers = np.searchsorted(small.groups.labels, labels)
-        if numbers.max() >= small.n_groups or (small.groups.labels[numbers] != labels).any():
+        known = small.rows.groups.labels
+        numbers = np.searchsorted(known, labels)
+        if numbers.max() >= len(known) or (known[numbers] != labels).any():
             return None
         at = small.evaluate(x)
         states, centres = [], []
