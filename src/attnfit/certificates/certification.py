@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,6 @@ from attnfit.certificates.lipschitz import (
     ball_formula,
     constant_of,
     lipschitz_constant,
-    sent,
     sums_on_ball,
 )
 from attnfit.certificates.mixture import certify_mixture
@@ -234,9 +234,14 @@ def _glance(formula: Formula, rows: ChunkRows, radius: float) -> Stages:
         found = yield mine if asked is None or answer is not None else mine + asked
         if answer is None:
             answer = found[len(mine) :]
-        own = None if own is None else sent(main, found[: len(mine)])
+        if own is not None:
+            try:
+                own = main.send(found[: len(mine)])
+            except StopIteration:
+                own = None
     if asked is not None and answer is not None:
-        sent(once, answer)
+        with suppress(StopIteration):
+            once.send(answer)
     sums.update(merged(sums, rows.sums))
 
 

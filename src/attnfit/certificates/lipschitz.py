@@ -10,6 +10,7 @@ So the rows may be anywhere; of wide rows in memory four numbers are kept betwee
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -198,14 +199,6 @@ Stages = Generator[tuple[Array, ...], tuple[Array, ...], None]
 Formula = Callable[[ChunkRows, float], Stages]
 
 
-def sent(stages: Stages, answer: tuple[Array, ...]) -> tuple[Array, ...] | None:
-    """Answer a formula; return what it asks for next, None at its end."""
-    try:
-        return stages.send(answer)
-    except StopIteration:
-        return None
-
-
 def sums_on_ball(
     problem: RowProblem,
     at: Evaluation,
@@ -253,13 +246,14 @@ def _read(
         for chunk in part.prefetch(wanted):
             stages = formula(ChunkRows(part, chunk, at, whitener, sums, traces=traces, kept=kept), radius)
             answers = iter(known.get(chunk.long, []))
-            own = next(stages, None)
-            while own is not None:
-                totals = own if chunk.long < 0 else next(answers, None)
-                if totals is None:
-                    asked = merged(asked, {chunk.long: own})
-                    break
-                own = sent(stages, totals)
+            with suppress(StopIteration):
+                own = next(stages)
+                while True:
+                    totals = own if chunk.long < 0 else next(answers, None)
+                    if totals is None:
+                        asked = merged(asked, {chunk.long: own})
+                        break
+                    own = stages.send(totals)
     return asked, sums
 
 

@@ -163,7 +163,8 @@ def minimize(
             f"tol must be a number in (0, {MAX_TOL:g}], not {tol!r}: the largest change of a logit that the "
             "next step may make; 1e-8 is the default"
         )
-    require_starts(n_starts)
+    if n_starts != "auto":
+        require_starts(n_starts)
     choose(separation, dict.fromkeys(("warn", "drop", "keep")), "separation")
     choose(history, dict.fromkeys(("records", "points")), "history")
     if max_iter < 0:

@@ -75,7 +75,8 @@ class Newton(Solver):
     records_points = True
 
     def __post_init__(self) -> None:
-        require_starts(self.n_starts)
+        if self.n_starts != "auto":
+            require_starts(self.n_starts)
         choose(self.hessian, dict.fromkeys(HESSIANS), "hessian")
         choose(self.globalisation, dict.fromkeys(("trust_region", "none")), "globalisation")
 
@@ -296,7 +297,7 @@ class Newton(Solver):
 def require_starts(n_starts: Any) -> None:
     """Raise ValueError unless this is a number of starts."""
     whole = isinstance(n_starts, int | np.integer) and not isinstance(n_starts, bool)
-    if n_starts != "auto" and not (whole and n_starts >= 1):
+    if not (whole and n_starts >= 1):
         raise ValueError(f'n_starts must be an integer >= 1 or "auto", not {n_starts!r}')
 
 
