@@ -261,8 +261,8 @@ def _add_chunk(
     if long < 0:
         totals.gradient += products[0]
     else:
-        sums = np.array(list(map(np.sum, rows[:n_columns])))
-        totals.add_piece(long, products[:n_columns], sums, np.array(list(map(np.sum, extras))))
+        sums = np.array([row.sum() for row in rows[:n_columns]])
+        totals.add_piece(long, products[:n_columns], sums, np.array([e.sum() for e in extras]))
     if part.penalty is not None:
         totals.gradient += products[n_columns]
     if slope_at_zero is not None:
@@ -359,8 +359,8 @@ def _moment_sums(part: Part, chunks: list[Chunk], reference: Array) -> Totals:
             shift = reference[chunk.long]
             z = np.zeros(chunk.segments.n_rows) + part.shift(chunk)
             columns, extras = loss.accumulate(*loss.transform(z, shift), b, w, shift, constant)
-            sums = np.array(list(map(np.sum, columns)))
-            totals.add_piece(chunk.long, np.zeros((len(sums), 0)), sums, np.array(list(map(np.sum, extras))))
+            sums = np.array([column.sum() for column in columns])
+            totals.add_piece(chunk.long, np.zeros((len(sums), 0)), sums, np.array([e.sum() for e in extras]))
     return totals
 
 
