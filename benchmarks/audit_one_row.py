@@ -28,9 +28,15 @@ CURVE, FORMS = (1, 2, 3, 4, 6, 8, 10), ("last:2", "last:logits", "last:4", "pool
 CELLS = (
     ("last:1", "smollm2", 2, 4), ("last:1", "tiny", 2, 4), ("last:1", "tiny", 3, 4),
     ("last:1", "smollm2", 4, 3),
-    *((form, "tiny", length, 8) for length in CURVE for form in FORMS),
-    *(("pooled", "minilm", length, 8) for length in CURVE),
-    *((form, "smollm2", length, 4) for length in CURVE[:4] for form in ("last:2", "last:logits")),
+    *(
+        cell
+        for length in CURVE
+        for cell in (
+            *((form, "tiny", length, 8) for form in FORMS),
+            ("pooled", "minilm", length, 8),
+            *((form, "smollm2", length, 4) for form in ("last:2", "last:logits") if length in CURVE[:4]),
+        )
+    ),
 )  # fmt: skip
 HEADER = ["form", "model", "tokens", "texts", "verified", "share (Wilson 95 %)", "false verified"]
 HEADER += ["candidates a text", "CPU seconds a text"]
@@ -48,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seed", default="dev-9", help="tag of the release, or dev-* for development")
     parser.add_argument("--controls", type=int, default=200)
     parser.add_argument("--forms", default="last:1", help="of controls; several joined by commas")
-    parser.add_argument("--keep", type=int, default=0, help="rows of the stored table that stay as they are")
+    parser.add_argument("--more", action="store_true", help="keep what is stored, go on with the rest")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.table == "controls":
@@ -56,10 +62,11 @@ def main() -> None:
             controls(audit.load("tiny"), form, options.controls, options.seed)
         return
     models: dict[str, Model] = {}
-    lines, misses = stored("audit-one-row", options.keep)
-    known = {tuple(line[:3]) for line in lines}
-    misses = [miss for miss in misses if tuple(miss[2:].split(", ")[:3]) in known]
-    for form, name, length, count in CELLS[options.keep :]:
+    kept, misses = stored("audit-one-row", len(CELLS) if options.more else 0)
+    lines = {(form, name, int(length)): [form, name, length, *rest] for form, name, length, *rest in kept}
+    for form, name, length, count in CELLS:
+        if (form, name, length) in lines:
+            continue
         if name not in models:
             models = {name: audit.load(name)}
         parse_access(form).prepare(models[name])
@@ -68,12 +75,12 @@ def main() -> None:
             audit.invert(models[name], audit.observe(models[name], [1, 2], form))
         line, missed = measure(models[name], form, length, count, options.seed)
         print(" | ".join(line), flush=True)
-        lines.append(line)
+        lines[form, name, length] = line
         misses += missed
-        save(options, lines, misses)
+        save(options, [lines[cell[:3]] for cell in CELLS if cell[:3] in lines], misses, len(kept))
 
 
-def save(options: Any, lines: list[list[str]], misses: list[str]) -> None:
+def save(options: Any, lines: list[list[str]], misses: list[str], n_kept: int) -> None:
     """Write what is known so far."""
     head = (
         f"English of the descriptions of wheels, seed {options.seed}; one thread, torch {version('torch')}, "
@@ -81,8 +88,7 @@ def save(options: Any, lines: list[list[str]], misses: list[str]) -> None:
         f"in turn. Calibration and tables of a model, made once, are not counted. Of an encoder the tokens "
         f"are those between its special ones. But for last:1, a candidate is a text, and a search ends after "
         f"{EVALUATIONS:,} of them or {SECONDS:g} processor seconds. "
-        f"{len(lines)} of {len(CELLS)} cells"
-        + (f"; the first {options.keep} rows are of an earlier run." if options.keep else ".")
+        f"{len(lines)} of {len(CELLS)} cells" + (f"; {n_kept} rows are of an earlier run." if n_kept else ".")
     )
     told = "## Texts not recovered\n\n" + ("\n".join(misses) or "none")
     write("audit-one-row", command(), [head, table(HEADER, lines), told])
