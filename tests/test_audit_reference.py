@@ -9,8 +9,9 @@ torch = pytest.importorskip("torch")
 
 from attnfit import audit  # noqa: E402
 from attnfit.audit import reference as module  # noqa: E402
-from attnfit.audit.calibration import calibrate  # noqa: E402
+from attnfit.audit.calibration import Calibration, calibrate  # noqa: E402
 from attnfit.audit.engine.prefix import Prefix  # noqa: E402
+from attnfit.audit.probes import Probe  # noqa: E402
 from attnfit.audit.reference import Reference  # noqa: E402
 
 
@@ -163,3 +164,31 @@ def test_the_table_of_a_model_is_learned_once_and_tells_tokens_apart(tmp_path, m
 def test_no_table_where_it_would_be_too_large(monkeypatch):
     monkeypatch.setattr(module, "MOST_NUMBERS", 10)
     assert Reference.of(audit.load("tiny"), 3, torch.ones(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "scale", "state", "kind"),
+    [
+        (10.0, 1.0, 10.0, "first"),
+        (10.0, 1.0, 0.0, "running"),
+        # In spreads of its own kind, not in numbers.
+        (10.0, 0.5, 6.0, "running"),
+        (10.0, 0.5, 7.0, "first"),
+        # Where first positions are like all others, nothing is to be told apart.
+        (1.0, 1.0, 1.0, "running"),
+        (1.0, 1.0, 1.9, "running"),
+        (1.0, 1.0, 2.1, "first"),
+    ],
+)
+def test_states_are_told_by_the_nearer_of_two_kinds(first, scale, state, kind):
+    def probe(centre, spread):
+        return Probe(torch.full((6,), centre), torch.full((6,), spread), *[None] * 3)
+
+    calibration = Calibration(None, probe(0.0, 1.0), probe(first, scale), None)
+    assert calibration.kinds(torch.full((2, 6), state)) == [kind] * 2
+
+
+def test_running_text_of_a_model_is_no_first_position():
+    model = audit.load("tiny")
+    states = torch.from_numpy(model.states(model.tokenise("The committee has met in the town hall"), 3))
+    assert set(calibrate(model, [3])[3].kinds(states[1:])) == {"running"}

@@ -113,6 +113,7 @@ class PermutedSearch:
         ]
         self._noisy = any(target.noisy for target in self._targets[1])
         self._rankers = calibration.rankers_under(uncertainty) if self._noisy else calibration.rankers
+        self._kinds = calibration.kinds(states)
         self._prefix = Prefix(model, layer)
         self._prior = Prior(model, self._prefix)
         self._cheap = model.depth(layer) * model.n_vocabulary <= CHEAP
@@ -175,14 +176,11 @@ class PermutedSearch:
     def _step(self) -> str:
         """Find the next row and its token; return why not, if not."""
         at = len(self._positions)
-        names = ("running", "within") if at else ("first", "first")
-        clues = Clues(
-            self._rankers[names[0]], self._rankers[names[1]], self._prior.after(self._prefix.tokens)
-        )
+        prior = self._prior.after(self._prefix.tokens)
         tried: Tokens = []
         states = torch.empty(0, self._states.shape[1])
         for size in SHARED:
-            fresh = self._likely(names[0], clues.prior, set(tried), size)
+            fresh = self._likely(at, prior, set(tried), size)
             states = torch.cat([states, self._prefix.candidates(fresh)]) if fresh else states
             tried += fresh
             sets = {row: self._tried(at, row, tried, states) for row in self._left}
@@ -192,14 +190,14 @@ class PermutedSearch:
         near = sorted(sets, key=lambda one: float(sets[one].misfits.min()))
         if self._noisy:
             lost = any(position.method == "nearest" for position in self._positions)
-            found, search = sets[near[0]], self._search(sets[near[0]], clues, self._budget)
+            found, search = sets[near[0]], self._search(at, near[0], sets[near[0]], prior, self._budget)
             thorough = found.target.bounded and not lost
             chosen = search.most_likely(certain_log_odds(len(self._states)), thorough=thorough)
             return self._found(near[0], found, chosen)
         for count, budget in ROWS:
             for row in near[:count]:
                 most = self._budget if budget is None else min(budget, self._budget)
-                method = self._search(sets[row], clues, sets[row].n_candidates + most).run()
+                method = self._search(at, row, sets[row], prior, sets[row].n_candidates + most).run()
                 if method is not None:
                     return self._found(row, sets[row], method)
         # What was tried for one row tells of all of them.
@@ -213,8 +211,15 @@ class PermutedSearch:
             "from another model or layer, or not be all of a text"
         )
 
-    def _search(self, found: CandidateSet, clues: Clues, budget: int) -> PositionSearch:
+    def _search(self, at: int, row: int, found: CandidateSet, prior: Any, budget: int) -> PositionSearch:
+        drafter = self._rankers[self._kind(at, row)]
+        mover = self._rankers["within"] if self._kind(at, row) == "running" else drafter
+        clues = Clues(drafter, mover, prior)
         return PositionSearch(found, clues, self._model.embeddings, budget, cheap=self._cheap)
+
+    def _kind(self, at: int, row: int) -> str:
+        """Return which probe serves a row as the state of a position."""
+        return self._kinds[row] if at else "first"
 
     def _tried(self, at: int, row: int, tokens: Tokens, states: Any) -> CandidateSet:
         """Return what was tried as candidates for a row."""
@@ -223,13 +228,14 @@ class PermutedSearch:
         found.misfits = found.target.misfits(states)
         return found
 
-    def _likely(self, name: str, prior: Any, seen: set[int], size: int) -> Tokens:
+    def _likely(self, at: int, prior: Any, seen: set[int], size: int) -> Tokens:
         """Return the tokens that probe and prior find likeliest for each row left."""
-        if name not in self._probed:
-            ranker = self._rankers[name]
-            self._probed[name] = ranker.scores(ranker.probe.estimate(self._states))
         fresh: dict[int, None] = {}
         for row in self._left:
+            name = self._kind(at, row)
+            if name not in self._probed:
+                ranker = self._rankers[name]
+                self._probed[name] = ranker.scores(ranker.probe.estimate(self._states))
             scores = self._probed[name][row]
             fresh |= dict.fromkeys(interleaved([scores, TRUST[-1] * scores + prior], seen, size))
         return list(fresh)

@@ -37,6 +37,7 @@ ROWS, ENTRIES = 1_000, 1 << 20
 DERIVED = (
     "chunks", "constants", "long_groups", "run_bytes", "rows_read", "n_rows", "n_unknowns", "n_groups",
     "n_long", "long_numbers", "long_constants", "long_states_at_zero", "largest_group", "in_better_units",
+    "storage", "is_shared_out",
 )  # fmt: skip
 # What a problem notes of its rows and their loss, whose own attributes of these names count.
 NOTED = ("shape", "convex", "zero_is_trivial", "guesses_normaliser")
