@@ -56,7 +56,7 @@ PROVEN = ["certificate_intervals", "certificates_rigorous"]
 SEPARATION = ["recession", "moves", "separation", "separation_programme"]
 GUARDS = {
     "losses/loss": [*LOSSES, "certificate_statements", "open_losses"],
-    "segments": LOSSES,
+    "segments": [*LOSSES, "inputs", "estimators_groups"],
     "losses/softmax": [*LOSSES, "open_losses", "loss_sums"],
     "losses/elementwise": LOSSES,
     "losses/rescaled": LOSSES,

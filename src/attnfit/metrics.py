@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.groups import parse_groups
-from attnfit.data.inputs import as_vector
+from attnfit.data.inputs import as_vector, parse_groups
 
 __all__ = ["brier", "log_loss"]
 

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 
 from attnfit import metrics
-from attnfit.data.groups import parse_groups
-from attnfit.data.inputs import choose
+from attnfit.data.inputs import choose, parse_groups
 from attnfit.estimators import reading
 from attnfit.estimators.base import with_options
 from attnfit.estimators.softmax import SoftmaxRegressor

@@ -23,7 +23,6 @@ from attnfit.certificates.lipschitz import (
 )
 from attnfit.certificates.mixture import certify_mixture
 from attnfit.certificates.rigorous import certify_rigorously
-from attnfit.data.groups import Chunk
 from attnfit.data.inputs import as_point
 from attnfit.data.matrix import NARROW
 from attnfit.losses.loss import Loss
@@ -39,6 +38,7 @@ from attnfit.objectives.objective import Evaluation, Offer
 from attnfit.objectives.part import Part, in_runs, merged
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.token_problem import TokenProblem
+from attnfit.segments import Chunk
 
 Array = NDArray[np.float64]
 

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.groups import Chunk
 from attnfit.losses.elementwise import output_range
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
@@ -28,6 +27,7 @@ from attnfit.losses.sums import MixedSum, SoftmaxSum
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, in_runs, merged
 from attnfit.objectives.rows import RowProblem
+from attnfit.segments import Chunk
 
 Array = NDArray[np.float64]
 

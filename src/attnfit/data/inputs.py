@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.data import Column, DenseDesign, Design, SparseDesign
-from attnfit.data.on_disk import open_design, stored_source
+from attnfit.data.on_disk import PIECE_ROWS, open_design, stored_source
+from attnfit.data.sources import Source
+from attnfit.segments import Groups
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -305,3 +307,108 @@ def _frame_to_array(frame: Any, name: str) -> NDArray[Any]:
                 f"{name} contains a missing value at row {row}, column {column!r}; remove or impute it"
             )
     return np.column_stack([np.asarray(series.to_numpy()) for series in columns])
+
+
+# ---- groups
+
+
+def parse_groups(groups: Any, n: int) -> Groups:
+    """Read ``groups``: None, n labels in any order, or offsets ``0 = o_0 < o_1 < ... = n``.
+
+    An array of length n holds labels; any other length must be offsets.
+
+    Raises
+    ------
+    ValueError
+        If the length fits neither reading, an offset repeats (empty group) or decreases, or a label is
+        missing.
+    """
+    if groups is None:
+        return Groups(np.zeros(1, dtype=np.intp), None, np.zeros(1, dtype=np.intp))
+    source = None if type(groups) is np.ndarray else stored_source(groups, "groups")
+    if source is not None:
+        if source.shape == (n,):
+            found = _stored_groups(source)
+            if found is not None:
+                return found
+        groups = source.read(0, int(source.shape[0]))
+    array = np.asarray(groups)
+    if array.ndim != 1:
+        raise ValueError(f"groups must be one-dimensional, not shape {array.shape}; pass one label a row")
+    if len(array) != n:
+        return Groups(_offsets(array, n), None, np.arange(len(array) - 1))
+    # A whole number or a truth value is a label.
+    missing = [] if array.dtype.kind in "iub" else unlabelled(array)
+    if missing:
+        raise ValueError(f"groups has no label at index {missing[0]}; give every row a label or drop the row")
+    starts = np.concatenate([[0], np.flatnonzero(array[1:] != array[:-1]) + 1])
+    try:
+        labels, first, inverse = np.unique(array[starts], return_index=True, return_inverse=True)
+    except TypeError:
+        kinds = sorted({type(label).__name__ for label in array[starts]})
+        raise ValueError(
+            f"groups has labels of several types ({', '.join(kinds)}); make them one type"
+        ) from None
+    if len(labels) == len(starts):
+        return Groups(starts.astype(np.intp), None, array[starts])
+    rank = np.empty(len(labels), dtype=np.intp)
+    by_appearance = np.argsort(first)
+    rank[by_appearance] = np.arange(len(labels))
+    ids = np.repeat(rank[inverse], np.diff(starts, append=n))
+    sizes = np.bincount(ids)
+    return Groups(np.cumsum(sizes) - sizes, np.argsort(ids, kind="stable"), labels[by_appearance])
+
+
+def unlabelled(array: NDArray[Any]) -> list[int]:
+    """Return the rows without a label."""
+    if array.dtype.kind == "O":
+        return [i for i, label in enumerate(array) if is_missing(label)]
+    return list(np.flatnonzero(array != array).tolist())
+
+
+def is_missing(label: Any) -> bool:
+    """Whether a label is none: None, not a number, no time, or pandas' NA."""
+    try:
+        return label is None or bool(label != label)
+    except TypeError:
+        # Of NA it is not even known whether it differs from itself.
+        return True
+
+
+def _stored_groups(source: Source) -> Groups | None:
+    """Read labels from disk piece by piece; None unless the rows of every group are next to each other."""
+    n = int(source.shape[0])
+    starts: list[Index] = [np.zeros(1, dtype=np.intp)]
+    labels: list[NDArray[Any]] = [source.read(0, 1)]
+    last = labels[0]
+    for start in range(0, n, PIECE_ROWS):
+        piece = source.read(start, min(start + PIECE_ROWS, n))
+        missing = np.flatnonzero(piece != piece)
+        if len(missing):
+            k = start + int(missing[0])
+            raise ValueError(
+                f"groups has no label at index {k} ({source.locate(k)}); give every row a label or drop the "
+                "row"
+            )
+        changes = np.flatnonzero(piece != np.concatenate([last, piece[:-1]]))
+        starts.append(changes + start)
+        labels.append(piece[changes])
+        last = piece[-1:]
+    found = np.concatenate(labels)
+    if len(np.unique(found)) < len(found):
+        return None
+    return Groups(np.concatenate(starts).astype(np.intp), None, found)
+
+
+def _offsets(array: NDArray[Any], n: int) -> Index:
+    if array.dtype.kind not in "iu" or len(array) < 2 or array[0] != 0 or array[-1] != n:
+        raise ValueError(
+            f"groups has length {len(array)} but A has {n} rows; pass one label a row, or integer offsets "
+            f"that start at 0 and end at {n}"
+        )
+    empty = np.flatnonzero(np.diff(array) <= 0)
+    if len(empty):
+        raise ValueError(
+            f"groups: group {empty[0]} is empty (offsets {array[empty[0]]} to {array[empty[0] + 1]}); drop it"
+        )
+    return array[:-1].astype(np.intp)

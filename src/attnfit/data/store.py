@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from attnfit.data.groups import Chunk, Groups, parse_groups, runs
-from attnfit.data.inputs import as_column, as_design, pieces, require_finite_rows
+from attnfit.data.inputs import as_column, as_design, parse_groups, pieces, require_finite_rows
 from attnfit.data.matrix import Design
 from attnfit.data.on_disk import RUN_BYTES, Column, DenseOnDisk, SparseOnDisk
 from attnfit.data.parallel import available_threads, read_ahead
-from attnfit.segments import Array, Index, Segments
+from attnfit.segments import Array, Chunk, Groups, Index, Segments
 
 COLUMNS = ("b", "weights", "offset", "penalty")
 # Reading less at a time costs more in calls than in memory.
@@ -258,3 +257,19 @@ class RowStore:
         if self.memory_limit is None or not self.design.on_disk:
             return n
         return min(n, max(2, self.memory_limit // (8 * self.design.thread_rows * self.row_bytes)))
+
+
+def runs(chunks: list[Chunk], max_rows: int) -> Iterator[list[Chunk]]:
+    """Yield runs of neighbouring chunks, all pieces of one group or all made of whole groups."""
+    run: list[Chunk] = []
+    n_rows = 0
+    for chunk in chunks:
+        size = chunk.segments.n_rows
+        apart = not isinstance(chunk.index, slice)
+        if run and (n_rows + size > max_rows or chunk.long != run[0].long or apart):
+            yield run
+            run, n_rows = [], 0
+        run.append(chunk)
+        n_rows += size
+    if run:
+        yield run

@@ -9,8 +9,7 @@ import narwhals as nw
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.groups import unlabelled
-from attnfit.data.inputs import is_dask
+from attnfit.data.inputs import is_dask, unlabelled
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.data.groups import parse_groups
-from attnfit.data.inputs import library_and_index
+from attnfit.data.inputs import library_and_index, parse_groups
 from attnfit.estimators import reading
 from attnfit.estimators.outside import add_zero_rows
 from attnfit.estimators.variables import covariance_for, variable_of

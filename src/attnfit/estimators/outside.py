@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from attnfit.data import DenseDesign, Design, SparseDesign
-from attnfit.data.groups import Groups
 from attnfit.estimators.reading import ROUNDING
+from attnfit.segments import Groups
 
 Array = NDArray[np.float64]
 Rows = slice | NDArray[np.intp]

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import column_or_1d, validate_data
 
 from attnfit.data import DenseDesign, Design, SparseDesign
-from attnfit.data.groups import Groups
 from attnfit.data.inputs import as_design, as_vector, is_dask, partitions, require_finite_rows
 from attnfit.data.on_disk import stored_source
 from attnfit.objectives.dask_parts import later
-from attnfit.segments import Segments
+from attnfit.segments import Groups, Segments
 
 # Groups that are named.
 EXAMPLES = 3

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.metadata_routing import UNUSED
 
-from attnfit.data.groups import parse_groups
-from attnfit.data.inputs import choose
+from attnfit.data.inputs import choose, parse_groups
 from attnfit.estimators import reading
 
 Array = NDArray[np.float64]

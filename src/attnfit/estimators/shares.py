@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 
-from attnfit.data.groups import parse_groups
-from attnfit.data.inputs import as_vector
+from attnfit.data.inputs import as_vector, parse_groups
 from attnfit.estimators import reading
 from attnfit.estimators.absorbing import Absorbed, AbsorbingMixin, read_absorb
 from attnfit.estimators.base import BaseRegressor, Limits, with_callbacks

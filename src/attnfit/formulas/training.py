@@ -11,7 +11,7 @@ import narwhals as nw
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.groups import unlabelled
+from attnfit.data.inputs import unlabelled
 from attnfit.formulas.design import FormulaDesign, factor_variables, formulaic, learn
 from attnfit.formulas.frames import column_kind, is_missing, require_columns, require_finite
 

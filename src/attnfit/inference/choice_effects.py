@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from attnfit.data.groups import Chunk
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, merged
-from attnfit.segments import Array, Index
+from attnfit.segments import Array, Chunk, Index
 
 # Numbers of a table of gradients that is worked on at a time.
 TABLE = 1 << 22

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from attnfit.data.groups import Chunk
 from attnfit.inference.choice_effects import Rows, Variable, slope_of
 from attnfit.losses.elementwise import FUNCTIONS
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, merged
-from attnfit.segments import Array
+from attnfit.segments import Array, Chunk
 
 
 @dataclass

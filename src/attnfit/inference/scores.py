@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from attnfit.data.groups import Chunk
 from attnfit.losses.loss import GramTerm, Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.losses.softmax import CrossEntropy, Squared
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part
-from attnfit.segments import Array, Index
+from attnfit.segments import Array, Chunk, Index
 
 
 def evaluated(problem: Any, x: Array) -> Evaluation:

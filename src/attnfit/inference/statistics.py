@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from attnfit.data.groups import Chunk
 from attnfit.inference import tables
 from attnfit.inference.fitted import Fitted
 from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential
 from attnfit.losses.softmax import CrossEntropy
 from attnfit.objectives.part import Part
-from attnfit.segments import Array, Index
+from attnfit.segments import Array, Chunk, Index
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
-from attnfit.data.groups import Chunk
 from attnfit.inference.scores import CentredRows, RowScores, row_scores
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, merged
-from attnfit.segments import Array, Index
+from attnfit.segments import Array, Chunk, Index
 
 # Scores of units beyond so many bytes go to a file that is deleted when closed.
 SCORES_IN_MEMORY = 1 << 30

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln, xlogy
 
-from attnfit.data.groups import Chunk
 from attnfit.objectives.part import Part
-from attnfit.segments import Array, Segments
+from attnfit.segments import Array, Chunk, Segments
 
 # A count that went through a division misses an integer by about this share.
 ROUNDING = 1e-9

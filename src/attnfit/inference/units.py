@@ -8,10 +8,9 @@ from typing import Any
 import narwhals as nw
 import numpy as np
 
-from attnfit.data.groups import Chunk, unlabelled
-from attnfit.data.inputs import is_dask
+from attnfit.data.inputs import is_dask, unlabelled
 from attnfit.objectives.part import Part, PerPart
-from attnfit.segments import Index
+from attnfit.segments import Chunk, Index
 
 
 @dataclass(frozen=True)

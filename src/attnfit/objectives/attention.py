@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.groups import Chunk, Groups
 from attnfit.data.inputs import as_point, as_ridge, choose
 from attnfit.data.pairs import KroneckerDesign
 from attnfit.data.store import Table
@@ -21,7 +20,7 @@ from attnfit.objectives.pairs import first_negative, read_pairs, signs, smallest
 from attnfit.objectives.part import Part
 from attnfit.objectives.rows import RowProblem
 from attnfit.objectives.whitening import Whitening
-from attnfit.segments import Array, Segments
+from attnfit.segments import Array, Chunk, Groups, Segments
 
 # Singular values below this share of the largest are rounding.
 RANK = 1e-12

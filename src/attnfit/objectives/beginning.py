@@ -21,7 +21,6 @@ from scipy.sparse.linalg import LinearOperator, cg
 
 from attnfit.data.centred import CentredDesign, GroupReference
 from attnfit.data.gram import centre_rows
-from attnfit.data.groups import Chunk
 from attnfit.data.matrix import Design, SparseDesign
 from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential
 from attnfit.losses.loss import GramTerm
@@ -30,7 +29,7 @@ from attnfit.losses.softmax import CrossEntropy, LinearCrossEntropy, Squared
 from attnfit.losses.sums import Composite
 from attnfit.objectives.objective import MAX_DENSE, Drawn, Reduction
 from attnfit.objectives.part import Part, merged
-from attnfit.segments import Array, Index
+from attnfit.segments import Array, Chunk, Index
 
 if TYPE_CHECKING:
     from attnfit.objectives.rows import RowProblem

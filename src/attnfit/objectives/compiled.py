@@ -21,7 +21,6 @@ import numpy as np
 from scipy import sparse
 
 from attnfit.data.gram import Gram
-from attnfit.data.groups import Chunk
 from attnfit.data.kernels import OPTIONS, STORAGES, Compiled, U, block_times_vector, empty_sums
 from attnfit.data.sources.base import checksum
 from attnfit.losses.loss import Accumulated, Loss
@@ -30,7 +29,7 @@ from attnfit.objectives.chained import CHAIN, chain_accumulates, chain_finalizes
 from attnfit.objectives.first_order import Totals
 from attnfit.objectives.models import Exponential, Poisson, Rescaled, Softmax
 from attnfit.objectives.part import Part, join, over_runs
-from attnfit.segments import Array
+from attnfit.segments import Array, Chunk
 
 # Adding it rounds to an integer, which is then found in the lower bits.
 _SHIFTER = 6755399441055744.0

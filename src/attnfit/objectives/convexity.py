@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import linalg
 
-from attnfit.data.groups import Chunk
 from attnfit.data.inputs import pieces
 from attnfit.data.on_disk import Column
 from attnfit.losses.elementwise import LeastSquares, PoissonDeviance, SquaredExponential
@@ -18,7 +17,7 @@ from attnfit.losses.softmax import LOSSES, SoftmaxLoss
 from attnfit.losses.sums import Composite
 from attnfit.objectives.objective import MAX_DENSE
 from attnfit.objectives.part import Part, merged
-from attnfit.segments import Array, Index, Segments
+from attnfit.segments import Array, Chunk, Index, Segments
 
 if TYPE_CHECKING:
     from attnfit.objectives.rows import RowProblem

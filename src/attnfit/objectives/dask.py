@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from attnfit.data import Design
-from attnfit.data.groups import Chunk
 from attnfit.data.inputs import is_dask
 from attnfit.data.matrix import Rows
 from attnfit.data.parallel import one_blas_thread
@@ -41,7 +40,7 @@ from attnfit.objectives.leverage import RowSampler
 from attnfit.objectives.objective import Drawn, Evaluation
 from attnfit.objectives.part import Part, PerPart, merged, row_values
 from attnfit.objectives.recession import Frame, separated_rows
-from attnfit.segments import Array, Index, Segments
+from attnfit.segments import Array, Chunk, Index, Segments
 
 # Sums merged by one task.
 FAN_IN = 8

@@ -14,8 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from attnfit.data import SparseDesign
-from attnfit.data.groups import parse_groups
-from attnfit.data.inputs import as_design, as_vector, is_dask, negative_target, partitions
+from attnfit.data.inputs import as_design, as_vector, is_dask, negative_target, parse_groups, partitions
 from attnfit.data.store import read_table
 from attnfit.losses.loss import Loss
 from attnfit.losses.softmax import LOSSES

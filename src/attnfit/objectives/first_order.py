@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnfit.data.groups import Chunk
 from attnfit.losses.loss import Loss
 from attnfit.losses.sums import Composite
 from attnfit.objectives.leverage import Draws, RowSampler
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, group_slopes, group_sums, in_runs, merged
-from attnfit.segments import Array, Segments
+from attnfit.segments import Array, Chunk, Segments
 
 if TYPE_CHECKING:
     from attnfit.objectives.rows import RowProblem

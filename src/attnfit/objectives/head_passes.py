@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.groups import Chunk
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.head_vectors import Inputs, Vectors
 from attnfit.objectives.rotary import Turn
-from attnfit.segments import Array
+from attnfit.segments import Array, Chunk
 
 if TYPE_CHECKING:
     from attnfit.objectives.heads import HeadAttention

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.groups import Groups
 from attnfit.data.inputs import from_tensor
 from attnfit.data.store import Table
 from attnfit.losses.softmax import LOSSES, LogRatio
@@ -16,7 +15,7 @@ from attnfit.objectives.attention import PairPart
 from attnfit.objectives.head_data import precision_of, read_head_maps, with_sink
 from attnfit.objectives.pairs import expand_mask, per_sequence, read_factor, read_pairs, smallest_normal
 from attnfit.objectives.rotary import Rotary, Turn
-from attnfit.segments import Array
+from attnfit.segments import Array, Groups
 
 # Sums of squares or convex in the logits: what Gauss-Newton steps need.
 HEAD_LOSSES = {"log_ratio": LogRatio(), **{name: LOSSES[name] for name in ("squared", "cross_entropy", "kl")}}

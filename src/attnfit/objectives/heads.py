@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.data.gram import majorant
-from attnfit.data.groups import Chunk
 from attnfit.data.inputs import as_point
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.budget import keeps_row_weights
@@ -22,7 +21,7 @@ from attnfit.objectives.head_vectors import Inputs, Vectors
 from attnfit.objectives.objective import Evaluation, Moved, Offer, Problem, Reduction
 from attnfit.objectives.part import group_slopes, group_sums
 from attnfit.objectives.whitening import Side
-from attnfit.segments import Array
+from attnfit.segments import Array, Chunk
 
 # Directions of queries and keys with less than this share of the largest singular value are not identified:
 # rounding of the maps (half precision: 5e-4) leaves nothing of them.

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-from attnfit.data.groups import Chunk
 from attnfit.objectives.part import Part
-from attnfit.segments import Array, Index, Segments
+from attnfit.segments import Array, Chunk, Index, Segments
 
 
 def leverage_sketch(gram: Array, n_probes: int, rng: np.random.Generator) -> Array:

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.data.groups import Chunk
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, group_slopes, group_sums, merged, over_runs
-from attnfit.segments import Array, Index
+from attnfit.segments import Array, Chunk, Index
 
 # Numbers of rows times fits, or times entries of a Hessian, that are worked on at a time: 1 MB.
 ENTRIES = 1 << 17

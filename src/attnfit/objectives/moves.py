@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.groups import Chunk
 from attnfit.losses.elementwise import PoissonDeviance, SquaredExponential, Total
 from attnfit.losses.loss import Loss
 from attnfit.losses.rescaled import SquaredRescaled
@@ -25,7 +24,7 @@ from attnfit.losses.softmax import CrossEntropy, SoftmaxLoss
 from attnfit.losses.sums import SoftmaxSum
 from attnfit.objectives.objective import Evaluation, Moved
 from attnfit.objectives.part import Part, in_runs
-from attnfit.segments import Array
+from attnfit.segments import Array, Chunk
 
 Mask = NDArray[np.bool_]
 

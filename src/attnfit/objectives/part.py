@@ -13,15 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.groups import Chunk, Rows, runs
 from attnfit.data.inputs import negative_target, pieces
 from attnfit.data.matrix import NARROW
 from attnfit.data.parallel import available_threads, in_order, one_blas_thread
-from attnfit.data.store import RowStore, Table
+from attnfit.data.store import RowStore, Table, runs
 from attnfit.losses.loss import GramTerm, GroupStatistics, Loss
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.objectives.objective import Drawn, Evaluation
-from attnfit.segments import Array, Index, Segments
+from attnfit.segments import Array, Chunk, Index, Rows, Segments
 
 # Rows that are read at a time; those worked on at a time, so that what is made of them stays in cache.
 PIECE_ROWS, CACHE_ROWS = 1 << 20, 1 << 13

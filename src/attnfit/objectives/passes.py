@@ -12,12 +12,11 @@ from scipy import linalg
 
 from attnfit.data import Design
 from attnfit.data.gram import GramParts, flatness
-from attnfit.data.groups import Chunk
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.moves import Moves, counting_rows
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part, in_runs
-from attnfit.segments import Array
+from attnfit.segments import Array, Chunk
 
 
 @in_runs

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.data.groups import Chunk
 from attnfit.losses.loss import GramTerm
 from attnfit.objectives.moves import Kind, Mask, Rows, kind_of, rows_of
 from attnfit.objectives.objective import Evaluation
 from attnfit.objectives.part import Part
-from attnfit.segments import Array
+from attnfit.segments import Array, Chunk
 
 # Entries of a projected row below this share of its terms are rounding.
 ROUNDING = 1e-9

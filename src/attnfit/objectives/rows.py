@@ -10,7 +10,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.groups import Chunk, Groups
 from attnfit.data.inputs import as_point, as_ridge, is_dask
 from attnfit.data.store import read_table
 from attnfit.losses.loss import GramTerm, Loss
@@ -34,7 +33,7 @@ from attnfit.objectives.passes import (
     structure_sum,
 )
 from attnfit.objectives.recession import Frame, separated_rows
-from attnfit.segments import Array
+from attnfit.segments import Array, Chunk, Groups
 
 # Logits below which an odd function has no output to speak of.
 TRIVIAL = 1e-3

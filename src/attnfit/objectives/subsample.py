@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from attnfit.data.groups import Chunk
 from attnfit.data.inputs import require_finite_rows
 from attnfit.data.matrix import DenseDesign
 from attnfit.losses.loss import Loss
 from attnfit.objectives.convexity import has_weight, surrogate_targets
 from attnfit.objectives.part import Part, merged, target_pieces, target_sums
 from attnfit.objectives.rows import RowProblem
-from attnfit.segments import Array, Index, Segments
+from attnfit.segments import Array, Chunk, Index, Segments
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attnfit.data.groups import unlabelled
+from attnfit.data.inputs import unlabelled
 from attnfit.objectives.rows import RowProblem
 from attnfit.segments import Array, Index
 
