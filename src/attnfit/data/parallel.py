@@ -27,8 +27,12 @@ def available_threads() -> int:
 
 
 def _allowed() -> int:
-    found = [int(pool["num_threads"]) for pool in pools().info() if pool["user_api"] == "blas"]
-    return min([_cores(), *found])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    allowed = cores or 1
+    for pool in pools().info():
+        if pool["user_api"] == "blas":
+            allowed = min(allowed, int(pool["num_threads"]))
+    return allowed
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
@@ -92,12 +96,6 @@ def one_blas_thread(*, alone: bool = True) -> Iterator[None]:
 def pools() -> Any:
     """Return the thread pools of this process; to find them takes some milliseconds."""
     return ThreadpoolController()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def read_ahead(load: Callable[[T], Any], items: Iterable[T]) -> Iterator[T]:

@@ -47,7 +47,13 @@ def read_table(A: Any, b: Any, groups: Any, weights: Any, offset: Any, row_penal
     sets = parse_groups(groups, n)
     target = sets.sort(as_column(b, n, "b"))
     if weights is not None:
-        weights = sets.sort(_row_weights(weights, n, sets))
+        if np.shape(weights) == (len(sets),) and len(sets) != n:
+            per_group = as_column(weights, len(sets), "weights", non_negative=True)
+            weights = np.repeat(per_group, np.diff(sets.starts, append=n))
+        else:
+            weights = sets.sort(as_column(weights, n, "weights", non_negative=True))
+        if not any(w.any() for _, w in pieces(weights)):
+            raise ValueError("weights are all zero; give at least one row a positive weight")
     if offset is not None:
         offset = sets.sort(as_column(offset, n, "offset"))
     penalty: Any = as_column(row_penalty, n, "row_penalty", scalar=True)
@@ -57,18 +63,6 @@ def read_table(A: Any, b: Any, groups: Any, weights: Any, offset: Any, row_penal
     else:
         penalty = None
     return Table(design, sets, target, weights, offset, penalty)
-
-
-def _row_weights(weights: Any, n: int, groups: Groups) -> Any:
-    n_groups = len(groups)
-    if np.shape(weights) == (n_groups,) and n_groups != n:
-        per_group = as_column(weights, n_groups, "weights", non_negative=True)
-        rows: Any = groups.unsort(np.repeat(per_group, np.diff(groups.starts, append=n)))
-    else:
-        rows = as_column(weights, n, "weights", non_negative=True)
-    if not any(w.any() for _, w in pieces(rows)):
-        raise ValueError("weights are all zero; give at least one row a positive weight")
-    return rows
 
 
 class RowStore:
