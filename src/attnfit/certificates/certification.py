@@ -31,7 +31,7 @@ from attnfit.losses.softmax import LogRatio, SoftmaxLoss
 from attnfit.losses.sums import MixedSum
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.beginning import centred, shares_much
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.moves import counting_rows
 from attnfit.objectives.objective import Evaluation, Offer
@@ -94,7 +94,7 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
         found = refused(reason)
     elif isinstance(problem, LayeredProblem):
         found = certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
-    elif isinstance(problem, LayerProblem):
+    elif isinstance(problem, LayerInversion):
         found = certify_layer(problem, x)
     else:
         x = as_point(x, problem.shape)
@@ -121,7 +121,7 @@ def _refusal(problem: Any, rigorous: bool) -> str | None:
         )
     if rigorous and (isinstance(problem, Attention) or not isinstance(problem, RowProblem)):
         return f"no rigorous certificate is known for {kind}; call certificate() without rigorous"
-    if isinstance(problem, LayeredProblem | LayerProblem):
+    if isinstance(problem, LayeredProblem | LayerInversion):
         return None
     if isinstance(problem, TokenProblem):
         return "none is known for transformer blocks; radius of a recovery says how far an input can be"

@@ -25,7 +25,7 @@ from attnfit.data.inputs import as_point
 from attnfit.losses.activations import Activation
 from attnfit.losses.vector_activations import VectorActivation
 from attnfit.objectives.attention import Attention
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.layers import TwoLayer
 from attnfit.objectives.objective import MAX_DENSE
@@ -213,7 +213,7 @@ def conditions(problem: Any, start: Array, reference: Array) -> Iterator[Conditi
         yield _of_rows(problem, start.reshape(-1), reference.reshape(-1))
     elif isinstance(problem, TwoLayer):
         yield from _of_layers(problem, start, reference)
-    elif isinstance(problem, LayerProblem):
+    elif isinstance(problem, LayerInversion):
         yield _of_inversion(problem, start.reshape(-1), reference.reshape(-1))
     else:
         raise ValueError(
@@ -343,7 +343,7 @@ def spectral_norm(matrix: Any) -> float:
 # ---- the input of an attention layer
 
 
-def _of_inversion(problem: LayerProblem, start: Array, reference: Array) -> Condition:
+def _of_inversion(problem: LayerInversion, start: Array, reference: Array) -> Condition:
     if problem.n_unknowns > MAX_DENSE:
         raise ValueError(
             f"l takes all eigenvalues of a matrix of {problem.n_unknowns:,} unknowns, more than "

@@ -18,7 +18,7 @@ from attnfit.certificates.kantorovich import Certificate, combined, newton_kanto
 from attnfit.data.gram import centre_rows
 from attnfit.data.inputs import as_point
 from attnfit.losses.vector_activations import AnyActivation, VectorActivation
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layer_curvature import LayeredEvaluation, Layers, outer_rows, weighted_outputs
 from attnfit.objectives.layer_inputs import LinearMap
 from attnfit.objectives.layered import LayeredProblem
@@ -282,7 +282,7 @@ def _dense(matrix: Any) -> Array:
     return np.asarray(matrix.toarray() if sparse.issparse(matrix) else matrix)
 
 
-def certify_layer(problem: LayerProblem, x: Any) -> Certificate:
+def certify_layer(problem: LayerInversion, x: Any) -> Certificate:
     """Certify an inverted layer: find a ball around x with exactly one stationary point.
 
     An input that gives B exactly is a stationary point: if it lies in the ball, it is the one.
@@ -329,7 +329,7 @@ class InverseBall:
     for the same with rows.
     """
 
-    def __init__(self, problem: LayerProblem, at: TokenEvaluation, whitener: Array) -> None:
+    def __init__(self, problem: LayerInversion, at: TokenEvaluation, whitener: Array) -> None:
         self.problem, self.at = problem, at
         d, u = problem.shape
         n = problem.n
@@ -368,7 +368,28 @@ class InverseBall:
         if not np.isfinite(radius):
             return np.inf
         with np.errstate(over="ignore", invalid="ignore"):
-            second, third = self._rates(radius)
+            # The second and third derivative of each row of residuals along unit directions, at most.
+            rows = np.zeros((2, self.problem.n))
+            for s, b in zip(self.at.forward.heads, self.bounds, strict=True):
+                P = s.P
+                # Rates of logits on the ball, against the mean under the attention of the centre.
+                rate = b.logits + 2.0 * radius * (b.bend + np.sum(P * b.bend, axis=1, keepdims=True))
+                drift = radius * rate.max(axis=1, keepdims=True, where=P > 0.0, initial=0.0)
+                factor = np.exp(2.0 * drift)
+                p = P * factor
+                # The mean moves with the attention: by at most (factor - 1) of the mean bound.
+                z = rate + np.sum((factor - 1.0) * P * rate, axis=1, keepdims=True)
+                change = radius * (b.values + np.sum(p * b.values, axis=1, keepdims=True))
+                gap = b.gaps + change + np.sum((factor - 1.0) * P * b.gaps, axis=1, keepdims=True)
+                s2 = 2.0 * (b.bend + np.sum(p * b.bend, axis=1, keepdims=True))
+                var = np.sum(p * z**2, axis=1, keepdims=True)
+                cube = np.sum(p * z**3, axis=1, keepdims=True)
+                cross = np.sum(p * z * s2, axis=1, keepdims=True)
+                z2 = z**2 + var + s2
+                z3 = z**3 + 3.0 * z * var + cube + 3.0 * (z * s2 + cross)
+                rows[0] += np.sum(p * (z2 * gap + 2.0 * z * b.values), axis=1)
+                rows[1] += np.sum(p * (z3 * gap + 3.0 * z2 * b.values), axis=1)
+            second, third = np.linalg.norm(rows, axis=1)
             slope = self.slope + second * radius
             residual = self.residual + slope * radius
             constant = 3.0 * slope * second + residual * third
@@ -392,28 +413,3 @@ class InverseBall:
         x = float(np.linalg.norm(at.x))
         backward = 8.0 * eps * (problem.n * self.slope * self.residual + problem.gamma * x * self.spread)
         return float(forward * self.slope + backward)
-
-    def _rates(self, radius: float) -> tuple[float, float]:
-        """Bound the second and third derivative of the residuals along unit directions on a ball."""
-        rows = np.zeros((2, self.problem.n))
-        for s, b in zip(self.at.forward.heads, self.bounds, strict=True):
-            P = s.P
-            # Rates of logits on the ball, against the mean under the attention of the centre.
-            rate = b.logits + 2.0 * radius * (b.bend + np.sum(P * b.bend, axis=1, keepdims=True))
-            drift = radius * rate.max(axis=1, keepdims=True, where=P > 0.0, initial=0.0)
-            factor = np.exp(2.0 * drift)
-            p = P * factor
-            # The mean moves with the attention: by at most (factor - 1) of the mean bound.
-            z = rate + np.sum((factor - 1.0) * P * rate, axis=1, keepdims=True)
-            change = radius * (b.values + np.sum(p * b.values, axis=1, keepdims=True))
-            gap = b.gaps + change + np.sum((factor - 1.0) * P * b.gaps, axis=1, keepdims=True)
-            s2 = 2.0 * (b.bend + np.sum(p * b.bend, axis=1, keepdims=True))
-            var = np.sum(p * z**2, axis=1, keepdims=True)
-            cube = np.sum(p * z**3, axis=1, keepdims=True)
-            cross = np.sum(p * z * s2, axis=1, keepdims=True)
-            z2 = z**2 + var + s2
-            z3 = z**3 + 3.0 * z * var + cube + 3.0 * (z * s2 + cross)
-            rows[0] += np.sum(p * (z2 * gap + 2.0 * z * b.values), axis=1)
-            rows[1] += np.sum(p * (z3 * gap + 3.0 * z2 * b.values), axis=1)
-        second, third = np.linalg.norm(rows, axis=1)
-        return float(second), float(third)

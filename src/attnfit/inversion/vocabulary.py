@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.data.inputs import require_finite_matrix
+from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.inverse_layer import read_matrix
-from attnfit.objectives.inverse_problem import LayerProblem
 from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
@@ -104,12 +104,12 @@ class SpanTest:
     floors: list[float]
 
     @classmethod
-    def of(cls, problem: LayerProblem, precision: float) -> SpanTest | None:
+    def of(cls, problem: LayerInversion, precision: float) -> SpanTest | None:
         """Return the test of an output known to a relative precision; None where no head leaves room.
 
         Parameters
         ----------
-        problem : LayerProblem
+        problem : LayerInversion
         precision : float
             Relative error of the output. Directions of Z that are not above their error count as outside the
             span by the share of the error.

@@ -107,13 +107,18 @@ class AttentionLayer:
     heads: list[Head]
     mask: Mask | None
 
+    @cached_property
+    def V(self) -> Array:
+        """The sum of all V_h: what the layer makes of tokens that are all alike."""
+        return np.asarray(np.sum([head.V for head in self.heads], axis=0))
+
     def forward(self, T: Array) -> Pass:
         """Return the layer's output and what its derivatives need."""
         mean = T.mean(axis=-2, keepdims=True)
         Tc = T - mean
         states = []
         # Rows of P sum to one: what is taken off the tokens comes back as it was.
-        output = mean @ np.sum([head.V for head in self.heads], axis=0)
+        output = mean @ self.V
         for head in self.heads:
             R, Q, H = head.mapped(Tc)
             R = R + (mean @ head.M + head.c)

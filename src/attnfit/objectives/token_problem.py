@@ -48,6 +48,8 @@ class TokenLayer(Protocol):
 
 # Numbers held at once.
 BLOCK = 1 << 22
+# What an evaluation keeps of long groups: tokens form none.
+NONE = np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,14 @@ class TokenProblem(Problem):
 
     linear = False
     best_hessian = "kept"
+    n_unknowns: int = 0
 
     def __init__(self, layer: TokenLayer, B: Array, known: Array, gamma: float) -> None:
         self.layer, self.B, self.known, self.gamma = layer, B, known, gamma
         self.d, self.n = known.shape
         self.m = B.shape[1]
         self.unknown = np.flatnonzero(np.isnan(known[0]))
+        self.n_unknowns = self.d * len(self.unknown)
         self._n_evaluated = 0.0
         self._latest: tuple[Array, Any, Array] | None = None
 
@@ -160,7 +164,7 @@ class TokenProblem(Problem):
             gradient += self.gamma * x
         value = value if np.isfinite(value) else np.inf
         start = self.evaluate(np.zeros_like(x)).gradient if at_zero else None
-        return TokenEvaluation(x, value, gradient, gradient_at_zero=start, forward=forward, residuals=C)
+        return TokenEvaluation(x, value, gradient, NONE, NONE, start, forward=forward, residuals=C)
 
     def tokens(self, x: Any) -> Array:
         """Return all tokens, the known ones in their places, shape (d, n)."""
@@ -168,7 +172,7 @@ class TokenProblem(Problem):
 
     def output(self, x: Any) -> Array:
         """Return the output, shape (n, m)."""
-        return np.asarray(self._forward(x).output)
+        return np.asarray(self._passed(as_point(x, self.shape))[0].output)
 
     # ---- residuals and their first derivatives, for least-squares solvers and for study
 
@@ -178,16 +182,16 @@ class TokenProblem(Problem):
 
     def jacobian(self, x: Any) -> Array:
         """Return the Jacobian of the residuals, shape (n m, n_unknowns), both in C order."""
-        return self.layer.jacobian(self._forward(x), self.unknown)
+        return self.layer.jacobian(self._passed(as_point(x, self.shape))[0], self.unknown)
 
     def jacobian_product(self, x: Any, v: Any) -> Array:
         """Return the Jacobian times v (of the natural shape), shape (n, m)."""
-        at = self._forward(x)
+        at = self._passed(as_point(x, self.shape))[0]
         return self.layer.push_forward(at, self._direction(as_point(v, self.shape, "v")))
 
     def jacobian_transpose_product(self, x: Any, u: Any) -> Array:
         """Return the transposed Jacobian times u (of shape (n, m)), in the natural shape."""
-        at = self._forward(x)
+        at = self._passed(as_point(x, self.shape))[0]
         return self.columns(self.layer.pull_back(at, as_point(u, self.B.shape, "u").reshape(self.B.shape)))
 
     def gauss_newton(self, x: Any) -> Array:
@@ -296,9 +300,6 @@ class TokenProblem(Problem):
             forward = self.layer.forward(self.token_rows(x))
             self._latest = x.copy(), forward, forward.output - self.B
         return self._latest[1:]
-
-    def _forward(self, x: Any) -> Any:
-        return self._passed(as_point(x, self.shape))[0]
 
     def _direction(self, v: Array) -> Array:
         """Return a direction as rows, zero on known tokens."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnfit.certificates.certification import missing_bound
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layers import TwoLayer
 from attnfit.objectives.objective import MAX_DENSE
 from attnfit.objectives.rows import RowProblem
@@ -133,7 +133,7 @@ def on(result: Any, *, x_ref: Any = None, epsilon0: float | None = None, gamma: 
             f"the theorems take Hessians of {problem.n_unknowns:,} unknowns, more than {MAX_DENSE:,}; fit "
             "fewer"
         )
-    if not isinstance(problem, RowProblem | TwoLayer | LayerProblem):
+    if not isinstance(problem, RowProblem | TwoLayer | LayerInversion):
         raise ValueError(
             f"the papers state no convergence theorem for {type(problem).__name__}; pass the fit of Softmax, "
             "Exponential, Rescaled, Attention (without rank), TwoLayer or LayerInversion"

@@ -10,7 +10,7 @@ import numpy as np
 from attnfit.certificates.good_start import row_sizes, spectral_norm, two_layer_sizes
 from attnfit.losses.rescaled import SquaredRescaled
 from attnfit.objectives.attention import Attention
-from attnfit.objectives.inverse_problem import LayerProblem
+from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.objective import Offer
 from attnfit.objectives.rows import RowProblem
 from attnfit.theory.convergence import ACCURATE, PERCENT, START, NewtonRun, newton_reason
@@ -218,7 +218,7 @@ def sampled_rows(id: str, run: Trajectory, sampling: Any) -> Theorem:
 
 def descent(id: str, run: Trajectory, gamma: float | None = None) -> Theorem:
     """Theorem UT-I.1, and UT-I.2 = UT-4.3, which rests on it."""
-    layer = isinstance(run.problem, LayerProblem)
+    layer = isinstance(run.problem, LayerInversion)
     main = id != "UT-I.1"
     formula = "|x_k - x*| <= (1 - m/L)^(k/2) |x_0 - x*|^2 for t < 2/(m + L)"
     if main:
@@ -288,7 +288,7 @@ def _bounded(run: Trajectory, gamma: float | None) -> list[Assumption]:
 def inversion_newton(id: str, run: Trajectory, gamma: float | None) -> Theorem:
     """Theorem UT-I.3, and UT-4.4, its informal version."""
     formula = "|X_T - X*|_F <= eps after T = O(log(r_0/eps)) steps: left is T, printed ln(r_0/eps)"
-    if not isinstance(run.problem, LayerProblem):
+    if not isinstance(run.problem, LayerInversion):
         return Theorem(id, formula, REPAIRED, reason=f"it is about {_ABOUT[id]}")
     found = NewtonRun(run)
     assumptions = found.assumptions(np.inf, strict=False)[:2]
