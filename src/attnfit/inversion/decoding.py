@@ -14,7 +14,7 @@ from scipy import linalg
 from attnfit.inversion.exchange import Rivals, improve, rivals
 from attnfit.inversion.recovered import AnyInversion
 from attnfit.inversion.vocabulary import SpanTest, Vocabulary, decode_in_order, is_sequential
-from attnfit.objectives.block_problem import BlockInversion
+from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.objective import MAX_DENSE
 from attnfit.objectives.token_problem import TokenProblem
 
@@ -95,7 +95,10 @@ def decode(
         Called with the tokens or chains done, and their number.
     """
     small = layer.n_unknowns <= MAX_DENSE
-    spans = None if isinstance(layer, BlockInversion) else SpanTest.of(layer, precision)
+    spans = None
+    # Where no head has more values than there are tokens, none leaves room.
+    if isinstance(layer, LayerInversion) and layer.n < min(layer.d, layer.m):
+        spans = SpanTest.of(layer, precision)
     numbers, tokens, square, made, exhausted = None, None, np.inf, 0, False
     if is_sequential(layer):
         tokens = decode_in_order(layer, vocabulary, enough, callback)
@@ -176,7 +179,7 @@ def _jointly(
     made.
     """
     joint = JointDecoder(layer, vocabulary)
-    bases = [layer.token_rows(point) for point in reversed(layer.starts(rng).values())]
+    bases = layer.token_rows(np.stack(list(layer.starts(rng).values()))[::-1])
     tokens, square, made = np.zeros(len(layer.unknown), dtype=np.intp), np.inf, 0
     for s in range(n_starts):
         base = bases[s // len(NOISE) % len(bases)]
@@ -205,7 +208,8 @@ class Prior:
         """Return the moments of the vocabulary."""
         tables = [vocabulary.rows(int(p)) for p in positions]
         mean = np.zeros((n, tables[0].shape[1]))
-        mean[positions] = [rows.mean(axis=0) for rows in tables]
+        for position, rows in zip(positions, tables, strict=True):
+            mean[position] = rows.mean(axis=0)
         covariance = np.cov(tables[0].T, bias=True).reshape(mean.shape[1], -1)
         floor = 1e-6 * max(np.trace(covariance) / len(covariance), np.finfo(float).tiny)
         return cls(mean, np.linalg.inv(covariance + floor * np.eye(len(covariance))))
@@ -239,9 +243,18 @@ class Posterior:
         energy = self._energy(self.T)
         for _ in range(STEPS):
             self._linearise()
-            lower = self._step(energy)
-            if lower is None:
+            for _ in range(30):
+                move = linalg.lapack.dpotrs(self._factor(self.damping), self.gradient)[0]
+                trial = self.T.copy()
+                trial[self.open] -= move.reshape(-1, self.problem.d)
+                lower = self._energy(trial)
+                if lower < energy:
+                    break
+                self.damping *= 4.0
+            else:
+                # No damping helps.
                 return
+            self.T, self.damping = trial, max(self.damping / 5.0, 1e-6)
             gained, energy = energy - lower, lower
             if gained < 1e-3 * energy:
                 break
@@ -251,8 +264,8 @@ class Posterior:
         """Return the precision of each open token by itself, shape (open, d, d)."""
         d, k = self.problem.d, len(self.open)
         covariance = linalg.lapack.dpotri(self._factor(0.0))[0]
-        diagonal = range(0, k * d, d)
-        upper = np.stack([covariance[i : i + d, i : i + d] for i in diagonal])
+        own = np.arange(k)
+        upper = covariance.reshape(k, d, k, d)[own, :, own, :]
         blocks = np.triu(upper) + np.swapaxes(np.triu(upper, 1), 1, 2)
         return np.linalg.inv(blocks)
 
@@ -272,20 +285,6 @@ class Posterior:
         blocks = self.H.reshape(k, d, k, d)
         own = np.arange(k)
         blocks[own, :, own, :] += self.prior.precision
-
-    def _step(self, energy: float) -> float | None:
-        """Take one step; return the energy there, None where no damping helps."""
-        d = self.problem.d
-        for _ in range(30):
-            move = linalg.lapack.dpotrs(self._factor(self.damping), self.gradient)[0]
-            trial = self.T.copy()
-            trial[self.open] -= move.reshape(-1, d)
-            lower = self._energy(trial)
-            if lower < energy:
-                self.T, self.damping = trial, max(self.damping / 5.0, 1e-6)
-                return lower
-            self.damping *= 4.0
-        return None
 
     def _factor(self, damping: float) -> Array:
         H = self.H.copy()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnfit.inversion.vocabulary import Vocabulary
-from attnfit.objectives.inverse_layer import AttentionLayer, HeadState, Pass, softmax_rows
+from attnfit.objectives.inverse_layer import AttentionLayer, HeadState, softmax_rows
 from attnfit.objectives.token_problem import TokenProblem
 
 Array = NDArray[np.float64]
@@ -47,12 +47,11 @@ def exchanged_squares(problem: TokenProblem, at: Any, position: int, rows: Array
         return problem.squares_with(at.T, np.full((len(rows), 1), position), rows[:, None])
     layer, mean = problem.layer, at.T.mean(axis=0)
     size = max(1, BLOCK // problem.n**2)
-    constant = mean @ np.sum([head.V for head in layer.heads], axis=0)
     squares = []
     for first in range(0, len(rows), size):
         some = rows[first : first + size]
         centred = some - mean
-        outputs = np.tile(constant, (len(some), len(at.T), 1))
+        outputs = np.tile(mean @ layer.V, (len(some), len(at.T), 1))
         # One row and one column of the logits and one value change.
         for s in at.heads:
             query = some @ s.head.M + s.head.c
@@ -93,92 +92,76 @@ def pair_squares(
     size = max(1, BLOCK // (n * max(n, m)))
     squares = [np.zeros(0)]
     # A row is one of many pairs: what a head makes of it is computed once.
-    centred, made = tables - at.T.mean(axis=0), []
+    mean, made = at.T.mean(axis=0), []
+    centred = tables - mean
     with np.errstate(over="ignore", invalid="ignore"):
         for s in at.heads:
             made.append(_Made(centred @ s.head.V, centred @ s.R.T, tables @ s.head.M + s.head.c))
     for first in range(0, len(pairs), size):
-        part = slice(first, first + size)
-        squares.append(_squares(problem, at, tables, made, pairs[part], put[part], enough))
+        which, rows = pairs[first : first + size], put[first : first + size]
+        positions, tokens = problem.unknown[which], tables[which, rows]
+        outputs = np.tile(mean @ problem.layer.V, (len(which), n, 1))
+        sound, largest = np.ones(len(which), dtype=bool), 0.0
+        for s, of in zip(at.heads, made, strict=True):
+            chosen = _Made(of.values[which, rows], of.keys[which, rows], of.queries[which, rows])
+            part, stays = _of_pairs(s, at.Tc, problem.layer.mask, positions, tokens - mean, chosen)
+            outputs += part
+            sound &= stays
+            largest += max(float(np.abs(s.H).max()), float(np.abs(chosen.values).max()))
+        found = np.sum((outputs - problem.B) ** 2, axis=(1, 2))
+        reach = np.sqrt(enough) + UPDATED * largest * np.sqrt(problem.B.size)
+        anew = np.flatnonzero(~sound | ~(found > reach**2))
+        if len(anew):
+            found[anew] = problem.squares_with(at.T, positions[anew], tokens[anew])
+        squares.append(found)
     return np.concatenate(squares)
 
 
 class _Made(NamedTuple):
-    """What one head makes of the rows of all tables: values, logits of all queries, logits as a query."""
+    """What one head makes of rows: values, logits of all queries, logits as a query."""
 
     values: Array
     keys: Array
     queries: Array
 
 
-def _squares(
-    problem: TokenProblem, at: Pass, tables: Array, made: list[_Made], pairs: Index, put: Index, enough: float
-) -> Array:
-    mean, mask, every = at.T.mean(axis=0), problem.layer.mask, np.arange(len(pairs))
-    positions, rows = problem.unknown[pairs], tables[pairs, put]
-    centred = rows - mean
-    outputs = np.tile(mean @ np.sum([s.head.V for s in at.heads], axis=0), (len(rows), problem.n, 1))
-    sound, largest = np.ones(len(rows), dtype=bool), 0.0
-    for s, of in zip(at.heads, made, strict=True):
-        values = of.values[pairs, put]
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            part, stays = _updated(s, at.Tc, mask, positions, of.keys[pairs, put], values)
-        for own in (0, 1):
-            query = of.queries[pairs[:, own], put[:, own]]
-            part[every, positions[:, own]] = _own(s, at.Tc, mask, positions, query, centred, values, own)
-        outputs += part
-        sound &= stays
-        largest += max(float(np.abs(s.H).max()), float(np.abs(values).max()))
-    squares = np.sum((outputs - problem.B) ** 2, axis=(1, 2))
-    reach = np.sqrt(enough) + UPDATED * largest * np.sqrt(problem.B.size)
-    anew = np.flatnonzero(~sound | ~(squares > reach**2))
-    if len(anew):
-        T = np.tile(at.T, (len(anew), 1, 1))
-        T[np.arange(len(anew))[:, None], positions[anew]] = rows[anew]
-        squares[anew] = np.sum((problem.layer.forward(T).output - problem.B) ** 2, axis=(1, 2))
-    return np.asarray(squares)
-
-
-def _updated(
-    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, keys: Array, values: Array
+def _of_pairs(
+    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, centred: Array, made: _Made
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """Return the outputs of a head, shape (p, n, m), right for the queries that stay; and where enough of the
-    attention stays.
+    """Return the outputs of a head, shape (p, n, m), with two tokens replaced; and where enough of the
+    attention of every other query stays.
     """
+    every = np.arange(len(positions))
     S = s.R @ Tc.T
     if mask is not None:
         S[~mask] = -np.inf
     highest = S.max(axis=1)
     E = np.exp(S - highest[:, None])
-    put = np.exp(keys - highest)
-    if mask is not None:
-        put *= mask.T[positions]
-    taken = E.T[positions]
-    sums = E.sum(axis=1)
-    left = sums - taken.sum(axis=1)
-    changed = np.concatenate([put, -taken], axis=1)
-    mixed = E @ s.H + np.swapaxes(changed, 1, 2) @ np.concatenate([values, s.H[positions]], axis=1)
-    total = left + put.sum(axis=1)
-    share = left / sums
-    share[np.arange(len(share))[:, None], positions] = 1.0
-    stays = np.all((share >= STAYS) & np.isfinite(total), axis=1)
-    return mixed / total[:, :, None], stays
-
-
-def _own(
-    s: HeadState, Tc: Array, mask: NDArray[np.bool_] | None, positions: Index, query: Array, centred: Array,
-    values: Array, own: int,
-) -> Array:  # fmt: skip
-    """Return the outputs of a head for one of the exchanged queries, shape (p, m)."""
-    every = np.arange(len(query))
-    S = query @ Tc.T
-    S[every[:, None], positions] = np.einsum("pd,ped->pe", query, centred)
-    if mask is not None:
-        S[~mask[positions[:, own]]] = -np.inf
-    P = softmax_rows(S, None)
-    mixed = P @ s.H
-    weights = P[every[:, None], positions]
-    return np.asarray(mixed + np.einsum("pe,pem->pm", weights, values - s.H[positions]))
+    values = made.values - s.H[positions]
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        put = np.exp(made.keys - highest)
+        if mask is not None:
+            put *= mask.T[positions]
+        taken = E.T[positions]
+        sums = E.sum(axis=1)
+        left = sums - taken.sum(axis=1)
+        changed = np.concatenate([put, -taken], axis=1)
+        both = np.concatenate([made.values, s.H[positions]], axis=1)
+        total = left + put.sum(axis=1)
+        outputs = (E @ s.H + np.swapaxes(changed, 1, 2) @ both) / total[:, :, None]
+        share = left / sums
+        share[every[:, None], positions] = 1.0
+        stays = np.all((share >= STAYS) & np.isfinite(total), axis=1)
+    # The two exchanged queries have logits of their own.
+    for own in (0, 1):
+        S = made.queries[:, own] @ Tc.T
+        S[every[:, None], positions] = np.einsum("pd,ped->pe", made.queries[:, own], centred)
+        if mask is not None:
+            S[~mask[positions[:, own]]] = -np.inf
+        P = softmax_rows(S, None)
+        weights = P[every[:, None], positions]
+        outputs[every, positions[:, own]] = P @ s.H + np.einsum("pe,pem->pm", weights, values)
+    return outputs, stays
 
 
 def improve(

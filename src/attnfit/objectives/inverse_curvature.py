@@ -246,19 +246,22 @@ def moment_tokens(layer: AttentionLayer, B: Array) -> Array | None:
     """
     heads = layer.heads
     d = len(heads[0].M)
-    values = np.vstack([head.V for head in heads])
-    if layer.mask is not None or len(B) < 3 or np.linalg.matrix_rank(values) < len(values):
+    stacked = np.vstack([head.V for head in heads])
+    if layer.mask is not None or len(B) < 3 or np.linalg.matrix_rank(stacked) < len(stacked):
         return None
-    seen = (B @ np.linalg.pinv(values)).reshape(len(B), len(heads), d).swapaxes(0, 1)
+    seen = (B @ np.linalg.pinv(stacked)).reshape(len(B), len(heads), d).swapaxes(0, 1)
     means = seen.mean(axis=1)
     spread = seen - means[:, None]
     X = np.eye(d)
     try:
         for _ in range(ROUNDS):
-            parts = [
-                _riccati(_lifted(h.M.T @ X @ h.M), _lifted(y.T @ y / len(B)))
-                for h, y in zip(heads, spread, strict=True)
-            ]
+            parts = []
+            for h, y in zip(heads, spread, strict=True):
+                # The positive solution of X G X = S, with G = L L^T: the geometric mean of G^-1 and S.
+                L = np.linalg.cholesky(_lifted(h.M.T @ X @ h.M))
+                values, vectors = np.linalg.eigh(L.T @ _lifted(y.T @ y / len(B)) @ L)
+                root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+                parts.append(np.linalg.solve(L.T, np.linalg.solve(L.T, root).T).T)
             X = _lifted(np.mean(parts, axis=0))
     except np.linalg.LinAlgError:
         return None
@@ -268,15 +271,6 @@ def moment_tokens(layer: AttentionLayer, B: Array) -> Array | None:
     apart = np.linalg.lstsq(tilts, spread.swapaxes(1, 2).reshape(-1, len(B)), rcond=1e-6)[0]
     tokens = mean + apart.T
     return tokens if np.isfinite(tokens).all() else None
-
-
-def _riccati(G: Array, S: Array) -> Array:
-    """Return the positive X with ``X G X = S``: the geometric mean of the inverse of G and S."""
-    L = np.linalg.cholesky(G)
-    values, vectors = np.linalg.eigh(L.T @ S @ L)
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    half = np.linalg.solve(L.T, root)
-    return np.asarray(np.linalg.solve(L.T, half.T).T)
 
 
 def _lifted(X: Array) -> Array:
