@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused
+from attnfit.certificates.kantorovich import Certificate, newton_kantorovich, refused, shaped
 from attnfit.certificates.layers import certify_layer, certify_layers
 from attnfit.certificates.lipschitz import (
     ChunkRows,
@@ -31,7 +31,6 @@ from attnfit.losses.softmax import LogRatio, SoftmaxLoss
 from attnfit.losses.sums import MixedSum
 from attnfit.objectives.attention import Attention
 from attnfit.objectives.beginning import centred, shares_much
-from attnfit.objectives.inverse import LayerInversion
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.moves import counting_rows
 from attnfit.objectives.objective import Evaluation, Offer
@@ -88,13 +87,12 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
     with the local constants of `attnfit.certificates.lipschitz` and `attnfit.certificates.layers`, which
     replace the papers' ``n^4 exp(20 R^2)``.
     """
-    each = np.full(problem.shape, np.inf)
     reason = _refusal(problem, rigorous)
     if reason is not None:
         found = refused(reason)
     elif isinstance(problem, LayeredProblem):
         found = certify_mixture(problem, x) if problem.is_mixture else certify_layers(problem, x)
-    elif isinstance(problem, LayerInversion):
+    elif isinstance(problem, TokenProblem):
         found = certify_layer(problem, x)
     else:
         x = as_point(x, problem.shape)
@@ -106,9 +104,7 @@ def certify(problem: Any, x: Any, rigorous: bool = False) -> Certificate:
             grouped = centred(rows) if apart else rows
             at = grouped.evaluate(x, hessian=grouped.n_unknowns <= NARROW)
             found = newton_kantorovich(grouped, at, partial(RowBall, grouped, at))
-    if found.coefficient_radius.size == each.size:
-        each = found.coefficient_radius.reshape(each.shape)
-    return replace(found, coefficient_radius=each)
+    return shaped(found, problem.shape)
 
 
 def _refusal(problem: Any, rigorous: bool) -> str | None:
@@ -121,10 +117,8 @@ def _refusal(problem: Any, rigorous: bool) -> str | None:
         )
     if rigorous and (isinstance(problem, Attention) or not isinstance(problem, RowProblem)):
         return f"no rigorous certificate is known for {kind}; call certificate() without rigorous"
-    if isinstance(problem, LayeredProblem | LayerInversion):
+    if isinstance(problem, LayeredProblem | TokenProblem):
         return None
-    if isinstance(problem, TokenProblem):
-        return "none is known for transformer blocks; radius of a recovery says how far an input can be"
     if isinstance(problem, Attention) and problem.n_rows * problem.n_unknowns > DENSE_ENTRIES:
         return (
             f"a certificate takes the {problem.n_rows:,} x {problem.n_unknowns:,} matrix of all pairs, "

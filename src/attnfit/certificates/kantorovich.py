@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -348,6 +349,13 @@ def _open(found: Certificate, white: Whitening, unseen: bool) -> Certificate:
         scaled_radii=nothing,
         value_gaps=nothing,
     )
+
+
+def shaped(found: Certificate, shape: tuple[int, ...]) -> Certificate:
+    """Return a certificate with coefficient radii in the shape of x, infinite where there are none."""
+    each = found.coefficient_radius
+    each = each.reshape(shape) if each.size == math.prod(shape) else np.full(shape, np.inf)
+    return replace(found, coefficient_radius=each)
 
 
 def combined(proofs: Sequence[Certificate]) -> Certificate:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import norm as sparse_norm
 
-from attnfit.certificates.kantorovich import Certificate, combined, newton_kantorovich, refused
+from attnfit.certificates.kantorovich import Certificate, combined, newton_kantorovich, refused, shaped
 from attnfit.data.gram import centre_rows
 from attnfit.data.inputs import as_point
 from attnfit.losses.vector_activations import AnyActivation, VectorActivation
@@ -23,7 +23,7 @@ from attnfit.objectives.layer_curvature import LayeredEvaluation, Layers, outer_
 from attnfit.objectives.layer_inputs import LinearMap
 from attnfit.objectives.layered import LayeredProblem
 from attnfit.objectives.objective import MAX_DENSE, Offer
-from attnfit.objectives.token_problem import TokenEvaluation
+from attnfit.objectives.token_problem import TokenEvaluation, TokenProblem
 
 Array = NDArray[np.float64]
 
@@ -282,18 +282,22 @@ def _dense(matrix: Any) -> Array:
     return np.asarray(matrix.toarray() if sparse.issparse(matrix) else matrix)
 
 
-def certify_layer(problem: LayerInversion, x: Any) -> Certificate:
+def certify_layer(problem: TokenProblem, x: Any) -> Certificate:
     """Certify an inverted layer: find a ball around x with exactly one stationary point.
 
     An input that gives B exactly is a stationary point: if it lies in the ball, it is the one.
     """
+    if not isinstance(problem, LayerInversion):
+        why = "none is known for transformer blocks; radius of a recovery says how far an input can be"
+        return shaped(refused(why), problem.shape)
     if problem.n_unknowns > MAX_DENSE:
-        return refused(
+        why = (
             f"a certificate takes all eigenvalues of a matrix of {problem.n_unknowns:,} unknowns, more than "
             f"{MAX_DENSE:,}; give known tokens"
         )
+        return shaped(refused(why), problem.shape)
     at = problem.evaluate(as_point(x, problem.shape).copy())
-    return newton_kantorovich(problem, at, partial(InverseBall, problem, at))
+    return shaped(newton_kantorovich(problem, at, partial(InverseBall, problem, at)), problem.shape)
 
 
 @dataclass(frozen=True)

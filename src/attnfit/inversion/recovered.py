@@ -271,27 +271,15 @@ class Given:
     floor : float
         Share of ``||B||_F`` that the projection takes off.
     precision : float
+    enough : float
+        Squared residual that counts as zero.
     """
 
     layer: AnyInversion
     size: float
     floor: float
     precision: float
-
-    @property
-    def enough(self) -> float:
-        """Squared residual that counts as zero."""
-        return self.precision**2 * self.size
-
-    @property
-    def outside(self) -> str:
-        """Why no input gives the output, empty where one may."""
-        if self.floor <= self.precision:
-            return ""
-        return (
-            f"no input gives this output: a share {self.floor:.1e} of it lies outside what the value maps "
-            "produce; check V, or give the output's precision"
-        )
+    enough: float
 
 
 def listed(numbers: NDArray[np.intp]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.certificates import certify
+from attnfit.certificates.layers import certify_layer
 from attnfit.inversion.decoding import Decoded, decode
 from attnfit.inversion.in_order import NARROW, InOrder, recover_in_order
 from attnfit.inversion.joint_blocks import judge_blocks, with_paths
@@ -32,6 +32,10 @@ STARTS_ROWS = 30
 STARTS_WIDE = 3
 # Beyond this condition number of the Jacobian a zero residual in float64 leaves no correct digit to speak of.
 WORST_CONDITION = 1e12
+OUTSIDE = (
+    "not recovered: no input gives this output: a share {:.1e} of it lies outside what the value maps "
+    "produce; check V, or give the output's precision"
+)
 UNIFORM = "the attention is uniform: order is not in the output"
 
 
@@ -116,7 +120,7 @@ def recover(
     size = float(np.sum(layer.B**2)) or 1.0
     projected = layer.projected()
     floor = float(np.linalg.norm(layer.B - projected.B) / np.sqrt(size))
-    given, layer = Given(projected, size, floor, precision), projected
+    given, layer = Given(projected, size, floor, precision, enough=precision**2 * size), projected
     rng = np.random.default_rng(random_state)
     tell = callback or (lambda done, total: None)
     if vocabulary is not None:
@@ -139,7 +143,7 @@ def recover(
         n_starts=n_made,
         identifiability=identifiable(layer, x if layer.n_unknowns <= MAX_DENSE else None),
         residual_floor=floor,
-        certificate=certify(layer, x),
+        certificate=certify_layer(layer, x),
     )
     if vocabulary is not None:
         return _judge_tokens(given, table, decoded, report)
@@ -181,8 +185,8 @@ def _judge(given: Given, report: Recovery, excess: int) -> tuple[str, str]:
     """Return the verdict on inputs that were searched for anywhere, and the message."""
     at, found = report.identifiability, len(report.inputs)
     starts = f"{report.n_starts} start{'s'[: report.n_starts > 1]}"
-    if given.outside:
-        return "not recovered", f"not recovered: {given.outside}"
+    if not given.floor <= given.precision:
+        return "not recovered", OUTSIDE.format(given.floor)
     if not found:
         return "not recovered", (
             f"not recovered: no zero residual from {starts} (the least is {report.residual:.1e} of the "
@@ -226,8 +230,8 @@ def _judge_tokens(given: Given, vocabulary: Vocabulary, found: Decoded, report: 
     margins = np.sqrt(rivals.second_squares / given.size)
     left = f"{np.sqrt(found.square / given.size):.1e}"
     report = replace(report, tokens=tokens, margins=margins, equal_rows=rivals.equal)
-    if given.outside:
-        return replace(report, message=f"not recovered: {given.outside}")
+    if not given.floor <= given.precision:
+        return replace(report, message=OUTSIDE.format(given.floor))
     # A residual that is not a number is none that counts as zero.
     if not found.square <= given.enough:
         after = "all tuples" if found.exhausted else f"{found.n_decodings} decodings"
