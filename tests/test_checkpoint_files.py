@@ -12,6 +12,7 @@ from checkpointed import Crash, Reads, assert_same, crashing, fit, forge, header
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from scipy.sparse import csr_array
 
 from attnfit import problems, writing
 from attnfit.solvers import CheckpointError, checkpoint, checkpoint_file
@@ -48,8 +49,10 @@ SHARES = np.array([0.1, 0.4, 0.2, 0.3])
         (problems.Softmax(A, SHARES, [0, 0, 1, 1], weights=SHARES, ridge=0.5), "8800ba66a99e59e6"),
         (problems.Rescaled(A, SHARES, "sinh"), "68b54ca06e3ddd17"),
         (problems.Attention(A, A[:2], np.full((4, 2), 0.5)), "88d4d395cab5cd98"),
+        (problems.Attention(A, A[:2], np.full((4, 2), 0.5), rank=1), "bbdb68bcb1142cca"),
+        (problems.Poisson(A, SHARES, absorb=[[0, 0, 1, 1]]), "d04f3fed111db21b"),
+        (problems.Softmax(csr_array(A), SHARES), "7df85483658d5603"),
     ],
-    ids=lambda value: type(value).__name__,
 )
 def test_files_of_the_version_before_are_known_again(problem, expected):
     """What a class keeps of its rows for its own use must not change what a file is of."""

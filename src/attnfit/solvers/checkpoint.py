@@ -78,8 +78,10 @@ def _attributes(value: Any) -> dict[str, Any]:
     rows = found.pop("rows", None)
     if rows is None:
         return found
-    given = {name: part for name, part in found.items() if name not in NOTED}
-    return given | _attributes(rows)
+    of_rows = _attributes(rows)
+    given = {name: part for name, part in found.items() if name not in NOTED and name not in of_rows}
+    # In this order, which a digest depends on.
+    return given | of_rows
 
 
 def _add(digest: Any, value: Any, seen: set[int]) -> None:
