@@ -372,28 +372,7 @@ class InverseBall:
         if not np.isfinite(radius):
             return np.inf
         with np.errstate(over="ignore", invalid="ignore"):
-            # The second and third derivative of each row of residuals along unit directions, at most.
-            rows = np.zeros((2, self.problem.n))
-            for s, b in zip(self.at.forward.heads, self.bounds, strict=True):
-                P = s.P
-                # Rates of logits on the ball, against the mean under the attention of the centre.
-                rate = b.logits + 2.0 * radius * (b.bend + np.sum(P * b.bend, axis=1, keepdims=True))
-                drift = radius * rate.max(axis=1, keepdims=True, where=P > 0.0, initial=0.0)
-                factor = np.exp(2.0 * drift)
-                p = P * factor
-                # The mean moves with the attention: by at most (factor - 1) of the mean bound.
-                z = rate + np.sum((factor - 1.0) * P * rate, axis=1, keepdims=True)
-                change = radius * (b.values + np.sum(p * b.values, axis=1, keepdims=True))
-                gap = b.gaps + change + np.sum((factor - 1.0) * P * b.gaps, axis=1, keepdims=True)
-                s2 = 2.0 * (b.bend + np.sum(p * b.bend, axis=1, keepdims=True))
-                var = np.sum(p * z**2, axis=1, keepdims=True)
-                cube = np.sum(p * z**3, axis=1, keepdims=True)
-                cross = np.sum(p * z * s2, axis=1, keepdims=True)
-                z2 = z**2 + var + s2
-                z3 = z**3 + 3.0 * z * var + cube + 3.0 * (z * s2 + cross)
-                rows[0] += np.sum(p * (z2 * gap + 2.0 * z * b.values), axis=1)
-                rows[1] += np.sum(p * (z3 * gap + 3.0 * z2 * b.values), axis=1)
-            second, third = np.linalg.norm(rows, axis=1)
+            second, third = self._rates(radius)
             slope = self.slope + second * radius
             residual = self.residual + slope * radius
             constant = 3.0 * slope * second + residual * third
@@ -417,3 +396,28 @@ class InverseBall:
         x = float(np.linalg.norm(at.x))
         backward = 8.0 * eps * (problem.n * self.slope * self.residual + problem.gamma * x * self.spread)
         return float(forward * self.slope + backward)
+
+    def _rates(self, radius: float) -> tuple[float, float]:
+        """Bound the second and third derivative of the residuals along unit directions on a ball."""
+        rows = np.zeros((2, self.problem.n))
+        for s, b in zip(self.at.forward.heads, self.bounds, strict=True):
+            P = s.P
+            # Rates of logits on the ball, against the mean under the attention of the centre.
+            rate = b.logits + 2.0 * radius * (b.bend + np.sum(P * b.bend, axis=1, keepdims=True))
+            drift = radius * rate.max(axis=1, keepdims=True, where=P > 0.0, initial=0.0)
+            factor = np.exp(2.0 * drift)
+            p = P * factor
+            # The mean moves with the attention: by at most (factor - 1) of the mean bound.
+            z = rate + np.sum((factor - 1.0) * P * rate, axis=1, keepdims=True)
+            change = radius * (b.values + np.sum(p * b.values, axis=1, keepdims=True))
+            gap = b.gaps + change + np.sum((factor - 1.0) * P * b.gaps, axis=1, keepdims=True)
+            s2 = 2.0 * (b.bend + np.sum(p * b.bend, axis=1, keepdims=True))
+            var = np.sum(p * z**2, axis=1, keepdims=True)
+            cube = np.sum(p * z**3, axis=1, keepdims=True)
+            cross = np.sum(p * z * s2, axis=1, keepdims=True)
+            z2 = z**2 + var + s2
+            z3 = z**3 + 3.0 * z * var + cube + 3.0 * (z * s2 + cross)
+            rows[0] += np.sum(p * (z2 * gap + 2.0 * z * b.values), axis=1)
+            rows[1] += np.sum(p * (z3 * gap + 3.0 * z2 * b.values), axis=1)
+        second, third = np.linalg.norm(rows, axis=1)
+        return float(second), float(third)
