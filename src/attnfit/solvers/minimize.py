@@ -198,7 +198,7 @@ def minimize(
             point = reduction.restrict(point)
         first_read, start = problem.n_passes, Start.draw(problem, rng)
         tracker = Tracker(
-            lambda: problem.n_passes - first_read + (0.0 if start.sample.is_full else start.n_passes),
+            lambda: problem.n_passes - first_read + start.n_passes,
             callback,
             clock,
             keep_points=history == "points",

@@ -183,8 +183,7 @@ class Newton(Solver):
                 break
             strategy = self._strategy(kind, start, x, rng)
             with tracker.timed("evaluate"):
-                near = None if start.sample.is_full else start.transfer(x)
-                at = problem.evaluate(x, near, at_zero=not ends, **strategy.request(None))
+                at = problem.evaluate(x, start.transfer(x), at_zero=not ends, **strategy.request(None))
             if not np.isfinite(at.value):
                 if len(points) == 1:
                     problem.value(x)

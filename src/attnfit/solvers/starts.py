@@ -118,7 +118,9 @@ class Start:
 
     @property
     def n_passes(self) -> float:
-        """Reads of the full data that the work on both samples of its rows amounts to, beyond their fetch."""
+        """Reads of the full data that the work on both samples amounts to, beyond the fetch of their rows."""
+        if self.sample.is_full:
+            return 0.0
         total = 0.0
         for sample in (self.sample,) if self.pilot is self.sample else (self.sample, self.pilot):
             convex = sample.drawn_convex
@@ -227,8 +229,8 @@ class Start:
         }
 
     def transfer(self, x: Array) -> Evaluation | None:
-        """Predict the states of the full problem's long groups at x from a sample that is not all of it."""
-        if not self.full.rows.n_long:
+        """Predict the states of the full problem's long groups at x from the sample."""
+        if self.sample.is_full or not self.full.rows.n_long:
             return None
         small = self.sample.problem
         # The sample's groups carry the full problem's labels, in increasing order.
