@@ -72,6 +72,11 @@ def test_a_second_token_that_serves_as_attention_sink_is_read_like_a_first_one(s
     assert found.verified
     # Read as one of running text it was found after two thousand.
     assert found.positions[1].n_candidates <= 64
+    found = audit.invert(smollm2, audit.observe(smollm2, text, "permuted:15"))
+    assert found.verified
+    assert found.tokens == text
+    # As one of running text: 67.
+    assert found.positions[1].n_candidates <= 16
 
 
 def test_low_precision_does_not_help(smollm2):

@@ -73,10 +73,12 @@ def as_design(A: Any, name: str = "A") -> Design:
         return A
     source = None if type(A) is np.ndarray else stored_source(A, name)
     if source is not None:
-        _require_numeric(source.dtype, name, matrix=source.shape)
+        _require_numeric(source.dtype, name)
+        _require_shape(source.shape, name)
         return open_design(source)
     if sparse.issparse(A):
-        _require_numeric(A.dtype, name, matrix=A.shape)
+        _require_numeric(A.dtype, name)
+        _require_shape(A.shape, name)
         require_indices(A, name)
         design = SparseDesign(A)
         require_finite_rows(design.matrix, slice(0, A.shape[0]), name)
@@ -84,7 +86,8 @@ def as_design(A: Any, name: str = "A") -> Design:
     array = A if isinstance(A, np.ndarray) else _frame_to_array(A, name)
     if isinstance(array, np.ma.MaskedArray):
         array = _unmasked(array, name)
-    _require_numeric(array.dtype, name, matrix=array.shape)
+    _require_numeric(array.dtype, name)
+    _require_shape(array.shape, name)
     require_finite_matrix(array, name)
     return DenseDesign(array)
 
@@ -264,19 +267,19 @@ def _unmasked(values: Any, name: str) -> Any:
     return values.data
 
 
-def _require_numeric(dtype: Any, name: str, matrix: tuple[int, ...] | None = None) -> None:
-    """Raise ValueError unless these are real numbers and, given the shape of a ``matrix``, it has rows and
-    columns.
-    """
+def _require_numeric(dtype: Any, name: str) -> None:
     if np.dtype(dtype).kind not in "fiub":
         raise ValueError(f"{name} has dtype {dtype}; convert it to real numbers (float, integer or boolean)")
-    if matrix is not None and len(matrix) != 2:
+
+
+def _require_shape(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) != 2:
         raise ValueError(
-            f"{name} must have two dimensions (rows, features), not shape {matrix}; use {name}.reshape(-1, "
+            f"{name} must have two dimensions (rows, features), not shape {shape}; use {name}.reshape(-1, "
             f"1) for one feature"
         )
-    if matrix is not None and 0 in matrix:
-        raise ValueError(f"{name} is empty: shape {matrix}; pass at least one row and one column")
+    if 0 in shape:
+        raise ValueError(f"{name} is empty: shape {shape}; pass at least one row and one column")
 
 
 def _frame_to_array(frame: Any, name: str) -> NDArray[Any]:
@@ -292,7 +295,7 @@ def _frame_to_array(frame: Any, name: str) -> NDArray[Any]:
             raise ValueError(
                 f"{name} cannot be read as a matrix: {error}; pass rows of equal length"
             ) from error
-    _require_numeric(np.float64, name, matrix=native.shape)
+    _require_shape(native.shape, name)
     columns = list(native.iter_columns())
     for series in columns:
         column, dtype = series.name, series.dtype

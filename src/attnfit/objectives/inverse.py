@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnfit.data.inputs import as_point
 from attnfit.objectives.inverse_cases import residual_hessian
 from attnfit.objectives.inverse_curvature import (
     gauss_newton_diagonal,
@@ -224,7 +223,7 @@ class LayerInversion(TokenProblem):
         for name, index, size in (("i0", i0, self.n), ("j0", j0, self.m)):
             if not 0 <= index < size:
                 raise ValueError(f"{name} is {index}; residuals are numbered from 0 to {size - 1} there")
-        return residual_hessian(self._passed(as_point(x, self.shape))[0], i0, j0)
+        return residual_hessian(self._forward(x), i0, j0)
 
     @cached_property
     def row_space(self) -> Array:

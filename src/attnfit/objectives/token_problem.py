@@ -172,7 +172,7 @@ class TokenProblem(Problem):
 
     def output(self, x: Any) -> Array:
         """Return the output, shape (n, m)."""
-        return np.asarray(self._passed(as_point(x, self.shape))[0].output)
+        return np.asarray(self._forward(x).output)
 
     # ---- residuals and their first derivatives, for least-squares solvers and for study
 
@@ -182,16 +182,16 @@ class TokenProblem(Problem):
 
     def jacobian(self, x: Any) -> Array:
         """Return the Jacobian of the residuals, shape (n m, n_unknowns), both in C order."""
-        return self.layer.jacobian(self._passed(as_point(x, self.shape))[0], self.unknown)
+        return self.layer.jacobian(self._forward(x), self.unknown)
 
     def jacobian_product(self, x: Any, v: Any) -> Array:
         """Return the Jacobian times v (of the natural shape), shape (n, m)."""
-        at = self._passed(as_point(x, self.shape))[0]
+        at = self._forward(x)
         return self.layer.push_forward(at, self._direction(as_point(v, self.shape, "v")))
 
     def jacobian_transpose_product(self, x: Any, u: Any) -> Array:
         """Return the transposed Jacobian times u (of shape (n, m)), in the natural shape."""
-        at = self._passed(as_point(x, self.shape))[0]
+        at = self._forward(x)
         return self.columns(self.layer.pull_back(at, as_point(u, self.B.shape, "u").reshape(self.B.shape)))
 
     def gauss_newton(self, x: Any) -> Array:
@@ -300,6 +300,9 @@ class TokenProblem(Problem):
             forward = self.layer.forward(self.token_rows(x))
             self._latest = x.copy(), forward, forward.output - self.B
         return self._latest[1:]
+
+    def _forward(self, x: Any) -> Any:
+        return self._passed(as_point(x, self.shape))[0]
 
     def _direction(self, v: Array) -> Array:
         """Return a direction as rows, zero on known tokens."""
